@@ -1,0 +1,65 @@
+# `make help` lists the targets. PYTHON=... picks the interpreter; TORCH_INDEX=... the index torch alone comes from.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+IN_VENV := env PATH="$(CURDIR)/.venv/bin:$$PATH"
+CLUSTER_TOOLS := pdsh ssh sshd ip unshare g++
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup check format test slow-test cluster-test demo clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: .venv/.installed-dev  ## make .venv and install the project and its tools into it
+
+.venv/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is no Python 3.11 or newer: name one, make PYTHON=python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null \
+		|| { echo "$(PYTHON) lacks the headers DeepSpeed compiles with: apt-get install python3-dev" >&2; exit 2; }
+	@echo "installing into .venv: about two minutes beside the download"
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) --index-url $(TORCH_INDEX) torch)
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+check: .venv/.installed-dev  ## formatting, lint and types
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) ruff check .
+	$(IN_VENV) pyright
+
+format: .venv/.installed-dev  ## rewrite files as `make check` wants them
+	$(IN_VENV) ruff format .
+	$(IN_VENV) ruff check --fix .
+
+test: .venv/.installed-dev  ## the test suite, without what takes minutes
+	$(IN_VENV) pytest tests --ignore=tests/cluster -m 'not slow'
+
+slow-test: .venv/.installed-dev  ## the tests that take minutes
+	$(IN_VENV) pytest tests --ignore=tests/cluster -m slow
+
+cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh: needs root and Debian packages
+	@test "$$(id -u)" = 0 || { echo "make cluster-test makes network namespaces: run it as root" >&2; exit 2; }
+	@for tool in $(CLUSTER_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+		test -z "$$missing" || { echo "make cluster-test lacks$$missing:" \
+		"apt-get install pdsh openssh-client openssh-server g++ iproute2" >&2; exit 2; }
+	$(IN_VENV) pytest tests/cluster
+
+demo: .venv/.installed  ## an empty machine -> data, a trained model, its export and a report
+	$(IN_VENV) ds-slm prepare demo
+	devices=$$($(IN_VENV) python -c 'import torch; print("" if torch.cuda.is_available() else "--num_accelerators 2")') \
+		&& $(IN_VENV) deepspeed $$devices ds_slm/pretrain.py
+	$(IN_VENV) ds-slm export runs/demo --out exports/demo
+	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo
+
+clean:  ## remove .venv and caches; data, runs and exports stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Named tensors on disk. Knows neither deepspeed nor the launcher."""

@@ -1,0 +1,179 @@
+"""The verbs of `ds-slm`.
+
+    ds-slm VERB ... --> read the flags --> one call into the room that does the work --> a table, or one JSON object
+
+Each verb imports what it needs itself, so that `--help`, `recipes` and `plan` start at once and without torch. With
+--json one object goes to stdout and everything else to stderr. A mistake of the user's ends in a sentence and exit
+code 2.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ds_slm.errors import ConfigError, run_program
+
+app = typer.Typer(
+    name="ds-slm",
+    help="Train small language models with DeepSpeed, from raw text to a published model card.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name in the library, or path of a .toml file.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override the recipe.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DataRoot = Annotated[Path, typer.Option(help="Where prepared data lies or goes.")]
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+def run() -> None:
+    """The `ds-slm` command."""
+    sys.exit(run_program(app))
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """The table of recipes: parameters, tokens, published, ours."""
+    from ds_slm.cli import tables
+    from ds_slm.recipe import plan, schema
+
+    rows = []
+    for name in schema.library_names():
+        recipe = schema.load(name)
+        headline = recipe.targets[0] if recipe.targets else None
+        rows.append(
+            {
+                "name": name,
+                "reproduces": recipe.card.name,
+                "params": plan.parameters(recipe.model),
+                "published_params": recipe.card.params,
+                "tokens": recipe.train.steps * recipe.train.global_batch_tokens,
+                "metric": headline.metric if headline else None,
+                "published": headline.published if headline else None,
+                "ours": None,
+            }
+        )
+    if as_json:
+        _print_json({"recipes": rows})
+    else:
+        tables.show_recipes(rows)
+
+
+@app.command("plan")
+def plan_recipe(
+    name: RecipeName,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Devices on each host.  [default: 1]")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Hosts.  [default: 1]")] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.001, metavar="GBIT_PER_S", help="Speed of each host's link.")
+    ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Take devices and hosts from a hostfile.")] = None,
+    ds_config: Annotated[
+        Path, typer.Option(show_default="ds_configs/zero1.json", help="What only changes memory and speed.")
+    ] = DS_CONFIGS / "zero1.json",
+    overrides: Overrides = [],  # noqa: B006 - typer needs the literal
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, FLOPs per token, steps, batch, memory, time. Trains nothing."""
+    from dataclasses import asdict
+
+    from ds_slm.cli import tables
+    from ds_slm.recipe import plan, schema
+    from ds_slm.train import ds_config as ds_configs
+
+    recipe = schema.load(name, overrides)
+    if hostfile is not None:
+        if gpus_per_node or nodes:
+            raise ConfigError(
+                "--hostfile already says how many hosts and devices: leave out --gpus-per-node and --nodes."
+            )
+        from ds_slm.cluster.hostfile import parse_hostfile
+
+        hosts = parse_hostfile(hostfile)
+        world_size, host_count = sum(host.slots for host in hosts), len(hosts)
+    else:
+        host_count = nodes or 1
+        world_size = host_count * (gpus_per_node or 1)
+    found = plan.plan(recipe, name, ds_configs.read(ds_config), world_size, host_count, network)
+    if as_json:
+        _print_json({**asdict(found), "memory": {**asdict(found.memory), "device_bytes": found.memory.device_bytes}})
+    else:
+        tables.show_plan(found)
+
+
+@app.command()
+def prepare(
+    name: RecipeName,
+    data_root: DataRoot = Path("data"),
+    source: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="Replace a source by local files.")] = [],  # noqa: B006
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens of all sources together.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Only read every shard and check its hash.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Tokenizer and token shards."""
+    from ds_slm.data import shards
+    from ds_slm.pretrain import parse_sources
+    from ds_slm.recipe import schema
+
+    recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
+    sources = parse_sources(source)
+    if verify:
+        prepared = shards.open_prepared(recipe, stem, data_root)
+        shards.verify(prepared)
+    else:
+        prepared = shards.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
+    summary = {
+        "folder": str(prepared.folder),
+        "train_tokens": prepared.train_tokens,
+        "val_tokens": prepared.val_tokens,
+        "val_bytes": prepared.val_bytes,
+        "vocab_size": prepared.vocab_size,
+        "sha256": prepared.sha256,
+        "verified": verify,
+    }
+    if as_json:
+        _print_json(summary)
+    else:
+        print(
+            "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}".format(**summary)
+        )
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The Hugging Face folder to make.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Checkpoint to export.  [default: the newest]")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Export the one with the lowest validation loss.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A Hugging Face folder from a run."""
+    from ds_slm.publish.export import export_run
+
+    if step is not None and best:
+        raise ConfigError("--step and --best name two checkpoints: choose one.")
+    exported = export_run(run_folder, out, step=step, best=best)
+    if as_json:
+        _print_json(exported)
+    else:
+        print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
+
+
+def _report_to(as_json: bool) -> Any:
+    """Where progress is told: stdout belongs to the JSON object where there is one."""
+    return (
+        (lambda line: print(line, file=sys.stderr, flush=True)) if as_json else (lambda line: print(line, flush=True))
+    )
+
+
+def _print_json(content: Any) -> None:
+    import json
+
+    print(json.dumps(content, indent=2, default=str))

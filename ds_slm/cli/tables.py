@@ -1,0 +1,95 @@
+"""Tables for people: what the verbs print without --json."""
+
+import textwrap
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ds_slm.recipe.plan import Plan
+
+
+def show_recipes(rows: list[dict[str, Any]]) -> None:
+    """One line per recipe."""
+    table = _table("recipe", "parameters", "tokens", "published", "ours")
+    for row in rows:
+        published = f"{row['metric']} {row['published']:g}" if row["metric"] else "-"
+        table.add_row(row["name"], f"{row['params']:,}", _count(row["tokens"]), published, row["ours"] or "not yet run")
+    _console().print(table, highlight=False)
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan's figures, the time on each kind of device, and what both rest on."""
+    print(f"{plan.recipe}: {plan.reproduces}\n")
+    for name, value in _facts(plan).items():
+        print(f"{name:18}{value}")
+    print()
+    table = _table("if every device is a", "tokens/s", "step", "run", "fits")
+    for time in plan.times:
+        duration = _duration(time.step_s), _duration(time.run_s)
+        table.add_row(time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no")
+    _console().print(table, highlight=False)
+    print()
+    print(textwrap.fill("Assumed: " + "; ".join(plan.assumptions) + ".", width=100))
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    parts, batch, memory = plan.parameters, plan.batch, plan.memory
+    published = "" if plan.published_params in (None, plan.params) else f" (published: {plan.published_params:,})"
+    named = {"embedding": parts.embedding, "head": parts.head, "attention": parts.attention, "MLP": parts.mlp}
+    bytes_of = {
+        "weights": memory.weights_bytes,
+        "gradients": memory.gradients_bytes,
+        "buffers": memory.buffers_bytes,
+        "masters": memory.masters_bytes,
+        "moments": memory.moments_bytes,
+        "activations": memory.activations_bytes,
+        "loss": memory.loss_bytes,
+    }
+    filler = f", {batch.filler_rows} of them filler" if batch.filler_rows else ""
+    facts = {
+        "parameters": f"{plan.params:,}{published}",
+        "": ", ".join(f"{name} {_count(part)}" for name, part in named.items() if part),
+        "FLOPs per token": f"{plan.flops_per_token:,}",
+        "steps": f"{plan.steps:,} x {plan.tokens // plan.steps:,} tokens = {_count(plan.tokens)}",
+        "FLOPs": f"{plan.flops:.3g}",
+        "first loss": f"{plan.first_loss:.3f}",
+        "devices": f"{plan.world_size} on {plan.nodes} host{'s' * (plan.nodes > 1)}, ZeRO-{plan.zero_stage}",
+        "a step": f"{batch.micro_batch} rows x {batch.accumulation_steps} forwards x {plan.world_size} devices = "
+        f"{batch.rows_per_step + batch.filler_rows:,} rows{filler}",
+        "memory per device": f"{memory.device_bytes / 1e9:.2f} GB",
+        " ": ", ".join(f"{name} {part / 1e9:.2f}" for name, part in bytes_of.items() if part),
+    }
+    if memory.host_bytes:
+        facts["offloaded"] = f"{memory.host_bytes / 1e9:.2f} GB of the host's memory for each device"
+    return facts
+
+
+def _count(number: float) -> str:
+    """Three figures: 9968640 -> 9.97M, 25e9 -> 25B."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """A time span in its natural unit."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="left" if name in ("published", "ours") else "right", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

@@ -1,0 +1,308 @@
+"""The hosts a run is launched on: read strictly, and checked against what the DeepSpeed launcher really did.
+
+    hostfile ──parse_hostfile──► [Host(name, slots), ...]
+
+    deepspeed --hostfile H script.py      the runner: consumes --hostfile, the script never sees it
+      └─ python -m deepspeed.launcher.launch --world_info=...      the launcher: one per host
+           └─ python script.py            a rank: refuse_missing_hostfile() reads both command lines above it
+
+DeepSpeed trains on the wrong machine in two cases without failing: a hostfile that does not exist is only warned about,
+and a hostfile (or a filter) that leaves a single host starts its ranks on the machine where the command was typed. Both
+are refused here. The grammar of a line, and of the runner's command line, is that of `deepspeed/launcher/runner.py`
+(DeepSpeed 0.19), except that DeepSpeed ignores whatever follows `slots=N` and accepts `slots=0`; we do not.
+
+Known gaps: in a launch over ssh the runner is on no rank's ancestor line, and needs no check, for it has found its
+hostfile. A host known by an ssh alias alone, which resolves to no address, counts as another machine. Imports neither
+torch nor deepspeed.
+"""
+
+import argparse
+import base64
+import difflib
+import json
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from ds_slm.errors import HostfileError
+
+_EXPECTED = "expected `host slots=N`"
+_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]+)(\s+#.*)?")
+# One name, address or user@name. Neither a pdsh range (`node[1-4]`), which DeepSpeed counts as one host, nor an option.
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%@-]*")
+
+_RUNNER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds"}
+_RUNNER_MODULE = "deepspeed.launcher.runner"
+_LAUNCH_MODULE = "deepspeed.launcher.launch"
+# Where the runner looks without --hostfile.
+_DEFAULT_HOSTFILE = "/job/hostfile"
+# The runner's options, so that its own are told from those of the script behind it.
+RUNNER_VALUE_OPTIONS = (
+    ("-i", "--include"),
+    ("-e", "--exclude"),
+    ("--num_nodes",),
+    ("--num_gpus", "--num_accelerators"),
+    ("--master_port",),
+    ("--master_addr",),
+    ("--node_rank",),
+    ("--launcher",),
+    ("--launcher_args",),
+    ("--enable_each_rank_log",),
+    ("--autotuning",),
+    ("--bind_core_list",),
+    ("--ssh_port",),
+    ("--venv_script",),
+    ("--log_level",),
+    ("-H", "--hostfile"),
+)
+RUNNER_FLAGS = (
+    ("--module",),
+    ("--no_python",),
+    ("--no_local_rank",),
+    ("--no_ssh",),
+    ("--no_ssh_check",),
+    ("--force_multi",),
+    ("--save_pid",),
+    ("--bind_cores_to_rank",),
+    ("-q", "--quiet"),
+)
+# Python's own options that take a separate value, before the program.
+_PYTHON_VALUE_OPTIONS = {"-W", "-X", "--check-hash-based-pycs"}
+
+
+@dataclass(frozen=True)
+class Host:
+    """One line of a hostfile."""
+
+    name: str
+    """What ssh is given: a name, an address, or user@name."""
+    slots: int
+    """Ranks on this host, at least 1."""
+
+
+def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
+    """The hosts of a hostfile, in its order.
+
+    Raises:
+        HostfileError: with every problem of the file at once: missing or unreadable, malformed lines, a host named
+            twice, no slots, no hosts.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HostfileError(_missing(path))
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise HostfileError(f"Hostfile {path} cannot be read: {error.strerror}; make it readable.") from error
+    hosts: dict[str, Host] = {}
+    first_line_of: dict[str, int] = {}
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        name = text.split()[0]
+        if problem := _line_problem(text, first_line_of.get(name)):
+            problems.append(f"Hostfile {path}, line {number}: {problem}")
+        else:
+            hosts[name] = Host(name, _slots(text))
+        first_line_of.setdefault(name, number)
+    if not hosts and not problems:
+        problems.append(
+            f"Hostfile {path} names no host: {_EXPECTED} on at least one line that is no comment; add one, "
+            "or leave out --hostfile to train on this machine."
+        )
+    if problems:
+        raise HostfileError(problems)
+    return list(hosts.values())
+
+
+def launcher_hostfile() -> Path | None:
+    """The hostfile that the `deepspeed` command above this process was given, resolved against its working folder.
+
+    None without such a command among the ancestors (a plain `python` run, a rank started over ssh), and without the
+    flag. Whether the file exists is not looked at.
+    """
+    return _read_launch().hostfile
+
+
+def refuse_missing_hostfile() -> None:
+    """Refuse a launch that DeepSpeed quietly started somewhere else than its hostfile says.
+
+    Raises:
+        HostfileError: the hostfile given does not exist, is malformed, or leaves a single host that is not this one.
+    """
+    launch = _read_launch()
+    if launch.hostfile is not None:
+        parse_hostfile(launch.hostfile)
+    hosts = launch.local_hosts
+    if len(hosts) == 1 and not launch.without_ssh and not _is_this_machine(hosts[0]):
+        raise HostfileError(_one_remote_host(hosts[0], launch.hostfile))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What the command lines above this process say."""
+
+    hostfile: Path | None = None
+    """The runner's --hostfile, absolute."""
+    local_hosts: tuple[str, ...] = ()
+    """The hosts left after the runner's filters, where the runner started the ranks on its own machine."""
+    without_ssh: bool = False
+    """--no_ssh: each host is launched by itself, so that a local start is what was asked for."""
+
+
+def _read_launch() -> _Launch:
+    """Walk up from this process to the nearest `deepspeed` runner."""
+    local_hosts: tuple[str, ...] = ()
+    for process in _ancestors():
+        try:
+            program, arguments = _program(process.cmdline())
+        except psutil.Error:
+            continue
+        if _is_launcher(program):
+            local_hosts = _world_hosts(arguments)
+        elif _is_runner(program):
+            options = _runner_options(arguments)
+            if options is None:
+                return _Launch()
+            hostfile = None if options.hostfile is None else _working_folder(process) / options.hostfile
+            return _Launch(hostfile, local_hosts, options.no_ssh)
+    return _Launch()
+
+
+def _ancestors() -> list[psutil.Process]:
+    try:
+        return psutil.Process().parents()
+    except psutil.Error:
+        return []
+
+
+def _working_folder(process: psutil.Process) -> Path:
+    try:
+        return Path(process.cwd())
+    except psutil.Error:
+        return Path.cwd()
+
+
+def _program(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """What a command line runs, and its arguments: a script's path, or a module's name behind `-m`."""
+    if argv and Path(argv[0]).name in _RUNNER_PROGRAMS:
+        return argv[0], list(argv[1:])
+    index = 1
+    while index < len(argv):
+        argument = argv[index]
+        if argument == "-m" and index + 1 < len(argv):
+            return argv[index + 1], list(argv[index + 2 :])
+        if argument == "-c":
+            break
+        if not argument.startswith("-"):
+            return argument, list(argv[index + 1 :])
+        index += 2 if argument in _PYTHON_VALUE_OPTIONS else 1
+    return "", []
+
+
+def _is_runner(program: str) -> bool:
+    return Path(program).name in _RUNNER_PROGRAMS or _is_module(program, _RUNNER_MODULE)
+
+
+def _is_launcher(program: str) -> bool:
+    return _is_module(program, _LAUNCH_MODULE)
+
+
+def _is_module(program: str, module: str) -> bool:
+    return program == module or program.endswith("/" + module.replace(".", "/") + ".py")
+
+
+class _QuietParser(argparse.ArgumentParser):
+    """Raises where argparse would exit; takes abbreviations as DeepSpeed's parser does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _runner_options(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """The runner's own options (`hostfile`, `no_ssh`, ...), or None for a command line it would refuse itself."""
+    parser = _QuietParser(add_help=False)
+    for names in RUNNER_VALUE_OPTIONS:
+        parser.add_argument(*names)
+    for names in RUNNER_FLAGS:
+        parser.add_argument(*names, action="store_true")
+    parser.add_argument("user_script")
+    parser.add_argument("user_args", nargs=argparse.REMAINDER)
+    try:
+        return parser.parse_known_args(list(arguments))[0]
+    except ValueError:
+        return None
+
+
+def _world_hosts(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The hosts in the launcher's `--world_info`: base64 of {host: [slot, ...]}."""
+    for argument in arguments:
+        if argument.startswith("--world_info="):
+            try:
+                return tuple(json.loads(base64.urlsafe_b64decode(argument.partition("=")[2])))
+            except ValueError:
+                return ()
+    return ()
+
+
+def _is_this_machine(host: str) -> bool:
+    name = host.rpartition("@")[2].lower()
+    own_name = socket.gethostname().lower()
+    if name in {"localhost", own_name, own_name.partition(".")[0]}:
+        return True
+    try:
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    except OSError:
+        return False
+    own_addresses = {address.address for entries in psutil.net_if_addrs().values() for address in entries}
+    return any(address.startswith("127.") or address == "::1" or address in own_addresses for address in addresses)
+
+
+def _slots(text: str) -> int:
+    match = _LINE.fullmatch(text)
+    return int(match["slots"]) if match else 0
+
+
+def _line_problem(text: str, first_line: int | None) -> str | None:
+    """What is wrong with a line that is no comment: got, expected, the way out; None if nothing is."""
+    name = text.split()[0]
+    usable_name = _HOST.fullmatch(name) is not None
+    example = f"{name if usable_name else 'node1'} slots=1"
+    if _LINE.fullmatch(text) is None:
+        return f"got `{text}`, {_EXPECTED} with no spaces around `=` and nothing behind N; write `{example}`, say."
+    if not usable_name:
+        return f"got the host `{name}`, expected one host's name or address; write each host on a line of its own."
+    if _slots(text) == 0:
+        return f"got `slots=0`, expected at least 1; write `{example}`, say, or delete the line."
+    if first_line is not None:
+        return f"got `{name}` again, expected each host once; add up the slots on line {first_line}."
+    return None
+
+
+def _missing(path: Path) -> str:
+    """The problem of a hostfile that is no file, with the nearest name that is one."""
+    beside = path.parent if path.parent.is_dir() else Path("hostfiles")
+    names = [entry.name for entry in sorted(beside.iterdir()) if entry.is_file()] if beside.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"Did you mean {beside / near[0]}? " if near else ""
+    return (
+        f"Hostfile {path} is not a file: DeepSpeed only warns of that and trains on this machine alone. {hint}"
+        "Give the path of a file with one `host slots=N` per line, or leave out --hostfile to train on this machine."
+    )
+
+
+def _one_remote_host(host: str, hostfile: Path | None) -> str:
+    return (
+        f"Hostfile {hostfile or _DEFAULT_HOSTFILE} leaves one host, `{host}`, which is not this machine "
+        f"({socket.gethostname()}): "
+        f"DeepSpeed starts the ranks of a single host where it was typed. Add --force_multi to train on {host}; "
+        "to train here, leave out --hostfile, or name this machine `localhost` in it."
+    )

@@ -1,0 +1,150 @@
+"""Which row stands at each position of a run: a pure function of the seed, never stored.
+
+    position --> source (by the weights) --> n-th draw from it --> epoch, place --> permuted row
+    step     --> its positions           --> RowIds            --> ledger (a chain of hashes)
+
+Rank, world size and resumption never enter, so every topology trains on the same rows in the same order.
+
+Mix: earliest-deadline-first over pseudo-deadlines. The j-th draw of a source of weight w out of W may happen from
+position floor(j W / w) on and before ceil((j + 1) W / w); at full utilisation of one server that schedule always exists
+and keeps every source within one row of its share at every prefix (Baruah, Cohen, Plaxton and Varvel, "Proportionate
+progress: a notion of fairness in resource allocation", Algorithmica 15, 1996).
+Permutation: a Feistel network over the smallest power of two that holds the range, cycle-walking back into it (Black
+and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002); its round function is SplitMix64's finaliser
+(Steele, Lea and Flood, OOPSLA 2014). Good shuffling, not cryptography.
+
+Known gaps: the pattern of the mix is held in memory, one entry per unit of total weight.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+LastBatch = Literal["wrap", "keep", "drop"]
+
+FEISTEL_ROUNDS = 6
+_MASK_64 = (1 << 64) - 1
+
+
+class RowId(NamedTuple):
+    """A row of the data: the source's place in the recipe, the pass over that source, the row within it."""
+
+    source: int
+    epoch: int
+    row: int
+
+
+def permute(seed: int, epoch: int, index: int, count: int) -> int:
+    """The row at place `index` of an epoch: a seeded bijection on range(count), another one in each epoch."""
+    assert 0 <= index < count, (index, count)
+    bits = max((count - 1).bit_length(), 2)
+    low_bits = bits // 2
+    keys = _round_keys(seed, epoch)
+    while True:
+        index = _feistel(index, bits - low_bits, low_bits, keys)
+        if index < count:  # at most half of the domain lies outside: two rounds of walking on average
+            return index
+
+
+def _feistel(value: int, high_bits: int, low_bits: int, keys: tuple[int, ...]) -> int:
+    high, low = value >> low_bits, value & ((1 << low_bits) - 1)
+    for key in keys:
+        high, low = low, high ^ (_mix(low ^ key) & ((1 << high_bits) - 1))
+        high_bits, low_bits = low_bits, high_bits
+    return high << low_bits | low
+
+
+def _mix(value: int) -> int:
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
+    return value ^ value >> 31
+
+
+@lru_cache(maxsize=256)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    digest = hashlib.blake2b(f"ds_slm order {seed} {epoch}".encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    return tuple(int.from_bytes(digest[at : at + 8], "little") for at in range(0, len(digest), 8))
+
+
+class Order:
+    """The endless sequence of rows that a run draws from its sources."""
+
+    def __init__(self, seed: int, rows_per_source: Sequence[int], weights: Sequence[int]) -> None:
+        """Rows and integer weights in the recipe's order of sources; every source has at least one row."""
+        assert len(rows_per_source) == len(weights) and min(rows_per_source) > 0 and min(weights) > 0
+        divisor = math.gcd(*weights)
+        self._weights = [weight // divisor for weight in weights]
+        self._rows = list(rows_per_source)
+        self._seeds = [_source_seed(seed, source) for source in range(len(weights))]
+        self._pattern = _mix_pattern(self._weights)
+
+    def sample(self, index: int) -> RowId:
+        """The row at global position `index`."""
+        cycle, slot = divmod(index, len(self._pattern))
+        source, draws_before = self._pattern[slot]
+        draw = cycle * self._weights[source] + draws_before
+        epoch, place = divmod(draw, self._rows[source])
+        return RowId(source, epoch, permute(self._seeds[source], epoch, place, self._rows[source]))
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of one epoch: the longest run of draws from the start in which no row comes twice.
+
+        For a single source that is all of it; a mix ends its epoch with the source that runs out first.
+        """
+        return min(self._first_repeat(source) for source in range(len(self._rows)))
+
+    def _first_repeat(self, source: int) -> int:
+        cycle, draws_before = divmod(self._rows[source], self._weights[source])
+        return cycle * len(self._pattern) + self._pattern.index((source, draws_before))
+
+
+def _source_seed(seed: int, source: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"ds_slm source {seed} {source}".encode(), digest_size=8).digest(), "little")
+
+
+def _mix_pattern(weights: list[int]) -> list[tuple[int, int]]:
+    """One cycle of the mix, as (source, draws of that source before this one)."""
+    total = sum(weights)
+    drawn = [0] * len(weights)
+    pattern = []
+    for slot in range(total):
+        _, source = min(
+            (-(-(drawn[source] + 1) * total // weight), source)
+            for source, weight in enumerate(weights)
+            if drawn[source] * total // weight <= slot
+        )
+        pattern.append((source, drawn[source]))
+        drawn[source] += 1
+    return pattern
+
+
+def step_row_ids(
+    order: Order, position: int, rows_per_step: int, last_batch: LastBatch, total_rows: int
+) -> list[RowId]:
+    """The rows of the step that begins at a global position.
+
+    wrap: always `rows_per_step` rows, running on into the next epoch. keep: the last step of an epoch of `total_rows`
+    is short. drop: as wrap, for `next_step_position` leaves out an epoch's rest that fills no step.
+    """
+    left_in_epoch = total_rows - position % total_rows
+    count = min(rows_per_step, left_in_epoch) if last_batch == "keep" else rows_per_step
+    return [order.sample(position + offset) for offset in range(count)]
+
+
+def next_step_position(position: int, rows_per_step: int, last_batch: LastBatch, total_rows: int) -> int:
+    """Where the step after the one at `position` begins."""
+    left_in_epoch = total_rows - position % total_rows
+    if last_batch == "keep":
+        return position + min(rows_per_step, left_in_epoch)
+    if last_batch == "drop" and left_in_epoch < 2 * rows_per_step:
+        return position + left_in_epoch
+    return position + rows_per_step
+
+
+def extend_ledger(previous_hex: str, row_ids: Iterable[RowId]) -> str:
+    """The ledger after a step: sha256 over the ledger before it and the rows it trained on, in order."""
+    rows = " ".join(f"{row.source}/{row.epoch}/{row.row}" for row in row_ids)
+    return hashlib.sha256(f"{previous_hex}\n{rows}".encode()).hexdigest()

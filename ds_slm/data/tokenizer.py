@@ -1,0 +1,281 @@
+"""How text becomes ids, and how that is kept: always a Hugging Face tokenizer folder.
+
+    recipe --build_tokenizer--> Tokenizer --save--> folder --load_tokenizer--> Tokenizer
+
+bpe     byte-level BPE trained on the sources. Special tokens get exactly the recipe's ids, all other ids follow in
+        the order of their merges.
+cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ones as fillers, so that ids survive saving.
+        With P = {(l, r): l + r is a token} as merges, ordered by the rank of l + r, BPE is tiktoken's algorithm. Its
+        older pattern is used: the regex engine here reads the newer one's possessive quantifiers differently.
+hf      a local folder, a tokenizer.json, a SentencePiece tokenizer.model, or a hub id.
+
+Text is text: a control token's literal inside a document is encoded as ordinary text. The saved folder's default, for
+those who load it with transformers, does parse control tokens, as chat templates need.
+
+Known gaps: an hf tokenizer's chat template is not carried over; non-special added tokens are still parsed in text.
+"""
+
+import hashlib
+import json
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_slm.errors import DataError
+from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.schema import Tokenizer as Section
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CL100K_RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+CL100K_SPECIAL_TOKENS = {
+    "<|endoftext|>": 100257,
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<|im_start|>": 100264,
+    "<|im_end|>": 100265,
+    "<|endofprompt|>": 100276,
+}
+CL100K_VOCAB_SIZE = 100277
+
+
+class Tokenizer:
+    """Text to ids and back, with the ids that end and pad documents."""
+
+    def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str) -> None:
+        """Raises DataError where the vocabulary lacks the EOS or the pad token, naming both."""
+        self._backend = backend
+        self._backend.encode_special_tokens = True  # text is text
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.eos_token, self.pad_token = eos_token, pad_token
+        problems = [
+            f"the tokenizer has no {token!r}: set tokenizer.{field}_token to one of its tokens."
+            for field, token in (("eos", eos_token), ("pad", pad_token))
+            if backend.token_to_id(token) is None
+        ]
+        if problems:
+            raise DataError(problems)
+        self.eos_id, self.pad_id = self.token_id(eos_token), self.token_id(pad_token)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text; nothing is added at its ends."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of some ids."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token, given as it stands in the vocabulary. Raises DataError where there is none."""
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise DataError(f"the tokenizer has no token {token!r}: add it to tokenizer.special_tokens.")
+        return token_id
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of tokenizer.json's content, whatever its layout."""
+        return hashlib.sha256(_canonical(self._backend.to_str())).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `AutoTokenizer.from_pretrained` loads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "clean_up_tokenization_spaces": False,
+            "add_prefix_space": False,
+        }
+        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _canonical(tokenizer_json: str) -> bytes:
+    return json.dumps(json.loads(tokenizer_json), sort_keys=True).encode()
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read a folder that `Tokenizer.save`, or transformers, has written.
+
+    Raises:
+        DataError: where the folder is missing or holds no tokenizer.
+    """
+    import tokenizers
+
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        eos_token = _content(config["eos_token"])
+        pad_token = _content(config.get("pad_token") or eos_token)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise DataError(f"{folder} holds no whole tokenizer ({error}): prepare it again.") from error
+    return Tokenizer(backend, eos_token, pad_token)
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token  # transformers writes either
+
+
+def build_tokenizer(recipe: Recipe, documents: Callable[[Source], Iterator[str]]) -> Tokenizer:
+    """The recipe's tokenizer; `documents` gives the training text of a source.
+
+    Raises:
+        DataError: for files that are missing, too little text for the vocabulary, or ids other than the recipe's.
+    """
+    section = recipe.tokenizer
+    if section.kind == "bpe":
+        backend = _trained_bpe(recipe, documents)
+    elif section.kind == "cl100k":
+        backend = _cl100k(section)
+    else:
+        backend = _existing(section)
+    tokenizer = Tokenizer(backend, section.eos_token, section.pad_token)
+    _check_ids(tokenizer, section)
+    return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer, section: Section) -> None:
+    problems = []
+    if tokenizer.vocab_size != section.vocab_size:
+        problems.append(
+            f"the tokenizer has {tokenizer.vocab_size} ids and tokenizer.vocab_size is {section.vocab_size}: "
+            + ("give it more text, or ask for fewer ids." if section.kind == "bpe" else "make the recipe say the same.")
+        )
+    for token, token_id in section.special_tokens.items():
+        if (found := tokenizer._backend.token_to_id(token)) != token_id:
+            problems.append(f"tokenizer.special_tokens: {token!r} should be {token_id} and is {found}.")
+    if problems:
+        raise DataError(problems)
+
+
+def _trained_bpe(recipe: Recipe, documents: Callable[[Source], Iterator[str]]) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    section = recipe.tokenizer
+    specials = section.special_tokens
+    learner = Backend(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=section.vocab_size - len(specials),
+        min_frequency=section.min_frequency,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (
+        text
+        for source in recipe.data.source
+        for text in islice(documents(source), section.documents_per_weight * source.weight)
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    taken = set(specials.values())
+    free_ids = (number for number in range(section.vocab_size) if number not in taken)
+    vocab = {token: next(free_ids) for token in sorted(learned["vocab"], key=learned["vocab"].__getitem__)}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return _byte_level(vocab | specials, merges, list(specials), pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def _byte_level(
+    vocab: dict[str, int], merges: list[tuple[str, str]], specials: list[str], pre_tokenizer: Any, **options: Any
+) -> "tokenizers.Tokenizer":
+    """A byte-level BPE whose special tokens already stand in the vocabulary, under the ids they must have."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, **options))
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return backend
+
+
+def _cl100k(section: Section) -> "tokenizers.Tokenizer":
+    from tokenizers import Regex, pre_tokenizers
+
+    letters = _byte_letters()
+    ranks = {"".join(letters[byte] for byte in token): rank for token, rank in _cl100k_ranks(section).items()}
+    merges = sorted(
+        (rank, ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
+        for token, rank in ranks.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    )
+    named = {number: token for token, number in CL100K_SPECIAL_TOKENS.items()}
+    controls = {named.get(number, f"<|unused_{number}|>"): number for number in range(len(ranks), CL100K_VOCAB_SIZE)}
+    pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CL100K_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    pairs = [(left, right) for *_, left, right in merges]
+    return _byte_level(ranks | controls, pairs, list(controls), pre_tokenizer, ignore_merges=True)
+
+
+def _cl100k_ranks(section: Section) -> dict[bytes, int]:
+    """Token bytes -> rank, from the user's file or through tiktoken, which downloads and caches them."""
+    if section.path is None:
+        import tiktoken
+
+        try:
+            return tiktoken.get_encoding("cl100k_base")._mergeable_ranks
+        except Exception as error:  # requests' own kinds
+            raise DataError(
+                f"tiktoken cannot download cl100k's ranks ({error}): set tokenizer.path to a copy of "
+                "cl100k_base.tiktoken, or TIKTOKEN_CACHE_DIR to a cache that has it."
+            ) from error
+    path = Path(section.path)
+    if not path.is_file():
+        raise DataError(f"tokenizer.path = {section.path!r} does not exist: name a copy of cl100k_base.tiktoken.")
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != CL100K_RANKS_SHA256:
+        raise DataError(f"{path} has sha256 {found}, cl100k's ranks have {CL100K_RANKS_SHA256}: get an intact copy.")
+    return {b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+
+
+def _byte_letters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table).
+
+    Bytes that Latin-1 prints stand for themselves, the others for characters from U+0100 on, in order.
+    """
+    printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
+
+
+def _existing(section: Section) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    assert section.path is not None  # the recipe was checked
+    path = Path(section.path)
+    json_file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if json_file.is_file() and json_file.suffix == ".json":
+            return tokenizers.Tokenizer.from_file(str(json_file))
+        from transformers import AutoTokenizer, LlamaTokenizer
+
+        family = LlamaTokenizer if path.suffix == ".model" else AutoTokenizer
+        return family.from_pretrained(section.path).backend_tokenizer
+    except Exception as error:  # the Rust side raises bare Exception, the hub's libraries their own kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"tokenizer.path = {section.path!r} gives no tokenizer ({reason}): name a local folder, a tokenizer.json, a "
+            "tokenizer.model or a hub id."
+        ) from error

@@ -1,0 +1,69 @@
+"""The typed errors a user can meet, and the one rule that turns them into exit codes.
+
+Every error lists all the problems found, each as: what was got, what was expected, the way out.
+
+Exit codes: 0 done; 2 the user's mistake, told in one paragraph; 75 stopped by a signal with a whole checkpoint saved;
+1 anything else.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Holds every problem found, so that one round of mending is enough."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class RecipeError(UserError):
+    """A recipe or an override that cannot be trained."""
+
+
+class DataError(UserError):
+    """A tokenizer, source or shard that is missing, damaged or does not fit the recipe."""
+
+
+class ConfigError(UserError):
+    """A DeepSpeed configuration, or a batch, that does not fit the recipe or the world size."""
+
+
+class HostfileError(UserError):
+    """A hostfile that is missing, malformed or would launch somewhere else than it says."""
+
+
+class CheckpointError(UserError):
+    """A run folder or checkpoint that is damaged, belongs to another recipe, or is in the way."""
+
+
+class DeviceError(UserError):
+    """A device that lacks what the recipe asks for."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on: a non-finite loss or gradient. Not the user's mistake; exit code 1, no traceback."""
+
+
+def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
+    """Run a program's `main` and return its exit code; a mistake of the user's is told on stderr without a traceback.
+
+    Args:
+        main: the program.
+        tell: False on ranks whose message another rank prints as well.
+    """
+    try:
+        return main() or EXIT_OK
+    except UserError as error:
+        message, code = "error: " + "\n  ".join(error.problems), EXIT_USER_ERROR
+    except TrainingError as error:
+        message, code = f"stopped: {error}", EXIT_FAILURE
+    if tell:
+        print(message, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,317 @@
+"""The whole decoder: one pre-norm transformer whose parameter names are Hugging Face's.
+
+    ids_BT --> embed_tokens --> blocks: x += attention(norm(x)); x += mlp(norm(x)) --> norm --> hidden_BTD
+    hidden_BTD, targets_BT, weights_BT --> head and loss in chunks --> LossSums          (training, evaluation)
+    hidden_BTD --> head --> logits_BTV                                                   (scoring, generation)
+
+RMSNorm is computed in fp32 (arXiv 1910.07467); rotary positions turn half against half (arXiv 2104.09864); SwiGLU has
+no biases (arXiv 2002.05202); queries share keys and values in groups (arXiv 2305.13245). Optional: RMSNorm of each
+query and key head before rotation (arXiv 2302.05442), exclusive attention (arXiv 2603.09078), a head tied to the
+embedding.
+
+Shapes: B rows, T tokens of a row, S keys in sight (cached ones and T new ones), D hidden size, H query heads, K key and
+value heads, G = H / K, E head dimension, F feed-forward size, V vocabulary, N = B * T.
+
+Known gaps: no dropout, no sliding window, no RoPE scaling; packed rows use a mask over T x T, not a varlen kernel.
+"""
+
+import hashlib
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_slm.model.kernels import attention, effective_kernels, embed, product
+from ds_slm.model.loss import LossSums, chunked_loss
+from ds_slm.recipe import schema
+
+__all__ = ["Decoder", "KVCache", "build", "effective_kernels", "exclude_own_value", "initialise"]
+
+
+class Linear(nn.Module):
+    """x @ weight.T, without bias; `initialise` fills the weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From [..., inputs] to [..., outputs]."""
+        return product(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A row of the weight for each id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """x_BTD."""
+        return embed(ids_BT, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape and dtype as x."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand and what each may see: the same for every block."""
+
+    cos: Tensor
+    """Cosines of the rotation, fp32 [..., T, E / 2]."""
+    sin: Tensor
+    mask_BTS: Tensor | None
+    """True where a token may look; None where `causal` says it all."""
+    causal: bool
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for decoding; every row has the same length."""
+
+    def __init__(self, shape: schema.Model, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        size = (shape.num_hidden_layers, 2, rows, shape.num_key_value_heads, capacity, shape.head_dim)
+        self.buffer = torch.empty(size, dtype=dtype, device=device)
+        self.length = 0
+        """Tokens seen by every layer."""
+
+    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one layer's new keys and values; returns all of them, k_BKSE and v_BKSE."""
+        end = self.length + k_BKTE.shape[2]
+        keys, values = self.buffer[layer]
+        keys[:, :, self.length : end] = k_BKTE
+        values[:, :, self.length : end] = v_BKTE
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped keys and values."""
+
+    def __init__(self, shape: schema.Model) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        self.q_proj = Linear(shape.hidden_size, queries)
+        self.k_proj = Linear(shape.hidden_size, keys)
+        self.v_proj = Linear(shape.hidden_size, keys)
+        self.o_proj = Linear(queries, shape.hidden_size)
+        self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps) if shape.qk_norm else nn.Identity()
+        self.exclusive = shape.exclusive_attention
+
+    def forward(self, x_BTD: Tensor, places: Places, cache: KVCache | None, layer: int) -> Tensor:
+        """What the block adds to x_BTD."""
+        q_BHTE = rotate(self.q_norm(self._heads(self.q_proj(x_BTD))).transpose(1, 2), places)
+        k_BKTE = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))).transpose(1, 2), places)
+        v_BKTE = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
+        k_BKSE, v_BKSE = (k_BKTE, v_BKTE) if cache is None else cache.extend(layer, k_BKTE, v_BKTE)
+        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, places.mask_BTS, places.causal)
+        if self.exclusive:
+            y_BHTE = exclude_own_value(y_BHTE, v_BKTE)
+        return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+def exclude_own_value(y_BHTE: Tensor, v_BKTE: Tensor) -> Tensor:
+    """Exclusive attention: y minus its component along the token's own value, y - (y.v / v.v) v, in fp32.
+
+    A token that sees only itself has y = v and gets exactly zero: y.v and v.v are then the same sum.
+    """
+    y_BKGTE = y_BHTE.unflatten(1, (v_BKTE.shape[1], -1)).float()
+    v_BKGTE = v_BKTE.unsqueeze(2).float().expand_as(y_BKGTE)
+    share = (y_BKGTE * v_BKGTE).sum(-1, keepdim=True) / (v_BKGTE * v_BKGTE).sum(-1, keepdim=True).clamp_min(1e-20)
+    return (y_BKGTE - share * v_BKGTE).flatten(1, 2).to(y_BHTE.dtype)
+
+
+def rotate(x: Tensor, places: Places) -> Tensor:
+    """Rotary positions on x [B, heads, T, E]: component i turns against i + E / 2, in fp32."""
+    left, right = x.float().chunk(2, dim=-1)
+    turned = left * places.cos - right * places.sin, right * places.cos + left * places.sin
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(head_dim: int, theta: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, fp32 [length, head_dim / 2]. No buffers: casting a model to bf16 must not round them."""
+    with torch.inference_mode(False), torch.no_grad():
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        angles = torch.arange(length, dtype=torch.float32, device=device).outer(1.0 / theta**exponents)
+        return angles.cos(), angles.sin()
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, shape: schema.Model) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """What the block adds to x_BTD."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, shape: schema.Model) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = Mlp(shape)
+
+    def forward(self, x_BTD: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """The residual stream after this block."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), places, cache, layer)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Trunk(nn.Module):
+    """Everything below the head."""
+
+    def __init__(self, shape: schema.Model, gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.gradient_checkpointing = gradient_checkpointing
+        self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Final hidden states, hidden_BTD."""
+        places = self.places(ids_BT, document_ids_BT, cache)
+        x_BTD = self.embed_tokens(ids_BT)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for layer, block in enumerate(self.layers):
+            if recompute:  # nothing in a block is random, so no generator state needs restoring
+                x_BTD = checkpoint(block, x_BTD, places, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD = block(x_BTD, places, cache, layer)
+        if cache is not None:
+            cache.length += ids_BT.shape[1]
+        return self.norm(x_BTD)
+
+    def places(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Places:
+        """Rotations and sight of each token: of all before it, or of all before it in its document."""
+        T, seen = ids_BT.shape[1], cache.length if cache else 0
+        limit = self.shape.max_position_embeddings
+        assert seen + T <= limit, f"{seen + T} tokens exceed max_position_embeddings = {limit}"
+        cos, sin = rotary_tables(self.shape.head_dim, self.shape.rope_theta, limit, ids_BT.device)
+        if document_ids_BT is not None:
+            assert cache is None, "decoding of packed rows is not supported"
+            positions_BT, mask_BTT = packed(document_ids_BT)
+            return Places(cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1), mask_BTT, causal=False)
+        cos, sin = cos[seen : seen + T], sin[seen : seen + T]
+        if seen == 0 or T == 1:  # one new token sees everything, and is_causal would align it with the first key
+            return Places(cos, sin, None, causal=T > 1)
+        mask_TS = torch.ones(T, seen + T, dtype=torch.bool, device=ids_BT.device).tril(seen)
+        return Places(cos, sin, mask_TS.expand(len(ids_BT), -1, -1), causal=False)
+
+
+def packed(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that restart with each run of equal document ids, and the mask of all before in the same run.
+
+    Returns:
+        positions_BT and mask_BTT.
+    """
+    starts_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    index_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+    first_BT = torch.where(starts_BT, index_T, 0).cummax(1).values
+    same_BTT = first_BT.unsqueeze(2) == first_BT.unsqueeze(1)
+    return index_T - first_BT, same_BTT.tril()
+
+
+class Decoder(nn.Module):
+    """A causal language model; `schema.Model` gives its shape."""
+
+    def __init__(self, shape: schema.Model, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Trunk(shape, gradient_checkpointing)
+        self.lm_head = None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The output projection: the embedding itself where the head is tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        target_ids_BT: Tensor | None = None,
+        weights_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        z_scale: float | Tensor = 0.0,
+        cache: KVCache | None = None,
+    ) -> LossSums | Tensor:
+        """Loss sums where there are targets, logits where there are none.
+
+        Args:
+            input_ids_BT: tokens, at most max_position_embeddings of them.
+            target_ids_BT: the token to predict at each place.
+            weights_BT: its loss weight; None means 1 everywhere. Targets of weight 0 are never looked at.
+            document_ids_BT: the document of each token; attention and positions then stay within documents.
+            z_scale: factor of the sum of squared logsumexps in the objective.
+            cache: tokens seen before; extended by these.
+
+        Returns:
+            `LossSums`, or logits_BTV in the model's dtype; with a cache the last token's alone, logits_B1V.
+        """
+        hidden_BTD = self.model(input_ids_BT, document_ids_BT, cache)
+        if target_ids_BT is None:
+            return product(hidden_BTD if cache is None else hidden_BTD[:, -1:], self.head_weight_VD)
+        weights_BT = torch.ones_like(target_ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT
+        hidden_ND, targets_N, weights_N = hidden_BTD.flatten(0, 1), target_ids_BT.flatten(), weights_BT.flatten()
+        return chunked_loss(hidden_ND, self.head_weight_VD, targets_N, weights_N, z_scale)
+
+
+def build(shape: schema.Model, seed: int, gradient_checkpointing: bool = False) -> Decoder:
+    """An initialised fp32 decoder on the CPU."""
+    model = Decoder(shape, gradient_checkpointing)
+    initialise(model, shape, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, shape: schema.Model, seed: int) -> None:
+    """Fill every parameter: matrices normal, norms one.
+
+    Each parameter has a generator of its own, seeded by `seed` and its name: neither the order of the parameters, nor
+    their dtype or device, nor torch's global generator changes a value.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+            continue
+        key = hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little"))
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        parameter.copy_(values.normal_(0.0, _standard_deviation(name, shape), generator=generator))
+
+
+def _standard_deviation(name: str, shape: schema.Model) -> float:
+    if name == "model.embed_tokens.weight":
+        return shape.embedding_init_std or shape.init_std
+    if shape.scaled_residual_init and name.endswith(("o_proj.weight", "down_proj.weight")):
+        return shape.init_std / math.sqrt(2 * shape.num_hidden_layers)
+    return shape.init_std

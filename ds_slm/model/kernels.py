@@ -1,0 +1,117 @@
+"""The operations whose fastest right form depends on the device: products, attention, embedding.
+
+    half-precision tensors --> does this device multiply them? --> yes: torch's own call
+                                                               --> no:  upcast to fp32, multiply, round the result
+
+A CPU without bf16 instructions gets torch's reference loops, ten times slower than its fp32 ones. Upcasting both
+operands, multiplying in fp32 and rounding once is what bf16 hardware does: exact products, fp32 sums. What is kept
+for the backward pass stays in half precision.
+
+Known gaps: torch's CPU attention keeps its upcast operands until the backward pass.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@lru_cache
+def multiplies(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the device has fast products in this dtype; a CPU needs AVX-512 or AMX for the half-precision ones."""
+    if device_type != "cpu" or dtype not in HALF:
+        return True
+    check = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
+
+
+def effective_kernels(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
+    """How the model computes on this device in this dtype, for the report at the start of a run."""
+    device_type, name = torch.device(device).type, str(dtype).removeprefix("torch.")
+    native = multiplies(device_type, dtype)
+    how = f"{device_type} {name}" if native else f"{device_type} fp32, {name} operands upcast and results rounded"
+    fp32_sums = device_type == "cpu" and dtype in HALF
+    return {
+        "products": how,
+        "attention": f"scaled_dot_product_attention, {how}",
+        "embedding_gradient": "fp32 sums per token id" if fp32_sums else f"torch, {name}",
+        "norm": "F.rms_norm, fp32 inside",
+    }
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows x [..., in] times weight [out, in] transposed, in their common dtype with fp32 sums."""
+    if multiplies(x.device.type, x.dtype):
+        return F.linear(x, weight)
+    return _UpcastProduct.apply(x, weight)
+
+
+class _UpcastProduct(torch.autograd.Function):
+    """F.linear through fp32. Saves its half-precision operands and upcasts them again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_fp32 = grad.float()
+        d_x = (grad_fp32 @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return d_x, None
+        d_weight = grad_fp32.flatten(0, -2).T @ x.flatten(0, -2).float()
+        return d_x, d_weight.to(weight.dtype)
+
+
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool) -> Tensor:
+    """Softmax attention with grouped keys and values; `mask_BTS` is True where a query may look.
+
+    Returns:
+        y_BHTE in the dtype of q_BHTE.
+    """
+    mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    options = {"attn_mask": mask, "is_causal": causal, "enable_gqa": q_BHTE.shape[1] != k_BKSE.shape[1]}
+    if multiplies(q_BHTE.device.type, q_BHTE.dtype):
+        return attend(q_BHTE, k_BKSE, v_BKSE, **options)
+    return attend(q_BHTE.float(), k_BKSE.float(), v_BKSE.float(), **options).to(q_BHTE.dtype)
+
+
+def embed(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [V, D] for each id.
+
+    torch's CPU backward adds the gradients of a repeated id one by one in the weight's dtype: in bf16, 2,000 ones sum
+    to 256. There the sums are formed in fp32 and rounded once.
+    """
+    if weight.device.type == "cpu" and weight.dtype in HALF:
+        return _Fp32SumEmbedding.apply(ids, weight)
+    return F.embedding(ids, weight)
+
+
+class _Fp32SumEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        used, slots = ids.flatten().unique(return_inverse=True)
+        sums = torch.zeros(len(used), ctx.shape[1], dtype=torch.float32).index_add_(
+            0, slots, grad.flatten(0, -2).float()
+        )
+        d_weight = torch.zeros(ctx.shape, dtype=grad.dtype)
+        d_weight[used] = sums.to(grad.dtype)
+        return None, d_weight

@@ -1,0 +1,145 @@
+"""Weighted cross-entropy and z-loss over a large vocabulary, a few tokens at a time.
+
+    hidden_ND, head_weight_VD --> logits_CV of one chunk --> nll, logsumexp, and at once d_logits_CV
+                              --> d_hidden_CD, and d_weight_VD added up in fp32 --> the next chunk
+
+The logits of all tokens would be the largest tensor of the run. Here a chunk's logits live only until its share of the
+gradient is formed, in the forward pass; the backward pass multiplies the stored gradient by one scalar.
+
+    nll_n = logsumexp(logits_n) - logits_n[target_n]          z_n = logsumexp(logits_n)
+    objective = sum_n w_n nll_n + z_scale * sum over w_n > 0 of z_n^2
+    d objective / d logits_n = (w_n + 2 z_scale z_n [w_n > 0]) softmax(logits_n) - w_n onehot(target_n)
+
+Precision: logits come from a product in the model's dtype (fp32 where the device upcasts anyway); softmax, sums and the
+accumulated d_weight are fp32; the two gradients are rounded once, in the backward pass, to the dtype of their tensors.
+Known gaps: not differentiable twice; softmax costs five passes over a chunk, which a fused kernel would spare.
+
+Shapes: N tokens, C tokens of one chunk, V vocabulary, D hidden size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_slm.model.kernels import multiplies
+
+CHUNK_LOGITS = {"cpu": 2**20}
+"""Logits of one chunk by device: on a CPU what its cache holds, elsewhere `LARGE_CHUNK_LOGITS`."""
+LARGE_CHUNK_LOGITS = 2**27
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 128, 2048
+
+
+class LossSums(NamedTuple):
+    """Sums over one micro-batch, fp32 scalars; the trainer divides them by sums over the whole step."""
+
+    objective: Tensor
+    """Sum of w * nll + z_scale * sum of z^2: the only one with a gradient."""
+    nll: Tensor
+    """Sum of w * nll, in nats."""
+    weight: Tensor
+    """Sum of w."""
+    z2: Tensor
+    """Sum of logsumexp^2 over tokens with w > 0."""
+    count: Tensor
+    """Tokens with w > 0."""
+
+
+def chunked_loss(
+    hidden_ND: Tensor,
+    head_weight_VD: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    z_scale: float | Tensor = 0.0,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """The loss sums of N tokens without ever holding N x V logits.
+
+    Tokens of weight 0 add exactly nothing, to the sums or to the gradients, whatever their hidden state or target.
+
+    Args:
+        hidden_ND: final hidden states.
+        head_weight_VD: the output projection.
+        targets_N: the id to predict at each token.
+        weights_N: loss weight of each token, at least 0.
+        z_scale: factor of the sum of squared logsumexps.
+        chunk_tokens: tokens whose logits are held at a time; None chooses by device and vocabulary.
+    """
+    chunk_tokens = chunk_tokens or _chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
+    wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
+    return LossSums(
+        *_ChunkedLoss.apply(hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, wanted)
+    )
+
+
+def _chunk_tokens(device_type: str, vocab_size: int) -> int:
+    logits = CHUNK_LOGITS.get(device_type, LARGE_CHUNK_LOGITS)
+    return min(max(logits // vocab_size, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_weight_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        z_scale: float | Tensor,
+        chunk_tokens: int,
+        wanted: bool,
+    ) -> tuple[Tensor, ...]:
+        counted_N = weights_N > 0
+        targets_N = targets_N.long().masked_fill(~counted_N, 0)
+        # Gradients are formed with weights of at most 1: fp16 would lose small ones before the loss scale reaches them.
+        unit = weights_N.max().clamp_min(torch.finfo(torch.float32).tiny)
+        upcast = not multiplies(hidden_ND.device.type, hidden_ND.dtype)
+        operand = torch.float32 if upcast else hidden_ND.dtype
+        matrix_VD = head_weight_VD.to(operand)
+
+        nll = hidden_ND.new_zeros((), dtype=torch.float32)
+        z2 = torch.zeros_like(nll)
+        d_hidden_ND = torch.empty_like(hidden_ND, dtype=operand) if wanted else None
+        d_weight_VD = torch.zeros_like(head_weight_VD, dtype=torch.float32) if wanted else None
+        for start in range(0, len(targets_N), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            counted_C, weights_C, targets_C1 = counted_N[chunk], weights_N[chunk], targets_N[chunk].unsqueeze(1)
+            # A masked token may hold anything, infinities too: zero its hidden state before, not its loss after.
+            hidden_CD = hidden_ND[chunk].to(operand).masked_fill(~counted_C.unsqueeze(1), 0)
+            logits_CV = F.linear(hidden_CD, matrix_VD).float()
+            target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
+            peak_C1 = logits_CV.amax(1, keepdim=True)
+            exp_CV = logits_CV.sub_(peak_C1).exp_()  # in place: the one large tensor of the chunk
+            sum_C1 = exp_CV.sum(1, keepdim=True)
+            z_C = (sum_C1.log() + peak_C1).squeeze(1)
+            nll += (weights_C * (z_C - target_logits_C)).sum()
+            z2 += (z_C.square() * counted_C).sum()
+            if d_hidden_ND is None or d_weight_VD is None:
+                continue
+            share_C = (weights_C + 2 * z_scale * z_C * counted_C) / unit
+            d_logits_CV = exp_CV.mul_(share_C.unsqueeze(1) / sum_C1)
+            d_logits_CV.scatter_add_(1, targets_C1, -(weights_C / unit).unsqueeze(1))
+            d_logits_CV = d_logits_CV.to(operand)
+            torch.mm(d_logits_CV, matrix_VD, out=d_hidden_ND[chunk])
+            if operand == torch.float32:
+                d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+            else:
+                d_weight_VD += d_logits_CV.T @ hidden_CD
+        if wanted:
+            ctx.save_for_backward(d_hidden_ND, d_weight_VD, unit)
+            ctx.dtypes = hidden_ND.dtype, head_weight_VD.dtype
+        objective = nll + z_scale * z2
+        constants = nll, weights_N.sum(), z2, counted_N.sum(dtype=torch.float32)
+        ctx.mark_non_differentiable(*constants)
+        return objective, *constants
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        d_hidden_ND, d_weight_VD, unit = ctx.saved_tensors
+        scale = grad.float() * unit
+        # .float() first: against a bf16 tensor the scalar itself would be rounded to bf16, and every gradient with it.
+        d_hidden_ND = d_hidden_ND.float().mul(scale).to(ctx.dtypes[0])
+        return d_hidden_ND, d_weight_VD.mul(scale).to(ctx.dtypes[1]), None, None, None, None, None

@@ -1,0 +1,88 @@
+"""What DeepSpeed launches for pretraining: read the flags, then hand over to the loop.
+
+deepspeed ds_slm/pretrain.py                                          the demo recipe on this machine
+deepspeed --hostfile hostfiles/two_node ds_slm/pretrain.py --recipe slm-10m
+python ds_slm/pretrain.py                                             one device, no launcher
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+# Python puts this script's own folder first on the path, where `data` and `recipe` would be top-level modules.
+sys.path[:] = [str(PACKAGE.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != PACKAGE)]
+# Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+from ds_slm.errors import DataError, run_program  # noqa: E402 - after the path is right
+
+
+def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> None:
+    """The flags that pretraining and fine-tuning share."""
+    parser.add_argument("--recipe", default=default_recipe, help="name in the library, or path of a .toml file")
+    parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--ds-config", type=Path, default=PACKAGE.parent / "ds_configs" / "zero1.json")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where prepared data lies or goes")
+    parser.add_argument("--source", action="append", default=[], metavar="NAME=PATH", help="replace a source by local files")
+    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
+    parser.add_argument("--max-steps", type=int, help="stop after this step; the schedule keeps the recipe's length")
+    parser.add_argument("--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device")
+    parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+
+
+def _micro_batch(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+def parse_sources(pairs: list[str]) -> dict[str, Path]:
+    """NAME=PATH flags. Raises DataError for every malformed one."""
+    malformed = [pair for pair in pairs if "=" not in pair]
+    if malformed:
+        raise DataError([f"--source {pair!r}: expected NAME=PATH." for pair in malformed])
+    return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
+
+
+def main() -> None:
+    """Pretrain a recipe."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a recipe.", allow_abbrev=False)
+    add_training_flags(parser, default_recipe="demo")
+    args = parser.parse_args()
+
+    from ds_slm.cluster.hostfile import refuse_missing_hostfile
+    from ds_slm.data import shards
+    from ds_slm.recipe import schema
+
+    recipe = schema.load(args.recipe, args.set)
+    name = schema.recipe_path(args.recipe).stem
+    sources = parse_sources(args.source)
+    refuse_missing_hostfile()
+
+    from ds_slm.data.rows import PretrainRows
+    from ds_slm.publish.generate import sampler
+    from ds_slm.train import session
+
+    options = session.Options(
+        run_dir=args.run_dir or Path("runs") / name,
+        ds_config=args.ds_config,
+        resume=args.resume,
+        max_steps=args.max_steps,
+        micro_batch=args.micro_batch,
+        allow_change=args.allow_change,
+    )
+    report = print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda line: None
+    task = session.Task(
+        prepare=lambda: shards.prepare(recipe, name, args.data_root, sources, report=report),
+        rows=lambda corpus: PretrainRows(recipe, corpus),
+        sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
+        val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,
+    )
+    session.run(recipe, options, task)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, tell=os.environ.get("RANK", "0") == "0"))

@@ -1,0 +1,1 @@
+"""What leaves the house: generated text and Hugging Face folders."""

@@ -1,0 +1,142 @@
+"""A Hugging Face folder from named tensors: what `AutoModelForCausalLM.from_pretrained` loads.
+
+    run folder --> checkpoint --> fp32 tensors by name --> .OUT.tmp-PID/ --> every file fsynced --> renamed to OUT
+
+    config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md if a card is given
+    modeling_exclusive.py where the model has exclusive attention
+
+A tied head is stored once, as the embedding, so that transformers counts as many parameters as the recipe.
+Known gap: one safetensors file, however large.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.errors import CheckpointError
+from ds_slm.model import hf
+from ds_slm.model.decoder import Decoder
+from ds_slm.recipe import schema
+
+
+def export_run(
+    run: Path, out: Path, step: int | None = None, best: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Export a run's checkpoint: of a step, the best, or the newest whole one.
+
+    Returns:
+        What was exported: checkpoint, step, parameters, dtype and folder.
+
+    Raises:
+        CheckpointError: where the run has no such whole checkpoint, or `out` is in the way.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
+    recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
+    checkpoint = checkpoint_format.choose(run, step=step, best=best)
+    state = checkpoint_format.read_model(checkpoint)
+    parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype)
+    return {
+        "checkpoint": str(checkpoint),
+        "step": checkpoint_format.read_state(checkpoint)["step"],
+        "params": parameters,
+        "dtype": _name(dtype),
+        "folder": str(out),
+    }
+
+
+def export(
+    state: Mapping[str, Tensor],
+    shape: schema.Model,
+    tokenizer_folder: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    card_text: str | None = None,
+) -> int:
+    """Write a Hugging Face folder. It appears whole, or not at all.
+
+    Args:
+        state: every parameter by name, in any dtype.
+        shape: the shape the parameters must have.
+        tokenizer_folder: a folder that transformers can load; its files are copied.
+        out: the folder to make; it may exist empty.
+        dtype: of the stored weights.
+        card_text: the model card, README.md.
+
+    Returns:
+        The number of parameters, a tied head counted once.
+
+    Raises:
+        CheckpointError: where `out` is not empty, or names or shapes are not the model's.
+        DataError: where the tokenizer cannot be read.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is not an empty folder: name another one, or delete it.")
+    _refuse_other_shape(state, shape)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer_folder} has {tokenizer.vocab_size} ids, the model {shape.vocab_size}: "
+            "it is not the one the model was trained with."
+        )
+    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        for path in tokenizer_folder.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, folder / path.name)
+        _write_json(folder / "config.json", hf.hf_config(shape, dtype=_name(dtype), **ids))
+        _write_json(folder / "generation_config.json", hf.generation_config(**ids))
+        if shape.exclusive_attention:
+            shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
+        if card_text is not None:
+            (folder / "README.md").write_text(card_text, encoding="utf-8")
+        _write_tensors(folder / "model.safetensors", state, dtype)
+        for path in (*folder.iterdir(), folder):
+            checkpoint_format.fsync(path)
+        os.rename(folder, out)
+        checkpoint_format.fsync(out.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def _refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:
+    with torch.device("meta"):
+        expected = {name: parameter.shape for name, parameter in Decoder(shape).named_parameters()}
+    problems = [f"{name} is missing." for name in expected.keys() - state.keys()]
+    problems += [f"{name} belongs to no part of the model." for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name])}."
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name]
+    ]
+    if problems:
+        raise CheckpointError(["these weights are not the recipe's model:", *sorted(problems)])
+
+
+def _write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

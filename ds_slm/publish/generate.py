@@ -1,0 +1,118 @@
+"""Sampling from a decoder, one token at a time, with a KV cache.
+
+    ids --> prefill --> logits of the last token --> penalty, temperature, top-k, top-p --> token --> cache --> ...
+
+The order of the filters is that of transformers. Randomness comes from a generator of the call's own on the CPU: the
+same seed gives the same text on any device, as far as the logits are the same.
+
+Beyond the context limit the window slides: the older half is forgotten and the newer half is read again, so positions
+stay within what was trained. Known gap: one sequence at a time.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.model.decoder import Decoder, KVCache
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop_ids: Collection[int] = (),
+    seed: int = 0,
+) -> list[int]:
+    """Continue a sequence of at least one id.
+
+    Args:
+        model: a decoder; it is run in evaluation mode.
+        ids: the prompt; only its newest max_position_embeddings ids are read.
+        max_new_tokens: longest continuation.
+        temperature: 0 takes the likeliest token each time.
+        top_k: keep so many of the likeliest tokens; 0 keeps all.
+        top_p: keep the fewest tokens whose probabilities add up to this.
+        repetition_penalty: divides positive and multiplies negative logits of ids already present.
+        stop_ids: the continuation ends with the first of these.
+        seed: of the sampling.
+
+    Returns:
+        The new ids, the stop id included.
+    """
+    limit = model.shape.max_position_embeddings
+    weight = next(model.parameters())
+    capacity = min(limit, len(ids) + max_new_tokens)
+    cache = KVCache(model.shape, 1, capacity, weight.dtype, weight.device)
+    generator = torch.Generator().manual_seed(seed)
+    known, unread = list(ids), list(ids)[-limit:]
+    was_training = model.training
+    model.eval()
+    try:
+        while len(known) < len(ids) + max_new_tokens:
+            logits_B1V = model(torch.tensor([unread], device=weight.device), cache=cache)
+            logits_V = logits_B1V[0, -1].float().cpu()
+            token = _choose(logits_V, known, temperature, top_k, top_p, repetition_penalty, generator)
+            known.append(token)
+            if token in stop_ids:
+                break
+            unread = [token]
+            if cache.length == limit:
+                cache.length, unread = 0, known[-max(limit // 2, 1) :]
+    finally:
+        model.train(was_training)
+    return known[len(ids) :]
+
+
+def _choose(
+    logits_V: Tensor,
+    known: Sequence[int],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    generator: torch.Generator,
+) -> int:
+    if repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(known)))
+        logits = logits_V[seen]
+        logits_V[seen] = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+    if temperature == 0:
+        return int(logits_V.argmax())
+    sorted_V, order_V = (logits_V / temperature).sort(descending=True, stable=True)
+    if top_k > 0:
+        sorted_V[top_k:] = -torch.inf
+    probabilities_V = sorted_V.softmax(-1)
+    before_V = probabilities_V.cumsum(-1) - probabilities_V  # probability of all likelier tokens: 0 for the likeliest
+    probabilities_V[before_V >= top_p] = 0.0
+    probabilities_V[0].clamp_min_(torch.finfo(torch.float32).tiny)
+    return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+
+
+def sampler(
+    tokenizer_folder: Path, prompts: Sequence[str], max_new_tokens: int = 48, temperature: float = 0.8
+) -> Callable[[nn.Module], dict[str, str]]:
+    """A function that continues each prompt with a model, always with the same seed. Safe to call on every rank."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    encoded = {prompt: tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts}
+
+    def sample(model: nn.Module) -> dict[str, str]:
+        assert isinstance(model, Decoder)
+        stop_ids = {tokenizer.eos_id}
+        return {
+            prompt: tokenizer.decode(
+                generate(model, ids, max_new_tokens, temperature=temperature, top_p=0.95, stop_ids=stop_ids),
+                skip_special=True,
+            )
+            for prompt, ids in encoded.items()
+        }
+
+    return sample

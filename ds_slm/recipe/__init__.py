@@ -1,0 +1,1 @@
+"""WHAT is trained: pure data. Imports neither torch nor deepspeed."""

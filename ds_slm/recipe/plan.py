@@ -1,0 +1,205 @@
+"""What a recipe costs, by arithmetic alone: parameters, FLOPs, batch; with memory and time from ds_slm.recipe.budget.
+
+    Model --> parameter_counts, flops_per_token, first_loss
+    Recipe, world size, micro-batch --> batch --> Batch
+    all of it, and a ds_config --> plan --> Plan, for people and for --json
+
+Sources: parameters are the shapes of ds_slm.model.decoder counted; FLOPs per token are 6 per parameter that is
+multiplied (forward 2, backward 4) and 12 per layer, head, component and token of context for attention (arXiv
+2204.02311, appendix B, which counts the whole context, not the causal half). Imports neither torch nor deepspeed.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_slm.errors import ConfigError
+from ds_slm.recipe.budget import Memory, Time, assumptions, memory, network_bytes, times
+from ds_slm.recipe.schema import Model, Recipe
+
+DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of one forward on one device where neither the command nor the ds_config says how many rows."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part; a tied head adds none."""
+
+    embedding: int
+    head: int
+    attention: int
+    mlp: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, each counted once."""
+        return self.embedding + self.head + self.attention + self.mlp + self.norms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How one optimiser step is cut up."""
+
+    rows_per_step: int
+    """Rows of the recipe's global batch."""
+    rows_per_rank: int
+    """Rows of the busiest rank, before filling up."""
+    micro_batch: int
+    """Rows of one forward on one device."""
+    accumulation_steps: int
+    """Forwards and backwards of one rank in one optimiser step."""
+    filler_rows: int
+    """Rows of weight 0, over all ranks, that make every rank run the same number of forwards."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that can be known before training."""
+
+    recipe: str
+    reproduces: str
+    params: int
+    """Parameters by the formula."""
+    published_params: int | None
+    parameters: ParameterCounts
+    flops_per_token: int
+    steps: int
+    tokens: int
+    """Tokens of the whole run."""
+    flops: float
+    """FLOPs of the whole run, recomputation not counted."""
+    first_loss: float
+    """Loss of the freshly initialised model, in nats per token."""
+    world_size: int
+    nodes: int
+    zero_stage: int
+    batch: Batch
+    memory: Memory
+    """Per rank."""
+    times: list[Time]
+    """One for each kind of device, if all ranks are of it."""
+    assumptions: list[str]
+
+
+def parameter_counts(shape: Model) -> ParameterCounts:
+    """Parameters of each part of the decoder."""
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    table = shape.vocab_size * shape.hidden_size
+    norms_per_layer = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    return ParameterCounts(
+        embedding=table,
+        head=0 if shape.tie_word_embeddings else table,
+        attention=shape.num_hidden_layers * shape.hidden_size * (2 * queries + 2 * keys),
+        mlp=shape.num_hidden_layers * 3 * shape.hidden_size * shape.intermediate_size,
+        norms=shape.num_hidden_layers * norms_per_layer + shape.hidden_size,
+    )
+
+
+def parameters(shape: Model) -> int:
+    """Parameters of the decoder; tied ones once."""
+    return parameter_counts(shape).total
+
+
+def flops_per_token(shape: Model, seq_len: int) -> int:
+    """FLOPs of a forward and backward for one token in rows of `seq_len`, recomputation not counted.
+
+    An untied input embedding is looked up, not multiplied, and does not count.
+    """
+    counts = parameter_counts(shape)
+    looked_up = 0 if shape.tie_word_embeddings else counts.embedding
+    attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * seq_len
+    return 6 * (counts.total - looked_up) + attention
+
+
+def first_loss(shape: Model) -> float:
+    """Loss of a freshly initialised model, in nats per token.
+
+    After the last norm the hidden state has hidden_size components of mean square 1, so logits are normal with variance
+    hidden_size * std^2, std being the head's, and the mean of exp(logit) is exp(variance / 2).
+    """
+    std = (shape.embedding_init_std if shape.tie_word_embeddings else None) or shape.init_std
+    return math.log(shape.vocab_size) + shape.hidden_size * std**2 / 2
+
+
+def batch(recipe: Recipe, world_size: int, micro_batch: int) -> Batch:
+    """Cut a step into forwards of at most `micro_batch` rows: as few as that allows, then with the fewest fillers."""
+    rows_per_rank = -(-recipe.rows_per_step // world_size)
+    accumulation_steps = -(-rows_per_rank // micro_batch)
+    size = -(-rows_per_rank // accumulation_steps)
+    filler_rows = size * accumulation_steps * world_size - recipe.rows_per_step
+    return Batch(recipe.rows_per_step, rows_per_rank, size, accumulation_steps, filler_rows)
+
+
+def plan(
+    recipe: Recipe,
+    name: str,
+    ds_config: Mapping[str, Any],
+    world_size: int = 1,
+    nodes: int = 1,
+    network_gbit_per_s: float | None = None,
+) -> Plan:
+    """Everything that can be known before training `recipe`.
+
+    Args:
+        recipe: what is trained.
+        name: what the user called it.
+        ds_config: content of a ds_configs file.
+        world_size: devices over all hosts.
+        nodes: hosts.
+        network_gbit_per_s: speed of each host's link; None leaves the network out of the time.
+
+    Raises:
+        ConfigError: the ds_config names no usable ZeRO stage or micro-batch.
+    """
+    stage, wanted = _stage_and_micro_batch(ds_config, recipe.data.seq_len)
+    cut = batch(recipe, world_size, wanted)
+    counts = parameter_counts(recipe.model)
+    per_token = flops_per_token(recipe.model, recipe.data.seq_len)
+    tokens = recipe.train.steps * recipe.train.global_batch_tokens
+    needed = memory(
+        recipe,
+        counts.total,
+        counts.embedding + counts.head,
+        ds_config["zero_optimization"],
+        world_size,
+        cut.micro_batch,
+    )
+    sent_bytes = network_bytes(counts.total, stage, recipe.train.precision, cut.accumulation_steps, nodes)
+    flops_per_step = per_token * (cut.rows_per_step + cut.filler_rows) * recipe.data.seq_len
+    return Plan(
+        recipe=name,
+        reproduces=recipe.card.reproduces,
+        params=counts.total,
+        published_params=recipe.card.params,
+        parameters=counts,
+        flops_per_token=per_token,
+        steps=recipe.train.steps,
+        tokens=tokens,
+        flops=float(per_token) * tokens,
+        first_loss=first_loss(recipe.model),
+        world_size=world_size,
+        nodes=nodes,
+        zero_stage=stage,
+        batch=cut,
+        memory=needed,
+        times=times(recipe, flops_per_step, needed.device_bytes, sent_bytes, world_size, network_gbit_per_s),
+        assumptions=assumptions(recipe, nodes, sent_bytes, network_gbit_per_s),
+    )
+
+
+def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[int, int]:
+    """The two figures of a ds_config that count here; a GPU's default where it leaves the micro-batch open."""
+    zero = ds_config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
+    problems = []
+    if stage not in (1, 2, 3):
+        problems.append(f"ds_config: zero_optimization.stage = {stage!r}: expected 1, 2 or 3.")
+    if hint != "auto" and not (isinstance(hint, int) and hint > 0):
+        problems.append(f"ds_config: train_micro_batch_size_per_gpu = {hint!r}: expected a positive integer or 'auto'.")
+    if problems or stage is None:
+        raise ConfigError(problems)
+    return stage, hint if isinstance(hint, int) else max(DEFAULT_MICRO_BATCH_TOKENS["cuda"] // seq_len, 1)

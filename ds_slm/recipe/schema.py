@@ -1,0 +1,307 @@
+"""A recipe: everything that changes the result of a run, read from TOML.
+
+    name or path --> TOML --> overrides (section.key=value) --> Recipe --> identity_sha256
+
+Unknown keys, wrong types and impossible combinations are reported all at once, each with the nearest valid name.
+A recipe never holds the number of devices, the micro-batch or the ZeRO stage: those change speed, not the result.
+The typed sections are in ds_slm.recipe.sections and can be imported from here as well.
+"""
+
+import hashlib
+import json
+import tomllib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Self, get_args
+
+from pydantic import ValidationError, model_validator
+
+from ds_slm.errors import RecipeError
+from ds_slm.recipe.problems import closest, nearest, sentences
+from ds_slm.recipe.sections import (
+    Card,
+    Data,
+    Eval,
+    Model,
+    Optimizer,
+    Run,
+    Schedule,
+    Section,
+    Sft,
+    Source,
+    Target,
+    Tokenizer,
+    Train,
+    disagreements,
+)
+
+__all__ = [
+    "Card",
+    "Data",
+    "Eval",
+    "Model",
+    "Optimizer",
+    "Recipe",
+    "Run",
+    "Schedule",
+    "Section",
+    "Sft",
+    "Source",
+    "Target",
+    "Tokenizer",
+    "Train",
+    "changes",
+    "field_names",
+    "library_names",
+    "load",
+    "parse",
+    "recipe_path",
+    "refused_changes",
+    "to_toml",
+]
+
+LIBRARY = Path(__file__).parent / "library"
+
+FREE_ON_RESUME = (
+    "card",
+    "run",
+    "eval",
+    "targets",
+    "unstated",
+    "train.steps",
+    "train.gradient_checkpointing",
+    "schedule.decay_start_step",
+    "schedule.decay_steps",
+    "schedule.decay_shape",
+    "optimizer.name",
+    "optimizer.embedding_bits",
+)
+"""Sections and fields that may change when a run is resumed."""
+
+FREE_WITH_PERMISSION = ("optimizer.lr", "optimizer.min_lr")
+"""Fields that may change with --allow-change."""
+
+IDENTITY = ("model", "tokenizer", "data", "optimizer", "schedule", "train", "sft")
+"""Sections that change the result."""
+
+
+class Recipe(Section):
+    """A whole recipe. Read one with `load`; it has passed every check that needs no device."""
+
+    card: Card
+    model: Model
+    tokenizer: Tokenizer
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    train: Train
+    run: Run = Run()
+    eval: Eval = Eval()
+    sft: Sft | None = None
+    targets: list[Target] = []
+    unstated: dict[str, str] = {}
+    """section.field -> our choice and its reason, where the card is silent."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        problems = disagreements({name: getattr(self, name) for name in Recipe.model_fields})
+        for table, places in {"card.sources": self.card.sources, "unstated": self.unstated}.items():
+            problems += [
+                f"{table}: {place!r} names no field of the recipe{nearest(place, field_names())}"
+                for place in places
+                if place not in field_names()
+            ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step over all devices."""
+        return self.train.global_batch_tokens // self.data.seq_len
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the recipe that changes the result, as plain data."""
+        kept = self.model_dump(mode="json", include=set(IDENTITY))
+        del kept["train"]["gradient_checkpointing"]
+        return kept
+
+    def identity_sha256(self) -> str:
+        """Hash of `identity`: two runs with the same one train the same model on the same rows."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def library_names() -> list[str]:
+    """Names of the recipes that ship with the package, the demo first."""
+    return sorted((path.stem for path in LIBRARY.glob("*.toml")), key=lambda name: (name != "demo", name))
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The recipe's file. Raises RecipeError where there is none."""
+    for path in (LIBRARY / f"{name_or_path}.toml", Path(name_or_path)):
+        if path.suffix == ".toml" and path.is_file():
+            return path
+    raise RecipeError(
+        f"recipe {name_or_path!r}: no such recipe and no such .toml file{nearest(name_or_path, library_names())} "
+        f"(the library has {', '.join(library_names())})."
+    )
+
+
+def load(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by library name or path and apply `section.key=value` overrides.
+
+    Raises:
+        RecipeError: with every problem of the file and the overrides.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {name_or_path!r} cannot be read: {error}.") from error
+    return parse(text, overrides, origin=name_or_path)
+
+
+def parse(text: str, overrides: list[str] | None = None, origin: str = "recipe") -> Recipe:
+    """A recipe from TOML text. Raises RecipeError with every problem found."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {origin!r} is not TOML: {error}.") from error
+    problems = [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
+    problems += _settle_unknown_keys(tables, Recipe)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(tables)
+    except ValidationError as error:
+        problems += sentences(error)
+        if any(problem["loc"] for problem in error.errors()):  # a broken section: the others were not compared
+            problems += disagreements(_sound_sections(tables))
+    if recipe is None or problems:
+        raise RecipeError([f"recipe {origin!r} cannot be used:", *(f"{problem}." for problem in problems)])
+    return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML; `parse` reads it back to an equal recipe."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Every field that differs, as section.key -> (old value, new value)."""
+    before, after = _flat(old), _flat(new)
+    places = sorted(before.keys() | after.keys())
+    return {place: (before.get(place), after.get(place)) for place in places if before.get(place) != after.get(place)}
+
+
+def refused_changes(old: Recipe, new: Recipe, allow_change: bool) -> list[str]:
+    """A problem for each difference that a resumed run may not have."""
+    free = FREE_ON_RESUME + (FREE_WITH_PERMISSION if allow_change else ())
+    return [
+        f"{place} was {was!r} and is now {now!r}"
+        + (" (--allow-change permits it)." if place in FREE_WITH_PERMISSION else ".")
+        for place, (was, now) in changes(old, new).items()
+        if place not in free and place.partition(".")[0] not in free
+    ]
+
+
+@cache
+def field_names() -> tuple[str, ...]:
+    """Every section and section.key a recipe can hold; those of [[data.source]] as data.source.key."""
+    return tuple(_names(Recipe))
+
+
+def _names(section: type[Section], prefix: str = "") -> list[str]:
+    names = []
+    for key, info in section.model_fields.items():
+        names.append(prefix + key)
+        child = _section_in(info.annotation)
+        names += _names(child, f"{prefix}{key}.") if child else []
+    return names
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The Section that a field's type is, or is a list of, or may be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((child for part in get_args(annotation) if (child := _section_in(part))), None)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Fields as section.key -> value; a section that is no table as itself."""
+    flat: dict[str, Any] = {}
+    for section, value in recipe.model_dump(mode="json").items():
+        table = value if isinstance(value, dict) and section != "unstated" else None
+        flat |= {section: value} if table is None else {f"{section}.{key}": item for key, item in table.items()}
+    return flat
+
+
+def _without_indices(place: str) -> str:
+    return ".".join(part for part in place.split(".") if not part.isdigit())
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> str | None:
+    """Write one `section.key=value` into the tables; returns the problem, if there is one."""
+    place, equals, literal = (part.strip() for part in override.partition("="))
+    if not equals or "." not in place:
+        return f"--set {override!r}: expected section.key=value, for instance train.steps=100"
+    *path, key = place.split(".")
+    known = _without_indices(place)
+    if known not in field_names() and not known.startswith(("tokenizer.special_tokens.", "card.sources.", "unstated.")):
+        return f"--set {place}: no such field{nearest(known, field_names())}"
+    table: Any = tables
+    for part in path:
+        if isinstance(table, dict):
+            table = table.setdefault(part, {})
+        elif isinstance(table, list) and part.isdigit() and int(part) < len(table):
+            table = table[int(part)]
+        else:
+            table = None
+    if not isinstance(table, dict):
+        return f"--set {place}: the recipe has no table {'.'.join(path)}; entries of a list count from 0"
+    try:
+        table[key] = tomllib.loads(f"value = {literal}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = literal  # a bare word is a string: --set train.precision=fp32
+    return None
+
+
+def _settle_unknown_keys(table: Any, section: type[Section], place: str = "") -> list[str]:
+    """Take unknown keys out of the raw tables and say so.
+
+    A key that looks like a slip for one that is missing takes its place, so that the rest is checked as it was meant.
+    """
+    if isinstance(table, list):
+        return [
+            problem for i, item in enumerate(table) for problem in _settle_unknown_keys(item, section, f"{place}{i}.")
+        ]
+    if not isinstance(table, dict):
+        return []  # pydantic says it better
+    problems = []
+    for key in [key for key in table if key not in section.model_fields]:
+        known = _without_indices(place + key)
+        meant = closest(known, field_names()) or ""
+        problems.append(f"{place}{key}: unknown key{nearest(known, field_names())}")
+        value = table.pop(key)
+        meant_table, _, meant_key = meant.rpartition(".")
+        if meant and meant_table == known.rpartition(".")[0]:
+            both = isinstance(value, dict) and isinstance(table.get(meant_key), dict)
+            table[meant_key] = value | table[meant_key] if both else table.get(meant_key, value)
+    for key, info in section.model_fields.items():
+        child = _section_in(info.annotation)
+        if child and key in table:
+            problems += _settle_unknown_keys(table[key], child, f"{place}{key}.")
+    return problems
+
+
+def _sound_sections(tables: dict[str, Any]) -> dict[str, Section]:
+    """The sections that are right by themselves."""
+    sound = {}
+    for name, info in Recipe.model_fields.items():
+        section = _section_in(info.annotation)
+        if section and isinstance(tables.get(name), dict):
+            with suppress(ValidationError):
+                sound[name] = section.model_validate(tables[name])
+    return sound

@@ -1,0 +1,315 @@
+"""The sections of a recipe, typed, and what each must satisfy by itself and beside the others.
+
+    one table of the TOML file --> one Section; all of them --> schema.Recipe
+
+Field names of the model are Hugging Face's. The string under a field is its description: unit, meaning of the default.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+BYTES = 256
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+class Section(BaseModel):
+    """A table of the recipe: immutable, no unknown keys, no conversion of types."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _raise_together(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+class Card(Section):
+    """What the recipe reproduces."""
+
+    name: str
+    """The published model's name."""
+    reproduces: str = ""
+    """Which card, or why the recipe exists."""
+    params: int | None = None
+    """Parameters as published; None where nothing is published."""
+    sources: dict[str, str] = {}
+    """Where each group of numbers is published: section or section.field -> place."""
+
+
+class Model(Section):
+    """The decoder's shape, in Hugging Face's field names."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    """Longest sequence, in tokens."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_word_embeddings: bool = True
+    qk_norm: bool = False
+    """RMSNorm over head_dim on queries and keys, before RoPE (exports as Qwen3)."""
+    exclusive_attention: bool = False
+    """Remove from each head's output its component along the token's own value (arXiv 2603.09078)."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal initialisation of every matrix."""
+    embedding_init_std: float | None = Field(None, gt=0)
+    """The same for the embedding (and a tied head); None means init_std."""
+    scaled_residual_init: bool = False
+    """o_proj and down_proj start at init_std / sqrt(2 * layers)."""
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        problems = []
+        if self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_attention_heads = {self.num_attention_heads} does not divide into num_key_value_heads = "
+                f"{self.num_key_value_heads} groups: make the first a multiple of the second"
+            )
+        if self.head_dim % 2:
+            problems.append(f"head_dim = {self.head_dim} is odd: rotary embeddings turn pairs, choose an even number")
+        _raise_together(problems)
+        return self
+
+
+class Tokenizer(Section):
+    """How text becomes ids."""
+
+    kind: Literal["bpe", "cl100k", "hf"]
+    """bpe: byte-level BPE trained on the sources; cl100k: tiktoken's ranks; hf: an existing tokenizer."""
+    vocab_size: PositiveInt
+    special_tokens: dict[str, int] = {}
+    """Control tokens and their ids."""
+    eos_token: str = "<|endoftext|>"
+    """Ends every document."""
+    pad_token: str = "<|endoftext|>"
+    min_frequency: PositiveInt = 2
+    """bpe: a merge must have been seen this often."""
+    documents_per_weight: PositiveInt = 2_000_000
+    """bpe: trained on the first documents_per_weight x weight documents of each source."""
+    path: str | None = None
+    """hf: a local folder, a tokenizer.model, or a hub id; cl100k: a local ranks file instead of the download."""
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> Self:
+        problems = [
+            f"special_tokens: {token!r} = {token_id} lies outside 0..{self.vocab_size - 1}: choose an id within"
+            for token, token_id in self.special_tokens.items()
+            if not 0 <= token_id < self.vocab_size
+        ]
+        if len(set(self.special_tokens.values())) < len(self.special_tokens):
+            problems.append("special_tokens: two tokens have the same id: give each its own")
+        smallest = BYTES + len(self.special_tokens)
+        if self.kind == "bpe":
+            problems += [
+                f"{role}_token = {token!r} is none of special_tokens: give it an id there"
+                for role, token in (("eos", self.eos_token), ("pad", self.pad_token))
+                if token not in self.special_tokens
+            ]
+        if self.kind == "bpe" and self.vocab_size < smallest:
+            problems.append(
+                f"vocab_size = {self.vocab_size} is too small for byte-level BPE: {BYTES} bytes and the special tokens "
+                f"need {smallest}"
+            )
+        if self.kind == "hf" and not self.path:
+            problems.append("kind = 'hf' names no path: add a folder, a tokenizer.model or a hub id")
+        _raise_together(problems)
+        return self
+
+
+class Source(Section):
+    """One corpus of documents."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """A slug: the folder of its shards."""
+    kind: Literal["embedded", "files", "hub", "tokens"]
+    """embedded: the documentation every installation has; files: local text; hub: a dataset; tokens: raw ids."""
+    id: str | None = None
+    """hub: the dataset's id."""
+    config: str | None = None
+    """hub: the dataset's configuration."""
+    split: str = "train"
+    """hub: the dataset's split."""
+    column: str = "text"
+    """The column that holds the text."""
+    path: str | None = None
+    """files, tokens: a file or a folder."""
+    weight: PositiveInt = 1
+    """Integer share of the mix."""
+
+    @model_validator(mode="after")
+    def _has_place(self) -> Self:
+        missing = {"hub": not self.id, "files": not self.path}.get(self.kind, False)
+        if self.kind == "tokens":
+            missing = not (self.path or self.id)
+        wanted = {"hub": "id", "files": "path", "tokens": "path or id"}.get(self.kind)
+        problem = f"source {self.name!r} of kind {self.kind!r} names no {wanted}: add it"
+        _raise_together([problem] if missing else [])
+        return self
+
+
+class Data(Section):
+    """Where rows come from."""
+
+    seq_len: PositiveInt
+    """Targets in a row, in tokens."""
+    val_fraction: float = Field(0.001, gt=0, lt=1)
+    """Share of documents held out, chosen by a keyed hash of the document."""
+    split_seed: int = 0
+    source: list[Source] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.source]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _raise_together([f"source name {name!r} is used twice: rename one" for name in twice])
+        return self
+
+
+class Optimizer(Section):
+    """AdamW, with 32-bit or 8-bit states."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the schedule."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of tensors of two or more dimensions; norms have none."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+    embedding_bits: Literal[8, 32] = 32
+    """adamw8bit: bits of the embedding's states; tensors under two dimensions always keep 32."""
+
+
+class Schedule(Section):
+    """The learning rate over steps; see ds_slm.recipe.schedule for the formulas."""
+
+    kind: Literal["cosine", "wsd"]
+    """cosine: from the peak to min_lr over all steps; wsd: warmup, stable, decay."""
+    warmup_steps: int = Field(0, ge=0)
+    warmup_start_lr: float = Field(0.0, ge=0)
+    """Learning rate at step 0 where there is a warmup."""
+    decay_start_step: int | None = Field(None, ge=0)
+    """wsd: the step at which the decay begins."""
+    decay_steps: PositiveInt | None = None
+    """wsd: steps from the peak to min_lr."""
+    decay_shape: Literal["cosine", "linear"] = "cosine"
+
+    @model_validator(mode="after")
+    def _wsd_is_whole(self) -> Self:
+        problems = []
+        if self.kind == "wsd" and (self.decay_start_step is None or self.decay_steps is None):
+            problems.append("kind = 'wsd' needs decay_start_step and decay_steps: add them, or use kind = 'cosine'")
+        if self.decay_start_step is not None and self.decay_start_step < self.warmup_steps:
+            problems.append(
+                f"decay_start_step = {self.decay_start_step} comes before warmup_steps = {self.warmup_steps} is over: "
+                "start the decay later or warm up for fewer steps"
+            )
+        _raise_together(problems)
+        return self
+
+
+class Train(Section):
+    """The batch, the length and the numerics."""
+
+    global_batch_tokens: PositiveInt
+    """Targets of one optimiser step over all devices, in tokens."""
+    steps: PositiveInt
+    """Optimiser steps of the whole run."""
+    last_batch: Literal["wrap", "keep", "drop"] = "wrap"
+    """At the end of finite data: go on with the next epoch, take one short step, or leave the rest."""
+    seed: int = 0
+    """Seeds the initialisation and the order of the data."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of mean(logsumexp^2)."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass; changes memory and speed, not the result."""
+
+
+class Run(Section):
+    """Bookkeeping of a run: not part of the result, never hashed."""
+
+    eval_every_steps: PositiveInt = 500
+    eval_rows: PositiveInt = 256
+    """Held-out rows of each evaluation during training, always the same ones; the last evaluation takes all."""
+    save_every_steps: PositiveInt = 500
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss."""
+    checkpoint_copies: PositiveInt = 2
+    """Hosts that keep every checkpoint."""
+    log_every_steps: PositiveInt = 1
+
+
+class Eval(Section):
+    """Benchmarks run during training."""
+
+    tasks: list[str] = []
+    every_steps: PositiveInt | None = None
+    """None: only after training."""
+    prompts: list[str] = []
+    """Texts continued at each evaluation, shown in TensorBoard."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning on conversations."""
+
+    mask: Literal["assistant", "last", "card", "all"] = "assistant"
+    packing: bool = True
+    system_turns: Literal["keep", "drop"] = "keep"
+    max_rows: PositiveInt | None = None
+
+
+class Target(Section):
+    """One published figure to set ours beside."""
+
+    metric: str
+    """Task and metric, e.g. 'hellaswag/acc_norm'. The first target of a recipe is its headline."""
+    published: float
+    """The published figure; accuracies in percent."""
+    tolerance: float | None = None
+    """How far ours may be away and still count as reproduced; None where the figure is only shown."""
+    step: int | None = Field(None, ge=1)
+    """Optimiser steps done when it was measured; None: the finished model."""
+    source: str
+    """Where it is published."""
+    note: str = ""
+
+
+def disagreements(sections: Mapping[str, Section]) -> list[str]:
+    """What sections that are right by themselves get wrong beside one another. Those that are absent are skipped."""
+    model, tokenizer, data = sections.get("model"), sections.get("tokenizer"), sections.get("data")
+    optimizer, train = sections.get("optimizer"), sections.get("train")
+    problems = []
+    if isinstance(train, Train) and isinstance(data, Data) and train.global_batch_tokens % data.seq_len:
+        lower = train.global_batch_tokens // data.seq_len * data.seq_len
+        problems.append(
+            f"train.global_batch_tokens = {train.global_batch_tokens} cannot be split into rows of "
+            f"data.seq_len = {data.seq_len}: use {f'{lower} or ' if lower else ''}{lower + data.seq_len}"
+        )
+    if isinstance(model, Model) and isinstance(data, Data) and data.seq_len > model.max_position_embeddings:
+        problems.append(
+            f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
+            f"{model.max_position_embeddings}: shorten the first or raise the second"
+        )
+    if isinstance(model, Model) and isinstance(tokenizer, Tokenizer) and tokenizer.vocab_size > model.vocab_size:
+        problems.append(
+            f"tokenizer.vocab_size = {tokenizer.vocab_size} has ids beyond model.vocab_size = {model.vocab_size}: "
+            "make the model's at least as large"
+        )
+    if isinstance(optimizer, Optimizer) and optimizer.min_lr > optimizer.lr:
+        problems.append(f"optimizer.min_lr = {optimizer.min_lr} exceeds optimizer.lr = {optimizer.lr}: lower the first")
+    return problems

@@ -1,0 +1,1 @@
+"""HOW it is trained: the only rooms that know DeepSpeed."""

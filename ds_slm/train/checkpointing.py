@@ -1,0 +1,152 @@
+"""A run's checkpoints over all hosts: save on the first few hosts, resume from whichever has the newest whole one.
+
+    save     named tensors gathered on the leaders of `checkpoint_copies` hosts -> each writes its own run folder
+    resume   every host offers its newest whole checkpoint -> the newest wins -> its host sends it to all ranks
+
+No shared file system is needed; on one, the second writer finds the checkpoint in place and leaves it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.errors import CheckpointError
+from ds_slm.train import zero_state
+from ds_slm.train.engine import Engine
+
+ABSMAX = "optimizer-absmax.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands: all that a resumed run continues from, beside the tensors."""
+
+    step: int = 0
+    """Optimiser steps applied."""
+    position: int = 0
+    """Global position in the order of rows: the next row to draw."""
+    tokens: int = 0
+    """Targets trained on."""
+    ledger: str = ""
+    """Hash chain over the row ids of all steps."""
+    best_val_loss: float | None = None
+
+    def after(self, position: int, tokens: int, ledger: str) -> "State":
+        """The state after one more applied step."""
+        return replace(self, step=self.step + 1, position=position, tokens=self.tokens + tokens, ledger=ledger)
+
+
+def file_of_kind(kind: str) -> str:
+    """The safetensors file that holds one kind of tensor."""
+    return checkpoint_format.MODEL if kind == "model" else f"optimizer-{kind}.safetensors"
+
+
+def save(engine: Engine, run: Path, state: State, identity: dict[str, Any], is_best: bool) -> str | None:
+    """Save a checkpoint on the first hosts. Collective. Returns the folder's name on the ranks that wrote it."""
+    control, settings = engine.control, engine.recipe.run
+    writers = control.leaders[: settings.checkpoint_copies]
+    writer = checkpoint_format.Writer(run, state.step) if control.rank in writers else None
+    for kind in zero_state.KINDS:
+        tensors = zero_state.gather(engine.deepspeed, kind, writers, control)
+        if writer and tensors is not None:
+            writer.add_tensors(file_of_kind(kind), tensors)
+    notes = _gather_notes(engine)
+    content = {
+        **asdict(state),
+        **identity,
+        "optimizer_steps": zero_state.optimizer_steps(engine.deepspeed),
+        "topology": zero_state.topology(engine.deepspeed),
+        "loss_scaler": _scaler_state(engine),
+    }
+    if writer is None:
+        return None
+    if notes:
+        writer.add_tensors(ABSMAX, notes)
+    checkpoint = writer.commit(content)
+    if is_best:
+        checkpoint_format.mark_best(checkpoint)
+    checkpoint_format.retain(run, settings.keep_last, settings.keep_best)
+    return checkpoint.name
+
+
+def resume(engine: Engine, run: Path, identity: dict[str, Any], say) -> State | None:
+    """Load the newest whole checkpoint of any host on all ranks. Collective. None where there is none.
+
+    Raises:
+        CheckpointError: on every rank, where it was made from other data or another tokenizer.
+    """
+    control = engine.control
+    own = checkpoint_format.newest_whole(run, say) if control.leads_host else None
+    offers = control.gather(checkpoint_format.read_state(own)["step"] if own else -1)
+    source = offers.index(max(offers))
+    if offers[source] < 0:
+        return None
+    is_source = control.rank == source
+    content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
+    other = [key for key, value in identity.items() if key in ("data_sha256", "tokenizer_sha256") and content[key] != value]
+    if other:
+        raise CheckpointError(
+            [f"{run}: its checkpoints have {key} {content[key]}, this data has {identity[key]}." for key in other]
+            + ["Restore the data they were trained on, or choose another --run-dir."]
+        )
+    same_topology = content["topology"] == zero_state.topology(engine.deepspeed)
+    notes = _broadcast_notes(engine, own if is_source else None, source) if same_topology else {}
+
+    def tensors(kind: str) -> Iterator[tuple[str, Tensor]]:
+        assert own is not None
+        with checkpoint_format.open_tensors(own / file_of_kind(kind)) as stored:
+            for name in zero_state.shapes(engine.deepspeed):
+                yield name, stored.get_tensor(name)
+
+    zero_state.scatter(
+        engine.deepspeed, tensors if is_source else None, source, content["optimizer_steps"], notes, control
+    )
+    _restore_scaler(engine, content["loss_scaler"])
+    say(
+        f"resumed at step {content['step']} from {control.hosts[source]}"
+        + ("" if same_topology else f", written by {content['topology']}")
+    )
+    return State(**{key: content[key] for key in asdict(State())})
+
+
+def _gather_notes(engine: Engine) -> dict[str, Tensor]:
+    """Every rank's block scales, on every rank: a 256th of the moments' size."""
+    control = engine.control
+    own = zero_state.absmax_notes(engine.deepspeed)
+    notes = {}
+    for source, sizes in enumerate(control.gather({name: note.numel() for name, note in own.items()})):
+        for name, numel in sizes.items():
+            tensor = own[name] if source == control.rank else torch.empty(numel)
+            notes[name] = control.broadcast_tensor(tensor, source)
+    return notes
+
+
+def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> dict[str, Tensor]:
+    control, own = engine.control, {}
+    if checkpoint and (checkpoint / ABSMAX).is_file():
+        with checkpoint_format.open_tensors(checkpoint / ABSMAX) as stored:
+            own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    sizes = control.broadcast({name: note.numel() for name, note in own.items()}, source)
+    return {
+        name: control.broadcast_tensor(own[name] if name in own else torch.empty(numel), source)
+        for name, numel in sizes.items()
+    }
+
+
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler_state(engine: Engine) -> dict[str, float] | None:
+    scaler = engine.loss_scaler
+    return {name: getattr(scaler, name) for name in SCALER_FIELDS} if scaler else None
+
+
+def _restore_scaler(engine: Engine, stored: dict[str, float] | None) -> None:
+    if engine.loss_scaler and stored:
+        for name, value in stored.items():
+            setattr(engine.loss_scaler, name, value)

@@ -1,0 +1,63 @@
+"""What ranks say to each other beside the gradients: small messages and whole tensors, over a gloo group on the CPU.
+
+Messages are JSON, so nothing that arrives is ever unpickled. Every function here is collective: all ranks call it.
+"""
+
+import json
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Control:
+    """A gloo group over all ranks, and who lives where."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.group = dist.new_group(backend="gloo")
+        self.hosts: list[str] = self.gather(socket.gethostname())
+        """Host name of each rank."""
+        self.leaders = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
+        """The first rank of each host, in the order of ranks: it alone writes that host's run folder."""
+
+    @property
+    def leads_host(self) -> bool:
+        """Whether this rank writes its host's run folder."""
+        return self.rank in self.leaders
+
+    def gather(self, message: Any) -> list[Any]:
+        """Every rank's JSON message, in the order of ranks, on every rank."""
+        text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([text.numel()]), group=self.group)
+        longest = int(max(lengths))
+        padded = torch.nn.functional.pad(text, (0, longest - text.numel()))
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded, group=self.group)
+        return [
+            json.loads(bytes(one[: int(length)].tolist())) for one, length in zip(texts, lengths, strict=True)
+        ]
+
+    def broadcast(self, message: Any, source: int) -> Any:
+        """The source rank's JSON message on every rank."""
+        text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        length = torch.tensor([text.numel()])
+        dist.broadcast(length, source, group=self.group)
+        if self.rank != source:
+            text = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(text, source, group=self.group)
+        return json.loads(bytes(text.tolist()))
+
+    def broadcast_tensor(self, tensor: Tensor, source: int) -> Tensor:
+        """Fill a CPU tensor with the source rank's values, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, source, group=self.group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.group)

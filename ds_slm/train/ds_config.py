@@ -1,0 +1,155 @@
+"""Recipe + ds_configs/*.json + world size -> the one dictionary DeepSpeed gets.
+
+    recipe (the result)  \
+    ds_config (the speed) > join -> every conflict at once, or Joined(deepspeed, micro_batch, accumulation_steps)
+    world size (where)   /
+
+DeepSpeed accepts unknown top-level keys in silence, fills in a clipping norm of its own, and accumulates bf16 gradients
+in bf16. Here unknown keys are refused and everything that changes the result is written out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_slm.errors import ConfigError
+from ds_slm.recipe.problems import nearest
+from ds_slm.recipe.schema import Recipe
+
+ALLOWED = (
+    "zero_optimization",
+    "train_micro_batch_size_per_gpu",
+    "aio",
+    "comms_logger",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+)
+"""Top-level keys a ds_configs file may hold: memory, speed and communication."""
+
+OWNED_BY_RECIPE = {
+    "optimizer": "[optimizer]",
+    "scheduler": "[schedule]",
+    "gradient_clipping": "optimizer.grad_clip",
+    "train_batch_size": "train.global_batch_tokens",
+    "gradient_accumulation_steps": "train.global_batch_tokens",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "tensorboard": "the run folder's own TensorBoard",
+}
+"""Top-level keys that change the result, and who owns them."""
+
+DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Micro-batch where neither the command nor the ds_config names one."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the trainer needs to know of the batch, and what DeepSpeed gets."""
+
+    deepspeed: dict[str, Any]
+    micro_batch: int
+    """Rows of one forward on one device."""
+    accumulation_steps: int
+    filler_rows: int
+    """Rows of weight 0 that make the step divide by the devices."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A ds_configs file. Raises ConfigError where it is missing or not JSON."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--ds-config {path}: {error.strerror}; the checkout has ds_configs/zero1.json.") from error
+    except ValueError as error:
+        raise ConfigError(f"--ds-config {path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--ds-config {path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: str, micro_batch: int | None) -> Joined:
+    """Join the three owners. Raises ConfigError with every conflict.
+
+    Args:
+        recipe: what is trained.
+        ds_file: content of a ds_configs file.
+        world_size: devices over all hosts.
+        device_type: 'cpu' or 'cuda'.
+        micro_batch: rows per forward and device; None takes the ds_config's hint, then a default.
+    """
+    problems = _conflicts(ds_file)
+    hint = ds_file.get("train_micro_batch_size_per_gpu", "auto")
+    if hint != "auto" and (not isinstance(hint, int) or hint < 1):
+        problems.append(f"train_micro_batch_size_per_gpu = {hint!r}: expected a positive integer or 'auto'.")
+    if micro_batch is not None and micro_batch < 1:
+        problems.append(f"--micro-batch {micro_batch}: expected a positive integer or auto.")
+    if problems:
+        raise ConfigError(problems)
+    rows_per_rank = -(-recipe.rows_per_step // world_size)
+    wanted = micro_batch or (hint if isinstance(hint, int) else 0)
+    wanted = wanted or max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // recipe.data.seq_len, 1)
+    size = min(wanted, rows_per_rank)
+    accumulation_steps = -(-rows_per_rank // size)
+    size = -(-rows_per_rank // accumulation_steps)  # the same number of forwards with the fewest filler rows
+    filler_rows = size * accumulation_steps * world_size - recipe.rows_per_step
+    return Joined(_deepspeed(recipe, ds_file, size, accumulation_steps, world_size), size, accumulation_steps, filler_rows)
+
+
+def _conflicts(ds_file: dict[str, Any]) -> list[str]:
+    problems = []
+    for key in ds_file:
+        if key in OWNED_BY_RECIPE:
+            problems.append(f"ds_config: {key!r} belongs to the recipe ({OWNED_BY_RECIPE[key]}): take it out of the file.")
+        elif key not in ALLOWED:
+            problems.append(f"ds_config: unknown key {key!r}{nearest(key, ALLOWED)}; allowed are {', '.join(ALLOWED)}.")
+    zero = ds_file.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        problems.append(
+            f"ds_config: zero_optimization.stage = {stage!r}: expected 1, 2 or 3 (stage 0 scales moments and masters "
+            "wrongly in half precision; stage 1 costs nothing more)."
+        )
+    else:
+        problems += [
+            f"ds_config: unknown key zero_optimization.{key}{nearest(key, _zero_keys())}."
+            for key in zero
+            if key not in _zero_keys()
+        ]
+    return problems
+
+
+def _zero_keys() -> set[str]:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    return set(fields) | {info.alias for info in fields.values() if info.alias}
+
+
+def _deepspeed(
+    recipe: Recipe, ds_file: dict[str, Any], micro_batch: int, accumulation_steps: int, world_size: int
+) -> dict[str, Any]:
+    precision = recipe.train.precision
+    config: dict[str, Any] = {
+        **ds_file,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch * accumulation_steps * world_size,
+        "gradient_clipping": recipe.optimizer.grad_clip,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        # DeepSpeed's usual hysteresis of 2 would answer a first overflow by repeating it at the same scale
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if "offload_optimizer" in ds_file["zero_optimization"]:
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config

@@ -1,0 +1,190 @@
+"""DeepSpeed's engine behind four verbs: start, forward_backward, step, evaluate.
+
+    rows of a step -> micro-batches of this rank -> forward, backward (gradients add up) -> step
+
+The loss of a step is the sum over all its tokens, on all ranks and in all micro-batches, divided by the sum of their
+weights: never a mean of means. DeepSpeed divides by the accumulation steps and averages over ranks, so each
+micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps / sum of the step's weights.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_slm.data.rows import Rows
+from ds_slm.errors import DeviceError
+from ds_slm.model.decoder import Decoder
+from ds_slm.recipe.schema import Recipe
+from ds_slm.train.control import Control
+from ds_slm.train.ds_config import Joined
+from ds_slm.train.optim import build_optimizer, set_learning_rate
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over all rows of all ranks."""
+
+    nll: float
+    weight: float
+    z2: float
+    count: float
+    nonfinite_ranks: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean of the negative log-likelihood, in nats per token."""
+        return self.nll / self.weight
+
+    @property
+    def mean_z2(self) -> float:
+        """Mean of logsumexp squared over the tokens that count."""
+        return self.z2 / self.count
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank); a bare `python pretrain.py` gets the defaults of one device."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if "RANK" not in os.environ:
+        defaults["MASTER_PORT"] = str(_free_port())
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def device_type() -> str:
+    """'cpu', or the accelerator DeepSpeed found."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name()
+
+
+def refuse_missing_precision(precision: str) -> None:
+    """Raise DeviceError where the device cannot compute in the recipe's precision."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    supported = {
+        "fp32": True,
+        "fp16": bool(device.is_fp16_supported()),
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if device.device_name() == "cuda" else True,
+    }
+    if not supported[precision]:
+        others = " or ".join(f"--set train.precision={name}" for name, there in supported.items() if there)
+        raise DeviceError(f"train.precision = {precision!r}: this device ({device.device_name()}) lacks it; use {others}.")
+
+
+def connect() -> Control:
+    """Join the process group of all ranks. The backend is DeepSpeed's choice for the device: gloo or nccl."""
+    import deepspeed
+
+    # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine; a
+    # process killed meanwhile leaves a lock that hangs the next). Training never calls it.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    device = torch.device(device_type())
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    return Control()
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A model under DeepSpeed, with its optimiser."""
+
+    def __init__(self, recipe: Recipe, joined: Joined, model: Decoder, control: Control) -> None:
+        import deepspeed
+
+        self.recipe, self.joined, self.control = recipe, joined, control
+        self.deepspeed: Any = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, recipe.optimizer),
+            config=joined.deepspeed,
+            dist_init_required=False,
+        )[0]
+        self.device = torch.device(self.deepspeed.device)
+        self.dtype = DTYPES[recipe.train.precision]
+
+    def forward_backward(self, micro_batches: Sequence[Rows]) -> Sums:
+        """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches."""
+        local = [sum(float(rows.weights.sum()) for rows in micro_batches)]
+        local.append(sum(float((rows.weights > 0).sum()) for rows in micro_batches))
+        weight, count = self._sum_over_ranks(local)
+        z_scale = self.recipe.train.z_loss * weight / count
+        scale = self.control.world_size * self.joined.accumulation_steps / weight
+        self.deepspeed.train()
+        nll, z2 = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for index, rows in enumerate(micro_batches):
+            if index:
+                self.deepspeed.step()  # between micro-batches it only counts
+            sums = self.deepspeed(*self._on_device(rows), z_scale)
+            self.deepspeed.backward(sums.objective * scale)
+            nll, z2 = nll + sums.nll, z2 + sums.z2
+        by_rank = self._gather(torch.stack([nll, z2]))
+        totals = by_rank.sum(dim=0).tolist()
+        nonfinite = (~by_rank.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        return Sums(totals[0], weight, totals[1], count, tuple(nonfinite))
+
+    def step(self, learning_rate: float) -> bool:
+        """Clip, and take one optimiser step; False where it was not taken because a gradient was not finite."""
+        set_learning_rate(self.deepspeed.optimizer.optimizer, learning_rate)
+        self.deepspeed.step()
+        return bool(self.deepspeed.was_step_applied())
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a step that will not be taken."""
+        self.deepspeed.optimizer.zero_grad()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.deepspeed.get_global_grad_norm())
+
+    @property
+    def loss_scaler(self) -> Any:
+        """fp16's dynamic loss scaler; None in other precisions."""
+        return self.deepspeed.optimizer.loss_scaler if self.recipe.train.precision == "fp16" else None
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Rows]) -> Sums:
+        """Sums over held-out rows. Every rank passes as many micro-batches."""
+        self.deepspeed.eval()
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for rows in micro_batches:
+            sums = self.deepspeed(*self._on_device(rows), 0.0)
+            totals += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
+        return Sums(*self._gather(totals).sum(dim=0).tolist())
+
+    def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        ids = torch.from_numpy(rows.token_ids).to(self.device)
+        documents = None if rows.document_ids is None else torch.from_numpy(rows.document_ids).to(self.device)
+        return ids[:, :-1], ids[:, 1:], torch.from_numpy(rows.weights).to(self.device), documents
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        return self._gather(torch.tensor(values, dtype=torch.float64, device=self.device)).sum(dim=0).tolist()
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """One row per rank: summing it in the order of ranks gives every rank the same bits."""
+        rows = [torch.empty_like(values) for _ in range(self.control.world_size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)

@@ -1,0 +1,53 @@
+"""Tokens per second, MFU and peak memory.
+
+MFU = FLOPs the model needs per token * tokens per second / peak FLOP/s of all devices. The peak is the datasheet's on a
+known GPU and a measured matrix product on a CPU; an unknown GPU has no MFU rather than a guessed one.
+"""
+
+import resource
+import time
+
+import torch
+
+DATASHEET_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12, "T4": 65e12}
+"""Dense half-precision tensor FLOP/s by a part of the device's name (vendor datasheets)."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of one device for matrix products; None where it is not known."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((flops for part, flops in DATASHEET_FLOPS.items() if part in name), None)
+    from ds_slm.model.decoder import product
+
+    size = 768
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    durations_s = []
+    with torch.no_grad():
+        for _ in range(4):
+            start_s = time.perf_counter()
+            product(left, right)
+            durations_s.append(time.perf_counter() - start_s)
+    return 2 * size**3 / min(durations_s)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process ever held: the device's on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StepClock:
+    """Durations of steps, without what happens between them (evaluation, saving)."""
+
+    def __init__(self) -> None:
+        self.start_s = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begin a step."""
+        self.start_s = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.start_s

@@ -1,0 +1,61 @@
+"""Parameter groups and the two optimisers: AdamW with 32-bit states, AdamW with 8-bit states.
+
+    embeddings  embedding and head     decay   bits = recipe.optimizer.embedding_bits
+    matrices    everything else >= 2D  decay   bits = 8
+    rest        norms                  none    bits = 32
+
+Under ZeRO the optimiser sees one flat partition per group, so whatever needs other bits needs a group of its own:
+embeddings are unstable in 8 bits early in pretraining, and norms are too few to be worth it.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_slm.recipe.schema import Optimizer
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """The groups above, empty ones left out; each holds its parameters, decay, bits and name."""
+    groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "matrices": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        kind = "embeddings" if name in EMBEDDINGS else "matrices" if parameter.ndim >= 2 else "rest"
+        groups[kind].append(parameter)
+    decay = {"embeddings": settings.weight_decay, "matrices": settings.weight_decay, "rest": 0.0}
+    bits = {"embeddings": settings.embedding_bits, "matrices": 8, "rest": 32}
+    return [
+        {"name": name, "params": parameters, "weight_decay": decay[name], "optim_bits": bits[name]}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the model's parameter groups."""
+    groups = parameter_groups(model, settings)
+    options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.name == "adamw8bit":
+        return _adamw8bit()(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW8bit, with the bits read from the group: its own overrides do not survive ZeRO."""
+    from bitsandbytes.optim import AdamW8bit
+
+    class GroupwiseAdamW8bit(AdamW8bit):
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            config = {key: group[key] for key in ("betas", "eps", "weight_decay", "lr", "optim_bits")}
+            constant = {"min_8bit_size": 0, "max_unorm": 0.0, "skip_zeros": False, "alpha": 0.0}
+            return {**config, **constant, "t_alpha": None, "t_beta3": None}
+
+    return GroupwiseAdamW8bit
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

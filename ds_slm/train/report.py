@@ -1,0 +1,140 @@
+"""What a run tells: TensorBoard, metrics.jsonl, and a progress bar or plain lines on the terminal. Rank 0 alone speaks.
+
+    libraries' output (stdout, stderr) --> logs/rank-00000.log        (`captured_output`)
+    record --> metrics.jsonl, tb/ and the terminal                    (`Report`)
+
+DeepSpeed's own TensorBoard is not used: it writes rates against samples, and no loss.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+TAGS = {
+    "train": {
+        "loss": "train/loss", "z_loss": "train/z_loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
+        "tokens": "train/tokens", "loss_scale": "train/loss_scale", "tokens_per_s": "perf/tokens_per_s",
+        "mfu": "perf/mfu", "step_s": "perf/step_s", "peak_memory_gb": "perf/peak_memory_gb",
+    },
+    "val": {"loss": "val/loss", "perplexity": "val/perplexity", "bits_per_byte": "val/bits_per_byte"},
+}  # fmt: skip
+"""Kind of record -> field -> TensorBoard tag."""
+
+
+@contextlib.contextmanager
+def captured_output(log: Path) -> Iterator[TextIO]:
+    """Send everything this process and its libraries print to a log file; yields the terminal as it was.
+
+    Works on file descriptors, so compilers and C++ libraries are caught as well. A traceback goes to the log and, after
+    the descriptors are restored, to the terminal.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield terminal
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            terminal.close()
+
+
+class Report:
+    """Writes a run's records; on any rank but 0 every method does nothing."""
+
+    def __init__(self, folder: Path, terminal: TextIO, active: bool, total_steps: int, first_step: int = 0) -> None:
+        self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
+        self.line_every_steps = max(total_steps // 20, 1)
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._forget_after(first_step)
+        self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1)
+        self.bar = self._progress_bar(first_step) if terminal.isatty() else None
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the records of steps that a resumed run takes again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if len(kept) < len(lines):
+                path.write_text("".join(kept))
+
+    def _progress_bar(self, first_step: int) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(), console=Console(file=self.terminal),
+        )  # fmt: skip
+        self.task = bar.add_task("", total=self.total_steps, completed=first_step)
+        bar.start()
+        return bar
+
+    def say(self, text: str) -> None:
+        """One line on the terminal."""
+        if not self.active:
+            return
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.terminal, flush=True)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A text in TensorBoard."""
+        if self.active:
+            self.tensorboard.add_text(tag, text, step)
+
+    def record(self, kind: str, step: int, values: Mapping[str, Any], log: bool = True) -> None:
+        """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
+        if not self.active:
+            return
+        if log:
+            self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            for field, tag in TAGS[kind].items():
+                if values.get(field) is not None:
+                    self.tensorboard.add_scalar(tag, values[field], step)
+        if kind == "train":
+            self._progress(step, values)
+        else:
+            self.say(f"step {step}: held-out " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+
+    def _progress(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=numbers)
+        elif step % self.line_every_steps == 0 or step in (1, self.total_steps):
+            left_s = (self.total_steps - step) * values["step_s"]
+            self.say(f"step {step}/{self.total_steps}: {numbers}, {left_s // 60:.0f} min {left_s % 60:.0f} s left")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.active:
+            if self.bar:
+                self.bar.stop()
+            self.metrics.close()
+            self.tensorboard.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

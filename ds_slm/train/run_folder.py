@@ -1,0 +1,82 @@
+"""A run's folder: who may continue it, and what it says of itself.
+
+Every launch has a generation number, one more than the last; it is in env.json beside the versions, the hosts and every
+effective choice.
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.errors import CheckpointError
+from ds_slm.recipe import schema
+from ds_slm.recipe.schema import Recipe
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
+
+
+def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -> None:
+    """Raise CheckpointError where this launch may not write into the folder.
+
+    Args:
+        run: the run folder, which need not exist.
+        recipe: what is to be trained.
+        resume: 'never' refuses any folder that is not empty.
+        allow_change: permit the changes that need permission.
+    """
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if not run.is_dir():
+        raise CheckpointError(f"--run-dir {run} is a file, expected a folder or a new name.")
+    if resume == "never":
+        raise CheckpointError(f"--run-dir {run} is not empty, and --resume never may not touch it: name another folder.")
+    if not (run / "recipe.toml").is_file():
+        raise CheckpointError(f"--run-dir {run} is not empty and holds no recipe.toml: not a run folder; name another.")
+    old = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))
+    refused = schema.refused_changes(old, recipe, allow_change)
+    if refused:
+        raise CheckpointError(
+            [f"--run-dir {run} holds a run of another recipe:", *refused, "Name another --run-dir, or undo the change."]
+        )
+
+
+def finished_step(run: Path) -> int:
+    """The step at which this run was finished; -1 where it was not."""
+    path = run / "done.json"
+    return json.loads(path.read_text())["step"] if path.is_file() else -1
+
+
+def generation(run: Path) -> int:
+    """Number of launches that wrote into this folder."""
+    path = run / "env.json"
+    return json.loads(path.read_text())["generation"] if path.is_file() else 0
+
+
+def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write recipe.toml, ds_config.json and env.json; changes of the recipe since the last launch are recorded."""
+    run.mkdir(parents=True, exist_ok=True)
+    recorded = run / "recipe.toml"
+    if recorded.is_file():
+        old = schema.parse(recorded.read_text(), origin=str(recorded))
+        changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()}
+        if changed:
+            with (run / "changes.jsonl").open("a") as file:
+                file.write(json.dumps({"generation": facts["generation"], "changes": changed}) + "\n")
+    checkpoint_format.replace_text(recorded, schema.to_toml(recipe).rstrip("\n"))
+    checkpoint_format.write_json(run / "ds_config.json", deepspeed)
+    checkpoint_format.write_json(run / "env.json", {**facts, **_software()})
+
+
+def _software() -> dict[str, Any]:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"commit": commit, "python": platform.python_version(), "versions": versions}

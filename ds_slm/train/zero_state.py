@@ -1,0 +1,301 @@
+"""Between DeepSpeed's flat partitions and tensors with names.
+
+    saving    partition -> fragments -> gathered on the writing ranks -> name: whole fp32 tensor
+    loading   name: whole fp32 tensor -> broadcast -> each rank's fragments -> partition -> half-precision weights
+
+At every ZeRO stage the inner optimiser holds fp32 partitions: slices of the concatenation of a group's parameters. A
+`Fragment` says which elements of which parameter lie where in a partition. Everything else here is independent of the
+stage, the world size and the optimiser's precision.
+
+8-bit states (bitsandbytes): uint8 codes of the flat partition in blocks of 256, value = map[code] * absmax[block]. They
+are stored as fp32 values, like any moments; each partition's absmax goes along as a note, and on the same topology the
+same absmax leads back to the same codes, bit for bit. Elsewhere absmax is computed anew.
+
+DeepSpeed's own accessors are not used: they know neither bitsandbytes' states nor more than one group.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_slm.train.control import Control
+
+KINDS = ("model", "exp_avg", "exp_avg_sq")
+"""The tensors that make up the optimiser's view of a parameter: fp32 weight, first and second moment."""
+
+MOMENTS = {"exp_avg": ("exp_avg", "state1", "qmap1", "absmax1"), "exp_avg_sq": ("exp_avg_sq", "state2", "qmap2", "absmax2")}
+"""Kind -> name in torch's state; names in bitsandbytes' state: values or codes, map, block scales."""
+
+BLOCK = 256
+"""Elements of a quantisation block (bitsandbytes)."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`numel` elements of a parameter from `param_start`, at `flat_start` of this rank's partition."""
+
+    name: str
+    param_start: int
+    numel: int
+    flat_start: int
+
+
+@dataclass
+class Partition:
+    """One flat fp32 tensor of the inner optimiser, with what lies in it."""
+
+    flat: Tensor
+    group_index: int
+    fragments: list[Fragment] = field(default_factory=list)
+
+
+def partitions(engine: Any) -> list[Partition]:
+    """This rank's partitions, in the optimiser's order."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _partitions_of_stage_3(optimizer, names)
+    if hasattr(optimizer, "bf16_groups"):
+        groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+    else:
+        groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+    found = []
+    for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
+        partition = Partition(flat, index)
+        for parameter in group:
+            if (mapping := parameter._hp_mapping) is not None:
+                here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                partition.fragments.append(Fragment(names[parameter], here.start, here.numel, there.start))
+        found.append(partition)
+    return found
+
+
+def _partitions_of_stage_3(optimizer: Any, names: Mapping[Any, str]) -> list[Partition]:
+    """Stage 3 splits every parameter evenly; the last ranks' shares end in padding."""
+    rank = dist.get_rank(group=optimizer.dp_process_group)
+    found = []
+    for index, (group, flat) in enumerate(
+        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+    ):
+        partition = Partition(flat, optimizer.sub_group_to_group_id[index])
+        for parameter in group:
+            _, flat_start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            numel = min(share, parameter.ds_numel - rank * share)
+            if numel > 0:
+                partition.fragments.append(Fragment(names[parameter], rank * share, numel, flat_start))
+        found.append(partition)
+    return found
+
+
+def shapes(engine: Any) -> dict[str, torch.Size]:
+    """Whole shape of every parameter; stage 3 hides it behind an empty tensor."""
+    return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in engine.module.named_parameters()}
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def gather(engine: Any, kind: str, writers: list[int], control: Control) -> dict[str, Tensor] | None:
+    """All tensors of one kind, whole, in fp32 on the CPU of the writing ranks; None elsewhere. Collective.
+
+    Args:
+        engine: DeepSpeed's engine.
+        kind: one of KINDS.
+        writers: ranks that need the result.
+        control: the ranks' connection.
+    """
+    own = [part for partition in partitions(engine) for part in partition.fragments]
+    values = [_values(engine, partition, kind) for partition in partitions(engine)]
+    packed = torch.cat(
+        [
+            flat[part.flat_start : part.flat_start + part.numel]
+            for partition, flat in zip(partitions(engine), values, strict=True)
+            for part in partition.fragments
+        ]
+        or [torch.zeros(0)]
+    )
+    index = [[Fragment(**part) for part in parts] for parts in control.gather([asdict(part) for part in own])]
+    rank, result = control.rank, None
+    for writer in writers:
+        if rank == writer:
+            result = {name: torch.empty(shape.numel()) for name, shape in shapes(engine).items()}
+            for sender, parts in enumerate(index):
+                _unpack(_received(packed, sender, parts, control), parts, result)
+        elif own:
+            dist.send(packed, writer, group=control.group)
+    if result is None:
+        return None
+    return {name: result[name].view(shape) for name, shape in shapes(engine).items()}
+
+
+def _received(own: Tensor, sender: int, parts: list[Fragment], control: Control) -> Tensor:
+    if sender == control.rank:
+        return own
+    buffer = torch.empty(sum(part.numel for part in parts))
+    if parts:
+        dist.recv(buffer, sender, group=control.group)
+    return buffer
+
+
+def _unpack(packed: Tensor, parts: list[Fragment], into: dict[str, Tensor]) -> None:
+    position = 0
+    for part in parts:
+        into[part.name][part.param_start : part.param_start + part.numel] = packed[position : position + part.numel]
+        position += part.numel
+
+
+def _values(engine: Any, partition: Partition, kind: str) -> Tensor:
+    """A partition's fp32 values of one kind, on the CPU; zeros where the optimiser has not stepped yet."""
+    if kind == "model":
+        return partition.flat.detach().float().cpu()
+    state = _inner(engine).state.get(partition.flat, {})
+    plain, codes, code_map, absmax = MOMENTS[kind]
+    if plain in state:
+        return state[plain].detach().float().cpu()
+    if codes not in state:
+        return torch.zeros(partition.flat.numel())
+    if state[codes].dtype != torch.uint8:
+        return state[codes].detach().float().cpu()
+    scale = state[absmax].cpu().repeat_interleave(BLOCK)[: partition.flat.numel()]
+    return state[code_map].cpu()[state[codes].cpu().long()] * scale
+
+
+def absmax_notes(engine: Any) -> dict[str, Tensor]:
+    """Block scales of this rank's 8-bit states, by rank, partition and moment; empty where there are none."""
+    notes = {}
+    for index, partition in enumerate(partitions(engine)):
+        state = _inner(engine).state.get(partition.flat, {})
+        for kind, (_, _, _, absmax) in MOMENTS.items():
+            if absmax in state:
+                notes[_note_name(dist.get_rank(), index, kind)] = state[absmax].detach().cpu().clone()
+    return notes
+
+
+def _note_name(rank: int, partition: int, kind: str) -> str:
+    return f"rank{rank}.partition{partition}.{kind}"
+
+
+def optimizer_steps(engine: Any) -> dict[str, int]:
+    """Steps each parameter group has taken."""
+    inner, taken = _inner(engine), {}
+    for partition in partitions(engine):
+        state = inner.state.get(partition.flat, {})
+        taken[inner.param_groups[partition.group_index]["name"]] = int(state.get("step", 0))
+    return taken
+
+
+def topology(engine: Any) -> dict[str, Any]:
+    """What must be equal for a return to be bit-exact."""
+    return {
+        "world_size": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "optimizer_wrapper": type(engine.optimizer).__name__,
+        "optimizer": type(_inner(engine)).__name__,
+    }
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def scatter(
+    engine: Any,
+    tensors: Callable[[str], Iterator[tuple[str, Tensor]]] | None,
+    source: int,
+    steps_taken: Mapping[str, int],
+    notes: Mapping[str, Tensor],
+    control: Control,
+) -> None:
+    """Give every rank its fragments of weights and moments, then refresh the half-precision weights. Collective.
+
+    Args:
+        engine: DeepSpeed's engine, before its first forward.
+        tensors: on the source rank, kind -> (name, whole fp32 tensor) in the model's order; None elsewhere.
+        source: the rank that has them.
+        steps_taken: optimiser steps by group name.
+        notes: `absmax_notes` of all ranks where the topology is the same, else empty.
+        control: the ranks' connection.
+    """
+    for kind in KINDS:
+        local = [torch.zeros(partition.flat.numel()) for partition in partitions(engine)]
+        incoming = tensors(kind) if tensors else None
+        for name, shape in shapes(engine).items():
+            if incoming is not None:
+                sent_name, whole = next(incoming)
+                assert sent_name == name and whole.shape == shape, f"{sent_name} {whole.shape} in place of {name} {shape}"
+                whole = whole.contiguous().view(-1)
+            else:
+                whole = torch.empty(shape.numel())
+            control.broadcast_tensor(whole, source)
+            for partition, flat in zip(partitions(engine), local, strict=True):
+                for part in partition.fragments:
+                    if part.name == name:
+                        taken = whole[part.param_start : part.param_start + part.numel]
+                        flat[part.flat_start : part.flat_start + part.numel] = taken
+        for index, (partition, flat) in enumerate(zip(partitions(engine), local, strict=True)):
+            if kind == "model":
+                partition.flat.data.copy_(flat)
+            else:
+                note = notes.get(_note_name(control.rank, index, kind))
+                _set_moment(engine, partition, kind, flat, steps_taken, note)
+    _refresh_half_precision(engine.optimizer)
+
+
+def _set_moment(
+    engine: Any, partition: Partition, kind: str, values: Tensor, steps_taken: Mapping[str, int], note: Tensor | None
+) -> None:
+    inner = _inner(engine)
+    settings = inner.param_groups[partition.group_index]
+    step = steps_taken[settings["name"]]
+    if not step:
+        return
+    plain, codes, code_map, absmax = MOMENTS[kind]
+    state, device = inner.state[partition.flat], partition.flat.device
+    if not hasattr(inner, "init_state"):
+        state.setdefault("step", torch.tensor(float(step), device=device))
+        state[plain] = values.to(device)
+        return
+    if not state:
+        listed, settings["params"] = settings["params"], [partition.flat]  # stage 3 keeps the list empty
+        inner.init_state(settings, partition.flat, partition.group_index, 0)
+        settings["params"] = listed
+        state["step"] = step
+    if state[codes].dtype != torch.uint8:
+        state[codes].copy_(values)
+        return
+    scale = block_absmax(values) if note is None else note
+    state[absmax].copy_(scale)
+    state[codes].copy_(quantise(values, scale, state[code_map].cpu()))
+
+
+def block_absmax(values: Tensor) -> Tensor:
+    """Largest magnitude of each block of a flat fp32 tensor."""
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK))
+    return padded.view(-1, BLOCK).abs().amax(dim=1)
+
+
+def quantise(values: Tensor, absmax: Tensor, code_map: Tensor) -> Tensor:
+    """The nearest code of each value; values of blocks whose absmax is 0 get the code of 0."""
+    scale = absmax.repeat_interleave(BLOCK)[: values.numel()]
+    relative = torch.where(scale > 0, values / scale, torch.zeros(()))
+    levels, order = torch.sort(code_map)
+    borders = (levels[1:] + levels[:-1]) / 2
+    return order[torch.bucketize(relative, borders)].to(torch.uint8)
+
+
+def _refresh_half_precision(optimizer: Any) -> None:
+    """Copy the fp32 weights into the ones the model computes with, on all ranks."""
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.update_lp_params()
+        return
+    for index in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer

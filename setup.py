@@ -1,0 +1,68 @@
+"""Packaging of ds_slm: all metadata is here; pyproject.toml holds only the settings of tools.
+
+ds_configs/, hostfiles/ and sft/ belong to the checkout, so the project is installed with `pip install -e .`.
+Ranges are what ought to work; constraints.txt pins what was tested.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ds_slm" / "__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION is not None
+
+setup(
+    name="ds-slm",
+    version=VERSION[1],
+    description="Train small language models with DeepSpeed, from raw text to a published model card",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["ds_slm", "ds_slm.*"]),
+    package_data={"ds_slm.recipe": ["library/*.toml"]},
+    entry_points={"console_scripts": ["ds-slm = ds_slm.cli.main:run"]},
+    install_requires=[
+        "bitsandbytes>=0.49,<1",
+        "datasets>=4,<6",
+        "deepspeed>=0.19.8,<0.20",
+        "huggingface-hub>=1,<3",
+        "ninja>=1.11",  # DeepSpeed compiles its communication op at the first start on CPU
+        "numpy>=2,<3",
+        "protobuf>=5",  # transformers reads a SentencePiece tokenizer.model with it
+        "psutil>=6",
+        "pyarrow>=17",
+        "pydantic>=2.11,<3",
+        "rich>=13",
+        "safetensors>=0.5,<1",
+        "sentencepiece>=0.2,<1",
+        "setuptools>=70",  # torch builds C++ extensions with it
+        "tensorboard>=2.18,<3",
+        "tiktoken>=0.9,<1",
+        "tokenizers>=0.22,<1",
+        "tomli-w>=1.1,<2",
+        "torch>=2.11,<3",
+        "transformers>=5.17,<6",
+        "typer>=0.16,<1",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis>=6.120",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+        ],
+    },
+)

@@ -1,0 +1,368 @@
+"""Two hosts on one machine, real enough for `deepspeed --hostfile hostfiles/two_node` typed on the first of them.
+
+    the machine         pytest ── TwoHosts
+                                    │ unshare, nsenter
+    namespaces      node1 ──eth0── switch (a bridge) ──eth0── node2
+                    sshd             no process but itself     sshd
+
+Each host has its own network, host name, process list, System V IPC, /dev/shm, home, /run, /etc/hosts and ssh settings,
+and its own `runs/` and `data/` mounted over those of the checkout. The checkout, the Python environment and /tmp are
+shared, as if every host had them at the same paths.
+
+Nothing of the machine itself is changed: bridge, addresses, mounts and ssh settings live in unnamed namespaces, which
+end with their processes, and those end with pytest, even if it is killed. `runs/` and `data/` are made in the checkout
+where they are missing, as places to mount on, and removed again.
+
+Known gaps: /sys shows the machine's devices; /tmp (with torch's compile cache) and the clock are shared; each host may
+use all cores (one thread is asked for by OMP_NUM_THREADS); with homes of their own, the hosts compile any DeepSpeed op
+anew. Needs root, and the programs that `missing_requirements` names.
+"""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+# A network reserved for documentation (RFC 5737): nothing real answers on it.
+ADDRESSES = {"node1": "192.0.2.11", "node2": "192.0.2.12"}
+_PREFIX_LENGTH = 24
+_INTERFACE = "eth0"
+_START_DEADLINE_S = 30.0
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# Program -> its Debian package.
+_PACKAGES = {
+    "pdsh": "pdsh",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "mount": "mount",
+    "hostname": "hostname",
+    "g++": "g++",
+}
+
+# Run inside a host's fresh namespaces, whose first process it becomes. $HOST names the folder of the host's own files.
+_BOOT = """
+set -e
+hostname "$NODE"
+mount -t tmpfs tmpfs /dev/shm
+[ -d /run/sshd ] || { mount -t tmpfs tmpfs /run; mkdir /run/sshd; }
+if [ -d "$USER_SSH" ]; then mount -t tmpfs tmpfs "$USER_SSH"; fi
+mount --bind "$HOST/etc/hosts" /etc/hosts
+mount --bind "$HOST/etc/ssh_config" /etc/ssh/ssh_config
+mount --bind "$HOST/etc/shadow" /etc/shadow
+mount --bind "$HOST/runs" "$CHECKOUT/runs"
+mount --bind "$HOST/data" "$CHECKOUT/data"
+exec "$SSHD" -D -E "$HOST/sshd.log" -f "$HOST/etc/sshd_config"
+"""
+
+_SSHD_CONFIG = """
+ListenAddress 0.0.0.0
+HostKey {key}
+AuthorizedKeysFile {key}.pub
+PidFile {folder}/sshd.pid
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+StrictModes no
+UsePAM no
+UseDNS no
+PrintMotd no
+SetEnv {environment}
+"""
+
+_SSH_CONFIG = """
+Host *
+    User root
+    IdentityFile {key}
+    IdentitiesOnly yes
+    IdentityAgent none
+    BatchMode yes
+    StrictHostKeyChecking no
+    UserKnownHostsFile /dev/null
+    LogLevel ERROR
+"""
+
+
+def missing_requirements() -> list[str]:
+    """What this machine lacks for two hosts, each with its way out; empty if they can be made."""
+    problems = []
+    if os.geteuid() != 0:
+        problems.append("Two hosts need root: run as root, or with sudo.")
+    absent = sorted({package for program, package in _PACKAGES.items() if _which(program) is None})
+    if absent:
+        problems.append(f"Programs are missing: apt-get update && apt-get install -y {' '.join(absent)}")
+    if not problems and subprocess.run([*_UNSHARE, "true"], capture_output=True, check=False).returncode != 0:
+        problems.append("This machine refuses new namespaces: in a container, start it with `docker run --privileged`.")
+    return problems
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=_search_path())
+
+
+def _search_path() -> str:
+    """The PATH of a host: the Python environment running this, then the system's folders."""
+    return f"{Path(sys.executable).parent}:{_SYSTEM_PATH}"
+
+
+# Whatever happens to pytest, the host's first process ends with it, and with that every process of the host.
+_UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare"]
+_UNSHARE += ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+@dataclass
+class _Namespaces:
+    """A process of ours, and the namespaces it was started in."""
+
+    process: subprocess.Popen[bytes]
+    name: str
+    first_pid: int = field(default=0)
+    """The first process of its process list, as this machine numbers it."""
+
+
+class TwoHosts:
+    """Two hosts, node1 and node2, for the time of a `with` block. The launches are typed on node1."""
+
+    nodes = tuple(ADDRESSES)
+
+    def __init__(self, checkout: Path, workdir: Path) -> None:
+        """Nothing is started before the `with` block.
+
+        Args:
+            checkout: the folder launches are typed in; its `runs/` and `data/` are replaced on each host.
+            workdir: an empty folder for the hosts' own files, kept afterwards; no spaces in its path.
+        """
+        self._checkout = checkout.resolve()
+        self._workdir = workdir.resolve()
+        self._hosts: dict[str, _Namespaces] = {}
+        self._switch: _Namespaces | None = None
+        self._made: list[Path] = []
+        self._launches = 0
+
+    def runs(self, node: str) -> Path:
+        """The folder that the host sees as CHECKOUT/runs."""
+        return self._folder(node) / "runs"
+
+    def data(self, node: str) -> Path:
+        """The folder that the host sees as CHECKOUT/data."""
+        return self._folder(node) / "data"
+
+    def launch(
+        self, argv: list[str], timeout_s: float, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command as if typed on node1 in the checkout, and wait for it.
+
+        Args:
+            argv: the command, unchanged.
+            timeout_s: after this every process on both hosts but sshd is ended.
+            env: more environment, on node1 and, through DeepSpeed's environment file, for the ranks of both hosts.
+
+        Raises:
+            subprocess.TimeoutExpired: with the output until then.
+        """
+        self._launches += 1
+        variables = self._workdir / f"deepspeed_env-{self._launches}"
+        variables.write_text("".join(f"{key}={value}\n" for key, value in (env or {}).items()))
+        process = subprocess.Popen(
+            # A working folder given to nsenter would be the machine's, under whose runs/ nothing is mounted.
+            self._enter("node1", "sh", "-c", 'cd "$0" && exec "$@"', str(self._checkout), *argv),
+            env={**self._environment("node1"), "DS_ENV_FILE": str(variables), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except BaseException as error:
+            self.end_processes()
+            output, errors = process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise subprocess.TimeoutExpired(argv, timeout_s, output, errors) from None
+            raise
+        return subprocess.CompletedProcess(argv, process.returncode, output, errors)
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """The host's processes but for its sshd: what launches have left running."""
+        first_pid = self._hosts[node].first_pid
+        namespace = os.readlink(f"/proc/{first_pid}/ns/pid")
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if process.pid != first_pid and os.readlink(f"/proc/{process.pid}/ns/pid") == namespace:
+                    found.append(process)
+        return found
+
+    def end_processes(self) -> None:
+        """End every process on both hosts but their sshd."""
+        left = [process for node in self._hosts for process in self.processes(node)]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
+
+    def __enter__(self) -> Self:
+        """Start both hosts; returns when each can reach the other by ssh."""
+        try:
+            self._start()
+        except BaseException as error:
+            self._stop()
+            for log in sorted(self._workdir.glob("node?/*.log")):
+                error.add_note(f"{log}:\n{log.read_text()}")
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End every process of both hosts; their namespaces, mounts and network go with them."""
+        self._stop()
+
+    def _start(self) -> None:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        for name in ("runs", "data"):
+            if not (self._checkout / name).exists():
+                (self._checkout / name).mkdir()
+                self._made.append(self._checkout / name)
+        key = self._workdir / "ssh_key"
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+        self._start_switch()
+        for node in self.nodes:
+            self._write_files(node, key)
+            self._start_host(node)
+        for node in self.nodes:
+            self._await(f"sshd of {node} to listen", (self._folder(node) / "sshd.pid").exists)
+        for node in self.nodes:
+            for other in self.nodes:
+                _run(*self._enter(node, "ssh", other, "true"))
+
+    def _stop(self) -> None:
+        started = [*self._hosts.values(), *([self._switch] if self._switch else [])]
+        for namespaces in started:
+            # The end of a host's first process is the end of them all; `unshare` waits for that.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(namespaces.first_pid or namespaces.process.pid, signal.SIGKILL)
+        for namespaces in started:
+            namespaces.process.wait()
+        self._hosts.clear()
+        self._switch = None
+        while self._made:
+            with contextlib.suppress(OSError):
+                self._made.pop().rmdir()
+
+    def _start_switch(self) -> None:
+        """A network of its own, holding the bridge that joins the hosts."""
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sh", "-c", "echo up; exec sleep infinity"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self._switch = _Namespaces(process, "switch", process.pid)
+        assert process.stdout is not None
+        process.stdout.readline()
+        self._ip(process.pid, "link", "add", "bridge", "type", "bridge")
+        self._ip(process.pid, "link", "set", "bridge", "up")
+
+    def _start_host(self, node: str) -> None:
+        folder = self._folder(node)
+        variables = {
+            "PATH": _search_path(),
+            "NODE": node,
+            "HOST": str(folder),
+            "CHECKOUT": str(self._checkout),
+            "USER_SSH": str(Path(pwd.getpwuid(0).pw_dir) / ".ssh"),
+            "SSHD": str(_which("sshd")),
+        }
+        with (folder / "boot.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*_UNSHARE, "sh", "-c", _BOOT], env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        host = self._hosts[node] = _Namespaces(process, node)
+        self._await(f"the first process of {node}", lambda: _first_child(host))
+        self._connect(node)
+
+    def _connect(self, node: str) -> None:
+        """Lay a cable from the host's eth0 to the switch."""
+        assert self._switch is not None
+        switch, host = self._switch.first_pid, self._hosts[node].first_pid
+        self._ip(switch, "link", "add", node, "type", "veth", "peer", "name", _INTERFACE, "netns", str(host))
+        self._ip(switch, "link", "set", node, "master", "bridge", "up")
+        self._ip(host, "link", "set", "lo", "up")
+        self._ip(host, "address", "add", f"{ADDRESSES[node]}/{_PREFIX_LENGTH}", "dev", _INTERFACE)
+        self._ip(host, "link", "set", _INTERFACE, "up")
+
+    def _write_files(self, node: str, key: Path) -> None:
+        folder = self._folder(node)
+        for name in ("etc", "home", "runs", "data"):
+            (folder / name).mkdir(parents=True)
+        names = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+        environment = " ".join(f"{name}={value}" for name, value in self._environment(node).items())
+        files = {
+            "hosts": f"127.0.0.1 localhost\n{names}",
+            "ssh_config": _SSH_CONFIG.format(key=key),
+            "sshd_config": _SSHD_CONFIG.format(key=key, folder=folder, environment=environment),
+            # No password, but not locked either: sshd without PAM lets nobody into a locked account, key or not.
+            "shadow": "root:*:19000:0:99999:7:::\n",
+        }
+        for name, text in files.items():
+            (folder / "etc" / name).write_text(text)
+
+    def _environment(self, node: str) -> dict[str, str]:
+        """What a login on the host finds: its own home, one thread, the interface gloo is to use."""
+        return {
+            "PATH": _search_path(),
+            "HOME": str(self._folder(node) / "home"),
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": _INTERFACE,
+        }
+
+    def _folder(self, node: str) -> Path:
+        assert node in self.nodes, node
+        return self._workdir / node
+
+    def _enter(self, node: str, *argv: str) -> list[str]:
+        pid = self._hosts[node].first_pid
+        return ["nsenter", "--target", str(pid), "--net", "--uts", "--ipc", "--mount", "--pid", *argv]
+
+    def _ip(self, pid: int, *arguments: str) -> None:
+        _run("nsenter", "--target", str(pid), "--net", "ip", *arguments)
+
+    def _await(self, what: str, condition: Callable[[], object]) -> None:
+        """Poll until the condition holds; fails at the deadline or when a host has ended."""
+        deadline = time.monotonic() + _START_DEADLINE_S
+        while not condition():
+            ended = [host.name for host in self._hosts.values() if host.process.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                raise RuntimeError(f"waited for {what}; ended meanwhile: {', '.join(ended) or 'none'}")
+            time.sleep(0.02)
+
+
+def _first_child(host: _Namespaces) -> bool:
+    """Note the host's first process once it is started; says whether it is."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(host.process.pid).children()
+        host.first_pid = children[0].pid if children else 0
+    return host.first_pid != 0
+
+
+def _run(*argv: str) -> None:
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, env={"PATH": _search_path()}, stdin=subprocess.DEVNULL
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"`{' '.join(argv)}` failed with {done.returncode}: {done.stderr.strip()}")

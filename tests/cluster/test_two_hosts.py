@@ -1,0 +1,136 @@
+"""DeepSpeed across two hosts, as a user types it: run by `make cluster-test`, which needs root and Debian packages.
+
+Seven launches of the demo recipe, each of a few steps, in about three minutes on two cores. The oracle of every loss is
+the same recipe on two ranks of one host; that of resuming is the run that was never interrupted.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import TwoHosts, missing_requirements
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TWO_HOSTS = ["deepspeed", "--hostfile", "hostfiles/two_node", "ds_slm/pretrain.py"]
+ONE_HOST = ["deepspeed", "--num_accelerators", "2", "ds_slm/pretrain.py"]
+STEPS = 4
+INTERRUPTED_AT = 2
+LAUNCH_TIMEOUT_S = 240.0
+BF16_TOLERANCE = 1e-3
+"""Relative, of a loss or gradient norm summed in another order."""
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    if problems := missing_requirements():
+        pytest.fail("two hosts cannot be made here. " + " ".join(problems), pytrace=False)
+    with TwoHosts(CHECKOUT, tmp_path_factory.mktemp("hosts")) as two_hosts:
+        yield two_hosts
+
+
+@pytest.fixture(scope="module")
+def across(hosts: TwoHosts) -> list[dict]:
+    """The documented command but for --max-steps: ZeRO-1 on two hosts, into runs/demo, data prepared on each."""
+    train(hosts, TWO_HOSTS, STEPS)
+    return train_records(hosts, "demo")
+
+
+@pytest.fixture(scope="module")
+def alone(hosts: TwoHosts, across: list[dict]) -> list[dict]:
+    """The same on two ranks of node1."""
+    train(hosts, ONE_HOST, STEPS, "--run-dir", "runs/alone")
+    return train_records(hosts, "alone")
+
+
+def train(hosts: TwoHosts, command: list[str], max_steps: int, *flags: str) -> None:
+    """Launch on node1; fails with the end of the output if the launch does."""
+    start = time.monotonic()
+    done = hosts.launch([*command, "--max-steps", str(max_steps), *flags], timeout_s=LAUNCH_TIMEOUT_S)
+    print(f"{time.monotonic() - start:.0f} s: {' '.join(done.args)}")
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+
+
+def train_records(hosts: TwoHosts, run: str) -> list[dict]:
+    """The train records of node1, which is rank 0 and alone writes them."""
+    assert not (hosts.runs("node2") / run / "metrics.jsonl").exists()
+    lines = (hosts.runs("node1") / run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def assert_same_training(got: list[dict], expected: list[dict]) -> None:
+    assert [record["step"] for record in got] == list(range(1, len(got) + 1))
+    for ours, theirs in zip(got, expected, strict=False):
+        assert (ours["step"], ours["tokens"], ours["ledger"]) == (theirs["step"], theirs["tokens"], theirs["ledger"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=BF16_TOLERANCE)
+
+
+def test_zero1_gives_the_losses_of_two_ranks_on_one_host(across: list[dict], alone: list[dict]) -> None:
+    assert len(across) == len(alone) == STEPS
+    assert_same_training(across, alone)
+    assert across[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_other_stages_give_them_too(hosts: TwoHosts, alone: list[dict], stage: int) -> None:
+    steps, run = STEPS - 1, f"z{stage}"
+    train(hosts, TWO_HOSTS, steps, "--ds-config", f"ds_configs/zero{stage}.json", "--run-dir", f"runs/{run}")
+    records = train_records(hosts, run)
+    assert len(records) == steps
+    assert_same_training(records, alone)
+    for node in hosts.nodes:
+        assert read_json(hosts.runs(node) / run / "env.json")["zero_stage"] == stage
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(hosts: TwoHosts, across: list[dict]) -> None:
+    """Same topology, so bit for bit: the oracle is the run of the first test."""
+    for max_steps in (INTERRUPTED_AT, STEPS):
+        train(hosts, TWO_HOSTS, max_steps, "--run-dir", "runs/resumed")
+    records = train_records(hosts, "resumed")
+    exact = ("step", "tokens", "loss", "grad_norm", "lr", "ledger")
+    assert [[record[key] for key in exact] for record in records] == [
+        [record[key] for key in exact] for record in across
+    ]
+    assert read_json(hosts.runs("node1") / "resumed" / "env.json")["generation"] == 2
+    last = f"step-{STEPS:08d}"
+    for run in ("demo", "resumed"):
+        assert (hosts.runs("node1") / run / "checkpoints" / "latest").read_text().strip() == last
+    weights = [manifest(hosts, "node1", run, last)["files"]["model.safetensors"] for run in ("demo", "resumed")]
+    assert weights[0] == weights[1]
+
+
+def manifest(hosts: TwoHosts, node: str, run: str, checkpoint: str) -> dict:
+    return read_json(hosts.runs(node) / run / "checkpoints" / checkpoint / "manifest.json")
+
+
+def test_each_host_has_its_own_copy_of_checkpoint_and_data(hosts: TwoHosts, across: list[dict]) -> None:
+    """Nothing is shared: the hosts' folders lie apart on this machine, and hold the same bytes."""
+    copies = [manifest(hosts, node, "demo", f"step-{STEPS:08d}") for node in hosts.nodes]
+    assert copies[0] == copies[1]
+    launches = [read_json(hosts.runs(node) / "demo" / "env.json") for node in hosts.nodes]
+    assert launches[0]["data_sha256"] == launches[1]["data_sha256"]
+    assert launches[0]["hosts"] == launches[1]["hosts"] == list(hosts.nodes)
+    files = [
+        sorted(path.relative_to(hosts.data(node)) for path in hosts.data(node).rglob("*.bin")) for node in hosts.nodes
+    ]
+    assert files[0] == files[1] != []
+    for path in files[0]:
+        assert (hosts.data("node1") / path).read_bytes() == (hosts.data("node2") / path).read_bytes()
+
+
+def test_a_single_remote_host_is_refused(hosts: TwoHosts, tmp_path: Path) -> None:
+    """DeepSpeed would train on node1, where the command is typed, though the hostfile names node2 alone."""
+    hostfile = tmp_path / "remaining"
+    hostfile.write_text("node2 slots=1\n")
+    command = ["deepspeed", "--hostfile", str(hostfile), "ds_slm/pretrain.py", "--run-dir", "runs/refused"]
+    done = hosts.launch(command, timeout_s=LAUNCH_TIMEOUT_S)
+    assert done.returncode == 2, done.stderr
+    assert "--force_multi" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (hosts.runs("node1") / "refused").exists()

@@ -1,0 +1,95 @@
+"""Helpers for the data room's tests: small recipes, generated documents, prepared folders."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from ds_slm.data import shards
+from ds_slm.recipe import schema
+
+SPECIALS = '{ "<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3 }'
+BPE = f'kind = "bpe"\nvocab_size = 300\nspecial_tokens = {SPECIALS}\npad_token = "<|pad|>"'
+
+TEXT = """
+[card]
+name = "data"
+[model]
+hidden_size = 8
+intermediate_size = 8
+num_hidden_layers = 1
+num_attention_heads = 1
+num_key_value_heads = 1
+head_dim = 8
+vocab_size = 200000
+max_position_embeddings = 1024
+[tokenizer]
+{tokenizer}
+[data]
+seq_len = {seq_len}
+val_fraction = {val_fraction}
+split_seed = {split_seed}
+{sources}
+[optimizer]
+lr = 1e-3
+[schedule]
+kind = "cosine"
+[train]
+global_batch_tokens = {batch_tokens}
+steps = 10
+seed = 3
+last_batch = "{last_batch}"
+"""
+
+
+def source(name: str, kind: str = "files", weight: int = 1, **fields: object) -> str:
+    """One [[data.source]] table."""
+    lines = [f"{key} = {json.dumps(str(value))}" for key, value in fields.items()]
+    return "\n".join(["[[data.source]]", f'name = "{name}"', f'kind = "{kind}"', f"weight = {weight}", *lines])
+
+
+def recipe(
+    *sources: str,
+    tokenizer: str = BPE,
+    seq_len: int = 16,
+    rows_per_step: int = 7,
+    val_fraction: float = 0.1,
+    split_seed: int = 0,
+    last_batch: str = "wrap",
+) -> schema.Recipe:
+    """A recipe whose model is never built."""
+    text = TEXT.format(
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        sources="\n".join(sources),
+        batch_tokens=rows_per_step * seq_len,
+        last_batch=last_batch,
+    )
+    return schema.parse(text)
+
+
+def texts(count: int = 200, seed: int = 0) -> list[str]:
+    """Documents of made-up words; no two are equal."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(200)]
+    return [f"{seed}-{number}: " + " ".join(rng.choices(words, k=rng.randint(5, 60))) for number in range(count)]
+
+
+def write_jsonl(path: Path, documents: list[str], column: str = "text") -> Path:
+    """A .jsonl file of documents."""
+    path.write_text("".join(json.dumps({column: text, "id": place}) + "\n" for place, text in enumerate(documents)))
+    return path
+
+
+def prepare(made: schema.Recipe, root: Path, **options: object) -> shards.Prepared:
+    """Prepare in silence."""
+    report: Callable[[str], None] = lambda line: None  # noqa: E731
+    return shards.prepare(made, "made", root, **{"report": report, **options})  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, but for the lock."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

@@ -1,0 +1,347 @@
+"""Token shards: exact contents, the same bytes whatever happened on the way, and every mismatch refused."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ds_slm.data import shards, writer
+from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.errors import DataError
+from ds_slm.recipe.schema import Recipe
+from tests.data_recipes import BPE, contents, prepare, recipe, source, texts, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Recipe:
+    """Two sources, one of two files."""
+    (tmp_path / "two").mkdir()
+    write_jsonl(tmp_path / "one.jsonl", texts(300, seed=1))
+    write_jsonl(tmp_path / "two" / "a.jsonl", texts(100, seed=2))
+    write_jsonl(tmp_path / "two" / "b.jsonl", texts(100, seed=3))
+    return recipe(
+        source("first", path=tmp_path / "one.jsonl", weight=3), source("second", path=tmp_path / "two"), val_fraction=0.2
+    )
+
+
+def documents_of(prepared: shards.Prepared, split: str) -> list[list[str]]:
+    tokenizer = load_tokenizer(prepared.tokenizer_folder)
+    arrays = prepared.train_token_arrays() if split == "train" else prepared.val_token_arrays()
+    ends = [np.flatnonzero(array == prepared.eos_id) + 1 for array in arrays]
+    return [
+        [tokenizer.decode(ids[:-1].tolist()) for ids in np.split(array, end)[:-1]]
+        for array, end in zip(arrays, ends, strict=True)
+    ]
+
+
+def test_shards_hold_every_document_once(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: the documents that were written, each in one split, in order; counts and bytes of the manifest."""
+    prepared = prepare(made, tmp_path / "data")
+    train, val = documents_of(prepared, "train"), documents_of(prepared, "val")
+    for place, written in enumerate((texts(300, seed=1), texts(100, seed=2) + texts(100, seed=3))):
+        assert sorted(train[place] + val[place]) == sorted(written)
+        assert train[place] == [text for text in written if text in set(train[place])]
+        assert 0.1 < len(val[place]) / len(written) < 0.3
+    assert prepared.val_text() == "".join(val[0] + val[1])
+    assert prepared.val_bytes == len(prepared.val_text().encode())
+    assert prepared.train_tokens == sum(map(len, prepared.train_token_arrays()))
+    assert prepared.val_tokens == sum(map(len, prepared.val_token_arrays()))
+    manifest = json.loads((tmp_path / "data" / "made" / "first" / "manifest.json").read_text())
+    assert manifest["documents"] == {"train": len(train[0]), "val": len(val[0])}
+    assert manifest["bytes"]["train"] == len("".join(train[0]).encode())
+    assert manifest["dtype"] == "uint16" and manifest["tokenizer_sha256"] == prepared.tokenizer_sha256
+    shard = manifest["shards"]["train"][0]
+    content = (tmp_path / "data" / "made" / "first" / "train-00000.bin").read_bytes()
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
+    shards.verify(prepared)
+
+
+def test_split_depends_on_seed_and_document_alone(made: Recipe) -> None:
+    """Oracle: the same document falls on the same side in any company; another seed holds out others."""
+    first = [text for text in texts(200) if writer.is_held_out(text, made.data)]
+    shuffled = [text for text in reversed(texts(200)) if writer.is_held_out(text, made.data)]
+    other = made.data.model_copy(update={"split_seed": 1})
+    assert sorted(first) == sorted(shuffled)
+    assert set(first) != {text for text in texts(200) if writer.is_held_out(text, other)}
+
+
+def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
+    """Oracle: slices of the text."""
+    text = "\n\n".join(texts(200))
+    (tmp_path / "play.txt").write_text(text)
+    prepared = prepare(recipe(source("play", path=tmp_path / "play.txt")), tmp_path / "data")
+    border = int(len(text) * 0.9)
+    assert documents_of(prepared, "train") == [[text[:border]]]
+    assert prepared.val_text() == text[border:]
+
+
+def test_preparing_again_changes_nothing(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: contents and times of every file; also where the sources have moved away since."""
+    first = prepare(made, tmp_path / "data")
+    folder = tmp_path / "data" / "made"
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
+    (tmp_path / "one.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    assert prepare(made, tmp_path / "data").sha256 == first.sha256
+    assert shards.open_prepared(made, "made", tmp_path / "data").sha256 == first.sha256
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_data_hash_is_the_same_on_every_host(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: byte-equal folders and equal hashes from two data roots, and from other places of the same text."""
+    one, two = prepare(made, tmp_path / "a"), prepare(made, tmp_path / "b")
+    assert contents(one.folder) == contents(two.folder)
+    (tmp_path / "one.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    moved = prepare(made, tmp_path / "c", sources={"first": tmp_path / "elsewhere.jsonl"})
+    assert contents(moved.folder / "first")["train-00000.bin"] == contents(one.folder / "first")["train-00000.bin"]
+
+
+PREPARE = "import sys; from pathlib import Path; from ds_slm.data import shards; from ds_slm.recipe import schema\n" + (
+    "shards.prepare(schema.load(sys.argv[1]), 'made', Path(sys.argv[2]))"
+)
+
+
+def start(program: str, *arguments: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def saved(made: Recipe, path: Path) -> Path:
+    from ds_slm.recipe import schema
+
+    path.write_text(schema.to_toml(made))
+    return path
+
+
+def test_killed_while_preparing(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: the folder of an uninterrupted run, byte for byte, after a kill in the middle of the second source."""
+    whole = contents(prepare(made, tmp_path / "whole").folder)
+    stall = "from ds_slm.data import writer; import time\nclose = writer.ShardWriter.close\n" + (
+        "writer.ShardWriter.close = lambda self: time.sleep(99) if 'second' in str(self.path) else close(self)\n"
+    )
+    process = start(stall + PREPARE, saved(made, tmp_path / "made.toml"), tmp_path / "data")
+    folder = tmp_path / "data" / "made"
+    while not list(folder.glob("second/*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("first/manifest.json")) and list(folder.glob("second/*.tmp"))
+    (folder / "tokenizer.tmp").mkdir()
+    (folder / "tokenizer.tmp" / "tokenizer.json").write_text("half")
+    with pytest.raises(DataError, match="lacks second: run ds-slm prepare made"):
+        shards.open_prepared(made, "made", tmp_path / "data")
+    prepare(made, tmp_path / "data")
+    assert contents(folder) == whole
+
+
+def test_two_processes_at_once(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: both succeed, one of them found the work done, and the folder is as one process makes it."""
+    toml = saved(made, tmp_path / "made.toml")
+    processes = [start(PREPARE, toml, tmp_path / "data") for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(output.count("held-out tokens") for output in outputs) == [0, 2]
+    assert contents(tmp_path / "data" / "made") == contents(prepare(made, tmp_path / "alone").folder)
+
+
+def damage_size(folder: Path) -> None:
+    path = folder / "first" / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def damage_file(folder: Path) -> None:
+    (folder / "second" / "val-00000.bin").unlink()
+
+
+def damage_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+
+
+def damage_manifest(folder: Path) -> None:
+    path = folder / "first" / "manifest.json"
+    path.write_text(path.read_text()[:-9])
+
+
+def damage_tokenizer_hash(folder: Path) -> None:
+    path = folder / "first" / "manifest.json"
+    path.write_text(path.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_size, r"first/train-00000.bin was cut short: \d+ bytes where \d+ belong"),
+        (damage_file, r"second/val-00000.bin was cut short: 0 bytes"),
+        (damage_tokenizer, r"tokenizer was changed"),
+        (damage_manifest, r"first/manifest.json is damaged"),
+        (damage_tokenizer_hash, r"first was made with the tokenizer 0"),
+    ],
+)
+def test_damaged_folders_are_refused(
+    damage: Callable[[Path], None], message: str, made: Recipe, tmp_path: Path
+) -> None:
+    """Oracle: the error names file, state and way out; nothing is written, by opening or by preparing."""
+    folder = prepare(made, tmp_path / "data").folder
+    damage(folder)
+    before = contents(folder)
+    with pytest.raises(DataError, match=f"{message}.*remove .* and prepare again"):
+        shards.open_prepared(made, "made", tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        prepare(made, tmp_path / "data")
+    assert contents(folder) == before
+
+
+def test_verify_finds_one_changed_bit(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: opening reads sizes alone; verify reads every byte and names both damaged shards."""
+    prepared = prepare(made, tmp_path / "data")
+    for name in ("first", "second"):
+        path = prepared.folder / name / "train-00000.bin"
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.write_bytes(content)
+    shards.open_prepared(made, "made", tmp_path / "data")
+    with pytest.raises(DataError) as caught:
+        shards.verify(prepared)
+    assert len(caught.value.problems) == 2
+
+
+def test_another_recipes_folder_is_refused(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: every difference is named, and nothing overwritten."""
+    folder = prepare(made, tmp_path / "data").folder
+    before = contents(folder)
+    other = made.model_copy(
+        update={
+            "tokenizer": made.tokenizer.model_copy(update={"vocab_size": 310}),
+            "data": made.data.model_copy(update={"split_seed": 9}),
+        }
+    )
+    for refused in (lambda: prepare(other, tmp_path / "data"), lambda: shards.open_prepared(other, "made", folder.parent)):
+        with pytest.raises(DataError, match=r"data\.split_seed was 0, is 9, tokenizer\.vocab_size was 300, is 310") as found:
+            refused()
+        assert len(found.value.problems) == 3
+    assert contents(folder) == before
+
+
+def test_length_and_batch_are_no_part_of_the_data(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: a resumed run may train longer; its folder is the same one."""
+    first = prepare(made, tmp_path / "data")
+    longer = made.model_copy(update={"train": made.train.model_copy(update={"steps": 10**9})})
+    assert prepare(longer, tmp_path / "data").sha256 == first.sha256
+
+
+def test_other_local_files_are_refused(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: a source that has grown, and a --source of another size, are named."""
+    folder = prepare(made, tmp_path / "data").folder
+    before = contents(folder)
+    other = write_jsonl(tmp_path / "other.jsonl", texts(10, seed=8))
+    with pytest.raises(DataError, match="first was made from other local files"):
+        prepare(made, tmp_path / "data", sources={"first": other})
+    write_jsonl(tmp_path / "two" / "c.jsonl", texts(10, seed=8))
+    with pytest.raises(DataError, match="second was made from other local files"):
+        prepare(made, tmp_path / "data")
+    assert contents(folder) == before
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    """Oracle: two missing paths give two problems, and no folder of shards; an unknown name the nearest one."""
+    made = recipe(source("first", path=tmp_path / "none"), source("second", kind="hub", id="a/b"))
+    with pytest.raises(DataError) as caught:
+        prepare(made, tmp_path / "data", sources={"second": tmp_path / "neither"})
+    assert len(caught.value.problems) == 2
+    with pytest.raises(DataError, match="--source secnod: .*did you mean 'second'"):
+        prepare(made, tmp_path / "data", sources={"secnod": tmp_path})
+    assert not contents(tmp_path / "data")
+
+
+def test_no_text_left_for_validation(tmp_path: Path) -> None:
+    """Oracle: the error names the source and data.val_fraction; no shard is left behind."""
+    path = write_jsonl(tmp_path / "few.jsonl", texts(60))
+    with pytest.raises(DataError, match=r"source 'few': nothing is left for val; .*data.val_fraction than 1e-06"):
+        prepare(recipe(source("few", path=path), val_fraction=1e-6), tmp_path / "data")
+    assert not list((tmp_path / "data" / "made" / "few").iterdir())
+
+
+def test_max_tokens(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: shares of the limit by weight, passed by less than a document; cut text is noted; val is not empty."""
+    lines: list[str] = []
+    prepared = prepare(made, tmp_path / "data", max_tokens=4_000, report=lines.append)
+    longest = 300
+    for array, share in zip(prepared.train_token_arrays(), (3_000, 1_000), strict=True):
+        assert share <= len(array) < share + longest
+    assert all(len(array) for array in prepared.val_token_arrays())
+    assert sum("the run will repeat them" in line for line in lines) == 2
+
+
+def test_empty_documents_are_counted(tmp_path: Path) -> None:
+    """Oracle: three empty ones among a hundred: reported, and no EOS of their own."""
+    path = write_jsonl(tmp_path / "some.jsonl", ["", *texts(100), "", ""])
+    lines: list[str] = []
+    prepared = prepare(recipe(source("some", path=path)), tmp_path / "data", report=lines.append)
+    assert "some: 3 empty or unreadable documents were skipped" in lines
+    assert sum(map(len, documents_of(prepared, "train") + documents_of(prepared, "val"))) == 100
+
+
+def character_recipe(path: Path, folder: Path) -> Recipe:
+    """A recipe on ready-made ids 0..27, with a character tokenizer."""
+    from tests.test_data_tokenizer import character_folder
+
+    characters = character_folder(folder / "characters", "\n abcdefghijklmnopqrstuvwxyz")
+    section = f'kind = "hf"\nvocab_size = 28\neos_token = "\\n"\npad_token = "\\n"\npath = "{characters}"'
+    return recipe(source("ids", kind="tokens", path=path), tokenizer=section)
+
+
+def test_ready_made_tokens(tmp_path: Path) -> None:
+    """Oracle: the ids that were written, the last tenth held out; the text they spell."""
+    (tmp_path / "ids").mkdir()
+    ids = np.random.default_rng(0).integers(0, 28, 5_000).astype("<u2")
+    ids[:3_000].tofile(tmp_path / "ids" / "a.bin")
+    ids[3_000:].tofile(tmp_path / "ids" / "b.bin")
+    prepared = prepare(character_recipe(tmp_path / "ids", tmp_path), tmp_path / "data")
+    assert np.array_equal(prepared.train_token_arrays()[0], ids[:4_500])
+    assert np.array_equal(prepared.val_token_arrays()[0], ids[4_500:])
+    assert prepared.val_text() == "".join("\n abcdefghijklmnopqrstuvwxyz"[token] for token in ids[4_500:])
+    assert prepared.val_bytes == 500
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.array([3, 4, 5] * 50 + [28], "<u2").tobytes(), r"holds id 28 at position 150, beyond the vocabulary of 28"),
+        (b"\x01\x00" * 40 + b"\x01", r"has 81 bytes, no whole number of 16-bit ids"),
+        (b"", "nothing is left for train and val"),
+    ],
+)
+def test_bad_token_files(content: bytes, message: str, tmp_path: Path) -> None:
+    """Oracle: the error names file, position and limit; no shard is left behind."""
+    (tmp_path / "ids.bin").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare(character_recipe(tmp_path / "ids.bin", tmp_path), tmp_path / "data")
+    folder = tmp_path / "data" / "made" / "ids"
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    """Oracle: 65,536 ids fit into uint16, one more does not; little-endian bytes as written by hand."""
+    assert writer.id_dtype(1 << 16) == np.dtype("<u2") and writer.id_dtype((1 << 16) + 1) == np.dtype("<u4")
+    shard = writer.ShardWriter(tmp_path / "wide.bin", 100_277)
+    shard.add([1, 100_257])
+    shard.close()
+    assert (tmp_path / "wide.bin").read_bytes() == bytes([1, 0, 0, 0, 0xA1, 0x87, 1, 0])
+
+
+def test_bpe_cannot_learn_from_ids(tmp_path: Path) -> None:
+    """Oracle: said in one sentence, with the way out."""
+    (tmp_path / "ids.bin").write_bytes(bytes(80))
+    with pytest.raises(DataError, match="token ids, no text to train a tokenizer on"):
+        prepare(recipe(source("ids", kind="tokens", path=tmp_path / "ids.bin"), tokenizer=BPE), tmp_path / "data")

@@ -1,0 +1,193 @@
+"""Tokenizers: exact vocabularies and ids, any Unicode there and back, text is text, folders that transformers loads."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_slm.data import tokenizer as room
+from ds_slm.errors import DataError
+from ds_slm.recipe.schema import Source
+from tests.data_recipes import BPE, recipe, source, texts
+
+CONTROLS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+SCATTERED = BPE.replace('"<|pad|>" = 1', '"<|pad|>" = 299').replace('"<|im_end|>" = 3', '"<|im_end|>" = 77')
+
+
+def documents(_: Source) -> Iterator[str]:
+    return iter(texts())
+
+
+def build(section: str = BPE) -> room.Tokenizer:
+    return room.build_tokenizer(recipe(source("made", path="."), tokenizer=section), documents)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> room.Tokenizer:
+    return build()
+
+
+def test_bpe_has_exactly_the_recipes_ids(bpe: room.Tokenizer) -> None:
+    """Oracle: the recipe, with special ids together and scattered; every id below vocab_size is used once."""
+    for section, ids in ((BPE, (0, 1, 2, 3)), (SCATTERED, (0, 299, 2, 77))):
+        made = bpe if section is BPE else build(section)
+        assert made.vocab_size == 300
+        assert tuple(made.token_id(token) for token in CONTROLS) == ids
+        assert (made.eos_id, made.pad_id) == (0, ids[1])
+        vocabulary = made._backend.get_vocab()
+        assert sorted(vocabulary.values()) == list(range(300))
+
+
+def test_special_ids_do_not_change_the_merges(bpe: room.Tokenizer) -> None:
+    """Oracle: the same text cut at the same places, whatever numbers the tokens bear."""
+    scattered = build(SCATTERED)
+    for text in texts(20, seed=9):
+        pieces = [[made.decode([token_id]) for token_id in made.encode(text)] for made in (bpe, scattered)]
+        assert pieces[0] == pieces[1]
+
+
+def test_bpe_is_deterministic(bpe: room.Tokenizer, tmp_path: Path) -> None:
+    """Oracle: another process, with other hash seeds and threads, makes the same hash."""
+    program = (
+        "from tests.test_data_tokenizer import build; print(build().sha256)"  # the same text, from its seed
+    )
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        env={"PATH": "", "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == bpe.sha256
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_unicode_comes_back(bpe: room.Tokenizer, text: str) -> None:
+    """Oracle: the text itself, for a tokenizer that never saw most of these characters."""
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.encode_batch([text, ""]) == [ids, []]
+
+
+@given(parts=st.lists(st.one_of(st.sampled_from(CONTROLS), st.text("ab <|>_", max_size=5)), max_size=8))
+def test_control_tokens_in_text_are_text(bpe: room.Tokenizer, parts: list[str]) -> None:
+    """Oracle: no control id comes out of any text, and the text comes back."""
+    text = "".join(parts)
+    ids = bpe.encode(text)
+    assert min(ids, default=4) > 3
+    assert bpe.decode(ids, skip_special=True) == text
+
+
+def test_saved_folder_loads_everywhere(bpe: room.Tokenizer, tmp_path: Path) -> None:
+    """Oracle: transformers.AutoTokenizer has the same ids; its default parses control tokens, ours does not."""
+    from transformers import AutoTokenizer
+
+    bpe.save(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), room.load_tokenizer(tmp_path)
+    assert ours.sha256 == bpe.sha256
+    assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (0, 1, 300)
+    for text in texts(20, seed=4):
+        assert theirs(text).input_ids == ours.encode(text) == bpe.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert 3 in theirs("a<|im_end|>").input_ids
+    assert 3 not in ours.encode("a<|im_end|>")
+    theirs.save_pretrained(tmp_path / "again")
+    assert room.load_tokenizer(tmp_path / "again").encode("abc abc") == ours.encode("abc abc")
+
+
+def test_too_little_text_for_the_vocabulary() -> None:
+    """Oracle: the error names both sizes and the way out."""
+    with pytest.raises(DataError, match=r"has \d+ ids and tokenizer.vocab_size is 5000: give it more text"):
+        build(BPE.replace("300", "5000"))
+
+
+def character_folder(folder: Path, characters: str) -> Path:
+    """A tokenizer of single characters as a Hugging Face folder: the simplest there is."""
+    vocabulary = {character: place for place, character in enumerate(characters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(?s)."), "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_local_character_tokenizer(tmp_path: Path) -> None:
+    """Oracle: a character's place in the alphabet."""
+    alphabet = "\n abcdefghijklmnopqrstuvwxyz"
+    section = f'kind = "hf"\nvocab_size = {len(alphabet)}\neos_token = "\\n"\npad_token = "\\n"\n'
+    path = character_folder(tmp_path / "characters", alphabet)
+    made = build(section + f'path = "{path}"')
+    text = "to be\n\nor not"
+    assert made.encode(text) == [alphabet.index(character) for character in text]
+    assert made.decode(made.encode(text)) == text
+    made.save(tmp_path / "saved")
+    assert room.load_tokenizer(tmp_path / "saved").encode(text) == made.encode(text)
+    with pytest.raises(DataError, match="has no '<|endoftext|>': set tokenizer.eos_token") as caught:
+        build(f'kind = "hf"\nvocab_size = 28\npath = "{path}"')
+    assert len(caught.value.problems) == 2
+    with pytest.raises(DataError, match=r"28 ids and tokenizer\.vocab_size is 30"):
+        build(section.replace("28", "30") + f'path = "{path}"')
+
+
+def test_hf_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    """Oracle: the error names what was asked for and what would do."""
+    (tmp_path / "tokenizer.json").write_text("[]")
+    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"):
+        with pytest.raises(DataError, match=rf"{path}' gives no tokenizer .*name a local folder"):
+            build(f'kind = "hf"\nvocab_size = 28\npath = "{path}"')
+
+
+def test_damaged_tokenizer_folder(bpe: room.Tokenizer, tmp_path: Path) -> None:
+    """Oracle: the error names the folder."""
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(DataError, match=f"{tmp_path} holds no whole tokenizer"):
+        room.load_tokenizer(tmp_path)
+
+
+CL100K = 'kind = "cl100k"\nvocab_size = 100277\npath = "RANKS"\n' + (
+    'special_tokens = { "<|endoftext|>" = 100257, "<|im_start|>" = 100264, "<|im_end|>" = 100265 }'
+)
+
+
+def test_cl100k_is_tiktoken(test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: tiktoken's own ids of real prose, code-like text and control literals, after saving and loading."""
+    import tiktoken
+
+    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
+    shutil.copy(ranks, tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    theirs = tiktoken.get_encoding("cl100k_base")
+    build(CL100K.replace("RANKS", str(ranks))).save(tmp_path / "saved")
+    ours = room.load_tokenizer(tmp_path / "saved")
+
+    prose = (test_data / "prose" / "tinyshakespeare.txt").read_text(encoding="utf-8")[:300_000]
+    golden = [json.loads(line) for line in (test_data / "cl100k_base" / "golden_vectors.jsonl").open(encoding="utf-8")]
+    tricky = ["a<|endoftext|>b <|im_end|>", "1234567 12 1  \n\n  \t x", "日本語😀👨‍👩‍👧", "<|unused_100256|>", "I'LL they're", ""]
+    checked = [*prose.split("\n\n"), *(row["text"] for row in golden), *tricky]
+    assert ours.encode_batch(checked) == theirs.encode_ordinary_batch(checked)
+    assert all(ours.decode(ids) == text for ids, text in zip(ours.encode_batch(checked), checked, strict=True))
+
+    expected = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265, "<|endofprompt|>": 100276}
+    assert {token: ours.token_id(token) for token in expected} == expected
+    assert (ours.vocab_size, ours.eos_id) == (100277, 100257)
+
+
+def test_cl100k_with_damaged_ranks(tmp_path: Path) -> None:
+    """Oracle: the error names both hashes, before anything is made of the file."""
+    ranks = tmp_path / "ranks.tiktoken"
+    ranks.write_text("IQ== 0\n")
+    with pytest.raises(DataError, match="223921b76ee99bde"):
+        build(CL100K.replace("RANKS", str(ranks)))
+    with pytest.raises(DataError, match="does not exist"):
+        build(CL100K.replace("RANKS", str(tmp_path / "none")))

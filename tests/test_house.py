@@ -1,0 +1,147 @@
+"""The house rules that a machine can check: one-way imports, short files, declared dependencies, no private paths."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("recipe", "data", "model", "checkpoint", "train", "publish", "cluster")
+
+ALLOWED = {
+    "errors": set(),
+    "recipe": set(),
+    "data": {"recipe"},
+    "model": {"recipe"},
+    "checkpoint": {"recipe", "data", "model"},
+    "train": {"recipe", "data", "model", "checkpoint"},
+    "publish": {"recipe", "data", "model", "checkpoint"},
+    "cluster": {"recipe", "data", "checkpoint"},
+    "pretrain": {"recipe", "data", "model", "checkpoint", "train", "publish", "cluster.hostfile"},
+    "sft": {"recipe", "data", "model", "checkpoint", "train", "pretrain", "sft"},
+    "sft.train": {"recipe", "data", "model", "checkpoint", "train", "pretrain", "sft", "publish", "cluster.hostfile"},
+    "cli": {*ROOMS, "pretrain", "sft", "cli"},
+}
+"""What each room may import besides itself and errors, as docs/design.md draws it."""
+
+HEAVY = {"torch", "deepspeed", "transformers", "numpy", "datasets", "bitsandbytes"}
+HOME = re.compile(r"(?<![\w.])/(?:home|root|Users)/")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    """The room a file belongs to: a folder of ds_slm, or a module beside them."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "sft":
+        return "sft.train" if parts[1:] == ("train",) else "sft"
+    return parts[1]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, at its top or inside a function: `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def breaches(room: str, imported: str) -> str | None:
+    """Why a room may not import a name, or None."""
+    package, *parts = imported.split(".")
+    if package == "deepspeed" and room != "train":
+        return "only train may import deepspeed"
+    if package in HEAVY and room in ("recipe", "errors"):
+        return "pure data imports nothing heavy"
+    if package == "sft":
+        return None if "sft" in ALLOWED[room] else "ds_slm never imports sft"
+    if package != "ds_slm" or not parts or parts[0].startswith("_"):
+        return None
+    target, child = parts[0], ".".join(parts[:2])
+    if target in (room, "errors") or target in ALLOWED[room] or child in ALLOWED[room]:
+        return None
+    return f"{room} may not import {target}"
+
+
+@pytest.mark.parametrize("path", python_files("ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    """Oracle: the design's list of who may import whom."""
+    room = room_of(path)
+    if room == "__init__":
+        room = "errors"
+    assert room in ALLOWED, f"{room} is a new room: say in the design what it may import"
+    found = {imported: problem for imported in imports(path) if (problem := breaches(room, imported))}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("room", "imported"),
+    [
+        ("recipe", "torch.nn"),
+        ("recipe", "ds_slm.data.rows"),
+        ("model", "ds_slm.data.rows"),
+        ("data", "ds_slm.model.decoder"),
+        ("checkpoint", "deepspeed"),
+        ("checkpoint", "ds_slm.train.engine"),
+        ("train", "ds_slm.publish.score"),
+        ("train", "ds_slm.cli.main"),
+        ("publish", "ds_slm.train.engine"),
+        ("cluster", "ds_slm.model.decoder"),
+        ("pretrain", "ds_slm.cluster.doctor"),
+        ("sft", "ds_slm.publish.generate"),
+        ("model", "sft.chatml"),
+    ],
+)
+def test_breaches_are_found(room: str, imported: str) -> None:
+    """Oracle: forbidden imports, made up."""
+    assert breaches(room, imported)
+
+
+def test_files_are_short() -> None:
+    """Oracle: a file over 400 lines is two files."""
+    files = [*python_files("ds_slm", "sft", "tests", "benchmarks"), ROOT / "setup.py"]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {name: count for name, count in lines.items() if count > 400}
+
+
+def test_modules_say_what_they_do() -> None:
+    """Oracle: every module begins with a docstring."""
+    files = python_files("ds_slm", "sft", "tests", "benchmarks")
+    undocumented = [path for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not undocumented
+
+
+def test_dependencies_are_declared_and_pinned() -> None:
+    """Oracle: setup.py names what the package imports, and constraints.txt pins what setup.py names."""
+    strings = {
+        node.value
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    declared = {match[1].lower() for text in strings if (match := re.match(r"([\w-]+)(?:\[\w+\])?>=", text))}
+    imported = {name.partition(".")[0] for path in python_files("ds_slm", "sft") for name in imports(path)}
+    third_party = imported - set(sys.stdlib_module_names) - {"ds_slm", "sft"}
+    assert {name.replace("_", "-").lower() for name in third_party} <= declared
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in constraints if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {pin.partition("==")[0].replace("_", "-").lower() for pin in pins}
+    assert declared - {"python", "setuptools"} <= pinned
+
+
+def test_no_private_paths() -> None:
+    """Oracle: no file that ships names a folder of somebody's home."""
+    folders = ("ds_slm", "sft", "tests", "benchmarks", "ds_configs", "hostfiles", "docs", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    texts = {
+        path: path.read_text(encoding="utf-8", errors="ignore") for path in files if "__pycache__" not in path.parts
+    }
+    assert not [str(path.relative_to(ROOT)) for path, text in texts.items() if HOME.search(text)]

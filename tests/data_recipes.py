@@ -5,6 +5,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import tokenizers
+
 from ds_slm.data import shards
 from ds_slm.recipe import schema
 
@@ -93,3 +95,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, but for the lock."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def character_folder(folder: Path, characters: str) -> Path:
+    """A tokenizer of single characters as a Hugging Face folder: the simplest there is."""
+    vocabulary = {character: place for place, character in enumerate(characters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder

@@ -158,7 +158,9 @@ def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:
         tokens[position] = 300
         tokens.tofile(path)
         rows = PretrainRows(made, prepared)
-        with pytest.raises(DataError, match=f"{path} holds id 300 at position {position}, beyond the vocabulary of 300"):
+        with pytest.raises(
+            DataError, match=f"{path} holds id 300 at position {position}, beyond the vocabulary of 300"
+        ):
             rows.read([RowId(1, 0, row)], split)  # type: ignore[arg-type]
 
 

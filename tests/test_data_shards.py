@@ -16,8 +16,9 @@ import pytest
 from ds_slm.data import shards, writer
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
+from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
-from tests.data_recipes import BPE, contents, prepare, recipe, source, texts, write_jsonl
+from tests.data_recipes import BPE, character_folder, contents, prepare, recipe, source, texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +31,9 @@ def made(tmp_path: Path) -> Recipe:
     write_jsonl(tmp_path / "two" / "a.jsonl", texts(100, seed=2))
     write_jsonl(tmp_path / "two" / "b.jsonl", texts(100, seed=3))
     return recipe(
-        source("first", path=tmp_path / "one.jsonl", weight=3), source("second", path=tmp_path / "two"), val_fraction=0.2
+        source("first", path=tmp_path / "one.jsonl", weight=3),
+        source("second", path=tmp_path / "two"),
+        val_fraction=0.2,
     )
 
 
@@ -89,7 +92,7 @@ def test_preparing_again_changes_nothing(made: Recipe, tmp_path: Path) -> None:
     """Oracle: contents and times of every file; also where the sources have moved away since."""
     first = prepare(made, tmp_path / "data")
     folder = tmp_path / "data" / "made"
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.name != ".lock"}
     (tmp_path / "one.jsonl").rename(tmp_path / "elsewhere.jsonl")
     assert prepare(made, tmp_path / "data").sha256 == first.sha256
     assert shards.open_prepared(made, "made", tmp_path / "data").sha256 == first.sha256
@@ -116,29 +119,42 @@ def start(program: str, *arguments: Path) -> subprocess.Popen[str]:
 
 
 def saved(made: Recipe, path: Path) -> Path:
-    from ds_slm.recipe import schema
-
     path.write_text(schema.to_toml(made))
     return path
 
 
-def test_killed_while_preparing(made: Recipe, tmp_path: Path) -> None:
-    """Oracle: the folder of an uninterrupted run, byte for byte, after a kill in the middle of the second source."""
+STALL = """
+import time
+from ds_slm.data import shards, writer
+def stall_where(owner, name, wanted):
+    work = getattr(owner, name)
+    def stalled(first, *others):
+        return time.sleep(99) if wanted in str(getattr(first, "path", first)) else work(first, *others)
+    setattr(owner, name, stalled)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stall", "reached"),
+    [
+        ("shards, '_write_manifest', 'tokenizer.tmp'", "tokenizer.tmp/tokenizer.json"),
+        ("shards, '_write_manifest', 'first'", "first/val-00000.bin"),
+        ("writer.ShardWriter, 'close', 'second/val'", "second/train-00000.bin"),
+    ],
+)
+def test_killed_while_preparing(stall: str, reached: str, made: Recipe, tmp_path: Path) -> None:
+    """Oracle: the folder of an uninterrupted run, byte for byte, after a kill at three different places."""
     whole = contents(prepare(made, tmp_path / "whole").folder)
-    stall = "from ds_slm.data import writer; import time\nclose = writer.ShardWriter.close\n" + (
-        "writer.ShardWriter.close = lambda self: time.sleep(99) if 'second' in str(self.path) else close(self)\n"
-    )
-    process = start(stall + PREPARE, saved(made, tmp_path / "made.toml"), tmp_path / "data")
+    program = f"{STALL}\nstall_where({stall})\n{PREPARE}"
+    process = start(program, saved(made, tmp_path / "made.toml"), tmp_path / "data")
     folder = tmp_path / "data" / "made"
-    while not list(folder.glob("second/*.tmp")):
+    while not (folder / reached).exists():
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(folder.glob("first/manifest.json")) and list(folder.glob("second/*.tmp"))
-    (folder / "tokenizer.tmp").mkdir()
-    (folder / "tokenizer.tmp" / "tokenizer.json").write_text("half")
-    with pytest.raises(DataError, match="lacks second: run ds-slm prepare made"):
+    process.communicate()
+    assert contents(folder).keys() != whole.keys()
+    with pytest.raises(DataError, match=r"lacks .*second: run ds-slm prepare made"):
         shards.open_prepared(made, "made", tmp_path / "data")
     prepare(made, tmp_path / "data")
     assert contents(folder) == whole
@@ -226,8 +242,13 @@ def test_another_recipes_folder_is_refused(made: Recipe, tmp_path: Path) -> None
             "data": made.data.model_copy(update={"split_seed": 9}),
         }
     )
-    for refused in (lambda: prepare(other, tmp_path / "data"), lambda: shards.open_prepared(other, "made", folder.parent)):
-        with pytest.raises(DataError, match=r"data\.split_seed was 0, is 9, tokenizer\.vocab_size was 300, is 310") as found:
+    for refused in (
+        lambda: prepare(other, tmp_path / "data"),
+        lambda: shards.open_prepared(other, "made", folder.parent),
+    ):
+        with pytest.raises(
+            DataError, match=r"data\.split_seed was 0, is 9, tokenizer\.vocab_size was 300, is 310"
+        ) as found:
             refused()
         assert len(found.value.problems) == 3
     assert contents(folder) == before
@@ -259,7 +280,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare(made, tmp_path / "data", sources={"second": tmp_path / "neither"})
     assert len(caught.value.problems) == 2
-    with pytest.raises(DataError, match="--source secnod: .*did you mean 'second'"):
+    with pytest.raises(DataError, match=r"--source secnod: .*'second'"):
         prepare(made, tmp_path / "data", sources={"secnod": tmp_path})
     assert not contents(tmp_path / "data")
 
@@ -294,8 +315,6 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
 
 def character_recipe(path: Path, folder: Path) -> Recipe:
     """A recipe on ready-made ids 0..27, with a character tokenizer."""
-    from tests.test_data_tokenizer import character_folder
-
     characters = character_folder(folder / "characters", "\n abcdefghijklmnopqrstuvwxyz")
     section = f'kind = "hf"\nvocab_size = 28\neos_token = "\\n"\npad_token = "\\n"\npath = "{characters}"'
     return recipe(source("ids", kind="tokens", path=path), tokenizer=section)

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_slm.data import tokenizer as room
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
-from tests.data_recipes import BPE, recipe, source, texts
+from tests.data_recipes import BPE, character_folder, recipe, source, texts
 
 CONTROLS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 SCATTERED = BPE.replace('"<|pad|>" = 1', '"<|pad|>" = 299').replace('"<|im_end|>" = 3', '"<|im_end|>" = 77')
@@ -55,9 +54,7 @@ def test_special_ids_do_not_change_the_merges(bpe: room.Tokenizer) -> None:
 
 def test_bpe_is_deterministic(bpe: room.Tokenizer, tmp_path: Path) -> None:
     """Oracle: another process, with other hash seeds and threads, makes the same hash."""
-    program = (
-        "from tests.test_data_tokenizer import build; print(build().sha256)"  # the same text, from its seed
-    )
+    program = "from tests.test_data_tokenizer import build; print(build().sha256)"  # the same text, from its seed
     root = Path(__file__).resolve().parents[1]
     found = subprocess.run(
         [sys.executable, "-c", program],
@@ -110,17 +107,6 @@ def test_too_little_text_for_the_vocabulary() -> None:
         build(BPE.replace("300", "5000"))
 
 
-def character_folder(folder: Path, characters: str) -> Path:
-    """A tokenizer of single characters as a Hugging Face folder: the simplest there is."""
-    vocabulary = {character: place for place, character in enumerate(characters)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(?s)."), "isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    folder.mkdir(parents=True)
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 def test_a_local_character_tokenizer(tmp_path: Path) -> None:
     """Oracle: a character's place in the alphabet."""
     alphabet = "\n abcdefghijklmnopqrstuvwxyz"
@@ -132,7 +118,7 @@ def test_a_local_character_tokenizer(tmp_path: Path) -> None:
     assert made.decode(made.encode(text)) == text
     made.save(tmp_path / "saved")
     assert room.load_tokenizer(tmp_path / "saved").encode(text) == made.encode(text)
-    with pytest.raises(DataError, match="has no '<|endoftext|>': set tokenizer.eos_token") as caught:
+    with pytest.raises(DataError, match=r"has no '<\|endoftext\|>': set tokenizer\.eos_token") as caught:
         build(f'kind = "hf"\nvocab_size = 28\npath = "{path}"')
     assert len(caught.value.problems) == 2
     with pytest.raises(DataError, match=r"28 ids and tokenizer\.vocab_size is 30"):
@@ -173,7 +159,14 @@ def test_cl100k_is_tiktoken(test_data: Path, tmp_path: Path, monkeypatch: pytest
 
     prose = (test_data / "prose" / "tinyshakespeare.txt").read_text(encoding="utf-8")[:300_000]
     golden = [json.loads(line) for line in (test_data / "cl100k_base" / "golden_vectors.jsonl").open(encoding="utf-8")]
-    tricky = ["a<|endoftext|>b <|im_end|>", "1234567 12 1  \n\n  \t x", "日本語😀👨‍👩‍👧", "<|unused_100256|>", "I'LL they're", ""]
+    tricky = [
+        "a<|endoftext|>b <|im_end|>",
+        "1234567 12 1  \n\n  \t x",
+        "日本語😀👨‍👩‍👧",
+        "<|unused_100256|>",
+        "I'LL they're",
+        "",
+    ]
     checked = [*prose.split("\n\n"), *(row["text"] for row in golden), *tricky]
     assert ours.encode_batch(checked) == theirs.encode_ordinary_batch(checked)
     assert all(ours.decode(ids) == text for ids, text in zip(ours.encode_batch(checked), checked, strict=True))

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
+from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.errors import CheckpointError, DataError
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder, build
@@ -37,6 +39,7 @@ VARIANTS = {
     "exclusive": ({"exclusive_attention": True}, "ExclusiveForCausalLM"),
     "exclusive-qk-norm": ({"exclusive_attention": True, "qk_norm": True}, "ExclusiveForCausalLM"),
 }
+RUN_OVERRIDES = [f"tokenizer.vocab_size={VOCAB}", "data.seq_len=64"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -274,6 +277,31 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer_folder, monkeyp
     with pytest.raises(OSError, match="No space"):
         export(dict(build(shape, seed=1).named_parameters()), shape, tokenizer_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_checkpoints_are_exported_by_step_newest_and_best(tmp_path, tokenizer_folder):
+    """Oracle: the tensors each checkpoint was written with; a step that is not there is refused."""
+    recipe = schema.load("demo", [f"model.{name}={value}" for name, value in SHAPE.items()] + RUN_OVERRIDES)
+    run = tmp_path / "run"
+    shutil.copytree(tokenizer_folder, run / "tokenizer")
+    (run / "recipe.toml").write_text(schema.to_toml(recipe))
+    states = {}
+    for step in (2, 4, 6):
+        states[step] = {name: tensor.detach() for name, tensor in build(recipe.model, seed=step).named_parameters()}
+        writer = checkpoint_format.Writer(run, step)
+        writer.add_tensors(checkpoint_format.MODEL, states[step])
+        folder = writer.commit({"step": step})
+        if step == 4:
+            checkpoint_format.mark_best(folder)
+    for options, step in (({"step": 2}, 2), ({}, 6), ({"best": True}, 4)):
+        told = exporting.export_run(run, tmp_path / f"out-{step}", **options)
+        with checkpoint_format.open_tensors(tmp_path / f"out-{step}" / "model.safetensors") as tensors:
+            assert all(torch.equal(tensors.get_tensor(name), states[step][name]) for name in tensors.keys())  # noqa: SIM118
+        assert told["step"] == step and told["params"] == sum(tensor.numel() for tensor in states[step].values())
+    with pytest.raises(CheckpointError, match="2, 4, 6"):
+        exporting.export_run(run, tmp_path / "out-3", step=3)
+    with pytest.raises(CheckpointError, match=r"recipe\.toml"):
+        exporting.export_run(tmp_path, tmp_path / "out-3")
 
 
 def small_model(**changes):

@@ -64,7 +64,11 @@ def documents(source: Source, replacement: Path | None = None) -> Iterator[str]:
         DataError: for a missing or unreadable file, a missing column (with the columns there are), a silent hub.
     """
     place = locate(source, replacement)
-    assert place.kind != "tokens", f"{source.name} holds token ids, no documents"
+    if place.kind == "tokens":
+        raise DataError(
+            f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
+            "that made them, 'hf' or 'cl100k'."
+        )
     if place.kind == "embedded":
         yield from embedded_documents()
     elif place.kind == "hub":

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import os
 import re
+import string
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -40,28 +41,28 @@ MIN_FUNCTION_WORDS = 0.15
 MAX_SYMBOLS = 0.04
 """Largest share of characters from SYMBOLS."""
 
-FUNCTION_WORDS = frozenset(
+_FUNCTION_WORDS = (
     "the a an of to is in and for that it be are this with as on by or if from not at can which will when use used has "
-    "have its but must may you one only all then each".split()
+    "have its but must may you one only all then each"
 )
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 SYMBOLS = "=_{}[]<>|\\/#$%^&@~+*"
 CODE_MARKS = (">>>", "---", "===", "+--", "```")
 
-_TRIPLE = r'"""(?:[^"\\]++|\\.|"(?!""))*+"""|' + r"'''(?:[^'\\]++|\\.|'(?!''))*+'''"
-_STRINGS = re.compile(
-    rf"""#[^\n]*+|^[ \t]*+([rRuU]?(?:{_TRIPLE}))|{_TRIPLE}|"(?:[^"\\\n]++|\\.)*+"|'(?:[^'\\\n]++|\\.)*+'""",
-    re.MULTILINE | re.DOTALL,
-)
+_TRIPLE_QUOTED = r'"""(?:[^"\\]++|\\.|"(?!""))*+"""|' + r"'''(?:[^'\\]++|\\.|'(?!''))*+'''"
+_STRINGS = re.compile(rf"""#[^\n]*+|{_TRIPLE_QUOTED}|"(?:[^"\\\n]++|\\.)*+"|'(?:[^'\\\n]++|\\.)*+'""", re.DOTALL)
+"""Comments and strings. Each branch begins with a plain character, which makes the search fast."""
+_PREFIXES = ("", "r", "R", "u", "U")
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _BULLET = re.compile(r"\s*(?:[-*•+]|\d+[.)]|\(\w\))\s+")
 _PLAIN_WORD = re.compile(r"""(?<!\S)[("'`*]*[A-Za-z]+(?:['’-][A-Za-z]+)*[,.;:!?)"'`*]*(?!\S)""")
-_NOT_LETTERS = re.compile(r"[\W\d_]+")
+_NO_LETTERS = (string.punctuation + string.digits + string.whitespace).encode()
 
 
 @cache
 def embedded_documents() -> tuple[str, ...]:
     """All documents, in an order that depends on the installed packages only."""
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     return tuple(document for docstring in _docstrings() if (document := _document(docstring, seen)))
 
 
@@ -97,9 +98,18 @@ def _modules(root: Path) -> Iterator[Path]:
 
 def _docstrings_of(path: Path) -> list[str]:
     module = path.read_bytes().decode("utf-8", errors="ignore")
-    literals = [match[1] for match in _STRINGS.finditer(module) if match[1]]
     with warnings.catch_warnings(action="ignore"):  # other people's invalid escapes
-        return [_value(literal) for literal in literals if len(literal) >= MIN_DOCSTRING_CHARACTERS]
+        return [_value(literal) for literal in _literals(module) if len(literal) >= MIN_DOCSTRING_CHARACTERS]
+
+
+def _literals(module: str) -> Iterator[str]:
+    """Triple-quoted strings that begin a line."""
+    for match in _STRINGS.finditer(module):
+        if match[0].startswith(('"""', "'''")):
+            line_begin = module.rfind("\n", 0, match.start()) + 1
+            prefix = module[line_begin : match.start()].strip()
+            if prefix in _PREFIXES:
+                yield prefix + match[0]
 
 
 def _value(literal: str) -> str:
@@ -109,16 +119,20 @@ def _value(literal: str) -> str:
         return ""
 
 
-def _document(docstring: str, seen: set[str]) -> str:
+def _document(docstring: str, seen: set[bytes]) -> str:
     kept = []
     for lines in _paragraphs(inspect.cleandoc(docstring)):
         paragraph = " ".join(" ".join(lines).split())
         if bullet := _BULLET.match(paragraph):
             paragraph = paragraph[bullet.end() :]
-        if _is_prose(paragraph) and (letters := _NOT_LETTERS.sub("", paragraph).lower()) not in seen:
+        if _is_prose(paragraph) and (letters := _letters(paragraph)) not in seen:
             seen.add(letters)
             kept.append(paragraph)
     return "\n\n".join(kept)
+
+
+def _letters(paragraph: str) -> bytes:
+    return paragraph.lower().encode().translate(None, _NO_LETTERS)
 
 
 def _paragraphs(docstring: str) -> Iterator[list[str]]:

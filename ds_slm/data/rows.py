@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from ds_slm.data.order import Order, RowId, next_step_position, step_row_ids
+from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_row_ids
 from ds_slm.data.shards import Prepared
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
@@ -54,7 +54,7 @@ class PretrainRows:
         """Raises DataError where a source is too small for the recipe, with every source that is."""
         self._seq_len = recipe.data.seq_len
         self._rows_per_step = recipe.rows_per_step
-        self._last_batch = recipe.train.last_batch
+        self._last_batch: LastBatch = recipe.train.last_batch
         self._prepared = prepared
         self._tokens = {"train": prepared.train_token_arrays(), "val": prepared.val_token_arrays()}
         rows_per_source = self._training_rows(recipe)

@@ -190,12 +190,11 @@ def open_prepared(recipe: Recipe, name: str, data_root: Path) -> Prepared:
     """
     folder = Path(data_root) / name
     expected = [TOKENIZER, *(source.name for source in recipe.data.source)]
-    missing = [part for part in expected if not (folder / part / MANIFEST).is_file()]
-    if missing:
+    manifests = {part: manifest for part in expected if (manifest := read_manifest(folder / part))}
+    if missing := [part for part in expected if part not in manifests]:
         raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {name}.")
     _refuse(conflicts(recipe, folder, {}))
-    tokenizer_manifest, *manifests = [read_manifest(folder / part) for part in expected]
-    prepared = Prepared(folder, dict(zip(expected[1:], manifests, strict=True)), tokenizer_manifest)
+    prepared = Prepared(folder, tokenizer_manifest=manifests.pop(TOKENIZER), manifests=manifests)
     _refuse([*_tokenizer_problems(prepared), *_size_problems(prepared)])
     return prepared
 

@@ -276,6 +276,6 @@ def _existing(section: Section) -> "tokenizers.Tokenizer":
     except Exception as error:  # the Rust side raises bare Exception, the hub's libraries their own kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"tokenizer.path = {section.path!r} gives no tokenizer ({reason}): name a local folder, a tokenizer.json, a "
-            "tokenizer.model or a hub id."
+            f"tokenizer.path = {section.path!r} gives no tokenizer ({reason}): name a local folder, a tokenizer.json, "
+            "a tokenizer.model or a hub id."
         ) from error

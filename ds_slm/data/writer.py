@@ -96,7 +96,9 @@ class ShardWriter:
 @contextmanager
 def _writers(folder: Path, vocab_size: int) -> Iterator[dict[Split, ShardWriter]]:
     folder.mkdir(parents=True, exist_ok=True)
-    writers: dict[Split, ShardWriter] = {split: ShardWriter(folder / f"{split}-00000.bin", vocab_size) for split in SPLITS}
+    writers: dict[Split, ShardWriter] = {
+        split: ShardWriter(folder / f"{split}-00000.bin", vocab_size) for split in SPLITS
+    }
     try:
         yield writers
     finally:
@@ -129,7 +131,7 @@ def write_documents(
     Empty documents are counted and skipped. Reading stops when there are `token_limit` training tokens and at least one
     held-out document.
     """
-    counts = {"documents": {split: 0 for split in SPLITS}, "bytes": {split: 0 for split in SPLITS}}
+    counts = {"documents": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0)}
     skipped_documents = 0
     content = hashlib.sha256()
     whole = True

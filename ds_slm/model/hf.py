@@ -14,8 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ds_slm.errors import CheckpointError
 from ds_slm.recipe import schema
+from ds_slm.recipe.problems import sentences
 
 MODELING_FILE = Path(__file__).with_name("modeling_exclusive.py")
 """Shipped with models of exclusive attention."""
@@ -95,7 +98,9 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
         "num_key_value_heads": heads,
         "tie_word_embeddings": False,
     }
-    fields = {name: config[name] if config.get(name) is not None else derived.get(name) for name in SAME_NAME}
+    fields: dict[str, Any] = {
+        name: config[name] if config.get(name) is not None else derived.get(name) for name in SAME_NAME
+    }
     problems += [f"{name} is missing." for name, value in fields.items() if value is None]
     if problems:
         raise CheckpointError(["config.json describes a model this decoder cannot be:", *problems])

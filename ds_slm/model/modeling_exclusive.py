@@ -4,6 +4,7 @@ Exclusive attention (arXiv 2603.09078) removes from each head's output y its com
 z = y - (y.v / v.v) v, in fp32, after attention and before o_proj. Grouped queries use the value of their group. With
 `qk_norm`, queries and keys are normalised per head before the rotation.
 """
+# pyright: reportArgumentType=false, reportOptionalIterable=false
 
 from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig

@@ -46,6 +46,7 @@ DEVICES = (
     Device("NVIDIA RTX 4090", 165.2e12, 82.6e12, 24 * 10**9),
     Device("NVIDIA A100", 312e12, 19.5e12, 80 * 10**9),
     Device("NVIDIA H100", 989.5e12, 67e12, 80 * 10**9),
+    Device("NVIDIA H200", 989.5e12, 67e12, 141 * 10**9),
 )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import ConfigError
+from ds_slm.recipe.plan import DEFAULT_MICRO_BATCH_TOKENS, batch
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe
 
@@ -44,10 +45,6 @@ OWNED_BY_RECIPE = {
     "tensorboard": "the run folder's own TensorBoard",
 }
 """Top-level keys that change the result, and who owns them."""
-
-DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Micro-batch where neither the command nor the ds_config names one."""
-
 
 @dataclass(frozen=True)
 class Joined:
@@ -92,14 +89,11 @@ def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: 
         problems.append(f"--micro-batch {micro_batch}: expected a positive integer or auto.")
     if problems:
         raise ConfigError(problems)
-    rows_per_rank = -(-recipe.rows_per_step // world_size)
     wanted = micro_batch or (hint if isinstance(hint, int) else 0)
     wanted = wanted or max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // recipe.data.seq_len, 1)
-    size = min(wanted, rows_per_rank)
-    accumulation_steps = -(-rows_per_rank // size)
-    size = -(-rows_per_rank // accumulation_steps)  # the same number of forwards with the fewest filler rows
-    filler_rows = size * accumulation_steps * world_size - recipe.rows_per_step
-    return Joined(_deepspeed(recipe, ds_file, size, accumulation_steps, world_size), size, accumulation_steps, filler_rows)
+    cut = batch(recipe, world_size, wanted)
+    deepspeed = _deepspeed(recipe, ds_file, cut.micro_batch, cut.accumulation_steps, world_size)
+    return Joined(deepspeed, cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
 
 
 def _conflicts(ds_file: dict[str, Any]) -> list[str]:

@@ -9,15 +9,14 @@ import time
 
 import torch
 
-DATASHEET_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12, "T4": 65e12}
-"""Dense half-precision tensor FLOP/s by a part of the device's name (vendor datasheets)."""
-
+from ds_slm.recipe.budget import DEVICES
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of one device for matrix products; None where it is not known."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((flops for part, flops in DATASHEET_FLOPS.items() if part in name), None)
+        name, half = torch.cuda.get_device_name(device), dtype != torch.float32
+        known = [one for one in DEVICES if one.name.split()[-1] in name]
+        return (known[0].half_flops_per_s if half else known[0].fp32_flops_per_s) if known else None
     from ds_slm.model.decoder import product
 
     size = 768

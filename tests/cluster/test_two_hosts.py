@@ -1,7 +1,7 @@
 """DeepSpeed across two hosts, as a user types it: run by `make cluster-test`, which needs root and Debian packages.
 
-Seven launches of the demo recipe, each of a few steps, in about three minutes on two cores. The oracle of every loss is
-the same recipe on two ranks of one host; that of resuming is the run that was never interrupted.
+Launches of the demo recipe, each of a few steps. The oracle of every loss is the same recipe on two ranks of one host;
+that of resuming is the run that was never interrupted.
 """
 
 import json
@@ -16,6 +16,7 @@ from tests.cluster.hosts import TwoHosts, missing_requirements
 CHECKOUT = Path(__file__).resolve().parents[2]
 TWO_HOSTS = ["deepspeed", "--hostfile", "hostfiles/two_node", "ds_slm/pretrain.py"]
 ONE_HOST = ["deepspeed", "--num_accelerators", "2", "ds_slm/pretrain.py"]
+# The first step of the warm-up has learning rate 0: the third loss is the first to show an update.
 STEPS = 4
 INTERRUPTED_AT = 2
 LAUNCH_TIMEOUT_S = 240.0

@@ -1,0 +1,91 @@
+"""What `make demo` made, measured: held-out bits per byte beside three baselines, and text from the exported model.
+
+    runs/demo + data/demo + exports/demo --> table, samples, exit code 1 where a baseline was not beaten
+
+python benchmarks/demo_report.py runs/demo exports/demo [--data-root data]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ds_slm.data import shards
+from ds_slm.errors import CheckpointError, run_program
+from ds_slm.publish import baselines
+from ds_slm.recipe import schema
+
+PROMPTS = ("The function returns", "If the file does not exist,")
+
+
+def continuations(folder: Path, prompts: tuple[str, ...]) -> tuple[int, dict[str, str]]:
+    """Parameters as transformers counts them, and each prompt continued through `AutoModelForCausalLM`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    texts = {}
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(
+            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9
+        )
+        texts[prompt] = tokenizer.decode(output[0], skip_special_tokens=True)
+    return model.num_parameters(), texts
+
+
+def main() -> int:
+    """Print the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    args = parser.parse_args()
+    if not (args.run / "done.json").is_file():
+        raise CheckpointError(f"{args.run} has no done.json: the run is not finished; launch it again to go on.")
+
+    done = json.loads((args.run / "done.json").read_text())
+    trained = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in trained if record["kind"] == "train"]
+    recipe = schema.load(str(args.run / "recipe.toml"))
+    data = shards.open_prepared(recipe, args.run.name, args.data_root)
+    train_ids, held_out_ids = data.train_token_arrays()[0], data.val_token_arrays()[0]
+    unigram, bigram = baselines.ngram_bits_per_byte(
+        train_ids, held_out_ids, data.vocab_size, data.eos_id, data.val_bytes
+    )
+    ours = done["val_bits_per_byte"]
+    rivals = {"gzip -9": baselines.gzip_bits_per_byte(data.val_text()), "unigram": unigram, "bigram": bigram}
+    parameters, texts = continuations(args.export, PROMPTS)
+
+    console = Console()
+    table = Table(title=f"bits per byte of {data.val_bytes:,} held-out bytes ({data.val_tokens:,} tokens)")
+    table.add_column("model")
+    table.add_column("bits per byte", justify="right")
+    for name, value in {**rivals, f"{args.run} ({parameters:,} parameters)": ours}.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    for text in texts.values():
+        console.print(text, markup=False, highlight=False)
+    seconds = sum(record["step_s"] for record in steps)
+    speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
+    console.print(
+        f"\nmade: {args.run} (step {done['step']}, {done['tokens']:,} tokens in {seconds:.0f} s of steps, "
+        f"median {speed:,.0f} tokens/s, peak {max(record['peak_memory_gb'] for record in steps):.2f} GB on rank 0)\n"
+        f"      held-out loss {done['val_loss']:.4f}, perplexity {done['val_perplexity']:.2f}, bits per byte {ours:.4f}\n"
+        f"      {args.export}: a Hugging Face folder of {parameters:,} parameters\n"
+        f"look: tensorboard --logdir {args.run.parent}",
+        highlight=False,
+    )
+    beaten = all(ours < value for value in rivals.values())
+    if not beaten:
+        console.print("the model does not beat all three baselines", style="bold red")
+    return 0 if beaten else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,118 @@
+"""Launched by DeepSpeed in tests: several trainings of one recipe in one process group, each a case of its own.
+
+    deepspeed cases.py --recipe R --out DIR CASE...      CASE = NAME:key=value,key=value,...
+
+Keys: zero (stage), max_steps, micro_batch, set (recipe override, repeatable as set=a.b=c), broken (a deliberate mistake to
+be found by the tests), kill_at (SIGKILL of this rank after that step), scale_power (fp16's first loss scale).
+One launch costs many seconds of imports; a case costs few.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from ds_slm import errors  # noqa: E402
+from ds_slm.data import shards  # noqa: E402
+from ds_slm.data.rows import PretrainRows  # noqa: E402
+from ds_slm.publish.generate import sampler  # noqa: E402
+from ds_slm.recipe import schema  # noqa: E402
+from ds_slm.train import ds_config, engine, loop, session  # noqa: E402
+
+
+def task(recipe: schema.Recipe, name: str, data_root: Path) -> session.Task:
+    """Pretraining on prepared shards, as ds_slm/pretrain.py sets it up."""
+    return session.Task(
+        prepare=lambda: shards.prepare(recipe, name, data_root, report=lambda line: None),
+        rows=lambda corpus: PretrainRows(recipe, corpus),
+        sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts, max_new_tokens=4),
+        val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,
+    )
+
+
+def mean_of_means(self: engine.Engine, values: list[float]) -> list[float]:
+    """The classic mistake: every rank divides by its own share of the step, as if all shares were equal."""
+    return [value * self.control.world_size for value in values]
+
+
+def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> None:
+    """Train one case into out/NAME."""
+    pairs = [setting.split("=", 1) for setting in settings]
+    single = {key: value for key, value in pairs if key != "set"}
+    recipe = schema.load(str(recipe_path), [value for key, value in pairs if key == "set"])
+    originals = engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed
+    if single.get("broken") == "mean_of_means":
+        engine.Engine._sum_over_ranks = mean_of_means
+    if "kill_at" in single:
+        loop.record_step = killing(int(single["kill_at"]))
+    if "scale_power" in single:
+        ds_config._deepspeed = scaled(int(single["scale_power"]))
+    options = session.Options(
+        run_dir=out / name,
+        ds_config=ROOT / "ds_configs" / f"zero{single.get('zero', '1')}.json",
+        max_steps=int(single["max_steps"]) if "max_steps" in single else None,
+        micro_batch=int(single.get("micro_batch", 2)),
+    )
+    try:
+        session.run(recipe, options, task(recipe, recipe_path.stem, recipe_path.parent / "data"))
+    finally:
+        engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed = originals
+
+
+def killing(step: int):
+    """A record_step that ends this process with SIGKILL once `step` is recorded."""
+    original = loop.record_step
+
+    def record_step(run: loop.Run, *rest: object) -> None:
+        original(run, *rest)
+        if run.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return record_step
+
+
+def scaled(power: int):
+    """DeepSpeed's dictionary with another first loss scale."""
+    original = ds_config._deepspeed
+
+    def deepspeed(*arguments: object) -> dict:
+        config = original(*arguments)
+        config["fp16"]["initial_scale_power"] = power
+        return config
+
+    return deepspeed
+
+
+def main() -> None:
+    """Run all cases in one process group."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--allow-fp16", action="store_true", help="let DeepSpeed run fp16 on a CPU without fp16 products")
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("cases", nargs="+")
+    args = parser.parse_args()
+    if args.allow_fp16:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
+    connected: list = []
+
+    def connect_once() -> engine.Control:
+        connected.append(engine_connect() if not connected else connected[0])
+        return connected[0]
+
+    engine_connect, engine.connect = engine.connect, connect_once
+    engine_disconnect, engine.disconnect = engine.disconnect, lambda: None
+    for case in args.cases:
+        name, _, settings = case.partition(":")
+        run_case(args.recipe, args.out, name, [setting for setting in settings.split(",") if setting])
+    engine_disconnect()
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run_program(main))

@@ -154,7 +154,7 @@ def _hub_values(source: Source) -> Iterator[Any]:
     from datasets import load_dataset
 
     with _reachable(source):
-        rows = load_dataset(source.id, source.config, split=source.split, streaming=True)
+        rows = load_dataset(str(source.id), source.config, split=source.split, streaming=True)
         if rows.column_names and source.column not in rows.column_names:
             raise DataError(_no_column(f"source {source.name!r} ({source.id})", source.column, rows.column_names))
         for row in rows.select_columns([source.column]):

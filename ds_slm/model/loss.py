@@ -10,8 +10,9 @@ gradient is formed, in the forward pass; the backward pass multiplies the stored
     objective = sum_n w_n nll_n + z_scale * sum over w_n > 0 of z_n^2
     d objective / d logits_n = (w_n + 2 z_scale z_n [w_n > 0]) softmax(logits_n) - w_n onehot(target_n)
 
-Precision: logits come from a product in the model's dtype (fp32 where the device upcasts anyway); softmax, sums and the
-accumulated d_weight are fp32; the two gradients are rounded once, in the backward pass, to the dtype of their tensors.
+Precision: softmax, sums and the accumulated d_weight are fp32. Where the device multiplies in the model's dtype, each
+chunk's three products come in that dtype; where it upcasts (see kernels.py) they stay fp32. The backward pass scales
+both gradients in fp32 and rounds them to the dtype of their tensors.
 Known gaps: not differentiable twice; softmax costs five passes over a chunk, which a fused kernel would spare.
 
 Shapes: N tokens, C tokens of one chunk, V vocabulary, D hidden size.

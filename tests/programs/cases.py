@@ -3,7 +3,8 @@
     deepspeed cases.py --recipe R --out DIR CASE...      CASE = NAME:key=value,key=value,...
 
 Keys: zero (stage), max_steps, micro_batch, set (recipe override, repeatable as set=a.b=c), broken (a deliberate mistake to
-be found by the tests), kill_at (SIGKILL of this rank after that step), scale_power (fp16's first loss scale).
+be found by the tests), kill_at (SIGKILL of this rank after that step), poison_at (the last rank's weights turn into NaN
+after that step), scale_power (fp16's first loss scale).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,9 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     if single.get("broken") == "mean_of_means":
         engine.Engine._sum_over_ranks = mean_of_means
     if "kill_at" in single:
-        loop.record_step = killing(int(single["kill_at"]))
+        loop.record_step = after_step(int(single["kill_at"]), lambda run: os.kill(os.getpid(), signal.SIGKILL))
+    if "poison_at" in single:
+        loop.record_step = after_step(int(single["poison_at"]), poison)
     if "scale_power" in single:
         ds_config._deepspeed = scaled(int(single["scale_power"]))
     options = session.Options(
@@ -63,16 +67,22 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed = originals
 
 
-def killing(step: int):
-    """A record_step that ends this process with SIGKILL once `step` is recorded."""
+def after_step(step: int, action: Callable[[loop.Run], None]) -> Callable[..., None]:
+    """A record_step that does something more once `step` is recorded."""
     original = loop.record_step
 
     def record_step(run: loop.Run, *rest: object) -> None:
         original(run, *rest)
         if run.state.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action(run)
 
     return record_step
+
+
+def poison(run: loop.Run) -> None:
+    """NaN in the last rank's copy of a weight."""
+    if run.engine.control.rank == run.engine.control.world_size - 1:
+        run.engine.deepspeed.module.model.norm.weight.data[0] = float("nan")
 
 
 def scaled(power: int):

@@ -1,0 +1,49 @@
+"""Steps that must not be taken: fp16 overflows, and losses that are not finite. Through the real `deepspeed` command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_slm.checkpoint import format as checkpoint_format
+from tests import runs
+
+PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_recipe(tmp_path_factory.mktemp("bad_steps"))
+
+
+def test_an_fp16_overflow_retries_the_same_rows(recipe: Path) -> None:
+    """Oracle: the same run in fp32: same rows at every step, losses within fp16's precision, the scale halved."""
+    out = recipe.parent / "fp16"
+    half = "set=train.precision=fp16,scale_power=24"
+    cases = [f"overflow:{half},max_steps=12", "fp32:max_steps=20", f"overflow:{half}"]
+    arguments = ["--allow-fp16", "--recipe", recipe, "--out", out, *cases]
+    done = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=out.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "overflow, loss scale now" in done.stdout
+    found, expected = runs.records(out / "overflow"), runs.records(out / "fp32")
+    assert [record["ledger"] for record in found] == [record["ledger"] for record in expected]
+    assert all(abs(a["loss"] / b["loss"] - 1) < 2e-3 for a, b in zip(found, expected, strict=True))
+    scales = [record["loss_scale"] for record in found]
+    assert scales[0] < 2**24
+    assert scales == sorted(scales, reverse=True)
+    stored = json.loads((out / "overflow" / "checkpoints" / "step-00000020" / "state.json").read_text())["loss_scaler"]
+    assert stored["cur_scale"] == scales[-1]  # also after resuming at step 12: a new scaler would be back at 2^24
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(recipe: Path) -> None:
+    """Names step, rank and rows; exit code 1; no traceback on the terminal; the last checkpoint untouched."""
+    out = recipe.parent / "nan"
+    arguments = ["--recipe", recipe, "--out", out, "poisoned:poison_at=13"]
+    done = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=out.parent)
+    assert done.returncode == 1
+    assert "stopped: step 14: the loss is not finite on rank 1, rows (source, epoch, row) [(0, " in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert runs.records(out / "poisoned")[-1]["step"] == 13
+    checkpoint = checkpoint_format.newest_whole(out / "poisoned")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000010"

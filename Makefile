@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IN_VENV := env PATH="$(CURDIR)/.venv/bin:$$PATH"
-CLUSTER_TOOLS := pdsh ssh sshd ip unshare g++
+CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,8 +20,6 @@ setup: .venv/.installed-dev  ## make .venv and install the project and its tools
 		|| { echo "$(PYTHON) is no Python 3.11 or newer: name one, make PYTHON=python3.11 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 2; }
-	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null \
-		|| { echo "$(PYTHON) lacks the headers DeepSpeed compiles with: apt-get install python3-dev" >&2; exit 2; }
 	@echo "installing into .venv: about two minutes beside the download"
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(PIP_INSTALL) --index-url $(TORCH_INDEX) torch)
@@ -51,7 +49,7 @@ cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh
 	@test "$$(id -u)" = 0 || { echo "make cluster-test makes network namespaces: run it as root" >&2; exit 2; }
 	@for tool in $(CLUSTER_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 		test -z "$$missing" || { echo "make cluster-test lacks$$missing:" \
-		"apt-get install pdsh openssh-client openssh-server g++ iproute2" >&2; exit 2; }
+		"apt-get install pdsh openssh-client openssh-server iproute2" >&2; exit 2; }
 	$(IN_VENV) pytest tests/cluster
 
 demo: .venv/.installed  ## an empty machine -> data, a trained model, its export and a report

@@ -38,7 +38,7 @@ setup(
         "datasets>=4,<6",
         "deepspeed>=0.19.8,<0.20",
         "huggingface-hub>=1,<3",
-        "ninja>=1.11",  # DeepSpeed compiles its communication op at the first start on CPU
+        "ninja>=1.11",  # DeepSpeed's offload compiles an op with it
         "numpy>=2,<3",
         "protobuf>=5",  # transformers reads a SentencePiece tokenizer.model with it
         "psutil>=6",
@@ -47,7 +47,7 @@ setup(
         "rich>=13",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<1",
-        "setuptools>=70",  # torch builds C++ extensions with it
+        "setuptools>=70",  # and with it
         "tensorboard>=2.18,<3",
         "tiktoken>=0.9,<1",
         "tokenizers>=0.22,<1",

@@ -33,7 +33,12 @@ def continuations(folder: Path, prompts: tuple[str, ...]) -> tuple[int, dict[str
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(
-            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=40,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
         )
         texts[prompt] = tokenizer.decode(output[0], skip_special_tokens=True)
     return model.num_parameters(), texts
@@ -73,10 +78,11 @@ def main() -> int:
         console.print(text, markup=False, highlight=False)
     seconds = sum(record["step_s"] for record in steps)
     speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
+    peak_gb = max(record["peak_memory_gb"] for record in steps)
     console.print(
         f"\nmade: {args.run} (step {done['step']}, {done['tokens']:,} tokens in {seconds:.0f} s of steps, "
-        f"median {speed:,.0f} tokens/s, peak {max(record['peak_memory_gb'] for record in steps):.2f} GB on rank 0)\n"
-        f"      held-out loss {done['val_loss']:.4f}, perplexity {done['val_perplexity']:.2f}, bits per byte {ours:.4f}\n"
+        f"median {speed:,.0f} tokens/s, peak {peak_gb:.2f} GB on rank 0)\n"
+        f"held-out loss {done['val_loss']:.4f}, perplexity {done['val_perplexity']:.2f}, {ours:.4f} bits per byte\n"
         f"      {args.export}: a Hugging Face folder of {parameters:,} parameters\n"
         f"look: tensorboard --logdir {args.run.parent}",
         highlight=False,

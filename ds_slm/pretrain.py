@@ -26,17 +26,28 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
     parser.add_argument("--ds-config", type=Path, default=PACKAGE.parent / "ds_configs" / "zero1.json")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where prepared data lies or goes")
-    parser.add_argument("--source", action="append", default=[], metavar="NAME=PATH", help="replace a source by local files")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="NAME=PATH", help="replace a source by local files"
+    )
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
-    parser.add_argument("--max-steps", type=int, help="stop after this step; the schedule keeps the recipe's length")
+    parser.add_argument(
+        "--max-steps", type=positive, metavar="N", help="stop after this step; the schedule keeps the recipe's length"
+    )
     parser.add_argument("--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device")
     parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
 def _micro_batch(text: str) -> int | None:
-    return None if text == "auto" else int(text)
+    return None if text == "auto" else positive(text)
 
 
 def parse_sources(pairs: list[str]) -> dict[str, Path]:

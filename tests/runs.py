@@ -1,4 +1,4 @@
-"""Helpers for tests that run whole programs: a small generated corpus, a tiny recipe, the real launcher, the records."""
+"""Helpers for tests that run whole programs: a generated corpus, a tiny recipe, the real launcher, the records."""
 
 import json
 import os

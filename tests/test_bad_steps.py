@@ -1,4 +1,4 @@
-"""Steps that must not be taken: fp16 overflows, and losses that are not finite. Through the real `deepspeed` command."""
+"""Steps that must not be taken: fp16 overflows, losses that are not finite. Through the real `deepspeed` command."""
 
 import json
 from pathlib import Path

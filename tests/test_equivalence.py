@@ -71,7 +71,9 @@ def launch(recipe_path: Path, out: Path, world_size: int, cases: list[str]) -> N
     for case in cases:
         zero, precision, *rest = case.split("-")
         settings = [f"zero={zero[-1]}", f"set=train.precision={precision}", "max_steps=20"]
-        settings += ["set=train.gradient_checkpointing=true"] * ("gc" in rest) + [f"broken={r}" for r in rest if r != "gc"]
+        settings += ["set=train.gradient_checkpointing=true"] * ("gc" in rest) + [
+            f"broken={r}" for r in rest if r != "gc"
+        ]
         described.append(f"{case}:{','.join(settings)}")
     command = runs.deepspeed_command(world_size, "--recipe", recipe_path, "--out", out, *described, script=PROGRAM)
     done = runs.run(command, cwd=out.parent, timeout_s=600)
@@ -133,4 +135,6 @@ def test_a_mean_of_means_is_found(recipe_path: Path, reference: list[dict]) -> N
 def test_golden_losses(reference: list[dict]) -> None:
     """Oracle: losses written down earlier; a change that means to change nothing leaves them as they are."""
     golden = json.loads(GOLDEN.read_text())
-    assert all(math.isclose(new["loss"], old, rel_tol=1e-5) for new, old in zip(reference, golden, strict=True)), reference
+    assert all(math.isclose(new["loss"], old, rel_tol=1e-5) for new, old in zip(reference, golden, strict=True)), (
+        reference
+    )

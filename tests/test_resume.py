@@ -1,7 +1,7 @@
 """A run that was killed and resumed is the run that was not: through the real `deepspeed` command, on two ranks.
 
-Three launches train all cases: without interruption; stopped, and the last case killed with SIGKILL; resumed. The oracle
-is the uninterrupted run, bit for bit.
+Three launches train all cases: without interruption; stopped, and the last case killed with SIGKILL; resumed. The
+oracle is the uninterrupted run, bit for bit.
 """
 
 import json
@@ -91,5 +91,7 @@ def test_rotation_keeps_the_newest_and_the_best(folder: Path) -> None:
 
 def test_generation_counts_launches(folder: Path) -> None:
     """Each launch writes its own number."""
-    numbers = [json.loads((folder / kind / KILLED / "env.json").read_text())["generation"] for kind in ("whole", "resumed")]
+    numbers = [
+        json.loads((folder / kind / KILLED / "env.json").read_text())["generation"] for kind in ("whole", "resumed")
+    ]
     assert numbers == [1, 2]

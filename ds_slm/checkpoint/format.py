@@ -188,7 +188,7 @@ def retain(run: Path, keep_last: int, keep_best: bool) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON and make it durable."""
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=1, sort_keys=True))  # no line end: a file cut by one byte is no JSON
     fsync(path)
 
 

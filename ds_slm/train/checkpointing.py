@@ -88,7 +88,9 @@ def resume(engine: Engine, run: Path, identity: dict[str, Any], say) -> State | 
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
-    other = [key for key, value in identity.items() if key in ("data_sha256", "tokenizer_sha256") and content[key] != value]
+    other = [
+        key for key, value in identity.items() if key in ("data_sha256", "tokenizer_sha256") and content[key] != value
+    ]
     if other:
         raise CheckpointError(
             [f"{run}: its checkpoints have {key} {content[key]}, this data has {identity[key]}." for key in other]

@@ -18,7 +18,7 @@ class Control:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
         self.hosts: list[str] = self.gather(socket.gethostname())
         """Host name of each rank."""
         self.leaders = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
@@ -38,9 +38,7 @@ class Control:
         padded = torch.nn.functional.pad(text, (0, longest - text.numel()))
         texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(texts, padded, group=self.group)
-        return [
-            json.loads(bytes(one[: int(length)].tolist())) for one, length in zip(texts, lengths, strict=True)
-        ]
+        return [json.loads(bytes(one[: int(length)].tolist())) for one, length in zip(texts, lengths, strict=True)]
 
     def broadcast(self, message: Any, source: int) -> Any:
         """The source rank's JSON message on every rank."""

@@ -46,6 +46,7 @@ OWNED_BY_RECIPE = {
 }
 """Top-level keys that change the result, and who owns them."""
 
+
 @dataclass(frozen=True)
 class Joined:
     """What the trainer needs to know of the batch, and what DeepSpeed gets."""
@@ -85,8 +86,6 @@ def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: 
     hint = ds_file.get("train_micro_batch_size_per_gpu", "auto")
     if hint != "auto" and (not isinstance(hint, int) or hint < 1):
         problems.append(f"train_micro_batch_size_per_gpu = {hint!r}: expected a positive integer or 'auto'.")
-    if micro_batch is not None and micro_batch < 1:
-        problems.append(f"--micro-batch {micro_batch}: expected a positive integer or auto.")
     if problems:
         raise ConfigError(problems)
     wanted = micro_batch or (hint if isinstance(hint, int) else 0)
@@ -100,7 +99,9 @@ def _conflicts(ds_file: dict[str, Any]) -> list[str]:
     problems = []
     for key in ds_file:
         if key in OWNED_BY_RECIPE:
-            problems.append(f"ds_config: {key!r} belongs to the recipe ({OWNED_BY_RECIPE[key]}): take it out of the file.")
+            problems.append(
+                f"ds_config: {key!r} belongs to the recipe ({OWNED_BY_RECIPE[key]}): take it out of the file."
+            )
         elif key not in ALLOWED:
             problems.append(f"ds_config: unknown key {key!r}{nearest(key, ALLOWED)}; allowed are {', '.join(ALLOWED)}.")
     zero = ds_file.get("zero_optimization")

@@ -69,16 +69,18 @@ def _free_port() -> int:
 
 def device_type() -> str:
     """'cpu', or the accelerator DeepSpeed found."""
+    return _accelerator().device_name()
+
+
+def _accelerator() -> Any:
     from deepspeed.accelerator import get_accelerator
 
-    return get_accelerator().device_name()
+    return get_accelerator()
 
 
 def refuse_missing_precision(precision: str) -> None:
     """Raise DeviceError where the device cannot compute in the recipe's precision."""
-    from deepspeed.accelerator import get_accelerator
-
-    device = get_accelerator()
+    device = _accelerator()
     supported = {
         "fp32": True,
         "fp16": bool(device.is_fp16_supported()),
@@ -86,15 +88,17 @@ def refuse_missing_precision(precision: str) -> None:
     }
     if not supported[precision]:
         others = " or ".join(f"--set train.precision={name}" for name, there in supported.items() if there)
-        raise DeviceError(f"train.precision = {precision!r}: this device ({device.device_name()}) lacks it; use {others}.")
+        raise DeviceError(
+            f"train.precision = {precision!r}: this device ({device.device_name()}) lacks it; use {others}."
+        )
 
 
 def connect() -> Control:
     """Join the process group of all ranks. The backend is DeepSpeed's choice for the device: gloo or nccl."""
     import deepspeed
 
-    # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine; a
-    # process killed meanwhile leaves a lock that hangs the next). Training never calls it.
+    # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine;
+    # a process killed meanwhile leaves a lock that hangs the next). Training never calls it.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     device = torch.device(device_type())
     if device.type == "cuda":

@@ -2,8 +2,8 @@
 
     rows of the step -> forward, backward -> one optimiser step -> records; now and then evaluate, save
 
-A step is done when the optimiser has applied it. A run that stops before its recipe's last step leaves a checkpoint; one
-that reaches it evaluates on all held-out rows and writes done.json.
+A step is done when the optimiser has applied it. A run that stops before its recipe's last step leaves a checkpoint;
+one that reaches it evaluates on all held-out rows and writes done.json.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.order import RowId, extend_ledger
-from ds_slm.data.rows import Rows, share
+from ds_slm.data.rows import Rows, Split, share
 from ds_slm.errors import TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
@@ -43,7 +43,7 @@ class RowSource(Protocol):
         """Held-out rows: always the same `limit` ones, or all."""
         ...
 
-    def read(self, row_ids: Sequence[RowId | None], split: str = "train") -> Rows:
+    def read(self, row_ids: Sequence[RowId | None], split: Split = "train") -> Rows:
         """The rows themselves; None is a filler row of weight 0."""
         ...
 

@@ -4,12 +4,15 @@ MFU = FLOPs the model needs per token * tokens per second / peak FLOP/s of all d
 known GPU and a measured matrix product on a CPU; an unknown GPU has no MFU rather than a guessed one.
 """
 
+import platform
 import resource
 import time
+from pathlib import Path
 
 import torch
 
 from ds_slm.recipe.budget import DEVICES
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of one device for matrix products; None where it is not known."""
@@ -28,6 +31,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
             product(left, right)
             durations_s.append(time.perf_counter() - start_s)
     return 2 * size**3 / min(durations_s)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine()) + " (cpu)"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -33,7 +33,9 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
     if not run.is_dir():
         raise CheckpointError(f"--run-dir {run} is a file, expected a folder or a new name.")
     if resume == "never":
-        raise CheckpointError(f"--run-dir {run} is not empty, and --resume never may not touch it: name another folder.")
+        raise CheckpointError(
+            f"--run-dir {run} is not empty, and --resume never may not touch it: name another folder."
+        )
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"--run-dir {run} is not empty and holds no recipe.toml: not a run folder; name another.")
     old = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))

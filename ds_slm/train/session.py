@@ -2,8 +2,8 @@
 
     join the configuration -> prepare data, one process a host -> connect -> agree -> model -> resume -> train
 
-Whatever can be wrong on one host only (its data, its run folder) is gathered from all and refused on all: a rank that left
-alone would keep the others waiting.
+Whatever can be wrong on one host only (its data, its run folder) is gathered from all and refused on all: a rank that
+left alone would keep the others waiting.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,20 @@ from ds_slm.train.report import Report, captured_output
 class Corpus(Protocol):
     """Prepared data: what a session needs to know of it."""
 
-    sha256: str
-    tokenizer_sha256: str
-    tokenizer_folder: Path
+    @property
+    def sha256(self) -> str:
+        """One hash of all that decides which rows are read."""
+        ...
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer's content."""
+        ...
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A Hugging Face tokenizer folder."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -150,19 +161,17 @@ def _agree_on_data(control: Control, corpus: Corpus) -> None:
     if len(set(hashes)) > 1:
         by_host = ", ".join(f"{host}: {sha256[:16]}" for host, sha256 in zip(control.hosts, hashes, strict=True))
         raise DataError(
-            f"the hosts have different data ({by_host}): delete the data folder where it is wrong, or copy a right one over."
+            f"the hosts have different data ({by_host}): delete the data folder where it is wrong, or copy a right one."
         )
 
 
-def _facts(
-    recipe: Recipe, options: Options, joined: ds_config.Joined, control: Control, corpus: Any
-) -> dict[str, Any]:
+def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: Control, corpus: Any) -> dict[str, Any]:
     """The effective choices of this launch."""
     device = torch.device(engines.device_type())
     return {
         "generation": max(control.gather(run_folder.generation(options.run_dir))) + 1,
         "recipe": recipe.card.name,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform_processor()} (cpu)",
+        "device": measure.device_name(device),
         "backend": torch.distributed.get_backend(),
         "precision": recipe.train.precision,
         "kernels": decoder.effective_kernels(device, engines.DTYPES[recipe.train.precision]),
@@ -182,25 +191,13 @@ def _facts(
     }
 
 
-def platform_processor() -> str:
-    """The processor's name."""
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _announce(facts: dict[str, Any], options: Options, terminal: Any) -> None:
-    batch = (
-        f"{facts['rows_per_step']} rows a step = {facts['world_size']} ranks x {facts['accumulation_steps']} micro-batches x "
-        f"{facts['micro_batch_rows']} rows" + (f" - {facts['filler_rows_per_step']} filler" * bool(facts["filler_rows_per_step"]))
-    )
+    hosts, filler = ", ".join(dict.fromkeys(facts["hosts"])), facts["filler_rows_per_step"]
     lines = [
-        f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {', '.join(dict.fromkeys(facts['hosts']))}",
-        f"{facts['backend']}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; {batch}",
+        f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {hosts}",
+        f"{facts['backend']}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; "
+        f"{facts['rows_per_step']} rows a step = {facts['world_size']} ranks x {facts['accumulation_steps']} forwards "
+        f"x {facts['micro_batch_rows']} rows" + (f" - {filler} filler" if filler else ""),
         "; ".join(f"{what}: {kernel}" for what, kernel in facts["kernels"].items()),
         f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
         f"generation {facts['generation']}",

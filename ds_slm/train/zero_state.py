@@ -27,7 +27,10 @@ from ds_slm.train.control import Control
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 """The tensors that make up the optimiser's view of a parameter: fp32 weight, first and second moment."""
 
-MOMENTS = {"exp_avg": ("exp_avg", "state1", "qmap1", "absmax1"), "exp_avg_sq": ("exp_avg_sq", "state2", "qmap2", "absmax2")}
+MOMENTS = {
+    "exp_avg": ("exp_avg", "state1", "qmap1", "absmax1"),
+    "exp_avg_sq": ("exp_avg_sq", "state2", "qmap2", "absmax2"),
+}
 """Kind -> name in torch's state; names in bitsandbytes' state: values or codes, map, block scales."""
 
 BLOCK = 256
@@ -93,7 +96,9 @@ def _partitions_of_stage_3(optimizer: Any, names: Mapping[Any, str]) -> list[Par
 
 def shapes(engine: Any) -> dict[str, torch.Size]:
     """Whole shape of every parameter; stage 3 hides it behind an empty tensor."""
-    return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in engine.module.named_parameters()}
+    return {
+        name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in engine.module.named_parameters()
+    }
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -225,7 +230,9 @@ def scatter(
         for name, shape in shapes(engine).items():
             if incoming is not None:
                 sent_name, whole = next(incoming)
-                assert sent_name == name and whole.shape == shape, f"{sent_name} {whole.shape} in place of {name} {shape}"
+                assert sent_name == name and whole.shape == shape, (
+                    f"{sent_name} {whole.shape} in place of {name} {shape}"
+                )
                 whole = whole.contiguous().view(-1)
             else:
                 whole = torch.empty(shape.numel())
@@ -297,5 +304,5 @@ def _refresh_half_precision(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _inner(engine: Any) -> torch.optim.Optimizer:
+def _inner(engine: Any) -> Any:
     return engine.optimizer.optimizer

@@ -53,7 +53,6 @@ _PACKAGES = {
     "setpriv": "util-linux",
     "mount": "mount",
     "hostname": "hostname",
-    "g++": "g++",
 }
 
 # Run inside a host's fresh namespaces, whose first process it becomes. $HOST names the folder of the host's own files.

@@ -2,9 +2,9 @@
 
     deepspeed cases.py --recipe R --out DIR CASE...      CASE = NAME:key=value,key=value,...
 
-Keys: zero (stage), max_steps, micro_batch, set (recipe override, repeatable as set=a.b=c), broken (a deliberate mistake to
-be found by the tests), kill_at (SIGKILL of this rank after that step), poison_at (the last rank's weights turn into NaN
-after that step), scale_power (fp16's first loss scale).
+Keys: zero (stage), max_steps, micro_batch, set (recipe override, repeatable as set=a.b=c), broken (a deliberate mistake
+to be found by the tests), kill_at (SIGKILL of this rank after that step), poison_at (the last rank's weights turn into
+NaN after that step), scale_power (fp16's first loss scale).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -102,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--allow-fp16", action="store_true", help="let DeepSpeed run fp16 on a CPU without fp16 products")
+    parser.add_argument(
+        "--allow-fp16", action="store_true", help="let DeepSpeed run fp16 on a CPU without fp16 products"
+    )
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("cases", nargs="+")
     args = parser.parse_args()

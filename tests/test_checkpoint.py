@@ -1,0 +1,98 @@
+"""Checkpoints on disk: whole, or they do not exist."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.errors import CheckpointError
+
+
+def write(run: Path, step: int, value: float = 1.0) -> Path:
+    """A small checkpoint."""
+    writer = checkpoint_format.Writer(run, step)
+    writer.add_tensors(checkpoint_format.MODEL, {"a": torch.full((3, 2), value), "b": torch.arange(4.0)})
+    writer.add_tensors("optimizer-exp_avg.safetensors", {"a": torch.zeros(3, 2)})
+    return writer.commit({"step": step, "note": "x"})
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    """Tensors and state come back; `latest` names the newest."""
+    write(tmp_path, 3)
+    checkpoint = write(tmp_path, 12, 2.5)
+    assert checkpoint_format.verify(checkpoint) == []
+    assert checkpoint_format.newest_whole(tmp_path) == checkpoint
+    assert torch.equal(checkpoint_format.read_model(checkpoint)["a"], torch.full((3, 2), 2.5))
+    assert checkpoint_format.read_state(checkpoint) == {"step": 12, "note": "x"}
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert checkpoint_format.steps(tmp_path) == [3, 12]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer-exp_avg.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "delete", "swap"])
+def test_damage_is_named_and_passed_over(tmp_path: Path, name: str, damage: str) -> None:
+    """Every file, damaged in every way: the newest whole checkpoint is the one before."""
+    older, newer = write(tmp_path, 1), write(tmp_path, 2, 7.0)
+    path = newer / name
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "delete":
+        path.unlink()
+    else:
+        if name == "optimizer-exp_avg.safetensors":
+            pytest.skip("the same in both checkpoints: nothing is damaged")
+        shutil.copyfile(older / name, path)
+    said: list[str] = []
+    assert checkpoint_format.newest_whole(tmp_path, said.append) == older
+    assert name in said[0] or "manifest" in said[0]
+    with pytest.raises(CheckpointError, match=r"Steps found in .*: 1, 2"):
+        checkpoint_format.choose(tmp_path, step=2)
+
+
+def test_a_killed_writer_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """A temporary folder is no checkpoint, and the next rotation removes it."""
+    write(tmp_path, 1)
+    checkpoint_format.Writer(tmp_path, 2).add_tensors("model.safetensors", {"a": torch.ones(1)})
+    assert checkpoint_format.steps(tmp_path) == [1]
+    checkpoint_format.retain(tmp_path, keep_last=1, keep_best=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
+def test_rotation(tmp_path: Path) -> None:
+    """The newest two and the best stay."""
+    for step in range(1, 6):
+        checkpoint = write(tmp_path, step)
+        if step == 2:
+            checkpoint_format.mark_best(checkpoint)
+        checkpoint_format.retain(tmp_path, keep_last=2, keep_best=True)
+    assert checkpoint_format.steps(tmp_path) == [2, 4, 5]
+    assert checkpoint_format.choose(tmp_path, best=True).name == "step-00000002"
+    checkpoint_format.retain(tmp_path, keep_last=1, keep_best=False)
+    assert checkpoint_format.steps(tmp_path) == [5]
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced_and_a_whole_one_kept(tmp_path: Path) -> None:
+    """A second host on a shared disk finds the first one's copy; a damaged copy gives way."""
+    first = write(tmp_path, 4, 1.0)
+    write(tmp_path, 4, 2.0)
+    assert float(checkpoint_format.read_model(first)["a"][0, 0]) == 1.0
+    (first / "state.json").unlink()
+    write(tmp_path, 4, 2.0)
+    assert float(checkpoint_format.read_model(first)["a"][0, 0]) == 2.0
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    """Nothing on disk is trusted: a path in the manifest is not followed."""
+    checkpoint = write(tmp_path, 1)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (tmp_path / "outside").write_text("x")
+    manifest["files"]["../../outside"] = {"bytes": 1, "sha256": "0"}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert any("outside: missing" in problem for problem in checkpoint_format.verify(checkpoint))

@@ -1,0 +1,124 @@
+"""The parts of the train room that need no process group."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ds_slm.data.rows import Rows
+from ds_slm.errors import ConfigError
+from ds_slm.model import decoder
+from ds_slm.recipe import schema
+from ds_slm.train import ds_config, optim, run_folder, zero_state
+from ds_slm.train.report import Report
+from tests import runs
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> schema.Recipe:
+    return schema.load(str(runs.write_recipe(tmp_path)))
+
+
+def test_parameter_groups_cover_everything_once(recipe: schema.Recipe) -> None:
+    """Oracle: the model's own list of parameters. Norms have no decay and 32 bits."""
+    model = decoder.build(recipe.model, 0)
+    groups = {group["name"]: group for group in optim.parameter_groups(model, recipe.optimizer)}
+    assert sorted(map(id, model.parameters())) == sorted(id(p) for group in groups.values() for p in group["params"])
+    assert [p.ndim for p in groups["rest"]["params"]] == [1] * len(groups["rest"]["params"])
+    assert (groups["rest"]["weight_decay"], groups["rest"]["optim_bits"]) == (0.0, 32)
+    assert (groups["embeddings"]["weight_decay"], groups["embeddings"]["optim_bits"]) == (0.1, 32)
+    assert (groups["matrices"]["weight_decay"], groups["matrices"]["optim_bits"]) == (0.1, 8)
+
+
+def test_requantising_finds_the_same_codes() -> None:
+    """Oracle: bitsandbytes' own state after steps; value / absmax must lead back to every code, in both maps."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(5000))
+    settings = schema.Optimizer(name="adamw8bit", lr=1e-2)
+    optimizer = optim._adamw8bit()([{"params": [parameter], "optim_bits": 8, "name": "x"}], lr=settings.lr)
+    for scale in (1.0, 1e-3, 30.0):
+        parameter.grad = torch.randn(5000) * scale * (torch.arange(5000) % 3 > 0)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    for codes, code_map, absmax in (("state1", "qmap1", "absmax1"), ("state2", "qmap2", "absmax2")):
+        scales = state[absmax].repeat_interleave(zero_state.BLOCK)[:5000]
+        values = state[code_map][state[codes].long()] * scales
+        assert torch.equal(zero_state.quantise(values, state[absmax], state[code_map]), state[codes])
+        again = zero_state.block_absmax(values)
+        restored = state[code_map][zero_state.quantise(values, again, state[code_map]).long()]
+        error = (restored * again.repeat_interleave(zero_state.BLOCK)[:5000] - values).abs()
+        assert (error <= 0.02 * scales).all()  # the quantiser's own step near 1 is 1/64 of a block's largest
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    """absmax 0 divides nothing."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    code_map = create_dynamic_map(signed=True)
+    codes = zero_state.quantise(torch.zeros(300), torch.zeros(2), code_map)
+    assert code_map[codes.long()].eq(0).all()
+
+
+def test_ds_config_writes_out_what_deepspeed_would_guess(recipe: schema.Recipe) -> None:
+    """Clipping, accumulation in fp32, and the batch, whatever the file says of memory and speed."""
+    joined = ds_config.join(recipe, {"zero_optimization": {"stage": 2}}, 3, "cpu", 1)
+    assert (joined.micro_batch, joined.accumulation_steps, joined.filler_rows) == (1, 3, 2)
+    assert joined.deepspeed["gradient_clipping"] == 1.0
+    assert joined.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert joined.deepspeed["train_batch_size"] == 9
+    assert joined.deepspeed["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize("path", sorted((runs.ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_ds_configs_are_accepted(recipe: schema.Recipe, path: Path) -> None:
+    """Every file of the checkout joins with a recipe."""
+    assert ds_config.join(recipe, ds_config.read(path), 2, "cpu", None).accumulation_steps >= 1
+
+
+def test_every_conflict_is_told_at_once(recipe: schema.Recipe) -> None:
+    """Owner, nearest key and stage, in one error."""
+    bad = {"scheduler": {}, "wall_clock_breakdwn": True, "zero_optimization": {"stage": 1, "reduce_buket_size": 1}}
+    with pytest.raises(ConfigError) as caught:
+        ds_config.join(recipe, {**bad, "train_micro_batch_size_per_gpu": 0}, 1, "cpu", None)
+    told = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    assert all(part in told for part in ("[schedule]", "wall_clock_breakdown", "reduce_bucket_size", "= 0"))
+
+
+def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
+    """A run killed after step 3 and resumed at step 2 holds step 3 once, and a half-written line is no obstacle."""
+    with (tmp_path / "terminal.txt").open("w") as terminal:
+        lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2, 3)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
+        report = Report(tmp_path, terminal, active=True, total_steps=3, first_step=2)
+        report.record("train", 3, {"loss": 2.0, "tokens_per_s": 1.0, "step_s": 1.0})
+        report.close()
+    assert [(record["step"], record["loss"]) for record in runs.records(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema.Recipe) -> None:
+    """What may change does, and is written down with the launch's number."""
+    run_folder.describe(tmp_path / "run", recipe, {}, {"generation": 1})
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 30})})
+    run_folder.refuse_foreign(tmp_path / "run", longer, "auto", allow_change=False)
+    run_folder.describe(tmp_path / "run", longer, {}, {"generation": 2})
+    recorded = json.loads((tmp_path / "run" / "changes.jsonl").read_text())
+    assert recorded == {"generation": 2, "changes": {"train.steps": [20, 30]}}
+
+
+def test_rows_of_weight_zero_change_nothing(recipe: schema.Recipe) -> None:
+    """Filler rows: the sums of a batch and of the same batch with fillers are equal to the bit."""
+    model = decoder.build(recipe.model, 0)
+    ids = np.random.default_rng(0).integers(0, 320, (3, 33))
+    rows = Rows(ids, np.ones((3, 32), np.float32))
+    padded = Rows(np.concatenate([ids, ids[:1] * 0]), np.concatenate([rows.weights, np.zeros((1, 32), np.float32)]))
+    sums = [
+        model(
+            torch.from_numpy(one.input_ids), torch.from_numpy(one.target_ids), torch.from_numpy(one.weights), None, 1e-4
+        )
+        for one in (rows, padded)
+    ]
+    assert float(sums[0].weight) == float(sums[1].weight) == 96
+    torch.testing.assert_close(sums[0].objective, sums[1].objective, rtol=1e-6, atol=0)

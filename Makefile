@@ -56,6 +56,7 @@ demo: .venv/.installed  ## an empty machine -> data, a trained model, its export
 	$(IN_VENV) ds-slm prepare demo
 	devices=$$($(IN_VENV) python -c 'import torch; print("" if torch.cuda.is_available() else "--num_accelerators 2")') \
 		&& $(IN_VENV) deepspeed $$devices ds_slm/pretrain.py
+	rm -rf exports/demo
 	$(IN_VENV) ds-slm export runs/demo --out exports/demo
 	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo
 

@@ -19,6 +19,8 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 from ds_slm.errors import DataError, run_program  # noqa: E402 - after the path is right
 
+first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
+
 
 def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> None:
     """The flags that pretraining and fine-tuning share."""
@@ -52,7 +54,7 @@ def _micro_batch(text: str) -> int | None:
 
 def parse_sources(pairs: list[str]) -> dict[str, Path]:
     """NAME=PATH flags. Raises DataError for every malformed one."""
-    malformed = [pair for pair in pairs if "=" not in pair]
+    malformed = [pair for pair in pairs if not all(pair.partition("="))]
     if malformed:
         raise DataError([f"--source {pair!r}: expected NAME=PATH." for pair in malformed])
     return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
@@ -85,7 +87,11 @@ def main() -> None:
         micro_batch=args.micro_batch,
         allow_change=args.allow_change,
     )
-    report = print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda line: None
+
+    def report(line: str) -> None:
+        if first_on_host or "another process" not in line:
+            print(line, flush=True)
+
     task = session.Task(
         prepare=lambda: shards.prepare(recipe, name, args.data_root, sources, report=report),
         rows=lambda corpus: PretrainRows(recipe, corpus),
@@ -96,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, tell=os.environ.get("RANK", "0") == "0"))
+    sys.exit(run_program(main, tell=first_on_host))

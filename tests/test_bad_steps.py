@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data import shards
+from ds_slm.recipe import schema
 from tests import runs
 
 PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
@@ -19,7 +21,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_fp16_overflow_retries_the_same_rows(recipe: Path) -> None:
     """Oracle: the same run in fp32: same rows at every step, losses within fp16's precision, the scale halved."""
     out = recipe.parent / "fp16"
-    half = "set=train.precision=fp16,scale_power=24"
+    half = "zero=2,set=train.precision=fp16,scale_power=24"
     cases = [f"overflow:{half},max_steps=12", "fp32:max_steps=20", f"overflow:{half}"]
     arguments = ["--allow-fp16", "--recipe", recipe, "--out", out, *cases]
     done = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=out.parent)
@@ -33,6 +35,24 @@ def test_an_fp16_overflow_retries_the_same_rows(recipe: Path) -> None:
     assert scales == sorted(scales, reverse=True)
     stored = json.loads((out / "overflow" / "checkpoints" / "step-00000020" / "state.json").read_text())["loss_scaler"]
     assert stored["cur_scale"] == scales[-1]  # also after resuming at step 12: a new scaler would be back at 2^24
+
+
+def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
+    """One row holds an id beyond the vocabulary: whichever rank draws it, all leave together, with exit code 2."""
+    folder = recipe.parent / "bad_rows"
+    folder.mkdir()
+    copy = runs.write_recipe(folder)
+    loaded = schema.load(str(copy))
+    data = shards.prepare(loaded, copy.stem, folder / "data", report=lambda line: None)
+    shard = data.shard_path(0, "train")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] = content[len(content) // 2 + 1] = 255
+    shard.write_bytes(content)
+    done = runs.run(runs.deepspeed_command(2, "--recipe", copy, "--set", "train.steps=60"), cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("holds id") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(runs.records(folder / "runs" / "tiny")) > 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(recipe: Path) -> None:

@@ -4,8 +4,6 @@ The oracle is a plain PyTorch loop in fp32: the same model and rows, one process
 """
 
 import itertools
-import json
-import math
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from tests import runs
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 """Relative, on every step's loss and gradient norm."""
 PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
-GOLDEN = Path(__file__).parent / "golden" / "tiny-fp32.json"
 
 COVERING = {
     1: ["zero1-fp32", "zero2-fp32-gc", "zero3-bf16-gc", "zero1-bf16"],
@@ -130,11 +127,3 @@ def test_a_mean_of_means_is_found(recipe_path: Path, reference: list[dict]) -> N
     out = recipe_path.parent / "broken"
     launch(recipe_path, out, 2, ["zero1-fp32-mean_of_means"])
     assert worst_difference(runs.records(out / "zero1-fp32-mean_of_means"), reference) > 10 * TOLERANCE["fp32"]
-
-
-def test_golden_losses(reference: list[dict]) -> None:
-    """Oracle: losses written down earlier; a change that means to change nothing leaves them as they are."""
-    golden = json.loads(GOLDEN.read_text())
-    assert all(math.isclose(new["loss"], old, rel_tol=1e-5) for new, old in zip(reference, golden, strict=True)), (
-        reference
-    )

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_slm.model import loss
 from ds_slm.model.decoder import build
 from ds_slm.model.loss import chunked_loss
 from ds_slm.recipe import schema
+from ds_slm.recipe.budget import loss_chunk_tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -198,4 +198,4 @@ def test_no_tensor_comes_near_the_logits_of_all_tokens(dtype):
 @pytest.mark.parametrize("vocabulary", [65, 4096, 8192, 32_000, 100_277])
 def test_chunks_stay_under_a_tenth_of_32768_tokens(device_type, vocabulary):
     """Oracle: the promise, by arithmetic, for every vocabulary of the recipes and both kinds of device."""
-    assert 1 <= loss._chunk_tokens(device_type, vocabulary) <= 3276
+    assert 1 <= loss_chunk_tokens(device_type, vocabulary) <= 3276

@@ -135,15 +135,6 @@ def test_checkpointing_trades_memory_for_time() -> None:
     assert with_it.flops == without.flops
 
 
-def test_loss_chunk_is_the_models() -> None:
-    """Oracle: the constants of ds_slm.model.loss, which this room may not import."""
-    from ds_slm.model import loss
-
-    assert budget.LOSS_CHUNK_LOGITS == loss.LARGE_CHUNK_LOGITS
-    vocab_size = schema.load("axiom-380m").model.vocab_size
-    assert loss._chunk_tokens("cuda", vocab_size) * vocab_size <= budget.LOSS_CHUNK_LOGITS
-
-
 def test_network_time() -> None:
     """Oracle: rings by hand; two hosts at 10 Gbit/s, bf16 ZeRO-1: half of 2 x 4 + 2 bytes a parameter, once a step."""
     recipe, params = schema.load("slm-10m"), 9_968_640

@@ -16,6 +16,7 @@ PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
 STEPS, STOP_AT, SAVE_EVERY = 27, 7, 5
 CASES = {
     "zero1-adamw": ("zero=1", "set=optimizer.name=adamw"),
+    "zero1-fp32-adamw": ("zero=1", "set=optimizer.name=adamw", "set=train.precision=fp32"),
     "zero2-adamw": ("zero=2", "set=optimizer.name=adamw"),
     "zero2-adamw8bit": ("zero=2", "set=optimizer.name=adamw8bit"),
     "zero3-adamw8bit": ("zero=3", "set=optimizer.name=adamw8bit", "set=optimizer.embedding_bits=8"),
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = runs.write_recipe(folder)
 
     def launch(out: str, **extra: str) -> int:
-        cases = [f"{name}:{','.join((*settings, *SHARED, extra.get(name, '')))}" for name, settings in CASES.items()]
+        cases = [f"{name}:{','.join((*SHARED, *settings, extra.get(name, '')))}" for name, settings in CASES.items()]
         arguments = ["--recipe", recipe, "--out", folder / out, *cases]
         done = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=folder, timeout_s=600)
         (folder / f"{out}.log").open("a").write(done.stdout + done.stderr)

@@ -100,10 +100,11 @@ def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
 
 def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema.Recipe) -> None:
     """What may change does, and is written down with the launch's number."""
-    run_folder.describe(tmp_path / "run", recipe, {}, {"generation": 1})
+    (tmp_path / "tokenizer").mkdir()
+    run_folder.describe(tmp_path / "run", recipe, {}, {"generation": 1}, tmp_path / "tokenizer")
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 30})})
     run_folder.refuse_foreign(tmp_path / "run", longer, "auto", allow_change=False)
-    run_folder.describe(tmp_path / "run", longer, {}, {"generation": 2})
+    run_folder.describe(tmp_path / "run", longer, {}, {"generation": 2}, tmp_path / "tokenizer")
     recorded = json.loads((tmp_path / "run" / "changes.jsonl").read_text())
     assert recorded == {"generation": 2, "changes": {"train.steps": [20, 30]}}
 

@@ -18,7 +18,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ class Writer:
 
     def __init__(self, run: Path, step: int) -> None:
         self.final = folder_of_step(run, step)
-        self.folder = self.final.parent / f".{self.final.name}.tmp-{os.getpid()}"
+        self.folder = self.final.parent / f".{self.final.name}.tmp-{_writer_name()}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
@@ -64,19 +66,12 @@ class Writer:
         files = {path.name: _fingerprint(path) for path in sorted(self.folder.iterdir())}
         write_json(self.folder / MANIFEST, {"format": FORMAT_VERSION, "step": state["step"], "files": files})
         fsync(self.folder)
-        if self.final.exists():  # a damaged one of the same step, or another host's copy on a shared disk
-            if not verify(self.final):
-                shutil.rmtree(self.folder)
-                return self.final
+        if self.final.exists():  # of this very step: a run that was resumed before it, or a damaged one
             shutil.rmtree(self.final)
         os.rename(self.folder, self.final)
         fsync(self.final.parent)
         replace_text(self.final.parent / "latest", self.final.name)
         return self.final
-
-    def discard(self) -> None:
-        """Forget what was written so far."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def mark_best(checkpoint: Path) -> None:
@@ -115,7 +110,12 @@ def steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
 
 
-def newest_whole(run: Path, say=print) -> Path | None:
+def say_on_stderr(text: str) -> None:
+    """One line beside the program's output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def newest_whole(run: Path, say: Callable[[str], None] = say_on_stderr) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are named through `say` and passed over."""
     for step in reversed(steps(run)):
         checkpoint = folder_of_step(run, step)
@@ -182,20 +182,19 @@ def retain(run: Path, keep_last: int, keep_best: bool) -> None:
     for step in steps(run):
         if folder_of_step(run, step).name not in kept:
             shutil.rmtree(folder_of_step(run, step))
-    for leftover in folder.glob(".step-*.tmp-*"):
+    for leftover in folder.glob(f".step-*.tmp-{socket.gethostname()}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON and make it durable."""
-    path.write_text(json.dumps(content, indent=1, sort_keys=True))  # no line end: a file cut by one byte is no JSON
-    fsync(path)
+    """Replace a JSON file in one atomic step."""
+    replace_text(path, json.dumps(content, indent=1, sort_keys=True))  # no line end: cut by one byte it is no JSON
 
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one atomic step."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text + "\n")
+    temporary = path.with_name(f".{path.name}.tmp-{_writer_name()}")
+    temporary.write_text(text)
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)
@@ -208,6 +207,11 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _writer_name() -> str:
+    """Tells writers of several hosts apart where they share a disk."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

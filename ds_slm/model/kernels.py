@@ -80,10 +80,20 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
     """
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)
     attend: Callable[..., Tensor] = F.scaled_dot_product_attention
-    options = {"attn_mask": mask, "is_causal": causal, "enable_gqa": q_BHTE.shape[1] != k_BKSE.shape[1]}
+    queries_per_key = q_BHTE.shape[1] // k_BKSE.shape[1]
+    if queries_per_key > 1 and q_BHTE.device.type == "cuda" and not _flash_attends(q_BHTE, mask):
+        # torch's memory-efficient kernel takes no grouped queries; the fallback would hold all T x S scores
+        k_BKSE, v_BKSE = (x.repeat_interleave(queries_per_key, dim=1) for x in (k_BKSE, v_BKSE))
+        queries_per_key = 1
+    options = {"attn_mask": mask, "is_causal": causal, "enable_gqa": queries_per_key > 1}
     if multiplies(q_BHTE.device.type, q_BHTE.dtype):
         return attend(q_BHTE, k_BKSE, v_BKSE, **options)
     return attend(q_BHTE.float(), k_BKSE.float(), v_BKSE.float(), **options).to(q_BHTE.dtype)
+
+
+def _flash_attends(q_BHTE: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch's flash kernel will take these: half precision, no mask, Ampere or newer."""
+    return q_BHTE.dtype in HALF and mask is None and torch.cuda.get_device_capability(q_BHTE.device) >= (8, 0)
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:

@@ -26,11 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_slm.model.kernels import multiplies
-
-CHUNK_LOGITS = {"cpu": 2**20}
-"""Logits of one chunk by device: on a CPU what its cache holds, elsewhere `LARGE_CHUNK_LOGITS`."""
-LARGE_CHUNK_LOGITS = 2**27
-MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 128, 2048
+from ds_slm.recipe.budget import loss_chunk_tokens
 
 
 class LossSums(NamedTuple):
@@ -68,16 +64,11 @@ def chunked_loss(
         z_scale: factor of the sum of squared logsumexps.
         chunk_tokens: tokens whose logits are held at a time; None chooses by device and vocabulary.
     """
-    chunk_tokens = chunk_tokens or _chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
+    chunk_tokens = chunk_tokens or loss_chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
     wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
     return LossSums(
         *_ChunkedLoss.apply(hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, wanted)
     )
-
-
-def _chunk_tokens(device_type: str, vocab_size: int) -> int:
-    logits = CHUNK_LOGITS.get(device_type, LARGE_CHUNK_LOGITS)
-    return min(max(logits // vocab_size, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -100,19 +100,21 @@ def _choose(
 def sampler(
     tokenizer_folder: Path, prompts: Sequence[str], max_new_tokens: int = 48, temperature: float = 0.8
 ) -> Callable[[nn.Module], dict[str, str]]:
-    """A function that continues each prompt with a model, always with the same seed. Safe to call on every rank."""
+    """A function that continues each prompt with a model, always with the same seed.
+
+    Safe to call on every rank, also where ranks round differently: it always generates `max_new_tokens` and cuts the
+    text at its end afterwards, so the number of forwards does not depend on what was sampled.
+    """
     tokenizer = load_tokenizer(tokenizer_folder)
     encoded = {prompt: tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts}
 
     def sample(model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Decoder)
-        stop_ids = {tokenizer.eos_id}
-        return {
-            prompt: tokenizer.decode(
-                generate(model, ids, max_new_tokens, temperature=temperature, top_p=0.95, stop_ids=stop_ids),
-                skip_special=True,
-            )
-            for prompt, ids in encoded.items()
-        }
+        texts = {}
+        for prompt, ids in encoded.items():
+            new_ids = generate(model, ids, max_new_tokens, temperature=temperature, top_p=0.95)
+            end = new_ids.index(tokenizer.eos_id) if tokenizer.eos_id in new_ids else None
+            texts[prompt] = tokenizer.decode(new_ids[:end], skip_special=True)
+        return texts
 
     return sample

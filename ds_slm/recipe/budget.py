@@ -18,8 +18,9 @@ from ds_slm.recipe.schema import Model, Optimizer, Recipe
 FP32, HALF = 4, 2
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default reduce_bucket_size."""
-LOSS_CHUNK_LOGITS = 2**27
-"""Logits that ds_slm.model.loss holds at a time on a GPU, in fp32 and once more in the model's precision."""
+LOSS_CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}
+"""Logits of one chunk of the loss, in fp32 and once more in the model's precision: on a CPU what its cache holds."""
+MIN_LOSS_CHUNK_TOKENS, MAX_LOSS_CHUNK_TOKENS = 128, 2048
 BLOCK_VALUES = 256
 """bitsandbytes: values of 8-bit state that share one fp32 scale."""
 CPU_MFU, GPU_MFU = 0.3, 0.15
@@ -161,10 +162,16 @@ def _activation_bytes(recipe: Recipe, micro_batch: int, width: int) -> int:
     return tokens * (block * shape.num_hidden_layers + ends)
 
 
+def loss_chunk_tokens(device_type: str, vocab_size: int) -> int:
+    """Tokens whose logits the loss holds at a time."""
+    logits = LOSS_CHUNK_LOGITS["cpu" if device_type == "cpu" else "cuda"]
+    return min(max(logits // vocab_size, MIN_LOSS_CHUNK_TOKENS), MAX_LOSS_CHUNK_TOKENS)
+
+
 def _loss_bytes(recipe: Recipe, micro_batch: int, width: int) -> int:
     """A chunk of logits in fp32 and in the model's precision; gradients of hidden states and, in fp32, of the head."""
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
-    chunk_logits = min(LOSS_CHUNK_LOGITS, tokens * shape.vocab_size)
+    chunk_logits = min(loss_chunk_tokens("cuda", shape.vocab_size), tokens) * shape.vocab_size
     kept = tokens * shape.hidden_size * width + shape.vocab_size * shape.hidden_size * FP32
     return chunk_logits * (FP32 + width) + kept
 

@@ -3,7 +3,7 @@
     save     named tensors gathered on the leaders of `checkpoint_copies` hosts -> each writes its own run folder
     resume   every host offers its newest whole checkpoint -> the newest wins -> its host sends it to all ranks
 
-No shared file system is needed; on one, the second writer finds the checkpoint in place and leaves it.
+No shared file system is needed; where hosts share one, a single host writes for all (`Control.writers`).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.errors import CheckpointError
 from ds_slm.train import zero_state
+from ds_slm.train.control import Control
 from ds_slm.train.engine import Engine
 
 ABSMAX = "optimizer-absmax.safetensors"
@@ -46,10 +47,12 @@ def file_of_kind(kind: str) -> str:
     return checkpoint_format.MODEL if kind == "model" else f"optimizer-{kind}.safetensors"
 
 
-def save(engine: Engine, run: Path, state: State, identity: dict[str, Any], is_best: bool) -> str | None:
-    """Save a checkpoint on the first hosts. Collective. Returns the folder's name on the ranks that wrote it."""
+def save(
+    engine: Engine, run: Path, writers: list[int], state: State, identity: dict[str, Any], is_best: bool
+) -> str | None:
+    """Save a checkpoint on the first of the writing ranks. Collective. Returns its name on the ranks that wrote it."""
     control, settings = engine.control, engine.recipe.run
-    writers = control.leaders[: settings.checkpoint_copies]
+    writers = writers[: settings.checkpoint_copies]
     writer = checkpoint_format.Writer(run, state.step) if control.rank in writers else None
     for kind in zero_state.KINDS:
         tensors = zero_state.gather(engine.deepspeed, kind, writers, control)
@@ -74,46 +77,61 @@ def save(engine: Engine, run: Path, state: State, identity: dict[str, Any], is_b
     return checkpoint.name
 
 
-def resume(engine: Engine, run: Path, identity: dict[str, Any], say) -> State | None:
-    """Load the newest whole checkpoint of any host on all ranks. Collective. None where there is none.
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint of all hosts."""
+
+    source: int
+    """The rank that can read it."""
+    folder: Path | None
+    """Where it lies, on that rank alone."""
+    content: dict[str, Any]
+    """Its state.json."""
+
+
+def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
+    """The newest whole checkpoint of any host, or None. Collective; reads only.
 
     Raises:
         CheckpointError: on every rank, where it was made from other data or another tokenizer.
     """
-    control = engine.control
-    own = checkpoint_format.newest_whole(run, say) if control.leads_host else None
+    own = checkpoint_format.newest_whole(run) if control.leads_host else None
     offers = control.gather(checkpoint_format.read_state(own)["step"] if own else -1)
     source = offers.index(max(offers))
     if offers[source] < 0:
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
-    other = [
-        key for key, value in identity.items() if key in ("data_sha256", "tokenizer_sha256") and content[key] != value
-    ]
+    other = [key for key in ("data_sha256", "tokenizer_sha256") if content[key] != identity[key]]
     if other:
         raise CheckpointError(
             [f"{run}: its checkpoints have {key} {content[key]}, this data has {identity[key]}." for key in other]
             + ["Restore the data they were trained on, or choose another --run-dir."]
         )
-    same_topology = content["topology"] == zero_state.topology(engine.deepspeed)
-    notes = _broadcast_notes(engine, own if is_source else None, source) if same_topology else {}
+    return Found(source, own if is_source else None, content)
+
+
+def load(engine: Engine, found: Found) -> State:
+    """Give every rank its part of a checkpoint. Collective."""
+    same_topology = found.content["topology"] == zero_state.topology(engine.deepspeed)
+    notes = _broadcast_notes(engine, found.folder, found.source) if same_topology else {}
 
     def tensors(kind: str) -> Iterator[tuple[str, Tensor]]:
-        assert own is not None
-        with checkpoint_format.open_tensors(own / file_of_kind(kind)) as stored:
+        assert found.folder is not None
+        with checkpoint_format.open_tensors(found.folder / file_of_kind(kind)) as stored:
             for name in zero_state.shapes(engine.deepspeed):
                 yield name, stored.get_tensor(name)
 
     zero_state.scatter(
-        engine.deepspeed, tensors if is_source else None, source, content["optimizer_steps"], notes, control
+        engine.deepspeed,
+        tensors if found.folder else None,
+        found.source,
+        found.content["optimizer_steps"],
+        notes,
+        engine.control,
     )
-    _restore_scaler(engine, content["loss_scaler"])
-    say(
-        f"resumed at step {content['step']} from {control.hosts[source]}"
-        + ("" if same_topology else f", written by {content['topology']}")
-    )
-    return State(**{key: content[key] for key in asdict(State())})
+    _restore_scaler(engine, found.content["loss_scaler"])
+    return State(**{key: found.content[key] for key in asdict(State())})
 
 
 def _gather_notes(engine: Engine) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Messages are JSON, so nothing that arrives is ever unpickled. Every function her
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,27 @@ class Control:
         self.group: Any = dist.new_group(backend="gloo")
         self.hosts: list[str] = self.gather(socket.gethostname())
         """Host name of each rank."""
-        self.leaders = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
-        """The first rank of each host, in the order of ranks: it alone writes that host's run folder."""
+        machines = self.gather([socket.gethostname(), _boot_id()])
+        self.leaders = [rank for rank, machine in enumerate(machines) if machine not in machines[:rank]]
+        """The first rank of each host, in the order of ranks: it alone touches that host's run folder."""
 
     @property
     def leads_host(self) -> bool:
-        """Whether this rank writes its host's run folder."""
+        """Whether this rank speaks for its host."""
         return self.rank in self.leaders
+
+    def writers(self, folder: Path) -> list[int]:
+        """The leaders whose `folder` is a folder of its own: where hosts share a disk, one of them writes for all."""
+        mark = folder / f".host-{self.rank}"
+        if self.leads_host:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        self.barrier()
+        seen = [rank for rank in self.leaders if (folder / f".host-{rank}").exists()] if self.leads_host else []
+        first_seen = self.gather(seen[0] if seen else -1)
+        if self.leads_host:
+            mark.unlink()
+        return [rank for rank in self.leaders if first_seen[rank] == rank]
 
     def gather(self, message: Any) -> list[Any]:
         """Every rank's JSON message, in the order of ranks, on every rank."""
@@ -59,3 +74,9 @@ class Control:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.group)
+
+
+def _boot_id() -> str:
+    """Tells machines of one name apart."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""

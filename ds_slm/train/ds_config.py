@@ -47,6 +47,10 @@ OWNED_BY_RECIPE = {
 """Top-level keys that change the result, and who owns them."""
 
 
+QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+"""Communication that is no longer only communication."""
+
+
 @dataclass(frozen=True)
 class Joined:
     """What the trainer needs to know of the batch, and what DeepSpeed gets."""
@@ -116,6 +120,11 @@ def _conflicts(ds_file: dict[str, Any]) -> list[str]:
             f"ds_config: unknown key zero_optimization.{key}{nearest(key, _zero_keys())}."
             for key in zero
             if key not in _zero_keys()
+        ]
+        problems += [
+            f"ds_config: zero_optimization.{key} rounds weights or gradients, which changes the result: take it out."
+            for key in QUANTISED
+            if zero.get(key)
         ]
     return problems
 

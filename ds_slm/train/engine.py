@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_slm.data.rows import Rows
-from ds_slm.errors import DeviceError
+from ds_slm.errors import DataError, DeviceError
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train.control import Control
@@ -73,6 +73,8 @@ def device_type() -> str:
 
 
 def _accelerator() -> Any:
+    if not (torch.version.cuda or torch.version.hip):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches, and warns that it found none
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()
@@ -129,6 +131,11 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         self.dtype = DTYPES[recipe.train.precision]
 
+    def agree(self, problems: Sequence[str]) -> None:
+        """Raise every rank's problems on all ranks: one that left alone would keep the others waiting. Collective."""
+        if self._sum_over_ranks([len(problems)])[0]:
+            raise DataError(list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those)))
+
     def forward_backward(self, micro_batches: Sequence[Rows]) -> Sums:
         """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches."""
         local = [sum(float(rows.weights.sum()) for rows in micro_batches)]
@@ -154,10 +161,6 @@ class Engine:
         set_learning_rate(self.deepspeed.optimizer.optimizer, learning_rate)
         self.deepspeed.step()
         return bool(self.deepspeed.was_step_applied())
-
-    def discard_gradients(self) -> None:
-        """Forget the gradients of a step that will not be taken."""
-        self.deepspeed.optimizer.zero_grad()
 
     @property
     def grad_norm(self) -> float:

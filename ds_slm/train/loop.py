@@ -17,7 +17,7 @@ from torch import nn
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.order import RowId, extend_ledger
 from ds_slm.data.rows import Rows, Split, share
-from ds_slm.errors import TrainingError
+from ds_slm.errors import DataError, TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
@@ -59,6 +59,8 @@ class Run:
     report: Report
     state: State
     stop_at_step: int
+    writers: list[int]
+    """Ranks with a run folder of their own, in the order in which they keep checkpoints."""
     identity: dict[str, Any]
     """Hashes of recipe, data and tokenizer: stored in every checkpoint."""
     peak_flops: float | None
@@ -67,7 +69,9 @@ class Run:
     """Prompt -> continuation, called on every rank at each evaluation."""
     val_tokens_per_byte: float | None = None
     saved_at_step: int = -1
-    improved_at_step: int = -1
+    evaluated_at_step: int = -1
+    val_loss: float = math.inf
+    """Of the last evaluation."""
 
 
 def train(run: Run) -> None:
@@ -77,7 +81,7 @@ def train(run: Run) -> None:
         take_step(run)
         step = run.state.step
         if step < last_step and step % every.eval_every_steps == 0:
-            evaluate(run, every.eval_rows)
+            evaluate(run)
         if step < last_step and step % every.save_every_steps == 0:
             save(run)
     if run.state.step >= last_step:
@@ -90,20 +94,32 @@ def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
     row_ids = run.rows.row_ids(state.position)
-    shares = share(row_ids, engine.control.rank, engine.control.world_size, engine.joined.micro_batch)
-    shares += [[None] * len(shares[0])] * (engine.joined.accumulation_steps - len(shares))  # a short last step
-    micro_batches = [run.rows.read(ids) for ids in shares]
+    micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
+    rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
     while True:
+        scale = scaler.cur_scale if scaler else None
         sums = engine.forward_backward(micro_batches)
         refuse_nonfinite(run, sums, row_ids)
-        rate = learning_rate(run.recipe, state.step)
         if engine.step(rate):
             break
-        refuse_lost_step(run)
+        refuse_lost_step(run, scale)
     run.state = state.after(
         run.rows.next_position(state.position), int(sums.count), extend_ledger(state.ledger, row_ids)
     )
     record_step(run, sums, rate, clock.elapsed_s())
+
+
+def read_share(run: Run, row_ids: list[RowId], split: Split, count: int = 0) -> list[Rows]:
+    """This rank's micro-batches of some rows, filled up to `count`. A row that cannot be read stops every rank."""
+    control, problems, micro_batches = run.engine.control, [], []
+    shares = share(row_ids, control.rank, control.world_size, run.engine.joined.micro_batch)
+    shares += [[None] * len(shares[0])] * (count - len(shares))  # a short last step
+    try:
+        micro_batches = [run.rows.read(ids, split) for ids in shares]
+    except DataError as error:
+        problems = error.problems
+    run.engine.agree(problems)
+    return micro_batches
 
 
 def refuse_nonfinite(run: Run, sums: Sums, row_ids: list[RowId]) -> None:
@@ -122,11 +138,11 @@ def refuse_nonfinite(run: Run, sums: Sums, row_ids: list[RowId]) -> None:
     )
 
 
-def refuse_lost_step(run: Run) -> None:
-    """A step that was not applied: normal in fp16 until the smallest scale is reached, the end in other precisions."""
+def refuse_lost_step(run: Run, scale: float | None) -> None:
+    """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
     scaler = run.engine.loss_scaler
-    if scaler is None or scaler.cur_scale <= scaler.min_scale:
-        at = "" if scaler is None else f" at the smallest loss scale, {scaler.cur_scale:g}"
+    if scaler is None or scale is None or scale <= scaler.min_scale:
+        at = "" if scale is None else f" at the smallest loss scale, {scale:g}"
         raise TrainingError(
             f"step {run.state.step + 1}: a gradient is not finite{at}. The step was not taken; "
             f"the last checkpoint in {run.folder} is untouched."
@@ -157,36 +173,42 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float) -> None:
     run.report.record("train", state.step, values, log=state.step % recipe.run.log_every_steps == 0)
 
 
-def evaluate(run: Run, limit: int | None) -> dict[str, float]:
-    """Loss on held-out rows, always the same ones, and a sampled continuation of each prompt."""
-    control = run.engine.control
-    shares = share(run.rows.val_row_ids(limit), control.rank, control.world_size, run.engine.joined.micro_batch)
-    sums = run.engine.evaluate([run.rows.read(ids, "val") for ids in shares])
-    values = {"tokens": run.state.tokens, "loss": sums.loss, "perplexity": math.exp(min(sums.loss, 700.0))}
-    if run.val_tokens_per_byte:
-        values["bits_per_byte"] = sums.loss / math.log(2) * run.val_tokens_per_byte
+def evaluate(run: Run) -> None:
+    """Loss on some held-out rows, always the same ones, and a sampled continuation of each prompt."""
+    values = held_out(run, run.recipe.run.eval_rows)
     run.report.record("val", run.state.step, values)
     for prompt, continuation in run.sample(run.engine.deepspeed.module).items():
         run.report.text(f"samples/{prompt}", continuation, run.state.step)
-    best = run.state.best_val_loss
-    if best is None or sums.loss < best:
-        run.state, run.improved_at_step = replace(run.state, best_val_loss=sums.loss), run.state.step
+    run.evaluated_at_step, run.val_loss = run.state.step, values["loss"]
+
+
+def held_out(run: Run, limit: int | None) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of `limit` held-out rows, or of all."""
+    sums = run.engine.evaluate(read_share(run, run.rows.val_row_ids(limit), "val"))
+    values = {"tokens": run.state.tokens, "loss": sums.loss, "perplexity": math.exp(min(sums.loss, 700.0))}
+    if run.val_tokens_per_byte:
+        values["bits_per_byte"] = sums.loss / math.log(2) * run.val_tokens_per_byte
     return values
 
 
 def save(run: Run) -> str | None:
-    """Save a checkpoint; it is the best where the evaluation of this very step was."""
-    is_best = run.improved_at_step == run.state.step
-    name = checkpointing.save(run.engine, run.folder, run.state, run.identity, is_best)
+    """Save a checkpoint; `best` is the saved one whose evaluation, at this very step, was the lowest."""
+    best = math.inf if run.state.best_val_loss is None else run.state.best_val_loss
+    is_best = run.evaluated_at_step == run.state.step and run.val_loss < best
+    if is_best:
+        run.state = replace(run.state, best_val_loss=run.val_loss)
+    name = checkpointing.save(run.engine, run.folder, run.writers, run.state, run.identity, is_best)
     run.saved_at_step = run.state.step
     run.report.say(f"step {run.state.step}: saved {name}")
     return name
 
 
 def finish(run: Run) -> None:
-    """Evaluate on all held-out rows, save, and write done.json on every host that keeps checkpoints."""
-    values = evaluate(run, limit=None)
+    """Evaluate, save, and write the loss on all held-out rows into done.json on every host that keeps checkpoints."""
+    evaluate(run)
     name = save(run)
+    values = held_out(run, limit=None)
+    run.report.record("eval", run.state.step, values)
     if name is None:
         return
     checkpoint = checkpoint_format.checkpoints_folder(run.folder) / name

@@ -56,10 +56,6 @@ class StepClock:
     def __init__(self) -> None:
         self.start_s = time.perf_counter()
 
-    def restart(self) -> None:
-        """Begin a step."""
-        self.start_s = time.perf_counter()
-
     def elapsed_s(self) -> float:
         """Seconds since the step began."""
         return time.perf_counter() - self.start_s

@@ -8,12 +8,16 @@ DeepSpeed's own TensorBoard is not used: it writes rates against samples, and no
 
 import contextlib
 import json
+import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from ds_slm.checkpoint.format import replace_text
 
 TAGS = {
     "train": {
@@ -22,8 +26,13 @@ TAGS = {
         "mfu": "perf/mfu", "step_s": "perf/step_s", "peak_memory_gb": "perf/peak_memory_gb",
     },
     "val": {"loss": "val/loss", "perplexity": "val/perplexity", "bits_per_byte": "val/bits_per_byte"},
+    "eval": {"loss": "final/loss", "perplexity": "final/perplexity", "bits_per_byte": "final/bits_per_byte"},
 }  # fmt: skip
 """Kind of record -> field -> TensorBoard tag."""
+
+
+LONGEST_SILENCE_S = 60.0
+"""Without a progress bar, a step at least this long after the last line gets one of its own."""
 
 
 @contextlib.contextmanager
@@ -60,7 +69,7 @@ class Report:
 
     def __init__(self, folder: Path, terminal: TextIO, active: bool, total_steps: int, first_step: int = 0) -> None:
         self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
-        self.line_every_steps = max(total_steps // 20, 1)
+        self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -75,9 +84,9 @@ class Report:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
-                path.write_text("".join(kept))
+                replace_text(path, "".join(kept))
 
     def _progress_bar(self, first_step: int) -> Any:
         from rich.console import Console
@@ -117,15 +126,20 @@ class Report:
         if kind == "train":
             self._progress(step, values)
         else:
-            self.say(f"step {step}: held-out " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
+            self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")
 
     def _progress(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, description=numbers)
-        elif step % self.line_every_steps == 0 or step in (1, self.total_steps):
+        elif step % self.line_every_steps == 0 or step in (1, self.total_steps) or self._silent_s() > LONGEST_SILENCE_S:
+            self.spoke_at_s = time.monotonic()
             left_s = (self.total_steps - step) * values["step_s"]
             self.say(f"step {step}/{self.total_steps}: {numbers}, {left_s // 60:.0f} min {left_s % 60:.0f} s left")
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self.spoke_at_s
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -136,5 +150,9 @@ class Report:
             self.tensorboard.close()
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _step_of(line: str) -> float:
+    """The step of a record; a line that was cut or damaged belongs to none that is kept."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -7,6 +7,7 @@ effective choice.
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
         resume: 'never' refuses any folder that is not empty.
         allow_change: permit the changes that need permission.
     """
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    if not run.exists() or (run.is_dir() and {path.name for path in run.iterdir()} <= {"logs"}):
         return
     if not run.is_dir():
         raise CheckpointError(f"--run-dir {run} is a file, expected a folder or a new name.")
@@ -48,19 +49,30 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
 
 def finished_step(run: Path) -> int:
     """The step at which this run was finished; -1 where it was not."""
-    path = run / "done.json"
-    return json.loads(path.read_text())["step"] if path.is_file() else -1
+    return _read(run / "done.json").get("step", -1)
 
 
 def generation(run: Path) -> int:
     """Number of launches that wrote into this folder."""
-    path = run / "env.json"
-    return json.loads(path.read_text())["generation"] if path.is_file() else 0
+    return _read(run / "env.json").get("generation", 0)
 
 
-def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write recipe.toml, ds_config.json and env.json; changes of the recipe since the last launch are recorded."""
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> None:
+    """Write recipe.toml, ds_config.json, env.json and tokenizer/; changes of the recipe are recorded.
+
+    A done.json of a run that now goes on longer is removed: it is the sign of success.
+    """
     run.mkdir(parents=True, exist_ok=True)
+    (run / "done.json").unlink(missing_ok=True)
+    if not (run / "tokenizer").exists():
+        temporary = run / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(tokenizer, temporary)
+        temporary.rename(run / "tokenizer")
     recorded = run / "recipe.toml"
     if recorded.is_file():
         old = schema.parse(recorded.read_text(), origin=str(recorded))
@@ -68,7 +80,7 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
         if changed:
             with (run / "changes.jsonl").open("a") as file:
                 file.write(json.dumps({"generation": facts["generation"], "changes": changed}) + "\n")
-    checkpoint_format.replace_text(recorded, schema.to_toml(recipe).rstrip("\n"))
+    checkpoint_format.replace_text(recorded, schema.to_toml(recipe))
     checkpoint_format.write_json(run / "ds_config.json", deepspeed)
     checkpoint_format.write_json(run / "env.json", {**facts, **_software()})
 

@@ -1,27 +1,32 @@
 """One launch, from checked arguments to a finished run; pretraining and fine-tuning both come through here.
 
-    join the configuration -> prepare data, one process a host -> connect -> agree -> model -> resume -> train
+    join the configuration -> prepare data, one process a host -> connect -> agree -> find a checkpoint -> train
 
 Whatever can be wrong on one host only (its data, its run folder) is gathered from all and refused on all: a rank that
 left alone would keep the others waiting.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 from torch import nn
 
 from ds_slm.errors import CheckpointError, DataError, UserError
 from ds_slm.model import decoder
+from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train import checkpointing, ds_config, loop, measure, run_folder
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
 from ds_slm.train.report import Report, captured_output
+
+Result = TypeVar("Result")
 
 
 class Corpus(Protocol):
@@ -69,65 +74,80 @@ class Task:
 
 
 def run(recipe: Recipe, options: Options, task: Task) -> None:
-    """Train a recipe on the ranks of this launch. Raises UserError, on all ranks alike, before anything is written."""
+    """Train a recipe on the ranks of this launch.
+
+    Raises:
+        UserError: on all ranks alike, with every host's problems, before anything is written but prepared data.
+    """
     _, world_size, _ = engines.world_from_environment()
-    device = engines.device_type()
-    joined = ds_config.join(recipe, ds_config.read(options.ds_config), world_size, device, options.micro_batch)
-    engines.refuse_missing_precision(recipe.train.precision)
-    corpus, problems = _attempt(task.prepare)
-    _, folder_problems = _attempt(
-        lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
-    )
+    problems: list[str] = []
+    joined = _attempt(problems, lambda: _join(recipe, options, world_size))
+    _attempt(problems, lambda: engines.refuse_missing_precision(recipe.train.precision))
+    _attempt(problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
+    corpus = None if problems else _attempt(problems, task.prepare)
+    rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
     control = engines.connect()
     try:
-        _agree(control, problems + folder_problems)
+        _agree(control, problems)
+        assert joined is not None
         assert corpus is not None
-        _agree_on_data(control, corpus)
+        assert rows is not None
+        identity = {
+            "recipe_sha256": recipe.identity_sha256(),
+            "data_sha256": corpus.sha256,
+            "tokenizer_sha256": corpus.tokenizer_sha256,
+        }
+        _agree_on_inputs(control, identity, recipe, joined)
         if max(control.gather(run_folder.finished_step(options.run_dir))) >= recipe.train.steps:
             if control.rank == 0:
                 print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
             return
-        log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
-        with captured_output(log) as terminal:
-            _train(recipe, options, task, joined, control, corpus, terminal)
+        found = None if options.resume == "never" else checkpointing.find(control, options.run_dir, identity)
+        if found is None and options.resume == "must":
+            raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
+        with captured_output(options.run_dir / "logs" / f"rank-{control.rank:05d}.log") as terminal:
+            _train(recipe, options, task, joined, control, corpus, rows, identity, found, terminal)
     finally:
         engines.disconnect()
 
 
 def _train(
-    recipe: Recipe, options: Options, task: Task, joined: ds_config.Joined, control: Control, corpus: Any, terminal: Any
+    recipe: Recipe,
+    options: Options,
+    task: Task,
+    joined: ds_config.Joined,
+    control: Control,
+    corpus: Corpus,
+    rows: loop.RowSource,
+    identity: dict[str, Any],
+    found: checkpointing.Found | None,
+    terminal: TextIO,
 ) -> None:
-    report_facts = _facts(recipe, options, joined, control, corpus)
-    if control.leads_host:
-        run_folder.describe(options.run_dir, recipe, joined.deepspeed, report_facts)
-        _copy_tokenizer(corpus.tokenizer_folder, options.run_dir / "tokenizer")
+    facts = {**_facts(recipe, options, joined, control), **identity}
+    writers = control.writers(options.run_dir)
+    if control.rank in writers:
+        run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
     if control.rank == 0:
-        _announce(report_facts, options, terminal)
+        _announce(facts, options, terminal)
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     engine = engines.Engine(recipe, joined, model, control)
-    identity = {
-        "recipe_sha256": recipe.identity_sha256(),
-        "data_sha256": corpus.sha256,
-        "tokenizer_sha256": corpus.tokenizer_sha256,
-    }
-    say = (lambda text: print(text, file=terminal, flush=True)) if control.rank == 0 else (lambda text: None)
-    state = None if options.resume == "never" else checkpointing.resume(engine, options.run_dir, identity, say)
-    if state is None and options.resume == "must":
-        raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
-    state = state or State()
-    last_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
-    report = Report(options.run_dir, terminal, control.rank == 0, last_step, state.step)
-    report.text("recipe", f"```toml\n{(options.run_dir / 'recipe.toml').read_text()}```" if report.active else "", 0)
+    state = checkpointing.load(engine, found) if found else State()
+    stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
+    report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step)
+    if found:
+        report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
+    report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
     try:
         loop.train(
             loop.Run(
                 folder=options.run_dir,
                 recipe=recipe,
                 engine=engine,
-                rows=task.rows(corpus),
+                rows=rows,
                 report=report,
                 state=state,
-                stop_at_step=last_step,
+                stop_at_step=stop_at_step,
+                writers=writers,
                 identity=identity,
                 peak_flops=measure.peak_flops(engine.device, engine.dtype),
                 sample=task.sample(corpus),
@@ -139,33 +159,56 @@ def _train(
         report.close()
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """The action's result and no problems, or None and the problems it met."""
+def _join(recipe: Recipe, options: Options, world_size: int) -> ds_config.Joined:
+    ds_file = ds_config.read(options.ds_config)
+    return ds_config.join(recipe, ds_file, world_size, engines.device_type(), options.micro_batch)
+
+
+def _attempt(problems: list[str], action: Callable[[], Result]) -> Result | None:
+    """The action's result; or None, and what was wrong added to the problems."""
     try:
-        return action(), []
+        return action()
     except UserError as error:
-        return None, error.problems
+        problems += error.problems
+    except OSError as error:
+        problems.append(f"{error.filename or 'a file'}: {error.strerror or error}.")
+    return None
 
 
 def _agree(control: Control, problems: list[str]) -> None:
-    """Raise every host's problems on every rank."""
-    by_host = dict(zip(control.hosts, control.gather(problems), strict=True))
-    several = len(by_host) > 1
-    found = [f"{host}: {problem}" if several else problem for host, those in by_host.items() for problem in those]
-    if found:
-        raise UserError(found)
+    """Raise every host's problems on every rank; a problem of all hosts is told once, without their names."""
+    by_host: dict[str, dict[str, None]] = {}
+    for host, those in zip(control.hosts, control.gather(problems), strict=True):
+        by_host.setdefault(host, {}).update(dict.fromkeys(those))
+    everywhere = [problem for problem in problems if all(problem in those for those in by_host.values())]
+    elsewhere = [f"{host}: {one}" for host, those in by_host.items() for one in those if one not in everywhere]
+    if any(by_host.values()):
+        raise UserError([*everywhere, *elsewhere])
 
 
-def _agree_on_data(control: Control, corpus: Corpus) -> None:
-    hashes = control.gather(corpus.sha256)
-    if len(set(hashes)) > 1:
-        by_host = ", ".join(f"{host}: {sha256[:16]}" for host, sha256 in zip(control.hosts, hashes, strict=True))
-        raise DataError(
-            f"the hosts have different data ({by_host}): delete the data folder where it is wrong, or copy a right one."
-        )
+def _agree_on_inputs(control: Control, identity: dict[str, str], recipe: Recipe, joined: ds_config.Joined) -> None:
+    """Refuse hosts that would train something else: another recipe, other data, another configuration."""
+    inputs = {
+        "recipe": _hash(recipe.model_dump(mode="json")),
+        "data": identity["data_sha256"],
+        "ds_config or batch": _hash(joined.deepspeed),
+    }
+    problems = []
+    everyone = control.gather(inputs)
+    for what in inputs:
+        by_host = {host: theirs[what][:16] for host, theirs in zip(control.hosts, everyone, strict=True)}
+        if len({theirs[what] for theirs in everyone}) > 1:
+            seen = ", ".join(f"{host}: {found}" for host, found in by_host.items())
+            problems.append(f"the hosts differ in their {what} ({seen}): copy the right one over the others.")
+    if problems:
+        raise DataError(problems)
 
 
-def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: Control, corpus: Any) -> dict[str, Any]:
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: Control) -> dict[str, Any]:
     """The effective choices of this launch."""
     device = torch.device(engines.device_type())
     return {
@@ -185,9 +228,6 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "accumulation_steps": joined.accumulation_steps,
         "filler_rows_per_step": joined.filler_rows,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
-        "data_sha256": corpus.sha256,
-        "tokenizer_sha256": corpus.tokenizer_sha256,
-        "recipe_sha256": recipe.identity_sha256(),
     }
 
 
@@ -203,10 +243,3 @@ def _announce(facts: dict[str, Any], options: Options, terminal: Any) -> None:
         f"generation {facts['generation']}",
     ]
     print("\n".join(lines), file=terminal, flush=True)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    import shutil
-
-    if not target.exists():
-        shutil.copytree(source, target)

@@ -224,8 +224,9 @@ def scatter(
         notes: `absmax_notes` of all ranks where the topology is the same, else empty.
         control: the ranks' connection.
     """
+    own = partitions(engine)
     for kind in KINDS:
-        local = [torch.zeros(partition.flat.numel()) for partition in partitions(engine)]
+        local = [torch.zeros(partition.flat.numel()) for partition in own]
         incoming = tensors(kind) if tensors else None
         for name, shape in shapes(engine).items():
             if incoming is not None:
@@ -237,12 +238,12 @@ def scatter(
             else:
                 whole = torch.empty(shape.numel())
             control.broadcast_tensor(whole, source)
-            for partition, flat in zip(partitions(engine), local, strict=True):
+            for partition, flat in zip(own, local, strict=True):
                 for part in partition.fragments:
                     if part.name == name:
                         taken = whole[part.param_start : part.param_start + part.numel]
                         flat[part.flat_start : part.flat_start + part.numel] = taken
-        for index, (partition, flat) in enumerate(zip(partitions(engine), local, strict=True)):
+        for index, (partition, flat) in enumerate(zip(own, local, strict=True)):
             if kind == "model":
                 partition.flat.data.copy_(flat)
             else:

@@ -7,6 +7,7 @@ import pytest
 
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data import shards
+from ds_slm.data.rows import PretrainRows, share
 from ds_slm.recipe import schema
 from tests import runs
 
@@ -38,7 +39,7 @@ def test_an_fp16_overflow_retries_the_same_rows(recipe: Path) -> None:
 
 
 def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
-    """One row holds an id beyond the vocabulary: whichever rank draws it, all leave together, with exit code 2."""
+    """A row that rank 1 alone draws, in step 3, holds an id beyond the vocabulary: both leave, with exit code 2."""
     folder = recipe.parent / "bad_rows"
     folder.mkdir()
     copy = runs.write_recipe(folder)
@@ -46,13 +47,18 @@ def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
     data = shards.prepare(loaded, copy.stem, folder / "data", report=lambda line: None)
     shard = data.shard_path(0, "train")
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] = content[len(content) // 2 + 1] = 255
+    rows = PretrainRows(loaded, data)
+    position = rows.next_position(rows.next_position(0))
+    third_step = rows.row_ids(position)
+    damaged = share(third_step, rank=1, world_size=2, micro_batch=7)[0][0]
+    assert damaged is not None
+    content[64 * damaged.row + 20 : 64 * damaged.row + 22] = b"\xff\xff"
     shard.write_bytes(content)
-    done = runs.run(runs.deepspeed_command(2, "--recipe", copy, "--set", "train.steps=60"), cwd=folder)
+    done = runs.run(runs.deepspeed_command(2, "--recipe", copy), cwd=folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("holds id") == 1
     assert "Traceback" not in done.stdout + done.stderr
-    assert len(runs.records(folder / "runs" / "tiny")) > 0
+    assert [record["step"] for record in runs.records(folder / "runs" / "tiny")] == [1, 2]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(recipe: Path) -> None:

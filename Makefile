@@ -54,8 +54,9 @@ cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh
 
 demo: .venv/.installed  ## an empty machine -> data, a trained model, its export and a report
 	$(IN_VENV) ds-slm prepare demo
-	devices=$$($(IN_VENV) python -c 'import torch; print("" if torch.cuda.is_available() else "--num_accelerators 2")') \
-		&& $(IN_VENV) deepspeed $$devices ds_slm/pretrain.py
+	if $(IN_VENV) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(IN_VENV) deepspeed ds_slm/pretrain.py; \
+		else $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_accelerators 2 ds_slm/pretrain.py; fi
 	rm -rf exports/demo
 	$(IN_VENV) ds-slm export runs/demo --out exports/demo
 	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo

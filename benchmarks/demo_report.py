@@ -25,7 +25,9 @@ def continuations(folder: Path, prompts: tuple[str, ...]) -> tuple[int, dict[str
     """Parameters as transformers counts them, and each prompt continued through `AutoModelForCausalLM`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -68,8 +70,8 @@ def main() -> int:
     parameters, texts = continuations(args.export, PROMPTS)
 
     console = Console()
-    table = Table(title=f"bits per byte of {data.val_bytes:,} held-out bytes ({data.val_tokens:,} tokens)")
-    table.add_column("model")
+    table = Table()
+    table.add_column(f"{data.val_bytes:,} held-out bytes, {data.val_tokens:,} tokens")
     table.add_column("bits per byte", justify="right")
     for name, value in {**rivals, f"{args.run} ({parameters:,} parameters)": ours}.items():
         table.add_row(name, f"{value:.4f}")
@@ -80,9 +82,9 @@ def main() -> int:
     speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
     peak_gb = max(record["peak_memory_gb"] for record in steps)
     console.print(
-        f"\nmade: {args.run} (step {done['step']}, {done['tokens']:,} tokens in {seconds:.0f} s of steps, "
-        f"median {speed:,.0f} tokens/s, peak {peak_gb:.2f} GB on rank 0)\n"
-        f"held-out loss {done['val_loss']:.4f}, perplexity {done['val_perplexity']:.2f}, {ours:.4f} bits per byte\n"
+        f"\nmade: {args.run}: step {done['step']}, {done['tokens']:,} tokens in {seconds:.0f} s of steps\n"
+        f"      median {speed:,.0f} tokens/s, peak {peak_gb:.2f} GB on rank 0\n"
+        f"      held-out loss {done['val_loss']:.4f}, perplexity {done['val_perplexity']:.2f}, {ours:.4f} bits per byte\n"
         f"      {args.export}: a Hugging Face folder of {parameters:,} parameters\n"
         f"look: tensorboard --logdir {args.run.parent}",
         highlight=False,

@@ -55,8 +55,8 @@ cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh
 demo: .venv/.installed  ## an empty machine -> data, a trained model, its export and a report
 	$(IN_VENV) ds-slm prepare demo
 	if $(IN_VENV) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-		then $(IN_VENV) deepspeed ds_slm/pretrain.py; \
-		else $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_accelerators 2 ds_slm/pretrain.py; fi
+		then $(IN_VENV) deepspeed --quiet ds_slm/pretrain.py; \
+		else $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --quiet --num_accelerators 2 ds_slm/pretrain.py; fi
 	rm -rf exports/demo
 	$(IN_VENV) ds-slm export runs/demo --out exports/demo
 	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo

@@ -65,7 +65,7 @@ def main() -> int:
     unigram, bigram = baselines.ngram_bits_per_byte(
         train_ids, held_out_ids, data.vocab_size, data.eos_id, data.val_bytes
     )
-    ours = done["val_bits_per_byte"]
+    ours, perplexity = done["val_bits_per_byte"], done["val_perplexity"]
     rivals = {"gzip -9": baselines.gzip_bits_per_byte(data.val_text()), "unigram": unigram, "bigram": bigram}
     parameters, texts = continuations(args.export, PROMPTS)
 
@@ -84,7 +84,7 @@ def main() -> int:
     console.print(
         f"\nmade: {args.run}: step {done['step']}, {done['tokens']:,} tokens in {seconds:.0f} s of steps\n"
         f"      median {speed:,.0f} tokens/s, peak {peak_gb:.2f} GB on rank 0\n"
-        f"      held-out loss {done['val_loss']:.4f}, perplexity {done['val_perplexity']:.2f}, {ours:.4f} bits per byte\n"
+        f"      held-out loss {done['val_loss']:.4f}, perplexity {perplexity:.2f}, bits per byte {ours:.4f}\n"
         f"      {args.export}: a Hugging Face folder of {parameters:,} parameters\n"
         f"look: tensorboard --logdir {args.run.parent}",
         highlight=False,

@@ -66,10 +66,12 @@ class Writer:
         files = {path.name: _fingerprint(path) for path in sorted(self.folder.iterdir())}
         write_json(self.folder / MANIFEST, {"format": FORMAT_VERSION, "step": state["step"], "files": files})
         fsync(self.folder)
-        if self.final.exists():  # of this very step: a run that was resumed before it, or a damaged one
-            shutil.rmtree(self.final)
+        replaced = self.folder.with_name(f"{self.folder.name}-replaced")
+        if self.final.exists():  # of this very step: a damaged one, or one from before the run was resumed further back
+            os.rename(self.final, replaced)
         os.rename(self.folder, self.final)
         fsync(self.final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         replace_text(self.final.parent / "latest", self.final.name)
         return self.final
 

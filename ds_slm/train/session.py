@@ -147,6 +147,7 @@ def _train(
                 report=report,
                 state=state,
                 stop_at_step=stop_at_step,
+                saved_at_step=state.step if found else -1,
                 writers=writers,
                 identity=identity,
                 peak_flops=measure.peak_flops(engine.device, engine.dtype),

@@ -137,8 +137,8 @@ def stall_where(owner, name, wanted):
 @pytest.mark.parametrize(
     ("stall", "reached"),
     [
-        ("shards, '_write_manifest', 'tokenizer.tmp'", "tokenizer.tmp/tokenizer.json"),
-        ("shards, '_write_manifest', 'first'", "first/val-00000.bin"),
+        ("shards, 'write_json', 'tokenizer.tmp'", "tokenizer.tmp/tokenizer.json"),
+        ("shards, 'write_json', 'first'", "first/val-00000.bin"),
         ("writer.ShardWriter, 'close', 'second/val'", "second/train-00000.bin"),
     ],
 )

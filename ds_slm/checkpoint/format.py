@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_slm.errors import CheckpointError
+from ds_slm.files import fsync, replace_text, write_json, writer_name
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -49,7 +50,7 @@ class Writer:
 
     def __init__(self, run: Path, step: int) -> None:
         self.final = folder_of_step(run, step)
-        self.folder = self.final.parent / f".{self.final.name}.tmp-{_writer_name()}"
+        self.folder = self.final.parent / f".{self.final.name}.tmp-{writer_name()}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
@@ -186,34 +187,6 @@ def retain(run: Path, keep_last: int, keep_best: bool) -> None:
             shutil.rmtree(folder_of_step(run, step))
     for leftover in folder.glob(f".step-*.tmp-{socket.gethostname()}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one atomic step."""
-    replace_text(path, json.dumps(content, indent=1, sort_keys=True))  # no line end: cut by one byte it is no JSON
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file in one atomic step."""
-    temporary = path.with_name(f".{path.name}.tmp-{_writer_name()}")
-    temporary.write_text(text)
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _writer_name() -> str:
-    """Tells writers of several hosts apart where they share a disk."""
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

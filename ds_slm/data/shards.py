@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from ds_slm.data.writer import (
     write_token_files,
 )
 from ds_slm.errors import DataError
+from ds_slm.files import fsync, write_json
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe, Source
 
@@ -290,11 +290,11 @@ def _prepare_tokenizer(
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
     }
-    _write_manifest(temporary, manifest)
+    write_json(temporary / MANIFEST, manifest)
     for path in (*temporary.iterdir(), temporary):
-        _synchronise(path)
+        fsync(path)
     temporary.rename(target)
-    _synchronise(folder)
+    fsync(folder)
     return tokenizer
 
 
@@ -323,26 +323,10 @@ def _prepare_source(
         "tokenizer_sha256": tokenizer.sha256,
         "dtype": id_dtype(tokenizer.vocab_size).name,
     }
-    _synchronise(target)
-    _write_manifest(target, manifest | written)
+    fsync(target)
+    write_json(target / MANIFEST, manifest | written)
     tokens = {split: written["shards"][split][0]["tokens"] for split in SPLITS}
     report(f"{source.name}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens")
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _synchronise(temporary)
-    temporary.replace(folder / MANIFEST)
-    _synchronise(folder)
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

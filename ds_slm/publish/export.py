@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
+from ds_slm.files import fsync
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe import schema
@@ -104,9 +105,9 @@ def export(
             (folder / "README.md").write_text(card_text, encoding="utf-8")
         _write_tensors(folder / "model.safetensors", state, dtype)
         for path in (*folder.iterdir(), folder):
-            checkpoint_format.fsync(path)
+            fsync(path)
         os.rename(folder, out)
-        checkpoint_format.fsync(out.parent)
+        fsync(out.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

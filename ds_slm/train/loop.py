@@ -18,6 +18,7 @@ from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.order import RowId, extend_ledger
 from ds_slm.data.rows import Rows, Split, share
 from ds_slm.errors import DataError, TrainingError
+from ds_slm.files import write_json
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
@@ -219,4 +220,4 @@ def finish(run: Run) -> None:
         "checkpoint_sha256": checkpoint_format.manifest_sha256(checkpoint),
         **run.identity,
     }
-    checkpoint_format.write_json(run.folder / "done.json", done)
+    write_json(run.folder / "done.json", done)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_slm.checkpoint.format import replace_text
+from ds_slm.files import replace_text
 
 TAGS = {
     "train": {

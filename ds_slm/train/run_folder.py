@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.errors import CheckpointError
+from ds_slm.files import replace_text, write_json
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 
@@ -80,9 +80,9 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
         if changed:
             with (run / "changes.jsonl").open("a") as file:
                 file.write(json.dumps({"generation": facts["generation"], "changes": changed}) + "\n")
-    checkpoint_format.replace_text(recorded, schema.to_toml(recipe))
-    checkpoint_format.write_json(run / "ds_config.json", deepspeed)
-    checkpoint_format.write_json(run / "env.json", {**facts, **_software()})
+    replace_text(recorded, schema.to_toml(recipe))
+    write_json(run / "ds_config.json", deepspeed)
+    write_json(run / "env.json", {**facts, **_software()})
 
 
 def _software() -> dict[str, Any]:

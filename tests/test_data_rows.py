@@ -39,7 +39,7 @@ def rows(prepared: tuple[Recipe, Prepared]) -> PretrainRows:
 
 def test_a_training_row_is_a_slice(rows: PretrainRows, prepared: tuple[Recipe, Prepared]) -> None:
     """Oracle: slices of the token arrays; every target has weight 1; inputs and targets are one token apart."""
-    arrays = prepared[1].train_token_arrays()
+    arrays = prepared[1].tokens("train")
     ids = [RowId(0, 0, 0), RowId(1, 4, 2), RowId(0, 0, (len(arrays[0]) - 1) // SEQ_LEN - 1)]
     found = rows.read(ids)
     for place, row in enumerate(ids):
@@ -64,7 +64,7 @@ def test_every_held_out_token_is_a_target_once(rows: PretrainRows, prepared: tup
     """Oracle: the held-out arrays themselves; the token before each target is its context, an EOS before the first."""
     ids = rows.val_row_ids(None)
     found = rows.read(ids, "val")
-    for source_place, tokens in enumerate(prepared[1].val_token_arrays()):
+    for source_place, tokens in enumerate(prepared[1].tokens("val")):
         mine = [place for place, row in enumerate(ids) if row.source == source_place]
         weights = found.weights[mine].ravel()
         assert np.array_equal(found.target_ids[mine].ravel()[weights == 1], tokens)
@@ -153,7 +153,7 @@ def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:
     """Oracle: the error names shard and position; it is found when the row is read."""
     made, prepared = make(tmp_path)
     for split, position, row in (("train", 40, 2), ("val", 5, 0)):
-        path = prepared.shard_path(1, split)  # type: ignore[arg-type]
+        path = prepared.folder / "two" / f"{split}-00000.bin"
         tokens = np.fromfile(path, "<u2")
         tokens[position] = 300
         tokens.tofile(path)

@@ -118,6 +118,7 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenizer and token shards."""
+    from ds_slm.data import prepare as preparing
     from ds_slm.data import shards
     from ds_slm.pretrain import parse_sources
     from ds_slm.recipe import schema
@@ -128,7 +129,7 @@ def prepare(
         prepared = shards.open_prepared(recipe, stem, data_root)
         shards.verify(prepared)
     else:
-        prepared = shards.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
+        prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
     summary = {
         "folder": str(prepared.folder),
         "train_tokens": prepared.train_tokens,

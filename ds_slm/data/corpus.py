@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,11 @@ class Place:
     kind: Literal["embedded", "hub", "text", "tokens"]
     files: tuple[Path, ...] = ()
     """Local files, in the order they are read."""
+
+    def text_bytes(self) -> int | None:
+        """Bytes of the text, about; None where nobody knows before reading it."""
+        plain = all(path.suffix not in (".gz", ".zst", ".parquet") for path in self.files)
+        return sum(path.stat().st_size for path in self.files) if self.files and plain else None
 
     def file_sizes(self) -> list[list[str | int]]:
         """Name and bytes of every local file: tells without reading them whether they are the same ones."""
@@ -57,7 +63,33 @@ def locate(source: Source, replacement: Path | None = None) -> Place:
     return Place("tokens", tokens) if tokens and not text else Place("text", text)
 
 
-def documents(source: Source, replacement: Path | None = None) -> Iterator[str]:
+class DocumentStream:
+    """The documents of a source from a position on."""
+
+    def __init__(self, texts: Iterator[str], read: int) -> None:
+        """`texts` begins behind `read` documents."""
+        self._texts, self._read = texts, read
+
+    def __iter__(self) -> Iterator[str]:
+        """The documents."""
+        for text in self._texts:
+            self._read += 1
+            yield text
+
+    def position(self) -> dict[str, Any]:
+        """Where the next document begins."""
+        return {"documents": self._read}
+
+
+def documents(
+    source: Source, replacement: Path | None = None, position: dict[str, Any] | None = None
+) -> DocumentStream:
+    """The documents of a source, from a position on."""
+    read = position["documents"] if position else 0
+    return DocumentStream(islice(_documents(source, replacement), read, None), read)
+
+
+def _documents(source: Source, replacement: Path | None = None) -> Iterator[str]:
     """The documents of a source, in a fixed order; "" for one that is empty.
 
     Raises:

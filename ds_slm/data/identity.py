@@ -13,6 +13,7 @@ from ds_slm.data import corpus
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe, Source
 
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
@@ -23,9 +24,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): remove {folder} and prepare again.") from error
+    if (found := manifest.get("format")) != FORMAT:
+        raise DataError(f"{path} has format {found}, this version reads {FORMAT}: remove {folder} and prepare again.")
+    return manifest
 
 
 def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:

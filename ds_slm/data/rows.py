@@ -13,6 +13,7 @@ published recipes do, so `document_ids` is None here; packed rows of fine-tuning
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class PretrainRows:
         self._rows_per_step = recipe.rows_per_step
         self._last_batch: LastBatch = recipe.train.last_batch
         self._prepared = prepared
-        self._tokens = {"train": prepared.train_token_arrays(), "val": prepared.val_token_arrays()}
+        self._tokens = {"train": prepared.tokens("train"), "val": prepared.tokens("val")}
         rows_per_source = self._training_rows(recipe)
         self._order = Order(recipe.train.seed, rows_per_source, [source.weight for source in recipe.data.source])
         self.epoch_rows = self._order.epoch_rows
@@ -115,18 +116,18 @@ class PretrainRows:
         begin = row_id.row * self._seq_len - (split == "val")  # a held-out row starts with its context
         ids = tokens[max(begin, 0) : begin + self._seq_len + 1]
         if ids.max() >= self._prepared.vocab_size:
-            self._refuse_id(ids, max(begin, 0), row_id, split)
+            self._refuse_id(ids, *tokens.place(max(begin, 0)))
         skip = int(begin < 0)
         token_ids[:skip] = self._prepared.eos_id
         token_ids[skip : skip + len(ids)] = ids
         weights[: skip + len(ids) - 1] = 1.0
 
-    def _refuse_id(self, ids: np.ndarray, begin: int, row_id: RowId, split: Split) -> None:
+    def _refuse_id(self, ids: np.ndarray, path: Path, begin: int) -> None:
         place = int(ids.argmax())
         raise DataError(
-            f"{self._prepared.shard_path(row_id.source, split)} holds id {ids[place]} at position {begin + place}, "
-            f"beyond the vocabulary of {self._prepared.vocab_size}: it is damaged or of another tokenizer; "
-            f"remove {self._prepared.folder} and prepare again."
+            f"{path} holds id {ids[place]} at position {begin + place}, beyond the vocabulary of "
+            f"{self._prepared.vocab_size}: it is damaged or of another tokenizer; remove {self._prepared.folder} and "
+            "prepare again."
         )
 
 

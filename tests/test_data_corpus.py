@@ -166,7 +166,7 @@ def test_a_hub_that_does_not_answer() -> None:
         "from ds_slm.data.corpus import documents\nfrom ds_slm.recipe.schema import Source\n"
         "from ds_slm.errors import DataError\n"
         "for name, kind in (('web', 'hub'), ('ids', 'tokens')):\n"
-        "    try: next(documents(Source(name=name, kind=kind, id='no/such')))\n"
+        "    try: next(iter(documents(Source(name=name, kind=kind, id='no/such'))))\n"
         "    except DataError as error: print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -189,7 +189,7 @@ def _prepare_source(
             else:
 
                 def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
-                    return corpus.documents(source, replacement, position)
+                    return corpus.documents(source, replacement, position, report)
 
                 written = write_documents(source.name, shards, documents, tokenizer, recipe.data, token_limit, progress)
     except BaseException:

@@ -1,6 +1,7 @@
 """Rows: what a step trains on, on which rank, and that every held-out token counts exactly once."""
 
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -147,6 +148,28 @@ def test_sources_shorter_than_a_row(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         PretrainRows(long, prepared)
     assert [problem.split("'")[1] for problem in caught.value.problems] == ["one", "two"]
+
+
+def test_a_source_that_runs_out_is_announced_once(tmp_path: Path) -> None:
+    """Oracle: the first step in which taking all steps meets a row of a second epoch; nothing for one that lasts."""
+    made, prepared = make(tmp_path, rows_per_step=20)
+    rows = PretrainRows(made.model_copy(update={"train": made.train.model_copy(update={"steps": 1})}), prepared)
+    assert rows.warnings() == []
+    position, first = 0, {}
+    for step in range(1, 61):
+        for row in rows.row_ids(position):
+            if row.epoch == 1:
+                first.setdefault(row.source, step)
+        position = rows.next_position(position)
+    long = made.model_copy(update={"train": made.train.model_copy(update={"steps": 60})})
+    found = [
+        re.search(r"source (\w+) runs out .* from step (\d+) of 60", line)
+        for line in PretrainRows(long, prepared).warnings()
+    ]
+    assert {match[1]: int(match[2]) for match in found if match} == {
+        ["one", "two"][at]: step for at, step in first.items()
+    }
+    assert len(found) == len(first) == 2
 
 
 def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:

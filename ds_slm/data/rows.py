@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_row_ids
+from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_at, step_row_ids
 from ds_slm.data.shards import Prepared
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
@@ -56,6 +56,7 @@ class PretrainRows:
         self._seq_len = recipe.data.seq_len
         self._rows_per_step = recipe.rows_per_step
         self._last_batch: LastBatch = recipe.train.last_batch
+        self._steps = recipe.train.steps
         self._prepared = prepared
         self._tokens = {"train": prepared.tokens("train"), "val": prepared.tokens("val")}
         rows_per_source = self._training_rows(recipe)
@@ -78,6 +79,19 @@ class PretrainRows:
         if problems:
             raise DataError(problems)
         return rows_per_source
+
+    def warnings(self) -> list[str]:
+        """One line for each source that runs out during the run and begins another epoch, in another order."""
+        lines = []
+        for place, name in enumerate(self._prepared.manifests):
+            first = self._order.first_repeat(place)
+            step = step_at(first, self._rows_per_step, self._last_batch, self.epoch_rows)
+            if step <= self._steps:
+                lines.append(
+                    f"source {name} runs out after {self._order.rows_of(place):,} rows: from step {step:,} of "
+                    f"{self._steps:,} on its rows come again, in another order"
+                )
+        return lines
 
     def row_ids(self, position: int) -> list[RowId]:
         """The rows of the step that begins at a global position."""

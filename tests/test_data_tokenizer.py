@@ -1,7 +1,5 @@
 """Tokenizers: exact vocabularies and ids, any Unicode there and back, text is text, folders that transformers loads."""
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +99,49 @@ def test_saved_folder_loads_everywhere(bpe: room.Tokenizer, tmp_path: Path) -> N
     assert room.load_tokenizer(tmp_path / "again").encode("abc abc") == ours.encode("abc abc")
 
 
+def test_added_tokens_in_text_are_text(tmp_path: Path) -> None:
+    """Oracle: single characters, for an added token that is not marked special; indents, of white space, stay."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = character_folder(tmp_path / "made", " </>abkhint\n")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<think>", normalized=False), AddedToken("    ", normalized=False)])
+    backend.add_special_tokens([AddedToken("</a>", special=True)])
+    backend.save(str(folder / "tokenizer.json"))
+    section = f'kind = "hf"\nvocab_size = 15\neos_token = "</a>"\npad_token = "</a>"\npath = "{folder}"'
+    made = build(section)
+    made.save(tmp_path / "saved")
+    for tokenizer in (made, room.load_tokenizer(tmp_path / "saved")):
+        text = "a<think>\n    b </a>"
+        ids = tokenizer.encode(text)
+        assert ids == tokenizer.encode_batch([text])[0]
+        assert [tokenizer.decode([token_id]) for token_id in ids] == [*"a<think>\n", "    ", *"b </a>"]
+        assert tokenizer.decode(ids, skip_special=True) == text
+    theirs = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert theirs.encode("a<think></a>").ids == [made.token_id("a"), made.token_id("<think>"), made.token_id("</a>")]
+
+
+def test_unused_ids(bpe: room.Tokenizer, tmp_path: Path) -> None:
+    """Oracle: the ids beyond the vocabulary and in its gaps."""
+    from tokenizers import Tokenizer, models
+
+    assert bpe.unused_ids(300) == [] and bpe.unused_ids(303) == [300, 301, 302]
+    Tokenizer(models.BPE(vocab={"a": 0, "b": 3, "<|unused_4|>": 4}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    gappy = build(f'kind = "hf"\nvocab_size = 5\neos_token = "a"\npad_token = "b"\npath = "{tmp_path}"')
+    assert gappy.unused_ids(6) == [1, 2, 4, 5]
+
+
+def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the tokenizer.json the hub would give, read as it is."""
+    import huggingface_hub
+
+    folder = character_folder(tmp_path / "snapshot", "ab")
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.update(name=name) or str(folder))
+    made = build('kind = "hf"\nvocab_size = 2\neos_token = "a"\npad_token = "b"\npath = "someone/something"')
+    assert asked == {"name": "someone/something"} and made.encode("abba") == [0, 1, 1, 0]
+
+
 def test_too_little_text_for_the_vocabulary() -> None:
     """Oracle: the error names both sizes and the way out."""
     with pytest.raises(DataError, match=r"has \d+ ids and tokenizer.vocab_size is 5000: give it more text"):
@@ -139,48 +180,3 @@ def test_damaged_tokenizer_folder(bpe: room.Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(DataError, match=f"{tmp_path} holds no whole tokenizer"):
         room.load_tokenizer(tmp_path)
-
-
-CL100K = 'kind = "cl100k"\nvocab_size = 100277\npath = "RANKS"\n' + (
-    'special_tokens = { "<|endoftext|>" = 100257, "<|im_start|>" = 100264, "<|im_end|>" = 100265 }'
-)
-
-
-def test_cl100k_is_tiktoken(test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: tiktoken's own ids of real prose, code-like text and control literals, after saving and loading."""
-    import tiktoken
-
-    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
-    shutil.copy(ranks, tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    theirs = tiktoken.get_encoding("cl100k_base")
-    build(CL100K.replace("RANKS", str(ranks))).save(tmp_path / "saved")
-    ours = room.load_tokenizer(tmp_path / "saved")
-
-    prose = (test_data / "prose" / "tinyshakespeare.txt").read_text(encoding="utf-8")[:300_000]
-    golden = [json.loads(line) for line in (test_data / "cl100k_base" / "golden_vectors.jsonl").open(encoding="utf-8")]
-    tricky = [
-        "a<|endoftext|>b <|im_end|>",
-        "1234567 12 1  \n\n  \t x",
-        "日本語😀👨‍👩‍👧",
-        "<|unused_100256|>",
-        "I'LL they're",
-        "",
-    ]
-    checked = [*prose.split("\n\n"), *(row["text"] for row in golden), *tricky]
-    assert ours.encode_batch(checked) == theirs.encode_ordinary_batch(checked)
-    assert all(ours.decode(ids) == text for ids, text in zip(ours.encode_batch(checked), checked, strict=True))
-
-    expected = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265, "<|endofprompt|>": 100276}
-    assert {token: ours.token_id(token) for token in expected} == expected
-    assert (ours.vocab_size, ours.eos_id) == (100277, 100257)
-
-
-def test_cl100k_with_damaged_ranks(tmp_path: Path) -> None:
-    """Oracle: the error names both hashes, before anything is made of the file."""
-    ranks = tmp_path / "ranks.tiktoken"
-    ranks.write_text("IQ== 0\n")
-    with pytest.raises(DataError, match="223921b76ee99bde"):
-        build(CL100K.replace("RANKS", str(ranks)))
-    with pytest.raises(DataError, match="does not exist"):
-        build(CL100K.replace("RANKS", str(tmp_path / "none")))

@@ -19,6 +19,7 @@ from ds_slm.recipe import schema
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 EOS, PAD, VOCAB = 0, 1, 300
+UNUSED = range(2 + 256 + 3, VOCAB)
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -151,7 +152,7 @@ def test_cached_generation_is_the_same(pair):
     """Oracle: transformers' greedy generate: with its cache and without, by both of its attention implementations."""
     ours, theirs, _ = pair
     prompt = random_ids(7, seed=3).tolist()
-    got = generate(ours, prompt, 16, temperature=0)
+    got = generate(ours, prompt, 16, temperature=0, unused_ids=UNUSED)
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
     for implementation, use_cache in (("eager", True), ("sdpa", True), ("sdpa", False)):
         theirs.set_attn_implementation(implementation)
@@ -298,6 +299,11 @@ def test_a_runs_checkpoints_are_exported_by_step_newest_and_best(tmp_path, token
         with checkpoint_format.open_tensors(tmp_path / f"out-{step}" / "model.safetensors") as tensors:
             assert all(torch.equal(tensors.get_tensor(name), states[step][name]) for name in tensors.keys())  # noqa: SIM118
         assert told["step"] == step and told["params"] == sum(tensor.numel() for tensor in states[step].values())
+    writer = checkpoint_format.Writer(run, 8)
+    writer.add_tensors(checkpoint_format.MODEL, states[6])
+    writer.commit({"step": 8, "tokenizer_sha256": "f00d"})
+    with pytest.raises(CheckpointError, match="was trained with f00d"):
+        exporting.export_run(run, tmp_path / "out-8", step=8)
     with pytest.raises(CheckpointError, match="2, 4, 6"):
         exporting.export_run(run, tmp_path / "out-3", step=3)
     with pytest.raises(CheckpointError, match=r"recipe\.toml"):

@@ -4,15 +4,17 @@
 
 bpe     byte-level BPE trained on the sources. Special tokens get exactly the recipe's ids, all other ids follow in
         the order of their merges.
-cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ones as fillers, so that ids survive saving.
+cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ones as fillers that no text can reach (none is
+        a single pre-token), so that ids survive saving.
         With P = {(l, r): l + r is a token} as merges, ordered by the rank of l + r, BPE is tiktoken's algorithm. Its
         older pattern is used: the regex engine here reads the newer one's possessive quantifiers differently.
 hf      a local folder, a tokenizer.json, a SentencePiece tokenizer.model, or a hub id.
 
-Text is text: a control token's literal inside a document is encoded as ordinary text. The saved folder's default, for
-those who load it with transformers, does parse control tokens, as chat templates need.
+Text is text: an added token's literal inside a document is encoded as ordinary text, whether it is marked special or
+not; only added tokens of white space, which some tokenizers have for indents, are part of how text is cut. The saved
+folder's default, for those who load it with transformers, does parse control tokens, as chat templates need.
 
-Known gaps: an hf tokenizer's chat template is not carried over; non-special added tokens are still parsed in text.
+Known gaps: an hf tokenizer's chat template is not carried over.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_slm.data.sentencepiece_model import read_sentencepiece
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe, Source
 from ds_slm.recipe.schema import Tokenizer as Section
@@ -46,6 +49,8 @@ CL100K_SPECIAL_TOKENS = {
     "<|endofprompt|>": 100276,
 }
 CL100K_VOCAB_SIZE = 100277
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Read in place of transformers' own loading, which rebuilds some tokenizers anew, and not always with the same ids."""
 
 
 class Tokenizer:
@@ -54,9 +59,9 @@ class Tokenizer:
     def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str) -> None:
         """Raises DataError where the vocabulary lacks the EOS or the pad token, naming both."""
         self._backend = backend
-        self._backend.encode_special_tokens = True  # text is text
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._encoder = _text_encoder(backend)
         self.eos_token, self.pad_token = eos_token, pad_token
         problems = [
             f"the tokenizer has no {token!r}: set tokenizer.{field}_token to one of its tokens."
@@ -70,11 +75,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text; nothing is added at its ends."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of some ids."""
@@ -86,6 +91,11 @@ class Tokenizer:
         if token_id is None:
             raise DataError(f"the tokenizer has no token {token!r}: add it to tokenizer.special_tokens.")
         return token_id
+
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        """The ids below a model's vocabulary size that stand for nothing: those no token has, and fillers."""
+        used = {number for token, number in self._backend.get_vocab().items() if token != _filler(number)}
+        return [number for number in range(vocab_size) if number not in used]
 
     @cached_property
     def sha256(self) -> str:
@@ -104,6 +114,23 @@ class Tokenizer:
         }
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _filler(token_id: int) -> str:
+    return f"<|unused_{token_id}|>"
+
+
+def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+    """The same tokenizer, to which an added token's literal is text, unless it is white space."""
+    from tokenizers import Tokenizer as Backend
+
+    if any(not token.special and token.content.strip() for token in backend.get_added_tokens_decoder().values()):
+        content = json.loads(backend.to_str())
+        for token in content["added_tokens"]:
+            token["special"] |= bool(token["content"].strip())
+        backend = Backend.from_str(json.dumps(content))
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _canonical(tokenizer_json: str) -> bytes:
@@ -218,7 +245,7 @@ def _cl100k(section: Section) -> "tokenizers.Tokenizer":
         if token[:cut] in ranks and token[cut:] in ranks
     )
     named = {number: token for token, number in CL100K_SPECIAL_TOKENS.items()}
-    controls = {named.get(number, f"<|unused_{number}|>"): number for number in range(len(ranks), CL100K_VOCAB_SIZE)}
+    controls = {named.get(number, _filler(number)): number for number in range(len(ranks), CL100K_VOCAB_SIZE)}
     pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(CL100K_PATTERN), behavior="isolated"),
@@ -226,7 +253,7 @@ def _cl100k(section: Section) -> "tokenizers.Tokenizer":
         ]
     )
     pairs = [(left, right) for *_, left, right in merges]
-    return _byte_level(ranks | controls, pairs, list(controls), pre_tokenizer, ignore_merges=True)
+    return _byte_level(ranks | controls, pairs, list(CL100K_SPECIAL_TOKENS), pre_tokenizer, ignore_merges=True)
 
 
 def _cl100k_ranks(section: Section) -> dict[bytes, int]:
@@ -265,14 +292,22 @@ def _existing(section: Section) -> "tokenizers.Tokenizer":
 
     assert section.path is not None  # the recipe was checked
     path = Path(section.path)
-    json_file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        if json_file.is_file() and json_file.suffix == ".json":
-            return tokenizers.Tokenizer.from_file(str(json_file))
-        from transformers import AutoTokenizer, LlamaTokenizer
+        if not path.exists():
+            from huggingface_hub import snapshot_download
 
-        family = LlamaTokenizer if path.suffix == ".model" else AutoTokenizer
-        return family.from_pretrained(section.path).backend_tokenizer
+            path = Path(snapshot_download(section.path, allow_patterns=list(TOKENIZER_FILES)))
+        files = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES]
+        found = next((file for file in files if file.is_file()), None)
+        if found and found.suffix == ".json":
+            return tokenizers.Tokenizer.from_file(str(found))
+        if found and found.suffix == ".model":
+            return read_sentencepiece(found)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(section.path).backend_tokenizer
+    except DataError:
+        raise
     except Exception as error:  # the Rust side raises bare Exception, the hub's libraries their own kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(

@@ -5,6 +5,7 @@
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md if a card is given
     modeling_exclusive.py where the model has exclusive attention
 
+config.json has the tokenizer's hash, generation_config.json the ids that stand for nothing, never to be generated.
 A tied head is stored once, as the embedding, so that transformers counts as many parameters as the recipe.
 Known gap: one safetensors file, however large.
 """
@@ -37,17 +38,24 @@ def export_run(
         What was exported: checkpoint, step, parameters, dtype and folder.
 
     Raises:
-        CheckpointError: where the run has no such whole checkpoint, or `out` is in the way.
+        CheckpointError: where the run has no such whole checkpoint or another tokenizer, or `out` is in the way.
     """
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
     recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
     checkpoint = checkpoint_format.choose(run, step=step, best=best)
+    notes = checkpoint_format.read_state(checkpoint)
+    found, trained_with = load_tokenizer(run / "tokenizer").sha256, notes.get("tokenizer_sha256")
+    if trained_with not in (found, None):
+        raise CheckpointError(
+            f"{run / 'tokenizer'} has sha256 {found}, {checkpoint} was trained with {trained_with}: "
+            "restore the tokenizer the run had."
+        )
     state = checkpoint_format.read_model(checkpoint)
     parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype)
     return {
         "checkpoint": str(checkpoint),
-        "step": checkpoint_format.read_state(checkpoint)["step"],
+        "step": notes["step"],
         "params": parameters,
         "dtype": _name(dtype),
         "folder": str(out),
@@ -89,6 +97,8 @@ def export(
             "it is not the one the model was trained with."
         )
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    unused_ids = tokenizer.unused_ids(shape.vocab_size)
+    suppressed = {"suppress_tokens": unused_ids} if unused_ids else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -97,8 +107,9 @@ def export(
         for path in tokenizer_folder.iterdir():
             if path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
-        _write_json(folder / "config.json", hf.hf_config(shape, dtype=_name(dtype), **ids))
-        _write_json(folder / "generation_config.json", hf.generation_config(**ids))
+        config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "generation_config.json", hf.generation_config(**ids) | suppressed)
         if shape.exclusive_attention:
             shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
         if card_text is not None:

@@ -3,7 +3,8 @@
     ids --> prefill --> logits of the last token --> penalty, temperature, top-k, top-p --> token --> cache --> ...
 
 The order of the filters is that of transformers. Randomness comes from a generator of the call's own on the CPU: the
-same seed gives the same text on any device, as far as the logits are the same.
+same seed gives the same text on any device, as far as the logits are the same. Ids that stand for nothing in the
+tokenizer (`Tokenizer.unused_ids`) are never drawn.
 
 Beyond the context limit the window slides: the older half is forgotten and the newer half is read again, so positions
 stay within what was trained. Known gap: one sequence at a time.
@@ -30,6 +31,7 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     stop_ids: Collection[int] = (),
+    unused_ids: Collection[int] = (),
     seed: int = 0,
 ) -> list[int]:
     """Continue a sequence of at least one id.
@@ -43,6 +45,7 @@ def generate(
         top_p: keep the fewest tokens whose probabilities add up to this.
         repetition_penalty: divides positive and multiplies negative logits of ids already present.
         stop_ids: the continuation ends with the first of these.
+        unused_ids: never drawn.
         seed: of the sampling.
 
     Returns:
@@ -54,12 +57,14 @@ def generate(
     cache = KVCache(model.shape, 1, capacity, weight.dtype, weight.device)
     generator = torch.Generator().manual_seed(seed)
     known, unread = list(ids), list(ids)[-limit:]
+    unused = torch.tensor(sorted(unused_ids), dtype=torch.long)
     was_training = model.training
     model.eval()
     try:
         while len(known) < len(ids) + max_new_tokens:
             logits_B1V = model(torch.tensor([unread], device=weight.device), cache=cache)
             logits_V = logits_B1V[0, -1].float().cpu()
+            logits_V[unused] = -torch.inf
             token = _choose(logits_V, known, temperature, top_k, top_p, repetition_penalty, generator)
             known.append(token)
             if token in stop_ids:
@@ -110,9 +115,10 @@ def sampler(
 
     def sample(model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Decoder)
+        unused_ids = tokenizer.unused_ids(model.shape.vocab_size)
         texts = {}
         for prompt, ids in encoded.items():
-            new_ids = generate(model, ids, max_new_tokens, temperature=temperature, top_p=0.95)
+            new_ids = generate(model, ids, max_new_tokens, temperature=temperature, top_p=0.95, unused_ids=unused_ids)
             end = new_ids.index(tokenizer.eos_id) if tokenizer.eos_id in new_ids else None
             texts[prompt] = tokenizer.decode(new_ids[:end], skip_special=True)
         return texts

@@ -1,7 +1,7 @@
-"""Conversations as token ids, and which of them are trained: one function for training, evaluation, chat and export.
+r"""Conversations as token ids, and which of them are trained: one function for training, evaluation, chat and export.
 
     messages --check--> problems
-             --encode--> [im_start] role \\n content [im_end] \\n, for each turn; ids and a mask of the same length
+             --encode--> [im_start] role \n content [im_end] \n, for each turn; ids and a mask of the same length
 
 Every segment is encoded by itself as ordinary text and control tokens come by id alone, so a literal `<|im_end|>` in a
 message stays text, and a prompt's ids are a prefix of the whole conversation's.

@@ -230,7 +230,7 @@ def test_bpe_trains_on_no_more_text_than_the_run_reads(tmp_path: Path, monkeypat
     first, second = texts(200, seed=1), texts(400, seed=2)
     few = write_jsonl(tmp_path / "few.jsonl", first)
     made = recipe(source("first", path=write_jsonl(tmp_path / "all.jsonl", first + second)), tokenizer=BPE)
-    text_bytes = sum(len(text.encode()) for text in first if writer.split_of(text, made.data) == "train")
+    text_bytes = sum(len(text.encode()) for text in first if writer.split_of(text, 0, made.data) == "train")
     monkeypatch.setattr(preparing, "TOKENIZER_BYTES_PER_TOKEN", text_bytes / 1_000)
     by_limit = prepare(made, tmp_path / "a", max_tokens=1_000)
     monkeypatch.undo()

@@ -70,11 +70,11 @@ def test_shards_hold_every_document_once(made: Recipe, tmp_path: Path) -> None:
 
 def test_split_depends_on_seed_and_document_alone(made: Recipe) -> None:
     """Oracle: the same document falls on the same side in any company; another seed holds out others."""
-    first = [text for text in texts(200) if writer.split_of(text, made.data) == "val"]
-    shuffled = [text for text in reversed(texts(200)) if writer.split_of(text, made.data) == "val"]
+    first = [text for text in texts(200) if writer.split_of(text, 0, made.data) == "val"]
+    shuffled = [text for text in reversed(texts(200)) if writer.split_of(text, 0, made.data) == "val"]
     other = made.data.model_copy(update={"split_seed": 1})
     assert sorted(first) == sorted(shuffled)
-    assert set(first) != {text for text in texts(200) if writer.split_of(text, other) == "val"}
+    assert set(first) != {text for text in texts(200) if writer.split_of(text, 0, other) == "val"}
 
 
 def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "some.jsonl", ["", *texts(100), "", ""])
     lines: list[str] = []
     prepared = prepare(recipe(source("some", path=path)), tmp_path / "data", report=lines.append)
-    assert "some: 3 empty or unreadable documents were skipped" in lines
+    assert "some: 3 documents were skipped: 3 empty or unreadable" in lines
     assert sum(map(len, documents_of(prepared, "train") + documents_of(prepared, "val"))) == 100
 
 
@@ -316,3 +316,18 @@ def test_bpe_cannot_learn_from_ids(tmp_path: Path) -> None:
     (tmp_path / "ids.bin").write_bytes(bytes(80))
     with pytest.raises(DataError, match="token ids, no text to train a tokenizer on"):
         prepare(recipe(source("ids", kind="tokens", path=tmp_path / "ids.bin"), tokenizer=BPE), tmp_path / "data")
+
+
+def test_rows_held_out_by_draws() -> None:
+    """Oracle: numpy's global generator, one draw a row: 193 of 200,000, as published for axiom-380m-instruct."""
+    data = recipe(source("a", path="x"), val_fraction=0.001, split_seed=1337).data.model_copy(
+        update={"held_out": "draw"}
+    )
+    np.random.seed(1337)
+    expected = [row for row in range(200_000) if np.random.rand() < 0.001]
+    assert [row for row in range(200_000) if writer.split_of("", row, data) == "val"] == expected
+    assert len(expected) == 193
+    beyond = writer.DRAWS + 5
+    found = [row for row in range(beyond - 2_000, beyond + 2_000) if writer.split_of("", row, data) == "val"]
+    draws = np.random.RandomState(1337).rand(beyond + 2_000)
+    assert found == [row for row in range(beyond - 2_000, beyond + 2_000) if draws[row] < 0.001]

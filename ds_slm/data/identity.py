@@ -36,7 +36,7 @@ def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
     """The part of the recipe that decides a source's shards. Its weight and the run's length do not."""
     return {
         "source": source.model_dump(mode="json", exclude={"weight"}),
-        "data": recipe.data.model_dump(mode="json", include={"val_fraction", "split_seed"}),
+        "data": recipe.data.model_dump(mode="json", include={"val_fraction", "held_out", "split_seed"}),
         "tokenizer": recipe.tokenizer.model_dump(mode="json"),
     }
 
@@ -45,7 +45,9 @@ def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that decides the tokenizer: of a trained one, also its text and the mix."""
     identity = {"tokenizer": recipe.tokenizer.model_dump(mode="json")}
     if recipe.tokenizer.kind == "bpe":
-        identity["data"] = recipe.data.model_dump(mode="json", include={"val_fraction", "split_seed", "source"})
+        identity["data"] = recipe.data.model_dump(
+            mode="json", include={"val_fraction", "held_out", "split_seed", "source"}
+        )
     return identity
 
 

@@ -44,8 +44,15 @@ class Totals:
 
     documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    skipped_documents: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Why a document was left out -> how many were."""
+    rows_read: int = 0
+    """Documents the source has given, those left out included."""
     content_sha256: str = ""
+
+    def skip(self, reason: str) -> None:
+        """Count a document that is left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
     def add_content(self, content: bytes) -> None:
         """Take one more document, or block of ids, into the chain of hashes."""

@@ -35,7 +35,7 @@ from ds_slm.data.journal import JOURNAL, SPLITS, ShardsInProgress, id_dtype
 from ds_slm.data.progress import Progress
 from ds_slm.data.shards import Prepared, open_prepared, refuse, stamp_written
 from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from ds_slm.data.writer import split_documents, write_documents, write_token_files
+from ds_slm.data.writer import split_documents, text_encoder, write_documents, write_token_files
 from ds_slm.errors import DataError
 from ds_slm.files import fsync, write_json
 from ds_slm.recipe.problems import nearest
@@ -128,10 +128,10 @@ def _prepare_tokenizer(
         return load_tokenizer(target)
 
     def training_texts(source: Source) -> Iterator[str]:
-        texts = filter(None, corpus.documents(source, replacements.get(source.name)))
+        texts = corpus.documents(source, replacements.get(source.name))
         left_bytes = limits[source.name] * TOKENIZER_BYTES_PER_TOKEN
         for split, text in split_documents(texts, recipe.data):
-            if split == "train":
+            if split == "train" and text:
                 yield text
                 left_bytes -= len(text.encode())
                 if left_bytes <= 0:
@@ -191,7 +191,9 @@ def _prepare_source(
                 def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
                     return corpus.documents(source, replacement, position, report)
 
-                written = write_documents(source.name, shards, documents, tokenizer, recipe.data, token_limit, progress)
+                written = write_documents(
+                    source.name, shards, documents, text_encoder(tokenizer), recipe.data, token_limit, progress
+                )
     except BaseException:
         shards.abandon()
         raise
@@ -236,8 +238,9 @@ def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
     for source in recipe.data.source:
         manifest = prepared.manifests[source.name]
         tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
-        if manifest["skipped_documents"]:
-            yield f"{source.name}: {manifest['skipped_documents']:,} empty or unreadable documents were skipped"
+        if skipped := manifest["skipped"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+            yield f"{source.name}: {sum(skipped.values()):,} documents were skipped: {reasons}"
         if manifest["replaced"]:
             yield f"{source.name}: read from local files ({', '.join(name for name, _ in manifest['files'])})"
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -32,36 +33,63 @@ COPY_TOKENS = 1 << 24
 """Ids of a ready-made token file copied at a time."""
 JOURNAL_TOKENS = 1 << 25
 """A kill costs at most this much work and a batch."""
+DRAWS = 1 << 20
+"""Rows whose draws are held at a time."""
+EMPTY = "empty or unreadable"
 
 
-def split_of(text: str, data: Data) -> Split:
-    """Where a document belongs: a hash of its text, keyed with the seed, against the fraction that is held out."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(data.split_seed).encode()).digest()
-    return "val" if int.from_bytes(digest, "little") < data.val_fraction * 2**64 else "train"
+Ids = Sequence[int] | np.ndarray
+Encode = Callable[[list[str]], Sequence[Ids | str]]
+"""Documents to the ids that are written for each, or to the reason why one is left out."""
 
 
-def split_documents(texts: Iterable[str], data: Data) -> Iterator[tuple[Split, str]]:
-    """Each document with its split; a source of one single document is cut in two, its end held out."""
+def split_of(text: str, row: int, data: Data) -> Split:
+    """Where a document belongs.
+
+    hash: by a hash of its text, keyed with the seed, against the fraction that is held out. draw: by the draw of its
+    row, one from numpy's legacy generator for each.
+    """
+    if data.held_out == "draw":
+        held_out = _draws(data.split_seed, row // DRAWS)[row % DRAWS] < data.val_fraction
+    else:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(data.split_seed).encode()).digest()
+        held_out = int.from_bytes(digest, "little") < data.val_fraction * 2**64
+    return "val" if held_out else "train"
+
+
+@lru_cache(maxsize=2)
+def _draws(seed: int, block: int) -> np.ndarray:
+    generator = np.random.RandomState(seed)
+    for _ in range(block):
+        generator.rand(DRAWS)
+    return generator.rand(DRAWS)
+
+
+def split_documents(texts: Iterable[str], data: Data, first_row: int = 0) -> Iterator[tuple[Split, str]]:
+    """Each document with its split, empty ones included; a source of one single document is cut in two.
+
+    Args:
+        texts: the documents from `first_row` on.
+        data: how to split.
+        first_row: a source that is read from another row on is known to hold more than one document.
+    """
     remaining = iter(texts)
-    first_two = list(islice(remaining, 2))
+    first_two = [] if first_row else list(islice(remaining, 2))
     if len(first_two) == 1:
         border = int(len(first_two[0]) * (1 - data.val_fraction))
         yield "train", first_two[0][:border]
         yield "val", first_two[0][border:]
-    else:
-        yield from _split(chain(first_two, remaining), data)
-
-
-def _split(texts: Iterable[str], data: Data) -> Iterator[tuple[Split, str]]:
-    for text in texts:
-        yield split_of(text, data), text
+        return
+    for row, text in enumerate(chain(first_two, remaining), start=first_row):
+        yield split_of(text, row, data), text
 
 
 @dataclass
 class _Batch:
     documents: list[tuple[Split, str]]
-    skipped: int
-    """Empty documents met while it was filled."""
+    """Those that are not empty."""
+    rows: int
+    """All that were read."""
     position: dict[str, Any] | None
     """Where the source goes on behind it; None where a document more was already read, or the source is at its end."""
 
@@ -70,12 +98,13 @@ def write_documents(
     name: str,
     shards: ShardsInProgress,
     documents: Callable[[dict[str, Any] | None], DocumentStream],
-    tokenizer: Tokenizer,
+    encode: Encode,
     data: Data,
     token_limit: float,
     progress: Progress,
+    row_limit: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenise documents into training and validation shards; returns what the manifest says about them.
+    """Write documents as ids into training and validation shards; returns what the manifest says about them.
 
     Empty documents are counted and skipped. Reading stops when there are `token_limit` training tokens and at least one
     held-out document.
@@ -84,32 +113,38 @@ def write_documents(
         name: the source's, for errors.
         shards: where to write; goes on from its position.
         documents: opens the source at a position.
-        tokenizer: turns text into ids.
+        encode: turns a batch of documents into ids.
         data: how to split.
         token_limit: training tokens to stop at.
         progress: told of every document.
+        row_limit: documents to read at most, empty ones included.
     """
     whole = True
     unsaved_tokens = 0
     totals = shards.totals
-    batches = _encoded(_batches(documents(shards.position), data, shards.position is None), tokenizer)
-    for batch, ids_of_batch in batches:
-        totals.skipped_documents += batch.skipped
-        for (split, text), ids in zip(batch.documents, ids_of_batch, strict=True):
+    stream = documents(shards.position)
+    texts = iter(stream) if row_limit is None else islice(stream, row_limit - totals.rows_read)
+    for batch, encoded in _encoded(_batches(texts, stream, data, totals.rows_read), encode):
+        totals.rows_read += batch.rows
+        for _ in range(batch.rows - len(batch.documents)):
+            totals.skip(EMPTY)
+        for (split, text), ids in zip(batch.documents, encoded, strict=True):
+            if isinstance(ids, str):
+                totals.skip(ids)
+                continue
             if split == "train" and shards.tokens("train") >= token_limit:
                 whole = False
                 if shards.tokens("val"):
                     break
                 continue
             shards.add(split, ids)
-            shards.add(split, [tokenizer.eos_id])
             shards.end_document(split)
-            encoded = text.encode()
-            totals.add_content(encoded)
+            content = text.encode()
+            totals.add_content(content)
             totals.documents[split] += 1
-            totals.text_bytes[split] += len(encoded)
-            unsaved_tokens += len(ids) + 1
-            progress.advance(len(ids) + 1, len(encoded))
+            totals.text_bytes[split] += len(content)
+            unsaved_tokens += len(ids)
+            progress.advance(len(ids), len(content))
         else:
             if whole and batch.position is not None and unsaved_tokens >= JOURNAL_TOKENS:
                 shards.save(batch.position)
@@ -119,44 +154,38 @@ def write_documents(
     return _finished(name, shards, data) | {"whole": whole}
 
 
-def _batches(stream: DocumentStream, data: Data, from_start: bool) -> Iterator[_Batch]:
-    skipped = documents_read = 0
-
-    def present() -> Iterator[str]:
-        nonlocal skipped
-        for text in stream:
-            skipped += not text
-            if text:
-                yield text
-
-    # a source that is resumed is known to hold more than one document
-    remaining = split_documents(present(), data) if from_start else _split(present(), data)
+def _batches(texts: Iterator[str], stream: DocumentStream, data: Data, first_row: int) -> Iterator[_Batch]:
     documents: list[tuple[Split, str]] = []
-    characters = 0
-    for document in remaining:
-        documents.append(document)
-        characters += len(document[1])
-        if len(documents) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            documents_read += len(documents)
+    rows = characters = 0
+    for split, text in split_documents(texts, data, first_row):
+        rows += 1
+        characters += len(text)
+        if text:
+            documents.append((split, text))
+        if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             # splitting reads two documents ahead at the start
-            position = stream.position() if documents_read > 1 or not from_start else None
-            yield _Batch(documents, skipped, position)
-            documents, characters, skipped = [], 0, 0
-    yield _Batch(documents, skipped, None)
+            yield _Batch(documents, rows, stream.position() if rows > 1 or first_row else None)
+            first_row += rows
+            documents, rows, characters = [], 0, 0
+    yield _Batch(documents, rows, None)
 
 
-def _encoded(batches: Iterable[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[_Batch, Sequence[Sequence[int]]]]:
+def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
     """Each batch with its ids; while one is consumed, the next is read and encoded."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[_Batch, Future[Any]] | None = None
+        waiting: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
         for batch in batches:
-            texts = [text for _, text in batch.documents]
-            submitted = batch, pool.submit(tokenizer.encode_batch, texts)
+            submitted = batch, pool.submit(encode, [text for _, text in batch.documents])
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = submitted
         if waiting is not None:
             yield waiting[0], waiting[1].result()
+
+
+def text_encoder(tokenizer: Tokenizer) -> Encode:
+    """Text to its ids with an EOS behind them."""
+    return lambda texts: [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
 def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:
@@ -170,7 +199,7 @@ def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]
     return {
         "documents": totals.documents,
         "bytes": totals.text_bytes,
-        "skipped_documents": totals.skipped_documents,
+        "skipped": totals.skipped,
         "content_sha256": totals.content_sha256,
         "shards": shards.finish(),
     }

@@ -165,7 +165,9 @@ class Data(Section):
     seq_len: PositiveInt
     """Targets in a row, in tokens."""
     val_fraction: float = Field(0.001, gt=0, lt=1)
-    """Share of documents held out, chosen by a keyed hash of the document."""
+    """Share of documents held out."""
+    held_out: Literal["hash", "draw"] = "hash"
+    """hash: those whose keyed hash says so; draw: one draw of numpy's legacy generator for each row, in order."""
     split_seed: int = 0
     source: list[Source] = Field(min_length=1)
 

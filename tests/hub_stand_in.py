@@ -32,7 +32,8 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to the next requests of a path: 4xx or 5xx, "reset", "cut" (half the body) or "silent"."""
+    """What happens to the next requests of a path: 4xx or 5xx, "reset", "silent", "cut" (half of the body
+    that was announced) or "short" (half of a range, announced as such)."""
 
     path: str
     kind: int | str
@@ -166,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, content, headers)
             return
         part = content[begin:end]
+        if self.fault and self.fault.kind == "short":
+            part = part[: len(part) // 2]
         headers["Content-Range"] = f"bytes {begin}-{begin + len(part) - 1}/{len(content)}"
         self._send(206, part, headers)
 

@@ -33,7 +33,8 @@ class Request:
 @dataclass
 class Fault:
     """What happens to the next requests of a path: 4xx or 5xx, "reset", "silent", "cut" (half of the body
-    that was announced) or "short" (half of a range, announced as such)."""
+    that was announced) or "short" (half of a range, announced as such).
+    """
 
     path: str
     kind: int | str

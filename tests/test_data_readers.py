@@ -316,3 +316,17 @@ def test_what_may_not_be_read_is_named(where: str, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr("os.scandir", fail)
     with pytest.raises(DataError, match=f"{denied}.*Permission denied"):
         list(documents(files_source(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("openstax_val.jsonl", 90), ("books_train.jsonl.gz", 2064), ("c4_demo.jsonl", 300), ("tinyshakespeare.txt", 1)],
+)
+def test_real_prose(name: str, count: int, test_data: Path) -> None:
+    """Oracle: the counts that the folder's README gives; none is empty; a position in the middle changes nothing."""
+    source = files_source(test_data / "prose" / name)
+    whole = list(documents(source))
+    assert len(whole) == count and all(whole)
+    stream = documents(source)
+    begun = list(islice(stream, count // 2))
+    assert begun + list(documents(source, position=stream.position())) == whole

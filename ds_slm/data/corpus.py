@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_slm.data.embedded import embedded_documents
-from ds_slm.data.hub import downloaded_tokens, hub_identity, read_hub, way_out
+from ds_slm.data.hub import Hub, Report, way_out
 from ds_slm.data.readers import READERS, START, Mark, TextFile, read_documents, suffix_of
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
@@ -29,7 +29,9 @@ TOKENS_SUFFIX = ".bin"
 NAMED_FILES = 5
 """Files that a message names one by one."""
 
-Report = Callable[[str], None]
+
+def _quiet(line: str) -> None:
+    """The report that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class Place:
         return [[path.name, path.stat().st_size] for path in self.files]
 
 
-def locate(source: Source, replacement: Path | None = None) -> Place:
+def locate(source: Source, replacement: Path | None = None, report: Report = _quiet) -> Place:
     """Where to read a source: the replacement if there is one, else what the recipe says.
+
+    Token files on the hub are downloaded; `report` takes a line for every try that fails.
 
     Raises:
         DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, and for what looks
@@ -61,7 +65,7 @@ def locate(source: Source, replacement: Path | None = None) -> Place:
     """
     if replacement is None and source.kind in ("embedded", "hub"):
         return Place(source.kind)
-    root = replacement or (Path(source.path) if source.path else downloaded_tokens(source))
+    root = replacement or (Path(source.path) if source.path else Hub(source, report).token_files(TOKENS_SUFFIX))
     who = f"source {source.name!r}"
     if not root.exists():
         state = "is a link to nothing" if root.is_symlink() else "does not exist"
@@ -131,7 +135,7 @@ def documents(
     source: Source,
     replacement: Path | None = None,
     position: dict[str, Any] | None = None,
-    report: Report | None = None,
+    report: Report = _quiet,
 ) -> DocumentStream:
     """The documents of a source, from its beginning or from a position of an earlier stream on.
 
@@ -140,8 +144,7 @@ def documents(
     Raises:
         DataError: for a missing place, token files, a hub that does not answer, a position in other files.
     """
-    report = report or (lambda line: None)
-    place = locate(source, replacement)
+    place = locate(source, replacement, report)
     if place.kind == "tokens":
         raise DataError(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
@@ -157,7 +160,10 @@ def documents(
         read: Callable[[Any], Iterator[tuple[str, Any]]] = partial(_read_embedded, texts)
         start: Any = 0
     elif place.kind == "hub":
-        made_from, read, start = hub_identity(source), partial(read_hub, source), 0
+        hub = Hub(source, report)
+        commit = hub.commit((position or {}).get("made_from", {}).get("commit"))
+        made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
+        read, start = partial(_read_files, hub.text_files(commit), source.column), [0, *START]
     else:
         files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
         made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}

@@ -303,7 +303,7 @@ def test_bad_token_files(content: bytes, message: str, tmp_path: Path) -> None:
 def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     """Oracle: 65,536 ids fit into uint16, one more does not; little-endian bytes as written by hand."""
     assert journal.id_dtype(1 << 16) == np.dtype("<u2") and journal.id_dtype((1 << 16) + 1) == np.dtype("<u4")
-    written = journal.ShardsInProgress(tmp_path, 100_277, {})
+    written = journal.ShardsInProgress(tmp_path, journal.id_dtype(100_277), {})
     written.add("val", [1, 100_257])
     written.finish()
     assert (tmp_path / "val-00000.bin").read_bytes() == bytes([1, 0, 0, 0, 0xA1, 0x87, 1, 0])

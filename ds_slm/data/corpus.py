@@ -136,10 +136,14 @@ def documents(
     replacement: Path | None = None,
     position: dict[str, Any] | None = None,
     report: Report = _quiet,
+    as_json: bool = False,
+    embedded: Callable[[], Sequence[str]] = embedded_documents,
 ) -> DocumentStream:
     """The documents of a source, from its beginning or from a position of an earlier stream on.
 
-    The sequence is the same however often it was cut. `report` takes lines about files left out and retries.
+    The sequence is the same however often it was cut. `report` takes lines about files left out and retries. With
+    `as_json` the column holds lists or tables, and a document is one of them as JSON; `embedded` gives what an embedded
+    source holds.
 
     Raises:
         DataError: for a missing place, token files, a hub that does not answer, a position in other files.
@@ -155,7 +159,7 @@ def documents(
         more = ", ..." if len(place.ignored) > NAMED_FILES else ""
         report(f"{source.name}: {len(place.ignored)} files of no known kind are left out: {names}{more}")
     if place.kind == "embedded":
-        texts = embedded_documents()
+        texts = embedded()
         made_from: dict[str, Any] = {"kind": "embedded", "sha256": _sha256(texts)}
         read: Callable[[Any], Iterator[tuple[str, Any]]] = partial(_read_embedded, texts)
         start: Any = 0
@@ -163,11 +167,11 @@ def documents(
         hub = Hub(source, report)
         commit = hub.commit((position or {}).get("made_from", {}).get("commit"))
         made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
-        read, start = partial(_read_files, hub.text_files(commit), source.column), [0, *START]
+        read, start = partial(_read_files, hub.text_files(commit), source.column, as_json), [0, *START]
     else:
         files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
         made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}
-        read, start = partial(_read_files, files, source.column), [0, *START]
+        read, start = partial(_read_files, files, source.column, as_json), [0, *START]
     if position is None:
         return DocumentStream(made_from, read, start)
     if position.get("made_from") != made_from:
@@ -187,11 +191,13 @@ def _read_embedded(texts: Sequence[str], mark: int) -> Iterator[tuple[str, int]]
         yield texts[place], place + 1
 
 
-def _read_files(files: Sequence[TextFile], column: str, mark: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+def _read_files(
+    files: Sequence[TextFile], column: str, as_json: bool, mark: Sequence[int]
+) -> Iterator[tuple[str, list[int]]]:
     """The documents of many files; a mark is the file's place and the mark in it."""
     first, *within = mark
     begin: Mark = (within[0], within[1])
     for place in range(first, len(files)):
-        for text, end in read_documents(files[place], column, begin):
+        for text, end in read_documents(files[place], column, begin, as_json):
             yield text, [place, *end]
         begin = START

@@ -51,11 +51,11 @@ def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
     return identity
 
 
-def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> list[str]:
-    """A problem for each part of the folder that another recipe, or other local files, have made."""
+def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path], encoding: Mapping[str, Any]) -> list[str]:
+    """A problem for each part of the folder that another recipe, encoding, or other local files, have made."""
     way_out = f"name another --data-root, or remove {folder} to prepare anew"
     identities = {TOKENIZER: tokenizer_identity(recipe)}
-    identities |= {source.name: source_identity(recipe, source) for source in recipe.data.source}
+    identities |= {source.name: {**source_identity(recipe, source), **encoding} for source in recipe.data.source}
     problems = []
     for part, identity in identities.items():
         if (manifest := read_manifest(folder / part)) and manifest["identity"] != identity:

@@ -100,15 +100,15 @@ class _Part:
 class ShardsInProgress:
     """Both splits' shards of one source."""
 
-    def __init__(self, folder: Path, vocab_size: int, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype, key: Mapping[str, Any]) -> None:
         """Open the folder, going on from its journal where that was written under the same key.
 
         Args:
             folder: the source's folder; made where it is missing.
-            vocab_size: decides the type of the ids.
+            dtype: of the ids.
             key: plain data that must be equal for going on: recipe, tokenizer, files.
         """
-        self.folder, self._dtype, self._key = folder, id_dtype(vocab_size), dict(key)
+        self.folder, self._dtype, self._key = folder, dtype, dict(key)
         folder.mkdir(parents=True, exist_ok=True)
         self.totals = Totals()
         self.position: dict[str, Any] | None = None

@@ -34,8 +34,8 @@ from ds_slm.data.identity import (
 from ds_slm.data.journal import JOURNAL, SPLITS, ShardsInProgress, id_dtype
 from ds_slm.data.progress import Progress
 from ds_slm.data.shards import Prepared, open_prepared, refuse, stamp_written
-from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from ds_slm.data.writer import split_documents, text_encoder, write_documents, write_token_files
+from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
+from ds_slm.data.writer import TEXT, Form, split_documents, write_documents, write_token_files
 from ds_slm.errors import DataError
 from ds_slm.files import fsync, write_json
 from ds_slm.recipe.problems import nearest
@@ -56,6 +56,8 @@ def prepare(
     sources: Mapping[str, Path] | None = None,
     max_tokens: int | None = None,
     report: Callable[[str], None] = print,
+    form: Form = TEXT,
+    tokenizer_from: Path | None = None,
 ) -> Prepared:
     """Make whatever is missing of a recipe's tokenizer and shards in `data_root/name`, and open them.
 
@@ -66,6 +68,8 @@ def prepare(
         sources: a local file or folder in place of a source, by the source's name.
         max_tokens: training tokens of all sources together, to try things out; None prepares what the run needs.
         report: takes lines of progress.
+        form: what the sources' documents are.
+        tokenizer_from: a folder whose tokenizer is taken, instead of making the recipe's.
 
     Raises:
         DataError: with every problem found; nothing that exists is overwritten.
@@ -77,16 +81,17 @@ def prepare(
         raise DataError([f"--source {name}: the recipe has no such source{nearest(name, known)}." for name in unknown])
     folder = Path(data_root) / name
     with _locked(folder, report), _room_on_disk(folder):
-        refuse(conflicts(recipe, folder, replacements))
+        refuse(conflicts(recipe, folder, replacements, form.identity))
         places = _places(recipe, folder, replacements)
         if places or not (folder / TOKENIZER).exists():
             limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
-            tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report)
+            tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report, tokenizer_from)
             for source in recipe.data.source:
                 if place := places.get(source.name):
                     replacement = replacements.get(source.name)
-                    _prepare_source(recipe, source, replacement, place, folder, tokenizer, limits[source.name], report)
-        prepared = open_prepared(recipe, name, data_root)
+                    limit = limits[source.name]
+                    _prepare_source(recipe, source, replacement, place, folder, tokenizer, limit, report, form)
+        prepared = open_prepared(recipe, name, data_root, form.identity)
     for line in _notes(recipe, prepared):
         report(line)
     return prepared
@@ -122,6 +127,7 @@ def _prepare_tokenizer(
     replacements: Mapping[str, Path],
     limits: Mapping[str, float],
     report: Callable[[str], None],
+    tokenizer_from: Path | None,
 ) -> Tokenizer:
     target = folder / TOKENIZER
     if read_manifest(target):
@@ -137,8 +143,12 @@ def _prepare_tokenizer(
                 if left_bytes <= 0:
                     break
 
-    report(f"{TOKENIZER}: {recipe.tokenizer.kind}, {recipe.tokenizer.vocab_size} ids")
-    tokenizer = build_tokenizer(recipe, training_texts)
+    if tokenizer_from is None:
+        report(f"{TOKENIZER}: {recipe.tokenizer.kind}, {recipe.tokenizer.vocab_size} ids")
+        tokenizer = build_tokenizer(recipe, training_texts)
+    else:
+        report(f"{TOKENIZER}: that of {tokenizer_from}")
+        tokenizer = existing_tokenizer(tokenizer_from, recipe.tokenizer)
     temporary = folder / f"{TOKENIZER}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
@@ -167,16 +177,18 @@ def _prepare_source(
     tokenizer: Tokenizer,
     token_limit: float,
     report: Callable[[str], None],
+    form: Form,
 ) -> None:
     target = folder / source.name
+    dtype = form.dtype or id_dtype(tokenizer.vocab_size)
     described = {
-        "identity": source_identity(recipe, source),
+        "identity": {**source_identity(recipe, source), **form.identity},
         "kind": place.kind,
         "replaced": replacement is not None,
         "files": place.file_sizes(),
         "tokenizer_sha256": tokenizer.sha256,
     }
-    shards = ShardsInProgress(target, tokenizer.vocab_size, described)
+    shards = ShardsInProgress(target, dtype, described)
     if shards.position is not None:
         report(f"{source.name}: goes on behind {shards.tokens('train'):,} training tokens")
     done = shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values())
@@ -189,16 +201,23 @@ def _prepare_source(
             else:
 
                 def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
-                    return corpus.documents(source, replacement, position, report)
+                    return corpus.documents(source, replacement, position, report, form.as_json, form.embedded)
 
                 written = write_documents(
-                    source.name, shards, documents, text_encoder(tokenizer), recipe.data, token_limit, progress
+                    source.name,
+                    shards,
+                    documents,
+                    form.encode(tokenizer),
+                    recipe.data,
+                    token_limit,
+                    progress,
+                    form.row_limit,
                 )
     except BaseException:
         shards.abandon()
         raise
     fsync(target)
-    manifest = {"format": FORMAT, **described, "dtype": id_dtype(tokenizer.vocab_size).name, **written}
+    manifest = {"format": FORMAT, **described, "dtype": dtype.name, **written}
     stamp_written(folder, source.name, manifest)
     write_json(target / MANIFEST, manifest)
     (target / JOURNAL).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ds_slm.errors import DataError
 
@@ -55,13 +55,23 @@ class TextFile:
     open: Callable[[], io.BufferedIOBase]
 
 
+class Column(NamedTuple):
+    """Where a file's documents are."""
+
+    name: str
+    as_json: bool
+    """Whether they are lists or tables rather than text."""
+
+
 def suffix_of(name: str) -> str | None:
     """The known suffix that a file's name ends with, in whatever case; None for other files."""
     return next((suffix for suffix in READERS if name.lower().endswith(suffix)), None)
 
 
-def read_documents(file: TextFile, column: str, mark: Mark = START) -> Documents:
+def read_documents(file: TextFile, column: str, mark: Mark = START, as_json: bool = False) -> Documents:
     """The documents of one file from a mark on, each with the mark behind it.
+
+    With `as_json` the column holds lists or tables, conversations for instance, and a document is one of them as JSON.
 
     Raises:
         DataError: for a file that cannot be read, is damaged or lacks the column.
@@ -72,7 +82,7 @@ def read_documents(file: TextFile, column: str, mark: Mark = START) -> Documents
         if suffix != ".txt" and not opened.seek(0, io.SEEK_END):
             raise ValueError("it is empty, 0 bytes")
         opened.seek(0)
-        yield from READERS[suffix](opened, file.name, column, mark)
+        yield from READERS[suffix](opened, file.name, Column(column, as_json), mark)
 
 
 @contextmanager
@@ -87,7 +97,7 @@ def _readable(name: str) -> Iterator[None]:
         raise DataError(f"{name} cannot be read ({reason}): replace the file or leave it out.") from error
 
 
-def _txt(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Documents:
+def _txt(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
     begin, piece = mark
     size_bytes = file.seek(0, io.SEEK_END)
     piece_bytes = TXT_PIECE_BYTES if size_bytes > WHOLE_TXT_BYTES else size_bytes
@@ -110,18 +120,18 @@ def _last_character(block: bytes) -> int:
     return codecs.utf_8_decode(block, "replace", False)[1]
 
 
-def _jsonl(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Documents:
+def _jsonl(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
     file.seek(mark[0])
     yield from _lines(file, name, column, mark)
 
 
-def _jsonl_gz(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Documents:
+def _jsonl_gz(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
     with gzip.GzipFile(fileobj=file) as unpacked:
         _skip(unpacked, mark[0])
         yield from _lines(unpacked, name, column, mark)
 
 
-def _jsonl_zst(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Documents:
+def _jsonl_zst(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
     from pyarrow import CompressedInputStream, PythonFile
 
     unpacked = io.BufferedReader(CompressedInputStream(PythonFile(file, "r"), "zstd"), 1 << 20)  # type: ignore[arg-type]
@@ -134,14 +144,14 @@ def _skip(file: io.BufferedIOBase, skipped_bytes: int) -> None:
         skipped_bytes -= len(block)
 
 
-def _lines(lines: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Documents:
+def _lines(lines: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
     begin, number = mark
     while line := lines.readline(LINE_BYTES + 1):
         begin, number = begin + len(line), number + 1
         if len(line) > LINE_BYTES:
             raise ValueError(f"line {number} is longer than {LINE_BYTES} bytes")
         if not line.isspace():
-            yield _text(_cell(line, number, name, column)), (begin, number)
+            yield _text(_cell(line, number, name, column.name), column.as_json), (begin, number)
 
 
 def _cell(line: bytes, number: int, name: str, column: str) -> Any:
@@ -157,8 +167,10 @@ def _cell(line: bytes, number: int, name: str, column: str) -> Any:
     return row[column]
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
+def _text(value: Any, as_json: bool) -> str:
+    if as_json and isinstance(value, list | dict):
+        return json.dumps(value)
+    if as_json or not isinstance(value, str):
         return ""
     try:
         value.encode()
@@ -167,7 +179,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _parquet(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Documents:
+def _parquet(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
     from pyarrow.parquet import ParquetFile
 
     first_group, first_row = mark
@@ -178,10 +190,10 @@ def _parquet(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Doc
             raise ValueError(f"its row groups hold {sum(rows)} rows, its footer says {table.metadata.num_rows}")
         for group in range(first_group, len(rows)):
             row = 0
-            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column.name]):
                 begin, row = row, row + len(batch)
                 if row > first_row:
-                    for end, text in enumerate(_strings(batch.column(0)), start=begin + 1):
+                    for end, text in enumerate(_values(batch.column(0), column), start=begin + 1):
                         if end > first_row:
                             yield text, (group, end)
             if row != rows[group]:
@@ -189,19 +201,26 @@ def _parquet(file: io.BufferedIOBase, name: str, column: str, mark: Mark) -> Doc
             first_row = 0
 
 
-def _check_column(schema: "pyarrow.Schema", name: str, column: str) -> None:
+def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> None:
     from pyarrow import types
 
-    if column not in schema.names:
-        raise DataError(_no_column(name, column, schema.names))
-    found = schema.field(column).type
+    if column.name not in schema.names:
+        raise DataError(_no_column(name, column.name, schema.names))
+    found = schema.field(column.name).type
     value = found.value_type if types.is_dictionary(found) else found
-    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    if not any(check(value) for check in checks):
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(check(value) for check in ((types.is_nested,) if column.as_json else texts)):
+        wanted, of = ("lists or tables", "those") if column.as_json else ("strings", "text")
         raise DataError(
-            f"{name}: column {column!r} holds {found}, not strings; the columns there are: "
-            f"{', '.join(f'{field.name!r} ({field.type})' for field in schema)}. Set data.source.column to one of text."
+            f"{name}: column {column.name!r} holds {found}, not {wanted}; the columns there are: "
+            f"{', '.join(f'{field.name!r} ({field.type})' for field in schema)}. Set data.source.column to one of {of}."
         )
+
+
+def _values(values: "pyarrow.Array", column: Column) -> list[str]:
+    if column.as_json:
+        return [_text(value, as_json=True) for value in values.to_pylist()]
+    return _strings(values)
 
 
 def _strings(values: "pyarrow.Array") -> list[str]:
@@ -223,7 +242,7 @@ def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
     return f"{place}: no column {column!r}; the columns there are: {names}. Set data.source.column to one of them."
 
 
-READERS: dict[str, Callable[[io.BufferedIOBase, str, str, Mark], Documents]] = {
+READERS: dict[str, Callable[[io.BufferedIOBase, str, Column, Mark], Documents]] = {
     ".txt": _txt,
     ".jsonl": _jsonl,
     ".jsonl.gz": _jsonl_gz,

@@ -15,7 +15,7 @@ is refused, one that came from another host is checked once.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ds_slm.data.identity import TOKENIZER, conflicts, read_manifest
-from ds_slm.data.journal import SPLITS, Split, id_dtype
+from ds_slm.data.journal import SPLITS, Split
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.data.writer import decode_documents
 from ds_slm.errors import DataError
@@ -134,9 +134,11 @@ class Prepared:
 
     def tokens(self, split: Split) -> list[Tokens]:
         """A split's tokens of each source, in the recipe's order."""
-        dtype = id_dtype(self.vocab_size)
         return [
-            Tokens([self.folder / name / shard["file"] for shard in manifest["shards"][split]], dtype)
+            Tokens(
+                [self.folder / name / shard["file"] for shard in manifest["shards"][split]],
+                np.dtype(manifest["dtype"]).newbyteorder("<"),
+            )
             for name, manifest in self.manifests.items()
         ]
 
@@ -147,7 +149,7 @@ class Prepared:
                 yield from ((self.folder / name / shard["file"], shard) for shard in manifest["shards"][split])
 
 
-def open_prepared(recipe: Recipe, name: str, data_root: Path) -> Prepared:
+def open_prepared(recipe: Recipe, name: str, data_root: Path, encoding: Mapping[str, Any] | None = None) -> Prepared:
     """Open what `prepare` has made, reading no more than manifests, file sizes and the tokenizer.
 
     Raises:
@@ -158,7 +160,7 @@ def open_prepared(recipe: Recipe, name: str, data_root: Path) -> Prepared:
     manifests = {part: manifest for part in expected if (manifest := read_manifest(folder / part))}
     if missing := [part for part in expected if part not in manifests]:
         raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {name}.")
-    refuse(conflicts(recipe, folder, {}))
+    refuse(conflicts(recipe, folder, {}, encoding or {}))
     prepared = Prepared(folder, tokenizer_manifest=manifests.pop(TOKENIZER), manifests=manifests)
     refuse([*_tokenizer_problems(prepared), *(_size_problems(prepared) or _changed_shards(prepared))])
     return prepared

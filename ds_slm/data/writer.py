@@ -10,9 +10,9 @@ Known gap: the training text's bytes stay unknown for ready-made token files, fo
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ds_slm.data.corpus import DocumentStream
+from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype
 from ds_slm.data.progress import Progress
 from ds_slm.data.tokenizer import Tokenizer
@@ -41,6 +42,31 @@ EMPTY = "empty or unreadable"
 Ids = Sequence[int] | np.ndarray
 Encode = Callable[[list[str]], Sequence[Ids | str]]
 """Documents to the ids that are written for each, or to the reason why one is left out."""
+
+
+def encode_text(tokenizer: Tokenizer) -> Encode:
+    """Text to its ids with an EOS behind them."""
+    return lambda texts: [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a source's documents are, and how they become what is written. By default text, and its ids."""
+
+    encode: Callable[[Tokenizer], Encode] = encode_text
+    embedded: Callable[[], Sequence[str]] = embedded_documents
+    """The documents of an embedded source."""
+    as_json: bool = False
+    """Whether documents are lists or tables, as JSON, rather than text."""
+    row_limit: int | None = None
+    """Documents to read of each source at most."""
+    dtype: np.dtype | None = None
+    """Of what is written; None: that of the tokenizer's ids."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the encoding, beside the recipe's data and tokenizer."""
+
+
+TEXT = Form()
 
 
 def split_of(text: str, row: int, data: Data) -> Split:
@@ -181,11 +207,6 @@ def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch
             waiting = submitted
         if waiting is not None:
             yield waiting[0], waiting[1].result()
-
-
-def text_encoder(tokenizer: Tokenizer) -> Encode:
-    """Text to its ids with an EOS behind them."""
-    return lambda texts: [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
 def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:

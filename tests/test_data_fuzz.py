@@ -9,7 +9,7 @@ import pytest
 from ds_slm.data.readers import READERS, TextFile, read_documents
 from ds_slm.errors import DataError
 from tests.data_recipes import texts
-from tests.source_files import WRITERS
+from tests.source_files import WRITERS, write_parquet
 
 CASES = 600
 MADE = texts(20)
@@ -82,3 +82,23 @@ def test_every_bit_of_a_header_and_a_trailer(suffix: str, tmp_path: Path) -> Non
         except DataError:
             refused += 1
     assert refused > 4 * len(places)
+
+
+def test_a_parquet_footer_loses_no_rows(tmp_path: Path) -> None:
+    """Oracle: whichever bits of a file without checksums flip, it is refused or has as many rows as before."""
+    path = tmp_path / "made.parquet"
+    write_parquet(path, MADE, write_page_checksum=False)
+    content = path.read_bytes()
+    footer_bytes = int.from_bytes(content[-8:-4], "little") + 8
+    rng = random.Random(5)
+    refused = 0
+    for case in range(3 * CASES):
+        changed = bytearray(content)
+        for _ in range(rng.randint(1, 2)):
+            changed[-rng.randint(1, footer_bytes)] ^= 1 << rng.randrange(8)
+        try:
+            assert len(read(bytes(changed), ".parquet")) == len(MADE), case
+        except DataError as error:
+            assert "damaged.parquet" in str(error), case
+            refused += 1
+    assert refused > CASES

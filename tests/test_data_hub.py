@@ -299,12 +299,22 @@ def test_token_files_are_downloaded(kind: int | str | None, hub: HubStandIn, wai
     assert place.kind == "tokens" and not [request for request in hub.requests if request.path.endswith(".txt")]
 
 
-def test_token_files_that_stay_away(hub: HubStandIn, waits_s: list[float]) -> None:
+def test_token_files_that_stay_away(
+    hub: HubStandIn, waits_s: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: a dataset without any, and one of which a file never comes: refused, though a part lies in the cache."""
     hub.datasets["made/ids"] = TOKENS
     hub.faults = [Fault("1.bin$", 503, 1_000)]
     for _ in range(2):
         with pytest.raises(DataError, match=r"the hub gave no 'made/ids'.*--source ids=PATH"):
             locate(ids())
+    hub.faults = []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.bin").write_bytes(TOKENS["data/0.bin"])
+    with monkeypatch.context() as patched:  # before version 2 it gave what was there
+        patched.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+        with pytest.raises(DataError, match=r"1\.bin did not come whole.*--source ids=PATH"):
+            locate(ids())
+    assert [path.name for path in locate(ids()).files] == ["0.bin", "1.bin"]
     with pytest.raises(DataError, match=r"holds no \.bin file.*--source ids=PATH"):
         locate(ids(id="made/lines"))

@@ -56,19 +56,16 @@ def test_a_position_goes_on_where_reading_stopped(suffix: str, tmp_path: Path) -
     assert list(documents(source, position=position)) == []
 
 
-def test_the_embedded_corpus_has_positions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_corpus_has_positions_too() -> None:
     """Oracle: the list that the corpus is; another list refuses the position."""
-    from ds_slm.data import corpus
     from ds_slm.recipe.schema import Source
 
-    monkeypatch.setattr(corpus, "embedded_documents", lambda: tuple(MADE))
     source = Source(name="docs", kind="embedded")
-    stream = documents(source)
+    stream = documents(source, embedded=lambda: MADE)
     assert list(islice(stream, 4)) == MADE[:4]
-    assert list(documents(source, position=stream.position())) == MADE[4:]
-    monkeypatch.setattr(corpus, "embedded_documents", lambda: tuple(MADE[1:]))
+    assert list(documents(source, position=stream.position(), embedded=lambda: MADE)) == MADE[4:]
     with pytest.raises(DataError, match="not what it was"):
-        documents(source, position=stream.position())
+        documents(source, position=stream.position(), embedded=lambda: MADE[1:])
 
 
 def test_a_position_belongs_to_its_files(tmp_path: Path) -> None:
@@ -330,3 +327,29 @@ def test_real_prose(name: str, count: int, test_data: Path) -> None:
     stream = documents(source)
     begun = list(islice(stream, count // 2))
     assert begun + list(documents(source, position=stream.position())) == whole
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_columns_of_lists_come_as_json(suffix: str, tmp_path: Path) -> None:
+    """Oracle: what was written; text is refused, or counted in a file of lines, where lists are asked for."""
+    import gzip
+
+    import pyarrow
+    from pyarrow import parquet
+
+    talks = [[{"role": "user", "content": f"é {place}"}, {"role": "assistant", "content": "b"}] for place in range(9)]
+    path = tmp_path / f"talks{suffix}"
+    lines = "".join(json.dumps({"messages": talk, "text": "a"}) + "\n" for talk in talks)
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"messages": talks, "text": ["a"] * 9}), path, row_group_size=4)
+    else:
+        path.write_bytes(gzip.compress(lines.encode()) if suffix == ".jsonl.gz" else lines.encode())
+    stream = documents(files_source(path, column="messages"), as_json=True)
+    assert [json.loads(next(iter(stream))) for _ in range(5)] == talks[:5]
+    rest = documents(files_source(path, column="messages"), position=stream.position(), as_json=True)
+    assert [json.loads(text) for text in rest] == talks[5:]
+    if suffix == ".parquet":
+        with pytest.raises(DataError, match="column 'text' holds string, not lists or tables"):
+            list(documents(files_source(path), as_json=True))
+    else:
+        assert list(documents(files_source(path), as_json=True)) == [""] * 9

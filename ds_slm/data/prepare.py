@@ -82,7 +82,7 @@ def prepare(
     folder = Path(data_root) / name
     with _locked(folder, report), _room_on_disk(folder):
         refuse(conflicts(recipe, folder, replacements, form.identity))
-        places = _places(recipe, folder, replacements)
+        places = _places(recipe, folder, replacements, report)
         if places or not (folder / TOKENIZER).exists():
             limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
             tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report, tokenizer_from)
@@ -97,7 +97,9 @@ def prepare(
     return prepared
 
 
-def _places(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> dict[str, corpus.Place]:
+def _places(
+    recipe: Recipe, folder: Path, replacements: Mapping[str, Path], report: Callable[[str], None]
+) -> dict[str, corpus.Place]:
     """Where to read each source that has no shards yet. Raises DataError with every path that is wrong."""
     places, problems = {}, []
     for source in recipe.data.source:
@@ -105,7 +107,7 @@ def _places(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> d
             (folder / source.name / JOURNAL).unlink(missing_ok=True)  # a kill came right after the manifest
         else:
             try:
-                places[source.name] = corpus.locate(source, replacements.get(source.name))
+                places[source.name] = corpus.locate(source, replacements.get(source.name), report)
             except DataError as error:
                 problems += error.problems
     refuse(problems)
@@ -134,7 +136,7 @@ def _prepare_tokenizer(
         return load_tokenizer(target)
 
     def training_texts(source: Source) -> Iterator[str]:
-        texts = corpus.documents(source, replacements.get(source.name))
+        texts = corpus.documents(source, replacements.get(source.name), report=report)
         left_bytes = limits[source.name] * TOKENIZER_BYTES_PER_TOKEN
         for split, text in split_documents(texts, recipe.data):
             if split == "train" and text:

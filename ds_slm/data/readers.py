@@ -191,6 +191,8 @@ def _parquet(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> 
         for group in range(first_group, len(rows)):
             row = 0
             for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column.name]):
+                if batch.num_columns != 1:
+                    raise ValueError(f"it has {batch.num_columns} columns called {column.name!r}")
                 begin, row = row, row + len(batch)
                 if row > first_row:
                     for end, text in enumerate(_values(batch.column(0), column), start=begin + 1):

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -61,7 +62,7 @@ def main() -> int:
     steps = [record for record in trained if record["kind"] == "train"]
     recipe = schema.load(str(args.run / "recipe.toml"))
     data = shards.open_prepared(recipe, args.run.name, args.data_root)
-    train_ids, held_out_ids = data.train_token_arrays()[0], data.val_token_arrays()[0]
+    train_ids, held_out_ids = np.asarray(data.tokens("train")[0]), np.asarray(data.tokens("val")[0])
     unigram, bigram = baselines.ngram_bits_per_byte(
         train_ids, held_out_ids, data.vocab_size, data.eos_id, data.val_bytes
     )

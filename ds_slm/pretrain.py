@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
-    from ds_slm.data import shards
+    from ds_slm.data.prepare import prepare
     from ds_slm.recipe import schema
 
     recipe = schema.load(args.recipe, args.set)
@@ -93,7 +93,7 @@ def main() -> None:
             print(line, flush=True)
 
     task = session.Task(
-        prepare=lambda: shards.prepare(recipe, name, args.data_root, sources, report=report),
+        prepare=lambda: prepare(recipe, name, args.data_root, sources, report=report),
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
+from ds_slm.data import prepare as preparing
 from ds_slm.data import shards
 from ds_slm.recipe import schema
 
@@ -88,12 +89,12 @@ def write_jsonl(path: Path, documents: list[str], column: str = "text") -> Path:
 def prepare(made: schema.Recipe, root: Path, **options: object) -> shards.Prepared:
     """Prepare in silence."""
     report: Callable[[str], None] = lambda line: None  # noqa: E731
-    return shards.prepare(made, "made", root, **{"report": report, **options})  # type: ignore[arg-type]
+    return preparing.prepare(made, "made", root, **{"report": report, **options})  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, but for the lock."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    """Every file under a folder, but for the lock and the times of change that were seen."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

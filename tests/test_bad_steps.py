@@ -1,12 +1,13 @@
 """Steps that must not be taken: fp16 overflows, losses that are not finite. Through the real `deepspeed` command."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.data import shards
+from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import PretrainRows, share
 from ds_slm.recipe import schema
 from tests import runs
@@ -44,8 +45,8 @@ def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
     folder.mkdir()
     copy = runs.write_recipe(folder)
     loaded = schema.load(str(copy))
-    data = shards.prepare(loaded, copy.stem, folder / "data", report=lambda line: None)
-    shard = data.shard_path(0, "train")
+    data = prepare(loaded, copy.stem, folder / "data", report=lambda line: None)
+    shard, _ = data.tokens("train")[0].place(0)
     content = bytearray(shard.read_bytes())
     rows = PretrainRows(loaded, data)
     position = rows.next_position(rows.next_position(0))
@@ -53,7 +54,9 @@ def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
     damaged = share(third_step, rank=1, world_size=2, micro_batch=7)[0][0]
     assert damaged is not None
     content[64 * damaged.row + 20 : 64 * damaged.row + 22] = b"\xff\xff"
+    times_ns = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
     shard.write_bytes(content)
+    os.utime(shard, ns=times_ns)  # bits that change by themselves leave the time of change alone
     done = runs.run(runs.deepspeed_command(2, "--recipe", copy), cwd=folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("holds id") == 1

@@ -1,18 +1,13 @@
 """Sources of documents: the embedded corpus, local files of every kind, a hub that is not there."""
 
-import gzip
 import hashlib
-import json
 import os
 import re
 import string
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from ds_slm.data import embedded
@@ -22,12 +17,9 @@ from ds_slm.data.writer import split_documents
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
 from tests.data_recipes import texts, write_jsonl
+from tests.source_files import WRITERS, files_source
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def files(path: Path | None, column: str = "text", kind: str = "files") -> schema.Source:
-    return schema.Source(name="made", kind=kind, path=str(path), column=column)  # type: ignore[arg-type]
 
 
 def demo_split() -> dict[str, list[str]]:
@@ -81,83 +73,29 @@ def test_embedded_corpus_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
 
 
-def write_txt(folder: Path, made: list[str]) -> None:
-    for place, text in enumerate(made):
-        (folder / f"{place:03}.txt").write_bytes(text.encode())
-
-
-def write_gzip(folder: Path, made: list[str]) -> None:
-    with gzip.open(folder / "made.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in made)
-
-
-def write_parquet(folder: Path, made: list[str]) -> None:
-    half = len(made) // 2
-    for name, part in (("a", made[:half]), ("b", made[half:])):
-        table = pyarrow.table({"id": list(range(len(part))), "text": part})
-        pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
-
-
-@pytest.mark.parametrize(
-    "write",
-    [write_txt, write_gzip, write_parquet, lambda folder, made: write_jsonl(folder / "made.jsonl", made)],
-    ids=["txt", "jsonl.gz", "parquet", "jsonl"],
-)
-def test_local_files(write: Callable[[Path, list[str]], None], tmp_path: Path) -> None:
-    """Oracle: the documents that were written, line ends and all, in order; the same through a folder."""
-    made = [*texts(30), "two\r\nlines\n", "é 日本 😀"]
-    write(tmp_path, made)
-    (tmp_path / "README.md").write_text("no data")
-    assert list(documents(files(tmp_path))) == made
-    assert list(documents(schema.Source(name="hub", kind="hub", id="a/b"), tmp_path)) == made
-    one = min(path for path in tmp_path.iterdir() if path.suffix != ".md")
-    assert list(documents(files(one))) == made[: len(list(documents(files(one))))]
-
-
-def test_empty_documents_come_out_empty(tmp_path: Path) -> None:
-    """Oracle: null, empty, a number and half a surrogate pair are each one empty document; none is lost."""
-    path = tmp_path / "made.jsonl"
-    path.write_text('{"text": null}\n{"text": ""}\n{"text": 3}\n{"text": "\\ud83d"}\n{"text": "whole"}\n')
-    assert list(documents(files(path))) == ["", "", "", "", "whole"]
-
-
 def test_missing_places(tmp_path: Path) -> None:
     """Oracle: the error names the path and --source."""
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(DataError, match=f"{path} .*--source made=PATH"):
-            list(documents(files(path)))
+            list(documents(files_source(path)))
     with pytest.raises(DataError, match="does not exist"):
-        locate(files(None, kind="tokens"), tmp_path / "none")
+        locate(schema.Source(name="made", kind="tokens", path="x"), tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    "write", [write_gzip, write_parquet, lambda folder, made: write_jsonl(folder / "x.jsonl", made)]
-)
-def test_misspelt_column(write: Callable[[Path, list[str]], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [suffix for suffix in WRITERS if suffix != ".txt"])
+def test_misspelt_column(suffix: str, tmp_path: Path) -> None:
     """Oracle: the error lists the columns there are."""
-    write(tmp_path, texts(3))
+    WRITERS[suffix](tmp_path / f"made{suffix}", texts(3))
     with pytest.raises(DataError, match=r"no column 'txet'; the columns there are: .*'text'"):
-        list(documents(files(tmp_path, column="txet")))
+        list(documents(files_source(tmp_path, column="txet")))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "utf-8"),
-        ("a.jsonl", b"[1]\n", "no column"),
-        ("a.txt", b"good \xff\xfe", "utf-8"),
-        ("a.parquet", b"PAR1 no parquet", "arquet"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 900)[:-20], "end-of-stream"),
-        ("a.jsonl.gz", b"no gzip at all", "gzip"),
-    ],
-)
-def test_damaged_files(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
-    """Oracle: one error that names the file and the reason, never a shorter corpus."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=f"(?is){path}.*{reason}"):
-        list(documents(files(path)))
+def test_a_local_folder_replaces_any_source(tmp_path: Path) -> None:
+    """Oracle: the documents that were written, for a hub dataset and for the embedded corpus."""
+    write_jsonl(tmp_path / "made.jsonl", texts(30))
+    (tmp_path / "README.md").write_text("no data")
+    assert list(documents(schema.Source(name="web", kind="hub", id="a/b"), tmp_path)) == texts(30)
+    assert list(documents(schema.Source(name="docs", kind="embedded"), tmp_path / "made.jsonl")) == texts(30)
 
 
 def test_a_hub_that_does_not_answer() -> None:
@@ -166,7 +104,7 @@ def test_a_hub_that_does_not_answer() -> None:
         "from ds_slm.data.corpus import documents\nfrom ds_slm.recipe.schema import Source\n"
         "from ds_slm.errors import DataError\n"
         "for name, kind in (('web', 'hub'), ('ids', 'tokens')):\n"
-        "    try: next(documents(Source(name=name, kind=kind, id='no/such')))\n"
+        "    try: next(iter(documents(Source(name=name, kind=kind, id='no/such'))))\n"
         "    except DataError as error: print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_slm.data.order import Order, RowId, extend_ledger, next_step_position, permute, step_row_ids
+from ds_slm.data.order import LastBatch, Order, RowId, extend_ledger, next_step_position, permute, step_at, step_row_ids
 
 
 @given(seed=st.integers(0, 2**64), epoch=st.integers(0, 9), count=st.integers(1, 700))
@@ -97,6 +97,19 @@ def test_last_batch(last_batch: str, lengths: list[int], beginnings: list[int]) 
     assert all(step[0] == order.sample(position) for step, position in zip(steps, positions, strict=True))
     if last_batch == "keep":
         assert sorted(row.row for step in steps[:3] for row in step) == list(range(10))
+
+
+@pytest.mark.parametrize("last_batch", ["wrap", "keep", "drop"])
+@given(total_rows=st.integers(5, 40), rows_per_step=st.integers(1, 5))
+def test_step_of_a_position(last_batch: LastBatch, total_rows: int, rows_per_step: int) -> None:
+    """Oracle: taking the steps one after the other until one has the position."""
+    position = 0
+    for step in range(1, 30):
+        for taken in range(
+            len(step_row_ids(Order(0, [total_rows], [1]), position, rows_per_step, last_batch, total_rows))
+        ):
+            assert step_at(position + taken, rows_per_step, last_batch, total_rows) == step
+        position = next_step_position(position, rows_per_step, last_batch, total_rows)
 
 
 def test_order_is_pinned() -> None:

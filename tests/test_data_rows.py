@@ -1,6 +1,7 @@
 """Rows: what a step trains on, on which rank, and that every held-out token counts exactly once."""
 
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -39,7 +40,7 @@ def rows(prepared: tuple[Recipe, Prepared]) -> PretrainRows:
 
 def test_a_training_row_is_a_slice(rows: PretrainRows, prepared: tuple[Recipe, Prepared]) -> None:
     """Oracle: slices of the token arrays; every target has weight 1; inputs and targets are one token apart."""
-    arrays = prepared[1].train_token_arrays()
+    arrays = prepared[1].tokens("train")
     ids = [RowId(0, 0, 0), RowId(1, 4, 2), RowId(0, 0, (len(arrays[0]) - 1) // SEQ_LEN - 1)]
     found = rows.read(ids)
     for place, row in enumerate(ids):
@@ -64,7 +65,7 @@ def test_every_held_out_token_is_a_target_once(rows: PretrainRows, prepared: tup
     """Oracle: the held-out arrays themselves; the token before each target is its context, an EOS before the first."""
     ids = rows.val_row_ids(None)
     found = rows.read(ids, "val")
-    for source_place, tokens in enumerate(prepared[1].val_token_arrays()):
+    for source_place, tokens in enumerate(prepared[1].tokens("val")):
         mine = [place for place, row in enumerate(ids) if row.source == source_place]
         weights = found.weights[mine].ravel()
         assert np.array_equal(found.target_ids[mine].ravel()[weights == 1], tokens)
@@ -149,11 +150,33 @@ def test_sources_shorter_than_a_row(tmp_path: Path) -> None:
     assert [problem.split("'")[1] for problem in caught.value.problems] == ["one", "two"]
 
 
+def test_a_source_that_runs_out_is_announced_once(tmp_path: Path) -> None:
+    """Oracle: the first step in which taking all steps meets a row of a second epoch; nothing for one that lasts."""
+    made, prepared = make(tmp_path, rows_per_step=20)
+    rows = PretrainRows(made.model_copy(update={"train": made.train.model_copy(update={"steps": 1})}), prepared)
+    assert rows.warnings() == []
+    position, first = 0, {}
+    for step in range(1, 61):
+        for row in rows.row_ids(position):
+            if row.epoch == 1:
+                first.setdefault(row.source, step)
+        position = rows.next_position(position)
+    long = made.model_copy(update={"train": made.train.model_copy(update={"steps": 60})})
+    found = [
+        re.search(r"source (\w+) runs out .* from step (\d+) of 60", line)
+        for line in PretrainRows(long, prepared).warnings()
+    ]
+    assert {match[1]: int(match[2]) for match in found if match} == {
+        ["one", "two"][at]: step for at, step in first.items()
+    }
+    assert len(found) == len(first) == 2
+
+
 def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:
     """Oracle: the error names shard and position; it is found when the row is read."""
     made, prepared = make(tmp_path)
     for split, position, row in (("train", 40, 2), ("val", 5, 0)):
-        path = prepared.shard_path(1, split)  # type: ignore[arg-type]
+        path = prepared.folder / "two" / f"{split}-00000.bin"
         tokens = np.fromfile(path, "<u2")
         tokens[position] = 300
         tokens.tofile(path)

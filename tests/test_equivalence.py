@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_slm.data import shards
+from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import PretrainRows
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
@@ -42,7 +42,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(recipe_path: Path) -> list[dict]:
     """Loss and gradient norm of each step in a plain PyTorch loop."""
     recipe = schema.load(str(recipe_path))
-    data = shards.prepare(recipe, recipe_path.stem, recipe_path.parent / "data", report=lambda line: None)
+    data = prepare(recipe, recipe_path.stem, recipe_path.parent / "data", report=lambda line: None)
     rows, model = PretrainRows(recipe, data), decoder.build(recipe.model, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)
     position, records = 0, []

@@ -104,7 +104,7 @@ def test_bits_per_byte_counts_every_held_out_token(finished: Path, recipe: Path)
         targets = torch.from_numpy(row.target_ids[0])[counted]
         nll += float(torch.nn.functional.cross_entropy(logits[counted], targets, reduction="sum"))
         tokens += len(targets)
-    assert tokens == data.val_tokens == len(data.val_token_arrays()[0])
+    assert tokens == data.val_tokens == len(data.tokens("val")[0])
     expected = nll / math.log(2) / len(data.val_text().encode())
     assert json.loads((finished / "done.json").read_text())["val_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 

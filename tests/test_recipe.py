@@ -200,6 +200,7 @@ def test_all_problems_at_once() -> None:
         ("min_lr = 4e-4", "min_lr = 4e-2", "exceeds optimizer.lr"),
         ('kind = "embedded"', 'kind = "hub"', "names no id"),
         ('name = "documentation"', 'name = "The Docs"', "data.source.0.name"),
+        ('name = "documentation"', 'name = "tokenizer"', "the tokenizer's folder"),
         ("[eval]", '[unstated]\n"model.theta" = "why"\n[eval]', "the nearest is 'model.rope_theta'"),
         ("[card]", "[card", "is not TOML"),
     ],

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ds_slm.errors import ConfigError, run_program
+from ds_slm.errors import CheckpointError, ConfigError, DataError, run_program
 
 app = typer.Typer(
     name="ds-slm",
@@ -118,6 +118,7 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenizer and token shards."""
+    from ds_slm.data import prepare as preparing
     from ds_slm.data import shards
     from ds_slm.pretrain import parse_sources
     from ds_slm.recipe import schema
@@ -128,7 +129,7 @@ def prepare(
         prepared = shards.open_prepared(recipe, stem, data_root)
         shards.verify(prepared)
     else:
-        prepared = shards.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
+        prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
     summary = {
         "folder": str(prepared.folder),
         "train_tokens": prepared.train_tokens,
@@ -144,6 +145,57 @@ def prepare(
         print(
             "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}".format(**summary)
         )
+
+
+@app.command("verify")
+def verify_run(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Print the ledger of rows instead, a hash for each step.")
+    ] = False,
+    against: Annotated[Path | None, typer.Option(metavar="RUN", help="Did this run draw the same rows?")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every checkpoint: whole or not, and why. With --rows or --against: the ledger of rows."""
+    if rows or against:
+        _verify_rows(run_folder, against, as_json)
+        return
+    from ds_slm.checkpoint import format as checkpoint_format
+
+    folders = [checkpoint_format.folder_of_step(run_folder, step) for step in checkpoint_format.steps(run_folder)]
+    if not folders:
+        raise CheckpointError(f"{run_folder} holds no checkpoint: name the folder of a run that has saved one.")
+    found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
+    if as_json:
+        _print_json({"checkpoints": found})
+    else:
+        print("\n".join(f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()))
+    if damaged := [name for name, problems in found.items() if problems]:
+        raise CheckpointError(f"{run_folder}: {', '.join(damaged)} damaged; resuming and exporting pass over these.")
+
+
+def _verify_rows(run_folder: Path, against: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ds_slm.train import ledger
+
+    ours = ledger.read(run_folder)
+    if against is None:
+        if as_json:
+            _print_json({"ledger": ours})
+        else:
+            print("\n".join(f"{step} {link}" for step, link in ours.items()))
+        return
+    compared = ledger.compare(ours, ledger.read(against))
+    if as_json:
+        _print_json(asdict(compared))
+    if compared.differ_at_step is not None:
+        raise DataError(
+            f"{run_folder} and {against} drew the same rows up to step {compared.same_until_step} and others by step "
+            f"{compared.differ_at_step}: compare their recipe.toml and the data_sha256 in their env.json."
+        )
+    if not as_json:
+        print(f"{run_folder} and {against} drew the same rows in the same order up to step {compared.same_until_step}")
 
 
 @app.command()

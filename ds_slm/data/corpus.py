@@ -1,27 +1,37 @@
 """Document sources: the embedded corpus, local files, datasets on the hub.
 
-    Source (+ a local replacement) --locate--> Place --documents--> one str per document
+    Source (+ a local replacement) --locate--> Place --documents--> DocumentStream: one str per document
+    DocumentStream --position--> plain data --documents--> the stream from there on
 
 An empty or null document, or one that is no valid Unicode, comes out as "": whoever consumes them counts and skips it.
 Ready-made token files hold no documents; `ds_slm.data.shards` copies them.
 
-Known gaps: .jsonl.zst is not read; a stream from the hub that breaks is not taken up again; a .txt file is read whole.
+Known gaps: a local file is recognised by its name and size, so one changed in place between two readings is not noticed
+if its size stays; a folder that two links lead to is read once.
 """
 
-import gzip
+import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ds_slm.data.embedded import embedded_documents
+from ds_slm.data.hub import Hub, Report, way_out
+from ds_slm.data.readers import READERS, START, Mark, TextFile, read_documents, suffix_of
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
 
 TOKENS_SUFFIX = ".bin"
+NAMED_FILES = 5
+"""Files that a message names one by one."""
+
+
+def _quiet(line: str) -> None:
+    """The report that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -31,152 +41,163 @@ class Place:
     kind: Literal["embedded", "hub", "text", "tokens"]
     files: tuple[Path, ...] = ()
     """Local files, in the order they are read."""
+    ignored: tuple[Path, ...] = ()
+    """Files beside them that are of no known kind."""
+
+    def text_bytes(self) -> int | None:
+        """Bytes of the text, about; None where nobody knows before reading it."""
+        plain = all(path.suffix.lower() not in (".gz", ".zst", ".parquet") for path in self.files)
+        return sum(path.stat().st_size for path in self.files) if self.files and plain else None
 
     def file_sizes(self) -> list[list[str | int]]:
         """Name and bytes of every local file: tells without reading them whether they are the same ones."""
         return [[path.name, path.stat().st_size] for path in self.files]
 
 
-def locate(source: Source, replacement: Path | None = None) -> Place:
+def locate(source: Source, replacement: Path | None = None, report: Report = _quiet) -> Place:
     """Where to read a source: the replacement if there is one, else what the recipe says.
 
+    Token files on the hub are downloaded; `report` takes a line for every try that fails.
+
     Raises:
-        DataError: for a path that does not exist or holds no file of a known kind.
+        DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, and for what looks
+            like a data file and is none: a broken link, a pipe.
     """
     if replacement is None and source.kind in ("embedded", "hub"):
         return Place(source.kind)
-    root = replacement or (Path(source.path) if source.path else _downloaded_tokens(source))
+    root = replacement or (Path(source.path) if source.path else Hub(source, report).token_files(TOKENS_SUFFIX))
+    who = f"source {source.name!r}"
     if not root.exists():
-        raise DataError(f"source {source.name!r}: {root} does not exist; {_way_out(source)}.")
-    candidates = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-    text = tuple(path for path in candidates if path.name.endswith(tuple(_READERS)))
-    tokens = tuple(path for path in candidates if path.name.endswith(TOKENS_SUFFIX))
+        state = "is a link to nothing" if root.is_symlink() else "does not exist"
+        raise DataError(f"{who}: {root} {state}; {way_out(source)}.")
+    try:
+        candidates = _files_under(root)
+    except OSError as error:
+        raise DataError(
+            f"{who}: {error.filename or root} cannot be read ({error.strerror}); {way_out(source)}."
+        ) from error
+    text = tuple(path for path in candidates if suffix_of(path.name))
+    tokens = tuple(path for path in candidates if path.name.lower().endswith(TOKENS_SUFFIX))
+    if unreadable := [path for path in (*text, *tokens) if not path.is_file()]:
+        raise DataError([f"{who}: {path} is no file or a link to nothing: mend or remove it." for path in unreadable])
+    known = ", ".join([*READERS, TOKENS_SUFFIX])
     if not text and not tokens:
-        known = ", ".join([*_READERS, TOKENS_SUFFIX])
-        raise DataError(f"source {source.name!r}: {root} holds no file of a known kind ({known}); {_way_out(source)}.")
-    return Place("tokens", tokens) if tokens and not text else Place("text", text)
+        raise DataError(f"{who}: {root} holds no file of a known kind ({known}); {way_out(source)}.")
+    if text and tokens:
+        raise DataError(f"{who}: {root} holds both text ({text[0].name}) and token ids ({tokens[0].name}): part them.")
+    chosen = text or tokens
+    ignored = tuple(path for path in candidates if path not in set(chosen))
+    return Place("text" if text else "tokens", chosen, ignored)
 
 
-def documents(source: Source, replacement: Path | None = None) -> Iterator[str]:
-    """The documents of a source, in a fixed order; "" for one that is empty.
+def _files_under(root: Path) -> list[Path]:
+    """Every file of a folder and the folders in it, links followed, each folder once; sorted."""
+    if not root.is_dir():
+        return [root]
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
+
+
+class DocumentStream:
+    """The documents of a source, in a fixed order, from a position on."""
+
+    def __init__(self, made_from: dict[str, Any], read: Callable[[Any], Iterator[tuple[str, Any]]], mark: Any) -> None:
+        """Args: what tells this source from others; what gives its documents with their marks; the mark to begin at."""
+        self._made_from, self._read, self._mark = made_from, read, mark
+
+    def __iter__(self) -> Iterator[str]:
+        """The documents behind the last one yielded; "" for one that is empty, null or undecodable.
+
+        Raises:
+            DataError: for a damaged or unreadable file, a missing column (with the columns there are), a silent hub.
+        """
+        for text, mark in self._read(self._mark):
+            self._mark = mark
+            yield text
+
+    def position(self) -> dict[str, Any]:
+        """Plain JSON data: where the document after the last one yielded begins."""
+        return {"made_from": self._made_from, "mark": self._mark}
+
+
+def documents(
+    source: Source,
+    replacement: Path | None = None,
+    position: dict[str, Any] | None = None,
+    report: Report = _quiet,
+    as_json: bool = False,
+    embedded: Callable[[], Sequence[str]] = embedded_documents,
+) -> DocumentStream:
+    """The documents of a source, from its beginning or from a position of an earlier stream on.
+
+    The sequence is the same however often it was cut. `report` takes lines about files left out and retries. With
+    `as_json` the column holds lists or tables, and a document is one of them as JSON; `embedded` gives what an embedded
+    source holds.
 
     Raises:
-        DataError: for a missing or unreadable file, a missing column (with the columns there are), a silent hub.
+        DataError: for a missing place, token files, a hub that does not answer, a position in other files.
     """
-    place = locate(source, replacement)
+    place = locate(source, replacement, report)
     if place.kind == "tokens":
         raise DataError(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
             "that made them, 'hf' or 'cl100k'."
         )
+    if place.ignored and position is None:
+        names = ", ".join(path.name for path in place.ignored[:NAMED_FILES])
+        more = ", ..." if len(place.ignored) > NAMED_FILES else ""
+        report(f"{source.name}: {len(place.ignored)} files of no known kind are left out: {names}{more}")
     if place.kind == "embedded":
-        yield from embedded_documents()
+        texts = embedded()
+        made_from: dict[str, Any] = {"kind": "embedded", "sha256": _sha256(texts)}
+        read: Callable[[Any], Iterator[tuple[str, Any]]] = partial(_read_embedded, texts)
+        start: Any = 0
     elif place.kind == "hub":
-        yield from map(_text, _hub_values(source))
-    for path in place.files:
-        reader = next(reader for suffix, reader in _READERS.items() if path.name.endswith(suffix))
-        with _readable(path):
-            yield from map(_text, reader(path, source.column))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        return ""
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        return ""
-    return value
-
-
-def _way_out(source: Source) -> str:
-    return f"name a local file or folder with --source {source.name}=PATH"
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns every way in which a file can be damaged into one error that names it."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: Unicode, JSON and Arrow's own
-        raise DataError(f"{path} cannot be read ({error}): replace the file or leave it out.") from error
-
-
-def _txt_values(path: Path, column: str) -> Iterator[str]:
-    yield path.read_bytes().decode()
-
-
-def _jsonl_values(path: Path, column: str) -> Iterator[Any]:
-    with path.open("rb") as lines:
-        yield from _json_values(lines, path, column)
-
-
-def _gzip_values(path: Path, column: str) -> Iterator[Any]:
-    with gzip.open(path, "rb") as lines:
-        yield from _json_values(lines, path, column)
-
-
-def _json_values(lines: Iterable[bytes], path: Path, column: str) -> Iterator[Any]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or column not in row:
-            raise DataError(_no_column(f"{path}, line {number}", column, row if isinstance(row, dict) else ()))
-        yield row[column]
-
-
-def _parquet_values(path: Path, column: str) -> Iterator[Any]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as table:
-        if column not in table.schema_arrow.names:
-            raise DataError(_no_column(str(path), column, table.schema_arrow.names))
-        for batch in table.iter_batches(columns=[column], batch_size=1024):
-            yield from batch.column(0).to_pylist()
-
-
-def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
-    names = ", ".join(repr(name) for name in columns) or "none"
-    return f"{place}: no column {column!r}; the columns there are: {names}. Set data.source.column to one of them."
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
-    ".txt": _txt_values,
-    ".jsonl": _jsonl_values,
-    ".jsonl.gz": _gzip_values,
-    ".parquet": _parquet_values,
-}
-
-
-def _hub_values(source: Source) -> Iterator[Any]:
-    from datasets import load_dataset
-
-    with _reachable(source):
-        rows = load_dataset(str(source.id), source.config, split=source.split, streaming=True)
-        if rows.column_names and source.column not in rows.column_names:
-            raise DataError(_no_column(f"source {source.name!r} ({source.id})", source.column, rows.column_names))
-        for row in rows.select_columns([source.column]):
-            yield row[source.column]
-
-
-def _downloaded_tokens(source: Source) -> Path:
-    from huggingface_hub import snapshot_download
-
-    with _reachable(source):
-        return Path(snapshot_download(str(source.id), repo_type="dataset", allow_patterns=f"*{TOKENS_SUFFIX}"))
-
-
-@contextmanager
-def _reachable(source: Source) -> Iterator[None]:
-    """One error for the many kinds that the hub's libraries raise, with what to do without a hub."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        hub = Hub(source, report)
+        commit = hub.commit((position or {}).get("made_from", {}).get("commit"))
+        made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
+        read, start = partial(_read_files, hub.text_files(commit), source.column, as_json), [0, *START]
+    else:
+        files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
+        made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}
+        read, start = partial(_read_files, files, source.column, as_json), [0, *START]
+    if position is None:
+        return DocumentStream(made_from, read, start)
+    if position.get("made_from") != made_from:
         raise DataError(
-            f"source {source.name!r}: the hub gave no {source.id!r} ({reason}); to do without it, {_way_out(source)}."
-        ) from error
+            f"source {source.name!r}: its text is not what it was when reading it was interrupted (other files, names "
+            "or sizes): bring that back, or remove the source's prepared folder to begin anew."
+        )
+    return DocumentStream(made_from, read, position["mark"])
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read_embedded(texts: Sequence[str], mark: int) -> Iterator[tuple[str, int]]:
+    for place in range(mark, len(texts)):
+        yield texts[place], place + 1
+
+
+def _read_files(
+    files: Sequence[TextFile], column: str, as_json: bool, mark: Sequence[int]
+) -> Iterator[tuple[str, list[int]]]:
+    """The documents of many files; a mark is the file's place and the mark in it."""
+    first, *within = mark
+    begin: Mark = (within[0], within[1])
+    for place in range(first, len(files)):
+        for text, end in read_documents(files[place], column, begin, as_json):
+            yield text, [place, *end]
+        begin = START

@@ -13,6 +13,7 @@ from ds_slm.data import corpus
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe, Source
 
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
@@ -23,16 +24,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): remove {folder} and prepare again.") from error
+    if (found := manifest.get("format")) != FORMAT:
+        raise DataError(f"{path} has format {found}, this version reads {FORMAT}: remove {folder} and prepare again.")
+    return manifest
 
 
 def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
     """The part of the recipe that decides a source's shards. Its weight and the run's length do not."""
     return {
         "source": source.model_dump(mode="json", exclude={"weight"}),
-        "data": recipe.data.model_dump(mode="json", include={"val_fraction", "split_seed"}),
+        "data": recipe.data.model_dump(mode="json", include={"val_fraction", "held_out", "split_seed"}),
         "tokenizer": recipe.tokenizer.model_dump(mode="json"),
     }
 
@@ -41,15 +45,17 @@ def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that decides the tokenizer: of a trained one, also its text and the mix."""
     identity = {"tokenizer": recipe.tokenizer.model_dump(mode="json")}
     if recipe.tokenizer.kind == "bpe":
-        identity["data"] = recipe.data.model_dump(mode="json", include={"val_fraction", "split_seed", "source"})
+        identity["data"] = recipe.data.model_dump(
+            mode="json", include={"val_fraction", "held_out", "split_seed", "source"}
+        )
     return identity
 
 
-def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> list[str]:
-    """A problem for each part of the folder that another recipe, or other local files, have made."""
+def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path], encoding: Mapping[str, Any]) -> list[str]:
+    """A problem for each part of the folder that another recipe, encoding, or other local files, have made."""
     way_out = f"name another --data-root, or remove {folder} to prepare anew"
     identities = {TOKENIZER: tokenizer_identity(recipe)}
-    identities |= {source.name: source_identity(recipe, source) for source in recipe.data.source}
+    identities |= {source.name: {**source_identity(recipe, source), **encoding} for source in recipe.data.source}
     problems = []
     for part, identity in identities.items():
         if (manifest := read_manifest(folder / part)) and manifest["identity"] != identity:

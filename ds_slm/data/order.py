@@ -94,9 +94,14 @@ class Order:
 
         For a single source that is all of it; a mix ends its epoch with the source that runs out first.
         """
-        return min(self._first_repeat(source) for source in range(len(self._rows)))
+        return min(self.first_repeat(source) for source in range(len(self._rows)))
 
-    def _first_repeat(self, source: int) -> int:
+    def rows_of(self, source: int) -> int:
+        """Rows of one epoch of a source."""
+        return self._rows[source]
+
+    def first_repeat(self, source: int) -> int:
+        """The position at which a source has run out and begins another epoch, in another order."""
         cycle, draws_before = divmod(self._rows[source], self._weights[source])
         return cycle * len(self._pattern) + self._pattern.index((source, draws_before))
 
@@ -142,6 +147,15 @@ def next_step_position(position: int, rows_per_step: int, last_batch: LastBatch,
     if last_batch == "drop" and left_in_epoch < 2 * rows_per_step:
         return position + left_in_epoch
     return position + rows_per_step
+
+
+def step_at(position: int, rows_per_step: int, last_batch: LastBatch, total_rows: int) -> int:
+    """The step, counted from 1, that takes the row at a global position; of rows that `drop` leaves out, the next."""
+    if last_batch == "wrap":
+        return position // rows_per_step + 1
+    epoch, place = divmod(position, total_rows)
+    steps_per_epoch = total_rows // rows_per_step if last_batch == "drop" else -(-total_rows // rows_per_step)
+    return epoch * steps_per_epoch + min(place // rows_per_step, steps_per_epoch) + 1
 
 
 def extend_ledger(previous_hex: str, row_ids: Iterable[RowId]) -> str:

@@ -13,11 +13,12 @@ published recipes do, so `document_ids` is None here; packed rows of fine-tuning
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_row_ids
+from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_at, step_row_ids
 from ds_slm.data.shards import Prepared
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
@@ -55,8 +56,9 @@ class PretrainRows:
         self._seq_len = recipe.data.seq_len
         self._rows_per_step = recipe.rows_per_step
         self._last_batch: LastBatch = recipe.train.last_batch
+        self._steps = recipe.train.steps
         self._prepared = prepared
-        self._tokens = {"train": prepared.train_token_arrays(), "val": prepared.val_token_arrays()}
+        self._tokens = {"train": prepared.tokens("train"), "val": prepared.tokens("val")}
         rows_per_source = self._training_rows(recipe)
         self._order = Order(recipe.train.seed, rows_per_source, [source.weight for source in recipe.data.source])
         self.epoch_rows = self._order.epoch_rows
@@ -77,6 +79,19 @@ class PretrainRows:
         if problems:
             raise DataError(problems)
         return rows_per_source
+
+    def warnings(self) -> list[str]:
+        """One line for each source that runs out during the run and begins another epoch, in another order."""
+        lines = []
+        for place, name in enumerate(self._prepared.manifests):
+            first = self._order.first_repeat(place)
+            step = step_at(first, self._rows_per_step, self._last_batch, self.epoch_rows)
+            if step <= self._steps:
+                lines.append(
+                    f"source {name} runs out after {self._order.rows_of(place):,} rows: from step {step:,} of "
+                    f"{self._steps:,} on its rows come again, in another order"
+                )
+        return lines
 
     def row_ids(self, position: int) -> list[RowId]:
         """The rows of the step that begins at a global position."""
@@ -115,18 +130,18 @@ class PretrainRows:
         begin = row_id.row * self._seq_len - (split == "val")  # a held-out row starts with its context
         ids = tokens[max(begin, 0) : begin + self._seq_len + 1]
         if ids.max() >= self._prepared.vocab_size:
-            self._refuse_id(ids, max(begin, 0), row_id, split)
+            self._refuse_id(ids, *tokens.place(max(begin, 0)))
         skip = int(begin < 0)
         token_ids[:skip] = self._prepared.eos_id
         token_ids[skip : skip + len(ids)] = ids
         weights[: skip + len(ids) - 1] = 1.0
 
-    def _refuse_id(self, ids: np.ndarray, begin: int, row_id: RowId, split: Split) -> None:
+    def _refuse_id(self, ids: np.ndarray, path: Path, begin: int) -> None:
         place = int(ids.argmax())
         raise DataError(
-            f"{self._prepared.shard_path(row_id.source, split)} holds id {ids[place]} at position {begin + place}, "
-            f"beyond the vocabulary of {self._prepared.vocab_size}: it is damaged or of another tokenizer; "
-            f"remove {self._prepared.folder} and prepare again."
+            f"{path} holds id {ids[place]} at position {begin + place}, beyond the vocabulary of "
+            f"{self._prepared.vocab_size}: it is damaged or of another tokenizer; remove {self._prepared.folder} and "
+            "prepare again."
         )
 
 

@@ -174,6 +174,13 @@ def build_tokenizer(recipe: Recipe, documents: Callable[[Source], Iterator[str]]
     return tokenizer
 
 
+def existing_tokenizer(folder: Path, section: Section) -> Tokenizer:
+    """The tokenizer of a folder, which must be the recipe's. Raises DataError where it is not."""
+    tokenizer = load_tokenizer(folder)
+    _check_ids(tokenizer, section)
+    return tokenizer
+
+
 def _check_ids(tokenizer: Tokenizer, section: Section) -> None:
     problems = []
     if tokenizer.vocab_size != section.vocab_size:

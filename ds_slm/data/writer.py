@@ -1,226 +1,285 @@
-"""Writing token shards: documents or ready-made ids in, flat files out, each whole or absent.
+"""From documents, or ready-made ids, to the shards of one source.
 
-    documents --split_documents--> (split, text) --write_documents--> ShardWriter x 2 --> what the manifest says of them
-    .bin files ----------------------write_token_files-------------> ShardWriter x 2 --> the same
+    documents --split_documents--> batches --encoded, one batch ahead--> train or val, an EOS after each document
+    .bin files ---------------------------blocks-----------------------> the same, the end held out
 
-A shard is written under a temporary name, synchronised, then renamed; its temporary file is removed where writing
-fails, and overwritten where the process was killed.
+Reading and writing run beside the encoding of the next batch, which uses all cores. Batches end at the same documents
+after a resumption as without one, so the bytes are the same.
 
-Known gaps: one shard per split; the training text's bytes stay unknown for ready-made token files, for only their
-held-out part is decoded.
+Known gap: the training text's bytes stay unknown for ready-made token files, for only their held-out part is decoded.
 """
 
 import hashlib
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from ds_slm.data.corpus import DocumentStream
+from ds_slm.data.embedded import embedded_documents
+from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype
+from ds_slm.data.progress import Progress
 from ds_slm.data.tokenizer import Tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Data
 
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, Split] = ("train", "val")
-
 BATCH_DOCUMENTS = 4_096
 BATCH_CHARACTERS = 4_000_000
-COPY_TOKENS = 16_000_000
+COPY_TOKENS = 1 << 24
 """Ids of a ready-made token file copied at a time."""
-REPORT_EVERY_S = 10.0
+JOURNAL_TOKENS = 1 << 25
+"""A kill costs at most this much work and a batch."""
+DRAWS = 1 << 20
+"""Rows whose draws are held at a time."""
+EMPTY = "empty or unreadable"
 
 
-def id_dtype(vocab_size: int) -> np.dtype:
-    """The little-endian type of a shard's ids: uint16 where every id fits, else uint32."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+Ids = Sequence[int] | np.ndarray
+Encode = Callable[[list[str]], Sequence[Ids | str]]
+"""Documents to the ids that are written for each, or to the reason why one is left out."""
 
 
-def is_held_out(text: str, data: Data) -> bool:
-    """Whether a document is for validation: a hash of its text, keyed with the seed, against the fraction."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(data.split_seed).encode()).digest()
-    return int.from_bytes(digest, "little") < data.val_fraction * 2**64
+def encode_text(tokenizer: Tokenizer) -> Encode:
+    """Text to its ids with an EOS behind them."""
+    return lambda texts: [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
-def split_documents(texts: Iterable[str], data: Data) -> Iterator[tuple[Split, str]]:
-    """Each document with its split; a source of one single document is cut in two, its end held out."""
+@dataclass(frozen=True)
+class Form:
+    """What a source's documents are, and how they become what is written. By default text, and its ids."""
+
+    encode: Callable[[Tokenizer], Encode] = encode_text
+    embedded: Callable[[], Sequence[str]] = embedded_documents
+    """The documents of an embedded source."""
+    as_json: bool = False
+    """Whether documents are lists or tables, as JSON, rather than text."""
+    row_limit: int | None = None
+    """Documents to read of each source at most."""
+    dtype: np.dtype | None = None
+    """Of what is written; None: that of the tokenizer's ids."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the encoding, beside the recipe's data and tokenizer."""
+
+
+TEXT = Form()
+
+
+def split_of(text: str, row: int, data: Data) -> Split:
+    """Where a document belongs.
+
+    hash: by a hash of its text, keyed with the seed, against the fraction that is held out. draw: by the draw of its
+    row, one from numpy's legacy generator for each.
+    """
+    if data.held_out == "draw":
+        held_out = _draws(data.split_seed, row // DRAWS)[row % DRAWS] < data.val_fraction
+    else:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(data.split_seed).encode()).digest()
+        held_out = int.from_bytes(digest, "little") < data.val_fraction * 2**64
+    return "val" if held_out else "train"
+
+
+@lru_cache(maxsize=2)
+def _draws(seed: int, block: int) -> np.ndarray:
+    generator = np.random.RandomState(seed)
+    for _ in range(block):
+        generator.rand(DRAWS)
+    return generator.rand(DRAWS)
+
+
+def split_documents(texts: Iterable[str], data: Data, first_row: int = 0) -> Iterator[tuple[Split, str]]:
+    """Each document with its split, empty ones included; a source of one single document is cut in two.
+
+    Args:
+        texts: the documents from `first_row` on.
+        data: how to split.
+        first_row: a source that is read from another row on is known to hold more than one document.
+    """
     remaining = iter(texts)
-    first_two = list(islice(remaining, 2))
+    first_two = [] if first_row else list(islice(remaining, 2))
     if len(first_two) == 1:
         border = int(len(first_two[0]) * (1 - data.val_fraction))
         yield "train", first_two[0][:border]
         yield "val", first_two[0][border:]
         return
-    for text in chain(first_two, remaining):
-        yield "val" if is_held_out(text, data) else "train", text
+    for row, text in enumerate(chain(first_two, remaining), start=first_row):
+        yield split_of(text, row, data), text
 
 
-class ShardWriter:
-    """One shard being written; `close` makes it whole and visible."""
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        """Opens the temporary file next to `path`."""
-        self.path = path
-        self.tokens = 0
-        self._dtype = id_dtype(vocab_size)
-        self._sha256 = hashlib.sha256()
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file = self._temporary.open("wb")
-
-    def add(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Append ids."""
-        block = np.asarray(ids, dtype=self._dtype).tobytes()
-        self._file.write(block)
-        self._sha256.update(block)
-        self.tokens += len(ids)
-
-    def close(self) -> dict[str, Any]:
-        """Synchronise and rename; returns the shard's entry in the manifest."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.path)
-        size_bytes = self.tokens * self._dtype.itemsize
-        return {"file": self.path.name, "tokens": self.tokens, "bytes": size_bytes, "sha256": self._sha256.hexdigest()}
-
-    def discard(self) -> None:
-        """Remove the temporary file, if it is still there."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writers(folder: Path, vocab_size: int) -> Iterator[dict[Split, ShardWriter]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    writers: dict[Split, ShardWriter] = {
-        split: ShardWriter(folder / f"{split}-00000.bin", vocab_size) for split in SPLITS
-    }
-    try:
-        yield writers
-    finally:
-        for writer in writers.values():
-            writer.discard()
-
-
-def _close(writers: dict[Split, ShardWriter], name: str, data: Data) -> dict[str, Any]:
-    """The shards' entries in the manifest. Raises DataError where one of the two would be empty."""
-    empty = [split for split in SPLITS if not writers[split].tokens]
-    if empty:
-        raise DataError(
-            f"source {name!r}: nothing is left for {' and '.join(empty)}; it needs more text, or another "
-            f"data.val_fraction than {data.val_fraction}."
-        )
-    return {"shards": {split: [writers[split].close()] for split in SPLITS}}
+@dataclass
+class _Batch:
+    documents: list[tuple[Split, str]]
+    """Those that are not empty."""
+    rows: int
+    """All that were read."""
+    position: dict[str, Any] | None
+    """Where the source goes on behind it; None where a document more was already read, or the source is at its end."""
 
 
 def write_documents(
     name: str,
-    folder: Path,
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
+    shards: ShardsInProgress,
+    documents: Callable[[dict[str, Any] | None], DocumentStream],
+    encode: Encode,
     data: Data,
     token_limit: float,
-    report: Callable[[str], None],
+    progress: Progress,
+    row_limit: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenise documents into a train and a validation shard; returns what the manifest says about them.
+    """Write documents as ids into training and validation shards; returns what the manifest says about them.
 
     Empty documents are counted and skipped. Reading stops when there are `token_limit` training tokens and at least one
     held-out document.
+
+    Args:
+        name: the source's, for errors.
+        shards: where to write; goes on from its position.
+        documents: opens the source at a position.
+        encode: turns a batch of documents into ids.
+        data: how to split.
+        token_limit: training tokens to stop at.
+        progress: told of every document.
+        row_limit: documents to read at most, empty ones included.
     """
-    counts = {"documents": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0)}
-    skipped_documents = 0
-    content = hashlib.sha256()
     whole = True
-
-    def present() -> Iterator[str]:
-        nonlocal skipped_documents
-        for text in texts:
-            skipped_documents += not text
-            if text:
-                yield text
-
-    with _writers(folder, tokenizer.vocab_size) as writers:
-        for split, text, ids in _reported(_encoded(split_documents(present(), data), tokenizer), name, report):
-            if split == "train" and writers["train"].tokens >= token_limit:
+    unsaved_tokens = 0
+    totals = shards.totals
+    stream = documents(shards.position)
+    texts = iter(stream) if row_limit is None else islice(stream, row_limit - totals.rows_read)
+    for batch, encoded in _encoded(_batches(texts, stream, data, totals.rows_read), encode):
+        totals.rows_read += batch.rows
+        for _ in range(batch.rows - len(batch.documents)):
+            totals.skip(EMPTY)
+        for (split, text), ids in zip(batch.documents, encoded, strict=True):
+            if isinstance(ids, str):
+                totals.skip(ids)
+                continue
+            if split == "train" and shards.tokens("train") >= token_limit:
                 whole = False
-                if writers["val"].tokens:
+                if shards.tokens("val"):
                     break
                 continue
-            writers[split].add([*ids, tokenizer.eos_id])
-            encoded = text.encode()
-            content.update(len(encoded).to_bytes(8, "little") + encoded)
-            counts["documents"][split] += 1
-            counts["bytes"][split] += len(encoded)
-        shards = _close(writers, name, data)
-    hashes = {"content_sha256": content.hexdigest(), "whole": whole, "skipped_documents": skipped_documents}
-    return counts | hashes | shards
+            shards.add(split, ids)
+            shards.end_document(split)
+            content = text.encode()
+            totals.add_content(content)
+            totals.documents[split] += 1
+            totals.text_bytes[split] += len(content)
+            unsaved_tokens += len(ids)
+            progress.advance(len(ids), len(content))
+        else:
+            if whole and batch.position is not None and unsaved_tokens >= JOURNAL_TOKENS:
+                shards.save(batch.position)
+                unsaved_tokens = 0
+            continue
+        break
+    return _finished(name, shards, data) | {"whole": whole}
 
 
-def _encoded(texts: Iterable[tuple[Split, str]], tokenizer: Tokenizer) -> Iterator[tuple[Split, str, list[int]]]:
-    for batch in _batches(texts):
-        ids_of_batch = tokenizer.encode_batch([text for _, text in batch])
-        for (split, text), ids in zip(batch, ids_of_batch, strict=True):
-            yield split, text, ids
-
-
-def _batches(texts: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
-    batch: list[tuple[Split, str]] = []
-    characters = 0
-    for split, text in texts:
-        batch.append((split, text))
+def _batches(texts: Iterator[str], stream: DocumentStream, data: Data, first_row: int) -> Iterator[_Batch]:
+    documents: list[tuple[Split, str]] = []
+    rows = characters = 0
+    for split, text in split_documents(texts, data, first_row):
+        rows += 1
         characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        if text:
+            documents.append((split, text))
+        if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            # splitting reads two documents ahead at the start
+            yield _Batch(documents, rows, stream.position() if rows > 1 or first_row else None)
+            first_row += rows
+            documents, rows, characters = [], 0, 0
+    yield _Batch(documents, rows, None)
 
 
-def _reported(
-    encoded: Iterable[tuple[Split, str, list[int]]], name: str, report: Callable[[str], None]
-) -> Iterator[tuple[Split, str, list[int]]]:
-    begin_s = told_s = time.monotonic()
-    characters = tokens = 0
-    for split, text, ids in encoded:
-        yield split, text, ids
-        characters += len(text)
-        tokens += len(ids) + 1
-        now_s = time.monotonic()
-        if now_s - told_s > REPORT_EVERY_S:
-            told_s = now_s
-            rate = tokens / (now_s - begin_s)
-            report(f"{name}: {characters / 1e6:.0f} M characters, {tokens / 1e6:.1f} M tokens, {rate:,.0f} tokens/s")
+def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
+    """Each batch with its ids; while one is consumed, the next is read and encoded."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
+        for batch in batches:
+            submitted = batch, pool.submit(encode, [text for _, text in batch.documents])
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = submitted
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:
+    """What the manifest says. Raises DataError where one of the two splits would be empty."""
+    if empty := [split for split in SPLITS if not shards.tokens(split)]:
+        raise DataError(
+            f"source {name!r}: nothing is left for {' and '.join(empty)}; it needs more text, or another "
+            f"data.val_fraction than {data.val_fraction}."
+        )
+    totals = shards.totals
+    return {
+        "documents": totals.documents,
+        "bytes": totals.text_bytes,
+        "skipped": totals.skipped,
+        "content_sha256": totals.content_sha256,
+        "shards": shards.finish(),
+    }
 
 
 def write_token_files(
-    name: str, folder: Path, files: Sequence[Path], tokenizer: Tokenizer, data: Data, token_limit: float
+    name: str,
+    shards: ShardsInProgress,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    data: Data,
+    token_limit: float,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Copy ready-made token files into shards, the last `val_fraction` held out; returns what the manifest says.
+    """Copy ready-made token files into shards; returns what the manifest says.
+
+    Held out are the documents that begin in the last `val_fraction`; without a document's border there, those tokens.
 
     Raises:
         DataError: for a file that is no whole number of ids, or holds an id beyond the vocabulary.
     """
-    total_tokens = _count_tokens(files, tokenizer)
-    border = int(total_tokens * (1 - data.val_fraction))
+    border = _held_out_border(files, tokenizer, data)
     train_tokens = int(min(border, token_limit))
-    content = hashlib.sha256()
-    val_bytes = 0
-    with _writers(folder, tokenizer.vocab_size) as writers:
-        begin = 0
-        for block in _token_blocks(files, tokenizer):
-            content.update(block.tobytes())
-            writers["train"].add(block[: max(train_tokens - begin, 0)])
-            held_out = block[max(border - begin, 0) :]
-            writers["val"].add(held_out)
-            val_bytes += len(decode_documents(tokenizer, held_out).encode())
-            begin += len(block)
-        shards = _close(writers, name, data)
-    counts = {"documents": None, "bytes": {"train": None, "val": val_bytes}, "skipped_documents": 0}
-    return counts | {"content_sha256": content.hexdigest(), "whole": train_tokens == border} | shards
+    begin = shards.position["token"] if shards.position else 0
+    unsaved_tokens = 0
+    for block in _token_blocks(files, tokenizer, begin):
+        shards.totals.add_content(block.tobytes())
+        parts: dict[Split, np.ndarray] = {
+            "train": block[: max(train_tokens - begin, 0)],
+            "val": block[max(border - begin, 0) :],
+        }
+        for split, ids in parts.items():
+            if len(ids):
+                shards.add(split, ids)
+                shards.end_document(split)
+        begin += len(block)
+        unsaved_tokens += len(block)
+        progress.advance(len(block), block.nbytes)
+        if unsaved_tokens >= JOURNAL_TOKENS:
+            shards.save({"token": begin})
+            unsaved_tokens = 0
+    written = _finished(name, shards, data)
+    paths = [shards.folder / shard["file"] for shard in written["shards"]["val"]]
+    held_out = np.concatenate([np.fromfile(path, id_dtype(tokenizer.vocab_size)) for path in paths])
+    val_bytes = len(decode_documents(tokenizer, held_out).encode())
+    unknown = {"documents": None, "bytes": {"train": None, "val": val_bytes}}
+    return written | unknown | {"whole": train_tokens == border}
+
+
+def _held_out_border(files: Sequence[Path], tokenizer: Tokenizer, data: Data) -> int:
+    """The position at which held-out tokens begin: behind the first EOS of the last `val_fraction`."""
+    total_tokens = _count_tokens(files, tokenizer)
+    begin = nominal = int(total_tokens * (1 - data.val_fraction))
+    for block in _token_blocks(files, tokenizer, nominal):
+        ends = np.flatnonzero(block == tokenizer.eos_id)
+        if len(ends):
+            return nominal if begin + int(ends[0]) + 1 == total_tokens else begin + int(ends[0]) + 1
+        begin += len(block)
+    return nominal
 
 
 def _count_tokens(files: Sequence[Path], tokenizer: Tokenizer) -> int:
@@ -236,19 +295,24 @@ def _count_tokens(files: Sequence[Path], tokenizer: Tokenizer) -> int:
     return sum(path.stat().st_size for path in files) // item_bytes
 
 
-def _token_blocks(files: Sequence[Path], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _token_blocks(files: Sequence[Path], tokenizer: Tokenizer, begin: int) -> Iterator[np.ndarray]:
+    """The ids from a position on, files one after the other, in blocks of at most COPY_TOKENS."""
     dtype = id_dtype(tokenizer.vocab_size)
+    file_begin = 0
     for path in files:
-        begin = 0
-        while len(block := np.fromfile(path, dtype, count=COPY_TOKENS, offset=begin * dtype.itemsize)):
+        count = path.stat().st_size // dtype.itemsize
+        place = max(begin - file_begin, 0)
+        while place < count:
+            block = np.fromfile(path, dtype, count=COPY_TOKENS, offset=place * dtype.itemsize)
             beyond = int(block.argmax())
             if block[beyond] >= tokenizer.vocab_size:
                 raise DataError(
-                    f"{path} holds id {block[beyond]} at position {begin + beyond}, beyond the vocabulary of "
+                    f"{path} holds id {block[beyond]} at position {place + beyond}, beyond the vocabulary of "
                     f"{tokenizer.vocab_size}: it was made with another tokenizer; name that one in the recipe."
                 )
             yield block
-            begin += len(block)
+            place += len(block)
+        file_begin += count
 
 
 def decode_documents(tokenizer: Tokenizer, ids: np.ndarray) -> str:

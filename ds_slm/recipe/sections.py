@@ -146,13 +146,16 @@ class Source(Section):
     """Integer share of the mix."""
 
     @model_validator(mode="after")
-    def _has_place(self) -> Self:
+    def _has_a_place(self) -> Self:
         missing = {"hub": not self.id, "files": not self.path}.get(self.kind, False)
         if self.kind == "tokens":
             missing = not (self.path or self.id)
         wanted = {"hub": "id", "files": "path", "tokens": "path or id"}.get(self.kind)
         problem = f"source {self.name!r} of kind {self.kind!r} names no {wanted}: add it"
-        _raise_together([problem] if missing else [])
+        problems = [problem] if missing else []
+        if self.name == "tokenizer":
+            problems.append("source name 'tokenizer' is the tokenizer's folder beside the sources': choose another")
+        _raise_together(problems)
         return self
 
 
@@ -162,7 +165,9 @@ class Data(Section):
     seq_len: PositiveInt
     """Targets in a row, in tokens."""
     val_fraction: float = Field(0.001, gt=0, lt=1)
-    """Share of documents held out, chosen by a keyed hash of the document."""
+    """Share of documents held out."""
+    held_out: Literal["hash", "draw"] = "hash"
+    """hash: those whose keyed hash says so; draw: one draw of numpy's legacy generator for each row, in order."""
     split_seed: int = 0
     source: list[Source] = Field(min_length=1)
 

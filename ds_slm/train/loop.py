@@ -48,6 +48,10 @@ class RowSource(Protocol):
         """The rows themselves; None is a filler row of weight 0."""
         ...
 
+    def warnings(self) -> list[str]:
+        """What a user may not expect of these rows, a line each."""
+        ...
+
 
 @dataclass
 class Run:

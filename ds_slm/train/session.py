@@ -128,7 +128,7 @@ def _train(
     if control.rank in writers:
         run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
     if control.rank == 0:
-        _announce(facts, options, terminal)
+        _announce(facts, options, rows.warnings(), terminal)
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     engine = engines.Engine(recipe, joined, model, control)
     state = checkpointing.load(engine, found) if found else State()
@@ -232,7 +232,7 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
     }
 
 
-def _announce(facts: dict[str, Any], options: Options, terminal: Any) -> None:
+def _announce(facts: dict[str, Any], options: Options, warnings: list[str], terminal: Any) -> None:
     hosts, filler = ", ".join(dict.fromkeys(facts["hosts"])), facts["filler_rows_per_step"]
     lines = [
         f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {hosts}",
@@ -242,5 +242,6 @@ def _announce(facts: dict[str, Any], options: Options, terminal: Any) -> None:
         "; ".join(f"{what}: {kernel}" for what, kernel in facts["kernels"].items()),
         f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
         f"generation {facts['generation']}",
+        *(f"warning: {warning}" for warning in warnings),
     ]
     print("\n".join(lines), file=terminal, flush=True)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from ds_slm import errors  # noqa: E402
-from ds_slm.data import shards  # noqa: E402
+from ds_slm.data.prepare import prepare  # noqa: E402
 from ds_slm.data.rows import PretrainRows  # noqa: E402
 from ds_slm.publish.generate import sampler  # noqa: E402
 from ds_slm.recipe import schema  # noqa: E402
@@ -29,7 +29,7 @@ from ds_slm.train import ds_config, engine, loop, session  # noqa: E402
 def task(recipe: schema.Recipe, name: str, data_root: Path) -> session.Task:
     """Pretraining on prepared shards, as ds_slm/pretrain.py sets it up."""
     return session.Task(
-        prepare=lambda: shards.prepare(recipe, name, data_root, report=lambda line: None),
+        prepare=lambda: prepare(recipe, name, data_root, report=lambda line: None),
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts, max_new_tokens=4),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,

@@ -1,0 +1,192 @@
+"""The shards of a source while they are written, and the journal from which writing goes on after a kill.
+
+    add, end_document --> train-00000.bin.part, val-00000.bin.part; the next one begins beyond SHARD_TOKENS
+    save              --> the parts synchronised, then journal.json: where the source stands, what the parts hold
+    finish            --> every part gets its name; the caller writes the manifest, then removes the journal
+
+Opening cuts the open parts back to what the journal says and hashes them anew, so what a kill left half written goes
+away. A journal of another recipe, tokenizer or source, or one whose parts are gone, starts the source from its
+beginning. The hash of the content is a chain over documents: a running sha256 cannot be stored.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from ds_slm.errors import DataError
+from ds_slm.files import write_json
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
+
+SHARD_TOKENS = 1 << 28
+"""A shard ends with the document that takes it over this: half a GiB or one GiB."""
+JOURNAL = "journal.json"
+PART = ".part"
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The little-endian type of a shard's ids: uint16 where every id fits, else uint32."""
+    if vocab_size > 1 << 32:
+        raise DataError(f"a vocabulary of {vocab_size} ids does not fit into uint32: use a smaller one.")
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+@dataclass
+class Totals:
+    """What a source has given so far: the part of the journal that the manifest repeats."""
+
+    documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Why a document was left out -> how many were."""
+    rows_read: int = 0
+    """Documents the source has given, those left out included."""
+    content_sha256: str = ""
+
+    def skip(self, reason: str) -> None:
+        """Count a document that is left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+    def add_content(self, content: bytes) -> None:
+        """Take one more document, or block of ids, into the chain of hashes."""
+        self.content_sha256 = hashlib.sha256(bytes.fromhex(self.content_sha256) + content).hexdigest()
+
+
+class _Part:
+    """The open shard of a split."""
+
+    def __init__(self, path: Path, dtype: np.dtype, tokens: int = 0) -> None:
+        """Goes on behind the first `tokens` ids of the part; raises OSError or EOFError where they are not there."""
+        self.path, self.tokens, self._dtype = path, tokens, dtype
+        self._sha256 = hashlib.sha256()
+        self._file: BinaryIO = path.open("r+b" if tokens else "wb")
+        left = tokens * dtype.itemsize
+        while left:
+            block = self._file.read(min(left, 1 << 24))
+            if not block:
+                raise EOFError(path)
+            self._sha256.update(block)
+            left -= len(block)
+        self._file.truncate(tokens * dtype.itemsize)
+
+    def add(self, ids: Sequence[int] | np.ndarray) -> None:
+        block = np.asarray(ids, dtype=self._dtype).tobytes()
+        self._file.write(block)
+        self._sha256.update(block)
+        self.tokens += len(ids)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> dict[str, Any]:
+        self.sync()
+        self._file.close()
+        size_bytes = self.tokens * self._dtype.itemsize
+        name = self.path.name.removesuffix(PART)
+        return {"file": name, "tokens": self.tokens, "bytes": size_bytes, "sha256": self._sha256.hexdigest()}
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class ShardsInProgress:
+    """Both splits' shards of one source."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, key: Mapping[str, Any]) -> None:
+        """Open the folder, going on from its journal where that was written under the same key.
+
+        Args:
+            folder: the source's folder; made where it is missing.
+            dtype: of the ids.
+            key: plain data that must be equal for going on: recipe, tokenizer, files.
+        """
+        self.folder, self._dtype, self._key = folder, dtype, dict(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.totals = Totals()
+        self.position: dict[str, Any] | None = None
+        """Where the source goes on; None at its beginning."""
+        self._closed: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._parts: dict[Split, _Part] = {}
+        if not self._resumed():
+            self._clear()
+
+    def tokens(self, split: Split) -> int:
+        """Ids written to a split."""
+        part = self._parts.get(split)
+        return sum(shard["tokens"] for shard in self._closed[split]) + (part.tokens if part else 0)
+
+    def add(self, split: Split, ids: Sequence[int] | np.ndarray) -> None:
+        """Append ids to a split."""
+        if split not in self._parts:
+            self._parts[split] = _Part(self._path(split, len(self._closed[split])), self._dtype)
+        self._parts[split].add(ids)
+
+    def end_document(self, split: Split) -> None:
+        """A place where the split's shard may end."""
+        if split in self._parts and self._parts[split].tokens >= SHARD_TOKENS:
+            self._closed[split].append(self._parts.pop(split).close())
+
+    def save(self, position: Mapping[str, Any]) -> None:
+        """Make everything so far durable; after a kill, writing goes on from here."""
+        for part in self._parts.values():
+            part.sync()
+        self.position = dict(position)
+        journal = {
+            "key": self._key,
+            "position": self.position,
+            "totals": asdict(self.totals),
+            "closed": self._closed,
+            "open_tokens": {split: part.tokens for split, part in self._parts.items()},
+        }
+        write_json(self.folder / JOURNAL, journal)
+
+    def finish(self) -> dict[Split, list[dict[str, Any]]]:
+        """Give every shard its name; returns their entries in the manifest."""
+        for split in list(self._parts):
+            self._closed[split].append(self._parts.pop(split).close())
+        for shards in self._closed.values():
+            for shard in shards:
+                (self.folder / (shard["file"] + PART)).rename(self.folder / shard["file"])
+        return self._closed
+
+    def abandon(self) -> None:
+        """Leave what the journal needs to go on; without a journal, leave nothing."""
+        for part in self._parts.values():
+            part.abandon()
+        if not (self.folder / JOURNAL).exists():
+            self._clear()
+
+    def _path(self, split: Split, number: int) -> Path:
+        return self.folder / f"{split}-{number:05d}.bin{PART}"
+
+    def _clear(self) -> None:
+        for path in (*self.folder.glob("*.bin"), *self.folder.glob(f"*.bin{PART}"), self.folder / JOURNAL):
+            path.unlink(missing_ok=True)
+
+    def _resumed(self) -> bool:
+        try:
+            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
+            if journal["key"] != self._key:
+                return False
+            for named in self.folder.glob("*.bin"):  # the kill came while shards were getting their names
+                named.rename(named.with_name(named.name + PART))
+            for shard in (shard for shards in journal["closed"].values() for shard in shards):
+                if (self.folder / (shard["file"] + PART)).stat().st_size != shard["bytes"]:
+                    return False
+            parts = {
+                split: _Part(self._path(split, len(journal["closed"][split])), self._dtype, tokens)
+                for split, tokens in journal["open_tokens"].items()
+            }
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
+            return False
+        self._parts, self._closed = parts, journal["closed"]
+        self.totals, self.position = Totals(**journal["totals"]), journal["position"]
+        return True

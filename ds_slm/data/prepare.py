@@ -1,0 +1,266 @@
+"""From a recipe to its tokenizer and token shards, whatever is missing of them.
+
+    recipe --prepare--> tokenizer/, then for each source: shards, then manifest.json --open_prepared--> Prepared
+
+One process of a host prepares, under a lock; the others wait and find the work done. The same text gives the same
+bytes, however often preparing was interrupted; a source goes on where its journal says.
+
+Held out are the documents whose keyed hash falls below `data.val_fraction`; of a source that is one single document,
+and of ready-made token files, the last `data.val_fraction`. Train and validation share no document.
+
+Known gaps: a source on the hub is read twice, once for a trained tokenizer. How far a long source was read is not part
+of the data's identity, so a longer run finds the same shards and repeats them; removing the folder prepares more.
+"""
+
+import errno
+import fcntl
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ds_slm.data import corpus
+from ds_slm.data.identity import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    conflicts,
+    read_manifest,
+    source_identity,
+    tokenizer_identity,
+)
+from ds_slm.data.journal import JOURNAL, SPLITS, ShardsInProgress, id_dtype
+from ds_slm.data.progress import Progress
+from ds_slm.data.shards import Prepared, open_prepared, refuse, stamp_written
+from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
+from ds_slm.data.writer import TEXT, Form, split_documents, write_documents, write_token_files
+from ds_slm.errors import DataError
+from ds_slm.files import fsync, write_json
+from ds_slm.recipe.problems import nearest
+from ds_slm.recipe.schema import Recipe, Source
+
+WHOLE_SOURCE_TOKENS = 20_000_000
+"""A source is read at least this far: about a minute's work, and room for a longer run."""
+MARGIN = 1.01
+"""Training tokens prepared for each that the run draws."""
+TOKENIZER_BYTES_PER_TOKEN = 5
+"""A trained tokenizer sees no more text than about what the run reads: this much for each of its tokens."""
+
+
+def prepare(
+    recipe: Recipe,
+    name: str,
+    data_root: Path,
+    sources: Mapping[str, Path] | None = None,
+    max_tokens: int | None = None,
+    report: Callable[[str], None] = print,
+    form: Form = TEXT,
+    tokenizer_from: Path | None = None,
+) -> Prepared:
+    """Make whatever is missing of a recipe's tokenizer and shards in `data_root/name`, and open them.
+
+    Args:
+        recipe: what to prepare.
+        name: the folder's name, usually the recipe's.
+        data_root: where prepared data live.
+        sources: a local file or folder in place of a source, by the source's name.
+        max_tokens: training tokens of all sources together, to try things out; None prepares what the run needs.
+        report: takes lines of progress.
+        form: what the sources' documents are.
+        tokenizer_from: a folder whose tokenizer is taken, instead of making the recipe's.
+
+    Raises:
+        DataError: with every problem found; nothing that exists is overwritten.
+    """
+    replacements = {name: Path(path) for name, path in (sources or {}).items()}
+    known = [source.name for source in recipe.data.source]
+    unknown = [name for name in replacements if name not in known]
+    if unknown:
+        raise DataError([f"--source {name}: the recipe has no such source{nearest(name, known)}." for name in unknown])
+    folder = Path(data_root) / name
+    with _locked(folder, report), _room_on_disk(folder):
+        refuse(conflicts(recipe, folder, replacements, form.identity))
+        places = _places(recipe, folder, replacements)
+        if places or not (folder / TOKENIZER).exists():
+            limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
+            tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report, tokenizer_from)
+            for source in recipe.data.source:
+                if place := places.get(source.name):
+                    replacement = replacements.get(source.name)
+                    limit = limits[source.name]
+                    _prepare_source(recipe, source, replacement, place, folder, tokenizer, limit, report, form)
+        prepared = open_prepared(recipe, name, data_root, form.identity)
+    for line in _notes(recipe, prepared):
+        report(line)
+    return prepared
+
+
+def _places(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> dict[str, corpus.Place]:
+    """Where to read each source that has no shards yet. Raises DataError with every path that is wrong."""
+    places, problems = {}, []
+    for source in recipe.data.source:
+        if (folder / source.name / MANIFEST).exists():
+            (folder / source.name / JOURNAL).unlink(missing_ok=True)  # a kill came right after the manifest
+        else:
+            try:
+                places[source.name] = corpus.locate(source, replacements.get(source.name))
+            except DataError as error:
+                problems += error.problems
+    refuse(problems)
+    return places
+
+
+def _token_limit(recipe: Recipe, source: Source, max_tokens: int | None) -> float:
+    """Training tokens at which a source may be cut: its share of `max_tokens`, or of what the run draws."""
+    share = source.weight / sum(other.weight for other in recipe.data.source)
+    if max_tokens is not None:
+        return math.ceil(max_tokens * share)
+    drawn = recipe.train.steps * recipe.train.global_batch_tokens * share
+    return max(math.ceil(drawn * MARGIN) + recipe.data.seq_len + 1, WHOLE_SOURCE_TOKENS)
+
+
+def _prepare_tokenizer(
+    recipe: Recipe,
+    folder: Path,
+    replacements: Mapping[str, Path],
+    limits: Mapping[str, float],
+    report: Callable[[str], None],
+    tokenizer_from: Path | None,
+) -> Tokenizer:
+    target = folder / TOKENIZER
+    if read_manifest(target):
+        return load_tokenizer(target)
+
+    def training_texts(source: Source) -> Iterator[str]:
+        texts = corpus.documents(source, replacements.get(source.name))
+        left_bytes = limits[source.name] * TOKENIZER_BYTES_PER_TOKEN
+        for split, text in split_documents(texts, recipe.data):
+            if split == "train" and text:
+                yield text
+                left_bytes -= len(text.encode())
+                if left_bytes <= 0:
+                    break
+
+    if tokenizer_from is None:
+        report(f"{TOKENIZER}: {recipe.tokenizer.kind}, {recipe.tokenizer.vocab_size} ids")
+        tokenizer = build_tokenizer(recipe, training_texts)
+    else:
+        report(f"{TOKENIZER}: that of {tokenizer_from}")
+        tokenizer = existing_tokenizer(tokenizer_from, recipe.tokenizer)
+    temporary = folder / f"{TOKENIZER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    manifest = {
+        "format": FORMAT,
+        "identity": tokenizer_identity(recipe),
+        "sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+    }
+    write_json(temporary / MANIFEST, manifest)
+    for path in (*temporary.iterdir(), temporary):
+        fsync(path)
+    temporary.rename(target)
+    fsync(folder)
+    return tokenizer
+
+
+def _prepare_source(
+    recipe: Recipe,
+    source: Source,
+    replacement: Path | None,
+    place: corpus.Place,
+    folder: Path,
+    tokenizer: Tokenizer,
+    token_limit: float,
+    report: Callable[[str], None],
+    form: Form,
+) -> None:
+    target = folder / source.name
+    dtype = form.dtype or id_dtype(tokenizer.vocab_size)
+    described = {
+        "identity": {**source_identity(recipe, source), **form.identity},
+        "kind": place.kind,
+        "replaced": replacement is not None,
+        "files": place.file_sizes(),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    shards = ShardsInProgress(target, dtype, described)
+    if shards.position is not None:
+        report(f"{source.name}: goes on behind {shards.tokens('train'):,} training tokens")
+    done = shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values())
+    try:
+        with Progress(source.name, token_limit, place.text_bytes(), report, *done) as progress:
+            if place.kind == "tokens":
+                written = write_token_files(
+                    source.name, shards, place.files, tokenizer, recipe.data, token_limit, progress
+                )
+            else:
+
+                def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
+                    return corpus.documents(source, replacement, position, report, form.as_json, form.embedded)
+
+                written = write_documents(
+                    source.name,
+                    shards,
+                    documents,
+                    form.encode(tokenizer),
+                    recipe.data,
+                    token_limit,
+                    progress,
+                    form.row_limit,
+                )
+    except BaseException:
+        shards.abandon()
+        raise
+    fsync(target)
+    manifest = {"format": FORMAT, **described, "dtype": dtype.name, **written}
+    stamp_written(folder, source.name, manifest)
+    write_json(target / MANIFEST, manifest)
+    (target / JOURNAL).unlink(missing_ok=True)
+    tokens = {split: sum(shard["tokens"] for shard in written["shards"][split]) for split in SPLITS}
+    report(f"{source.name}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens")
+
+
+@contextmanager
+def _room_on_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free_mb = shutil.disk_usage(folder).free / 1e6
+        raise DataError(
+            f"{folder}: the disk is full ({free_mb:,.0f} MB free): make room, or name another --data-root; preparing "
+            "goes on where it stopped."
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """One process of this host at a time; the lock goes with the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"{folder}: another process prepares it, waiting")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
+    """What a user may not expect of data that were found ready."""
+    for source in recipe.data.source:
+        manifest = prepared.manifests[source.name]
+        tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
+        if skipped := manifest["skipped"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+            yield f"{source.name}: {sum(skipped.values()):,} documents were skipped: {reasons}"
+        if manifest["replaced"]:
+            yield f"{source.name}: read from local files ({', '.join(name for name, _ in manifest['files'])})"
+        if not manifest["whole"] and tokens < _token_limit(recipe, source, None):
+            yield f"{source.name}: cut at {tokens:,} training tokens, the run will repeat them (remove it for more)"

@@ -1,0 +1,111 @@
+"""How far preparing is: a bar on a terminal, a line now and then elsewhere.
+
+advance(tokens, bytes) --> MB/s, tokens/s, time left --> rich, or `report`
+
+The time left is an estimate: by the tokens that are wanted or, where the source may end before that, by the bytes of
+its files. Of compressed files the text's length is unknown until the end.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+REPORT_EVERY_S = 10.0
+
+
+class Progress:
+    """Progress of one source; a context manager."""
+
+    def __init__(
+        self,
+        name: str,
+        total_tokens: float,
+        total_bytes: int | None,
+        report: Callable[[str], None],
+        done_tokens: int = 0,
+        done_bytes: int = 0,
+        bar: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins now.
+
+        Args:
+            name: the source's.
+            total_tokens: as many are wanted at most.
+            total_bytes: of the source's text, about; None where nobody knows.
+            report: takes a line every REPORT_EVERY_S where there is no bar.
+            done_tokens: what an interrupted run had done.
+            done_bytes: the same in bytes.
+            bar: whether to draw a bar; None draws one where stderr is a terminal.
+            clock: seconds.
+        """
+        self._name, self._total_tokens, self._total_bytes = name, total_tokens, total_bytes
+        self._report, self._clock = report, clock
+        self._tokens = self._first_tokens = done_tokens
+        self._bytes = self._first_bytes = done_bytes
+        self._begin_s = self._told_s = clock()
+        self._bar = _bar(name) if (sys.stderr.isatty() if bar is None else bar) else None
+
+    def __enter__(self) -> Self:
+        """Draw the bar."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, tokens: int, text_bytes: int) -> None:
+        """So much more is done."""
+        self._tokens += tokens
+        self._bytes += text_bytes
+        now_s = self._clock()
+        if now_s - self._told_s >= (0.2 if self._bar else REPORT_EVERY_S):
+            self._told_s = now_s
+            if self._bar:
+                self._bar.update(
+                    self._bar.task_ids[0], completed=self._fraction(self._tokens, self._bytes), rates=self.line()
+                )
+            else:
+                self._report(f"{self._name}: {self.line()}")
+
+    def line(self) -> str:
+        """Done, speeds, time left."""
+        elapsed_s = max(self._clock() - self._begin_s, 1e-9)
+        mb_per_s = (self._bytes - self._first_bytes) / elapsed_s / 1e6
+        tokens_per_s = (self._tokens - self._first_tokens) / elapsed_s
+        done = f"{self._bytes / 1e6:,.0f} MB, {self._tokens / 1e6:,.1f} M tokens"
+        return f"{done}, {mb_per_s:.1f} MB/s, {tokens_per_s:,.0f} tokens/s, {self._left(elapsed_s)}"
+
+    def _left(self, elapsed_s: float) -> str:
+        done = self._fraction(self._tokens, self._bytes)
+        gained = done - self._fraction(self._first_tokens, self._first_bytes)
+        if gained <= 0:
+            return "time left unknown"
+        minutes, seconds = divmod(int(elapsed_s * (1 - done) / gained), 60)
+        return f"{minutes} min {seconds} s left"
+
+    def _fraction(self, tokens: int, text_bytes: int) -> float:
+        by_bytes = text_bytes / self._total_bytes if self._total_bytes else 0.0
+        return min(max(tokens / self._total_tokens, by_bytes), 1.0)
+
+
+def _bar(name: str) -> "Bar":
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}"), console=Console(stderr=True)
+    )
+    bar.add_task(name, total=1.0, rates="")
+    return bar

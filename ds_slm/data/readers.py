@@ -1,0 +1,251 @@
+"""Files of text, local or remote, as documents, from any place in them.
+
+    open binary file + column + mark --READERS[suffix]--> (document, the mark behind it), one after the other
+
+A mark is two whole numbers that say where a document begins; a reader started at a mark gives what follows it. `.txt`:
+byte and piece. `.jsonl`: byte and line, counted in the unpacked text of `.gz` and `.zst`, which are unpacked from their
+start. `.parquet`: row group and row in it; the groups before are not touched, and of the others only the one column.
+
+.txt      one document; of a file over WHOLE_TXT_BYTES, pieces cut behind a line end. UTF-8, or refused with the byte.
+.jsonl    one document a line; blank lines hold none. A line that is no JSON object with the column, no UTF-8 or longer
+          than LINE_BYTES is refused with its number.
+.parquet  one document a row. A column of another type than strings is refused.
+
+A document that is null, no string, or no valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
+comes out as "": whoever consumes them counts and skips it. Damage that a format can show (a checksum, a file cut short,
+rows that are missing) is always an error.
+
+Known gaps: text without checksums (.jsonl, .txt, most parquet files) can be damaged into other valid text; a .gz or
+.zst file cut exactly between two of its members, and a .jsonl cut between two lines, look whole.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ds_slm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+WHOLE_TXT_BYTES = 64 << 20
+TXT_PIECE_BYTES = 8 << 20
+LINE_BYTES = 256 << 20
+READ_BYTES = 8 << 20
+"""Bytes of a parquet column read at a time, and of compressed text skipped at a time."""
+BATCH_ROWS = 1024
+
+Mark = tuple[int, int]
+START: Mark = (0, 0)
+Documents = Iterator[tuple[str, Mark]]
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file, wherever it is."""
+
+    name: str
+    """How messages call it."""
+    open: Callable[[], io.BufferedIOBase]
+
+
+class Column(NamedTuple):
+    """Where a file's documents are."""
+
+    name: str
+    as_json: bool
+    """Whether they are lists or tables rather than text."""
+
+
+def suffix_of(name: str) -> str | None:
+    """The known suffix that a file's name ends with, in whatever case; None for other files."""
+    return next((suffix for suffix in READERS if name.lower().endswith(suffix)), None)
+
+
+def read_documents(file: TextFile, column: str, mark: Mark = START, as_json: bool = False) -> Documents:
+    """The documents of one file from a mark on, each with the mark behind it.
+
+    With `as_json` the column holds lists or tables, conversations for instance, and a document is one of them as JSON.
+
+    Raises:
+        DataError: for a file that cannot be read, is damaged or lacks the column.
+    """
+    suffix = suffix_of(file.name)
+    assert suffix is not None, file.name
+    with _readable(file.name), file.open() as opened:
+        if suffix != ".txt" and not opened.seek(0, io.SEEK_END):
+            raise ValueError("it is empty, 0 bytes")
+        opened.seek(0)
+        yield from READERS[suffix](opened, file.name, Column(column, as_json), mark)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turns every way in which a file can be damaged into one error that names it."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, EOFError, ValueError, zlib.error, ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{name} cannot be read ({reason}): replace the file or leave it out.") from error
+
+
+def _txt(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    begin, piece = mark
+    size_bytes = file.seek(0, io.SEEK_END)
+    piece_bytes = TXT_PIECE_BYTES if size_bytes > WHOLE_TXT_BYTES else size_bytes
+    file.seek(begin)
+    while begin < size_bytes or (size_bytes == 0 and piece == 0):
+        block = file.read(piece_bytes)
+        if begin + len(block) < size_bytes:
+            block = block[: block.rfind(b"\n") + 1 or _last_character(block)]
+            file.seek(begin + len(block))
+        try:
+            text = block.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"byte {begin + error.start} is no UTF-8: {error.reason}") from error
+        begin, piece = begin + len(block), piece + 1
+        yield text, (begin, piece)
+
+
+def _last_character(block: bytes) -> int:
+    """Where to cut a block without a line end: behind its last whole character."""
+    return codecs.utf_8_decode(block, "replace", False)[1]
+
+
+def _jsonl(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    file.seek(mark[0])
+    yield from _lines(file, name, column, mark)
+
+
+def _jsonl_gz(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    with gzip.GzipFile(fileobj=file) as unpacked:
+        _skip(unpacked, mark[0])
+        yield from _lines(unpacked, name, column, mark)
+
+
+def _jsonl_zst(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    from pyarrow import CompressedInputStream, PythonFile
+
+    unpacked = io.BufferedReader(CompressedInputStream(PythonFile(file, "r"), "zstd"), 1 << 20)  # type: ignore[arg-type]
+    _skip(unpacked, mark[0])
+    yield from _lines(unpacked, name, column, mark)
+
+
+def _skip(file: io.BufferedIOBase, skipped_bytes: int) -> None:
+    while skipped_bytes and (block := file.read(min(skipped_bytes, READ_BYTES))):
+        skipped_bytes -= len(block)
+
+
+def _lines(lines: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    begin, number = mark
+    while line := lines.readline(LINE_BYTES + 1):
+        begin, number = begin + len(line), number + 1
+        if len(line) > LINE_BYTES:
+            raise ValueError(f"line {number} is longer than {LINE_BYTES} bytes")
+        if not line.isspace():
+            yield _text(_cell(line, number, name, column.name), column.as_json), (begin, number)
+
+
+def _cell(line: bytes, number: int, name: str, column: str) -> Any:
+    """The column's value in one line."""
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} is no UTF-8 at its byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict) or column not in row:
+        raise DataError(_no_column(f"{name}, line {number}", column, row if isinstance(row, dict) else ()))
+    return row[column]
+
+
+def _text(value: Any, as_json: bool) -> str:
+    if as_json and isinstance(value, list | dict):
+        return json.dumps(value)
+    if as_json or not isinstance(value, str):
+        return ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return ""
+    return value
+
+
+def _parquet(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    from pyarrow.parquet import ParquetFile
+
+    first_group, first_row = mark
+    with ParquetFile(file, buffer_size=READ_BYTES, page_checksum_verification=True) as table:
+        _check_column(table.schema_arrow, name, column)
+        rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        if sum(rows) != table.metadata.num_rows:
+            raise ValueError(f"its row groups hold {sum(rows)} rows, its footer says {table.metadata.num_rows}")
+        for group in range(first_group, len(rows)):
+            row = 0
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column.name]):
+                begin, row = row, row + len(batch)
+                if row > first_row:
+                    for end, text in enumerate(_values(batch.column(0), column), start=begin + 1):
+                        if end > first_row:
+                            yield text, (group, end)
+            if row != rows[group]:
+                raise ValueError(f"row group {group} holds {row} rows, its footer says {rows[group]}")
+            first_row = 0
+
+
+def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> None:
+    from pyarrow import types
+
+    if column.name not in schema.names:
+        raise DataError(_no_column(name, column.name, schema.names))
+    found = schema.field(column.name).type
+    value = found.value_type if types.is_dictionary(found) else found
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(check(value) for check in ((types.is_nested,) if column.as_json else texts)):
+        wanted, of = ("lists or tables", "those") if column.as_json else ("strings", "text")
+        raise DataError(
+            f"{name}: column {column.name!r} holds {found}, not {wanted}; the columns there are: "
+            f"{', '.join(f'{field.name!r} ({field.type})' for field in schema)}. Set data.source.column to one of {of}."
+        )
+
+
+def _values(values: "pyarrow.Array", column: Column) -> list[str]:
+    if column.as_json:
+        return [_text(value, as_json=True) for value in values.to_pylist()]
+    return _strings(values)
+
+
+def _strings(values: "pyarrow.Array") -> list[str]:
+    try:
+        return [value or "" for value in values.to_pylist()]
+    except UnicodeDecodeError:  # at least one of them
+        return [_string(value) for value in values]
+
+
+def _string(value: "pyarrow.Scalar") -> str:
+    try:
+        return value.as_py() or ""
+    except UnicodeDecodeError:
+        return ""
+
+
+def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
+    names = ", ".join(repr(name) for name in columns) or "none"
+    return f"{place}: no column {column!r}; the columns there are: {names}. Set data.source.column to one of them."
+
+
+READERS: dict[str, Callable[[io.BufferedIOBase, str, Column, Mark], Documents]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl_gz,
+    ".jsonl.zst": _jsonl_zst,
+    ".parquet": _parquet,
+}

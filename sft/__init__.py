@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on conversations: what it adds to ds_slm.train."""

@@ -110,8 +110,9 @@ def all_texts(test_data: Path) -> Iterator[str]:
 
 
 def assert_same(ours: room.Tokenizer, oracle: Any, texts: list[str]) -> None:
-    found = ours.encode_batch(texts)
-    assert found == oracle.encode_ordinary_batch(texts)
+    """Both of our encoders: the saved tokenizer's own, and the one for bulk."""
+    found = [encoding.ids for encoding in ours._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    assert found == oracle.encode_ordinary_batch(texts) == ours.encode_batch(texts)
     assert [ours.decode(ids) for ids in found] == texts
 
 
@@ -205,3 +206,8 @@ def test_damaged_ranks(tmp_path: Path) -> None:
         build(ranks)
     with pytest.raises(DataError, match="does not exist"):
         build(tmp_path / "none")
+
+
+def test_bulk_is_tiktoken(ours: room.Tokenizer) -> None:
+    """Oracle: there is an encoder for bulk, of the folder that was saved."""
+    assert ours._bulk is not None

@@ -3,11 +3,9 @@
     recipe --build_tokenizer--> Tokenizer --save--> folder --load_tokenizer--> Tokenizer
 
 bpe     byte-level BPE trained on the sources. Special tokens get exactly the recipe's ids, all other ids follow in
-        the order of their merges.
+        the order of their merges, which is the order in which text is joined.
 cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ones as fillers that no text can reach (none is
         a single pre-token), so that ids survive saving.
-        With P = {(l, r): l + r is a token} as merges, ordered by the rank of l + r, BPE is tiktoken's algorithm. Its
-        older pattern is used: the regex engine here reads the newer one's possessive quantifiers differently.
 hf      a local folder, a tokenizer.json, a SentencePiece tokenizer.model, or a hub id.
 
 Text is text: an added token's literal inside a document is encoded as ordinary text, whether it is marked special or
@@ -26,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_slm.data.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk_encoder, by_rank, byte_letters, filler
 from ds_slm.data.sentencepiece_model import read_sentencepiece
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe, Source
@@ -34,10 +33,6 @@ from ds_slm.recipe.schema import Tokenizer as Section
 if TYPE_CHECKING:
     import tokenizers
 
-CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CL100K_RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 CL100K_SPECIAL_TOKENS = {
     "<|endoftext|>": 100257,
@@ -78,8 +73,14 @@ class Tokenizer:
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts, on all cores."""
+        """The same for many texts, on all cores; best for batches of many more texts than there are cores."""
+        if self._bulk:
+            return self._bulk(texts)
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _bulk(self) -> Callable[[Sequence[str]], list[list[int]]] | None:
+        return bulk_encoder(self._encoder)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of some ids."""
@@ -94,7 +95,7 @@ class Tokenizer:
 
     def unused_ids(self, vocab_size: int) -> list[int]:
         """The ids below a model's vocabulary size that stand for nothing: those no token has, and fillers."""
-        used = {number for token, number in self._backend.get_vocab().items() if token != _filler(number)}
+        used = {number for token, number in self._backend.get_vocab().items() if token != filler(number)}
         return [number for number in range(vocab_size) if number not in used]
 
     @cached_property
@@ -114,10 +115,6 @@ class Tokenizer:
         }
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _filler(token_id: int) -> str:
-    return f"<|unused_{token_id}|>"
 
 
 def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
@@ -218,49 +215,19 @@ def _trained_bpe(recipe: Recipe, documents: Callable[[Source], Iterator[str]]) -
         for text in islice(documents(source), section.documents_per_weight * source.weight)
     )
     learner.train_from_iterator(texts, trainer)
-    learned = json.loads(learner.to_str())["model"]
+    learned = learner.get_vocab()
     taken = set(specials.values())
     free_ids = (number for number in range(section.vocab_size) if number not in taken)
-    vocab = {token: next(free_ids) for token in sorted(learned["vocab"], key=learned["vocab"].__getitem__)}
-    merges = [tuple(merge) for merge in learned["merges"]]
-    return _byte_level(vocab | specials, merges, list(specials), pre_tokenizers.ByteLevel(add_prefix_space=False))
-
-
-def _byte_level(
-    vocab: dict[str, int], merges: list[tuple[str, str]], specials: list[str], pre_tokenizer: Any, **options: Any
-) -> "tokenizers.Tokenizer":
-    """A byte-level BPE whose special tokens already stand in the vocabulary, under the ids they must have."""
-    from tokenizers import AddedToken, decoders, models
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, **options))
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    return backend
+    vocab = {token: next(free_ids) for token in sorted(learned, key=learned.__getitem__)}
+    return by_rank(vocab, specials, specials, GPT2_PATTERN)
 
 
 def _cl100k(section: Section) -> "tokenizers.Tokenizer":
-    from tokenizers import Regex, pre_tokenizers
-
-    letters = _byte_letters()
+    letters = byte_letters()
     ranks = {"".join(letters[byte] for byte in token): rank for token, rank in _cl100k_ranks(section).items()}
-    merges = sorted(
-        (rank, ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
-        for token, rank in ranks.items()
-        for cut in range(1, len(token))
-        if token[:cut] in ranks and token[cut:] in ranks
-    )
     named = {number: token for token, number in CL100K_SPECIAL_TOKENS.items()}
-    controls = {named.get(number, _filler(number)): number for number in range(len(ranks), CL100K_VOCAB_SIZE)}
-    pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CL100K_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    pairs = [(left, right) for *_, left, right in merges]
-    return _byte_level(ranks | controls, pairs, list(CL100K_SPECIAL_TOKENS), pre_tokenizer, ignore_merges=True)
+    others = {named.get(number) or filler(number): number for number in range(len(ranks), CL100K_VOCAB_SIZE)}
+    return by_rank(ranks, others, CL100K_SPECIAL_TOKENS, CL100K_PATTERN, ignore_merges=True)
 
 
 def _cl100k_ranks(section: Section) -> dict[bytes, int]:
@@ -282,16 +249,6 @@ def _cl100k_ranks(section: Section) -> dict[bytes, int]:
     if (found := hashlib.sha256(content).hexdigest()) != CL100K_RANKS_SHA256:
         raise DataError(f"{path} has sha256 {found}, cl100k's ranks have {CL100K_RANKS_SHA256}: get an intact copy.")
     return {b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-
-
-def _byte_letters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table).
-
-    Bytes that Latin-1 prints stand for themselves, the others for characters from U+0100 on, in order.
-    """
-    printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
 
 
 def _existing(section: Section) -> "tokenizers.Tokenizer":

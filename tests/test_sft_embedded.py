@@ -32,9 +32,10 @@ ORACLE_MODULES = (
 """Of the standard library, importable anywhere without effect."""
 
 PACKAGE = {
-    "__init__.py": '"""A package that was made for a test."""\nfrom ._inner import *\nfrom .door import Open as Opened',
+    "__init__.py": '"""A package that was made for a test."""\nfrom ._inner import *\nfrom .door import Open as Opened, Open\n'
+    "from ._inner import hidden as found",
     "_inner.py": '__all__ = ["shown"]\ndef shown():\n    """Show what the package exports."""\n'
-    'def hidden():\n    """Hide what the package does not export."""\n',
+    'def hidden():\n    """Find what the package calls otherwise."""\n',
     "door.py": "from ._inner import hidden\n"
     'class Open:\n    """Open the door of the package."""\n'
     '    @property\n    def width(self):\n        """Width of the open door in metres."""\n'
@@ -209,9 +210,10 @@ def test_names_are_those_that_users_know(tmp_path: Path, monkeypatch: pytest.Mon
     assert {entry.name: (entry.kind, entry.module, entry.answer) for entry in entries()} == {
         "made": ("module", "made", "A package that was made for a test."),
         "made.shown": ("function", "made", "Show what the package exports."),
-        "made.Opened": ("class", "made", "Open the door of the package."),
-        "made.Opened.width": ("property", "made", "Width of the open door in metres."),
-        "made.Opened.push": ("method", "made", "Push the door until it is open."),
+        "made.found": ("function", "made", "Find what the package calls otherwise."),
+        "made.Open": ("class", "made", "Open the door of the package."),
+        "made.Open.width": ("property", "made", "Width of the open door in metres."),
+        "made.Open.push": ("method", "made", "Push the door until it is open."),
     }
 
 

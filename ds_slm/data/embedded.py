@@ -55,7 +55,7 @@ _STRINGS = re.compile(rf"""#[^\n]*+|{_TRIPLE_QUOTED}|"(?:[^"\\\n]++|\\.)*+"|'(?:
 _PREFIXES = ("", "r", "R", "u", "U")
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _BULLET = re.compile(r"\s*(?:[-*•+]|\d+[.)]|\(\w\))\s+")
-_PLAIN_WORD = re.compile(r"""(?<!\S)[("'`*]*[A-Za-z]+(?:['’-][A-Za-z]+)*[,.;:!?)"'`*]*(?!\S)""")
+PLAIN_WORD = re.compile(r"""(?<!\S)[("'`*]*[A-Za-z]+(?:['’-][A-Za-z]+)*[,.;:!?)"'`*]*(?!\S)""")
 _NO_LETTERS = (string.punctuation + string.digits + string.whitespace).encode()
 
 
@@ -69,8 +69,8 @@ def embedded_documents() -> tuple[str, ...]:
 def _docstrings() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     yield from _topics(library / "pydoc_data" / "topics.py")
-    for root in [library, *filter(None, map(_package_folder, PACKAGES))]:
-        for path in _modules(root):
+    for root in [library, *filter(None, map(package_folder, PACKAGES))]:
+        for path in module_files(root):
             yield from _docstrings_of(path)
 
 
@@ -83,12 +83,14 @@ def _topics(path: Path) -> Iterator[str]:
             yield from ast.literal_eval(statement.value).values()
 
 
-def _package_folder(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
+    """Where a package's sources lie, found without importing it; None where it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _modules(root: Path) -> Iterator[Path]:
+def module_files(root: Path) -> Iterator[Path]:
+    """All Python sources under a folder in a fixed order, tests left out."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
         yield from (
@@ -165,5 +167,5 @@ def _is_prose(paragraph: str) -> bool:
         and not any(mark in paragraph for mark in CODE_MARKS)
         and sum(map(paragraph.count, SYMBOLS)) <= MAX_SYMBOLS * len(paragraph)
         and sum(map(FUNCTION_WORDS.__contains__, words)) >= MIN_FUNCTION_WORDS * len(words)
-        and len(_PLAIN_WORD.findall(paragraph)) >= MIN_PLAIN_WORDS * len(words)
+        and len(PLAIN_WORD.findall(paragraph)) >= MIN_PLAIN_WORDS * len(words)
     )

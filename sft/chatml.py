@@ -53,6 +53,8 @@ class Encoded:
     """int64 [N]."""
     trained: np.ndarray
     """bool [N]: the tokens that are targets."""
+    answers: np.ndarray
+    """bool [N]: the tokens of assistant turns, header and newline included."""
 
 
 def problem_of(messages: Any) -> str | None:
@@ -69,6 +71,8 @@ def problem_of(messages: Any) -> str | None:
             return f"unknown role {message['role'][:20]!r}"
         if not isinstance(message.get("content"), str):
             return "content that is no string"
+        if not _is_unicode(message["content"]):
+            return "content that is no valid Unicode"
         weight = message.get("weight")
         if weight is not None and weight not in (0, 1):
             return "a weight that is neither 0 nor 1"
@@ -77,6 +81,14 @@ def problem_of(messages: Any) -> str | None:
     if spoken != [("user", "assistant")[place % 2] for place in range(len(spoken))] or not spoken:
         return "turns that do not alternate"
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return False
+    return True
 
 
 class ChatML:
@@ -112,6 +124,7 @@ class ChatML:
     def _join(self, turns: Sequence[Message], contents: Sequence[Sequence[int]], mask: Mask) -> Encoded:
         ids: list[int] = []
         trained: list[bool] = []
+        in_answers: list[bool] = []
         answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
         for place, (turn, content) in enumerate(zip(turns, contents, strict=True)):
             header = self._headers[turn["role"]]
@@ -121,4 +134,5 @@ class ChatML:
             )
             around = wanted and mask in ("card", "all")
             trained += [around] * len(header) + [wanted] * (len(content) + 1) + [around] * len(self._newline)
-        return Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
+            in_answers += [place in answers and turn.get("weight") != 0] * (len(ids) - len(in_answers))
+        return Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool), np.array(in_answers, dtype=bool))

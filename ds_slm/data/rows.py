@@ -11,9 +11,10 @@ published recipes do, so `document_ids` is None here; packed rows of fine-tuning
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ from ds_slm.data.shards import Prepared
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "val_card"]
+"""What is read; `val_card` are held-out conversations counted as a published card counts them (sft)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,13 @@ class PretrainRows:
                     f"{self._steps:,} on its rows come again, in another order"
                 )
         return lines
+
+    measures: Mapping[str, Split] = MappingProxyType({"": "val"})
+    """Ways of counting the held-out loss: prefix of a value's name -> what `read` calls it."""
+
+    def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
+        """Nothing: rows of pretraining are full."""
+        return {}
 
     def row_ids(self, position: int) -> list[RowId]:
         """The rows of the step that begins at a global position."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.data.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.model.decoder import Decoder, KVCache
 
 
@@ -103,15 +103,23 @@ def _choose(
 
 
 def sampler(
-    tokenizer_folder: Path, prompts: Sequence[str], max_new_tokens: int = 48, temperature: float = 0.8
+    tokenizer_folder: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int = 48,
+    temperature: float = 0.8,
+    encode: Callable[[Tokenizer, str], list[int]] = lambda tokenizer, prompt: tokenizer.encode(prompt),
+    end_token: str | None = None,
 ) -> Callable[[nn.Module], dict[str, str]]:
     """A function that continues each prompt with a model, always with the same seed.
+
+    `encode` turns a prompt into ids; `end_token` ends a text, and stays visible in it; by default the EOS, invisible.
 
     Safe to call on every rank, also where ranks round differently: it always generates `max_new_tokens` and cuts the
     text at its end afterwards, so the number of forwards does not depend on what was sampled.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    encoded = {prompt: tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts}
+    encoded = {prompt: encode(tokenizer, prompt) or [tokenizer.eos_id] for prompt in prompts}
+    end_id = tokenizer.eos_id if end_token is None else tokenizer.token_id(end_token)
 
     def sample(model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Decoder)
@@ -119,8 +127,9 @@ def sampler(
         texts = {}
         for prompt, ids in encoded.items():
             new_ids = generate(model, ids, max_new_tokens, temperature=temperature, top_p=0.95, unused_ids=unused_ids)
-            end = new_ids.index(tokenizer.eos_id) if tokenizer.eos_id in new_ids else None
-            texts[prompt] = tokenizer.decode(new_ids[:end], skip_special=True)
+            end = new_ids.index(end_id) if end_id in new_ids else None
+            ending = end_token or "" if end is not None else ""
+            texts[prompt] = tokenizer.decode(new_ids[:end], skip_special=True) + ending
         return texts
 
     return sample

@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).parent / "library"
+SFT_LIBRARY = Path(__file__).parents[2] / "sft" / "recipes"
 
 FREE_ON_RESUME = (
     "card",
@@ -133,13 +134,15 @@ class Recipe(Section):
 
 
 def library_names() -> list[str]:
-    """Names of the recipes that ship with the package, the demo first."""
-    return sorted((path.stem for path in LIBRARY.glob("*.toml")), key=lambda name: (name != "demo", name))
+    """Names of the recipes that ship with the project, the demo first, those of fine-tuning last."""
+    tuned = {path.stem for path in SFT_LIBRARY.glob("*.toml")}
+    names = {path.stem for path in LIBRARY.glob("*.toml")} | tuned
+    return sorted(names, key=lambda name: (name in tuned, not name.startswith("demo"), name))
 
 
 def recipe_path(name_or_path: str) -> Path:
     """The recipe's file. Raises RecipeError where there is none."""
-    for path in (LIBRARY / f"{name_or_path}.toml", Path(name_or_path)):
+    for path in (LIBRARY / f"{name_or_path}.toml", SFT_LIBRARY / f"{name_or_path}.toml", Path(name_or_path)):
         if path.suffix == ".toml" and path.is_file():
             return path
     raise RecipeError(

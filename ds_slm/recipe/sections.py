@@ -273,9 +273,16 @@ class Sft(Section):
     """Supervised fine-tuning on conversations."""
 
     mask: Literal["assistant", "last", "card", "all"] = "assistant"
+    """What is trained: content and terminator of every assistant turn; of the last one alone; whole assistant turns,
+    header included, each conversation weighing 1; every token."""
     packing: bool = True
+    """Several conversations in a row, each seeing itself alone; else one padded row for each."""
     system_turns: Literal["keep", "drop"] = "keep"
+    invalid: Literal["drop", "refuse"] = "drop"
+    """Conversations with unknown roles, content that is no string or turns that do not alternate: left out and
+    counted, or an error."""
     max_rows: PositiveInt | None = None
+    """Rows of each source that are read, from its beginning."""
 
 
 class Target(Section):

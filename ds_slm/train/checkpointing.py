@@ -102,11 +102,11 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
-    other = [key for key in ("data_sha256", "tokenizer_sha256") if content[key] != identity[key]]
+    other = [key for key in identity if key != "recipe_sha256" and content.get(key) != identity[key]]
     if other:
         raise CheckpointError(
-            [f"{run}: its checkpoints have {key} {content[key]}, this data has {identity[key]}." for key in other]
-            + ["Restore the data they were trained on, or choose another --run-dir."]
+            [f"{run}: its checkpoints have {key} {content.get(key)}, this launch has {identity[key]}." for key in other]
+            + ["Restore what they were trained on, or choose another --run-dir."]
         )
     return Found(source, own if is_source else None, content)
 

@@ -7,7 +7,7 @@ one that reaches it evaluates on all held-out rows and writes done.json.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,15 @@ class RowSource(Protocol):
         """What a user may not expect of these rows, a line each."""
         ...
 
+    def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
+        """What a step's rows hold, for its record."""
+        ...
+
+    @property
+    def measures(self) -> Mapping[str, Split]:
+        """Ways of counting the held-out loss: the prefix of a value's name -> what `read` calls it."""
+        ...
+
 
 @dataclass
 class Run:
@@ -73,6 +82,8 @@ class Run:
     sample: Callable[[nn.Module], dict[str, str]]
     """Prompt -> continuation, called on every rank at each evaluation."""
     val_tokens_per_byte: float | None = None
+    evaluate_first: bool = False
+    """Whether to evaluate before the first step."""
     saved_at_step: int = -1
     evaluated_at_step: int = -1
     val_loss: float = math.inf
@@ -82,6 +93,8 @@ class Run:
 def train(run: Run) -> None:
     """Train until the recipe's last step, or `stop_at_step`."""
     every, last_step = run.recipe.run, run.recipe.train.steps
+    if run.evaluate_first and run.state.step == 0:
+        evaluate(run)
     while run.state.step < run.stop_at_step:
         take_step(run)
         step = run.state.step
@@ -111,7 +124,7 @@ def take_step(run: Run) -> None:
     run.state = state.after(
         run.rows.next_position(state.position), int(sums.count), extend_ledger(state.ledger, row_ids)
     )
-    record_step(run, sums, rate, clock.elapsed_s())
+    record_step(run, sums, rate, clock.elapsed_s(), run.rows.describe(row_ids))
 
 
 def read_share(run: Run, row_ids: list[RowId], split: Split, count: int = 0) -> list[Rows]:
@@ -155,7 +168,7 @@ def refuse_lost_step(run: Run, scale: float | None) -> None:
     run.report.say(f"step {run.state.step + 1}: overflow, loss scale now {scaler.cur_scale:g}, same rows again")
 
 
-def record_step(run: Run, sums: Sums, rate: float, step_s: float) -> None:
+def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:
     """The record of an applied step."""
     recipe, state = run.recipe, run.state
     tokens_per_s = sums.count / step_s
@@ -173,6 +186,7 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float) -> None:
         "step_s": step_s,
         "peak_memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
         "loss_scale": scaler.cur_scale if scaler else None,
+        **contents,
         "ledger": state.ledger,
     }
     run.report.record("train", state.step, values, log=state.step % recipe.run.log_every_steps == 0)
@@ -189,10 +203,12 @@ def evaluate(run: Run) -> None:
 
 def held_out(run: Run, limit: int | None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of `limit` held-out rows, or of all."""
-    sums = run.engine.evaluate(read_share(run, run.rows.val_row_ids(limit), "val"))
-    values = {"tokens": run.state.tokens, "loss": sums.loss, "perplexity": math.exp(min(sums.loss, 700.0))}
+    values: dict[str, float] = {"tokens": run.state.tokens}
+    for prefix, split in run.rows.measures.items():
+        loss = run.engine.evaluate(read_share(run, run.rows.val_row_ids(limit), split)).loss
+        values |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
     if run.val_tokens_per_byte:
-        values["bits_per_byte"] = sums.loss / math.log(2) * run.val_tokens_per_byte
+        values["bits_per_byte"] = values["loss"] / math.log(2) * run.val_tokens_per_byte
     return values
 
 

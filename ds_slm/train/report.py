@@ -24,9 +24,17 @@ TAGS = {
         "loss": "train/loss", "z_loss": "train/z_loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
         "tokens": "train/tokens", "loss_scale": "train/loss_scale", "tokens_per_s": "perf/tokens_per_s",
         "mfu": "perf/mfu", "step_s": "perf/step_s", "peak_memory_gb": "perf/peak_memory_gb",
+        "conversations": "rows/conversations", "real": "rows/real_tokens", "supervised": "rows/supervised_tokens",
+        "padded": "rows/padded_tokens",
     },
-    "val": {"loss": "val/loss", "perplexity": "val/perplexity", "bits_per_byte": "val/bits_per_byte"},
-    "eval": {"loss": "final/loss", "perplexity": "final/perplexity", "bits_per_byte": "final/bits_per_byte"},
+    "val": {
+        "loss": "val/loss", "perplexity": "val/perplexity", "bits_per_byte": "val/bits_per_byte",
+        "card_loss": "val/card_loss", "card_perplexity": "val/card_perplexity",
+    },
+    "eval": {
+        "loss": "final/loss", "perplexity": "final/perplexity", "bits_per_byte": "final/bits_per_byte",
+        "card_loss": "final/card_loss", "card_perplexity": "final/card_perplexity",
+    },
 }  # fmt: skip
 """Kind of record -> field -> TensorBoard tag."""
 

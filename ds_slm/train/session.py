@@ -8,8 +8,8 @@ left alone would keep the others waiting.
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -71,6 +71,12 @@ class Task:
     sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
     """From prepared data to a function that continues the recipe's prompts."""
     val_tokens_per_byte: Callable[[Any], float | None]
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
+    evaluate_first: bool = False
+    """Whether the weights a run begins with are worth an evaluation."""
+    begin: Callable[[nn.Module], None] = lambda model: None
+    """Gives a fresh model the weights to begin with, where not the recipe's initialisation."""
 
 
 def run(recipe: Recipe, options: Options, task: Task) -> None:
@@ -96,8 +102,9 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             "recipe_sha256": recipe.identity_sha256(),
             "data_sha256": corpus.sha256,
             "tokenizer_sha256": corpus.tokenizer_sha256,
+            **task.identity,
         }
-        _agree_on_inputs(control, identity, recipe, joined)
+        _agree_on_inputs(control, identity, recipe, joined, task)
         if max(control.gather(run_folder.finished_step(options.run_dir))) >= recipe.train.steps:
             if control.rank == 0:
                 print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
@@ -130,6 +137,8 @@ def _train(
     if control.rank == 0:
         _announce(facts, options, rows.warnings(), terminal)
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
+    if found is None:
+        task.begin(model)
     engine = engines.Engine(recipe, joined, model, control)
     state = checkpointing.load(engine, found) if found else State()
     stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
@@ -153,6 +162,7 @@ def _train(
                 peak_flops=measure.peak_flops(engine.device, engine.dtype),
                 sample=task.sample(corpus),
                 val_tokens_per_byte=task.val_tokens_per_byte(corpus),
+                evaluate_first=task.evaluate_first,
             )
         )
         control.barrier()
@@ -187,12 +197,15 @@ def _agree(control: Control, problems: list[str]) -> None:
         raise UserError([*everywhere, *elsewhere])
 
 
-def _agree_on_inputs(control: Control, identity: dict[str, str], recipe: Recipe, joined: ds_config.Joined) -> None:
+def _agree_on_inputs(
+    control: Control, identity: dict[str, str], recipe: Recipe, joined: ds_config.Joined, task: Task
+) -> None:
     """Refuse hosts that would train something else: another recipe, other data, another configuration."""
     inputs = {
         "recipe": _hash(recipe.model_dump(mode="json")),
         "data": identity["data_sha256"],
         "ds_config or batch": _hash(joined.deepspeed),
+        **{name.removesuffix("_sha256"): sha256 for name, sha256 in task.identity.items()},
     }
     problems = []
     everyone = control.gather(inputs)

@@ -1,0 +1,98 @@
+"""MODEL on a command line: a run folder, one of its checkpoints, or a Hugging Face folder, opened the same way.
+
+    path --open_model--> shape, tokenizer folder, sha256, and `read()`: fp32 tensors by name
+
+A run folder gives its newest whole checkpoint; RUN/checkpoints/best the best one, RUN/checkpoints/step-00000100 that of
+a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.errors import CheckpointError
+from ds_slm.model import hf
+from ds_slm.recipe import schema
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A trained model, not yet read."""
+
+    folder: Path
+    """The checkpoint or folder that was chosen."""
+    shape: schema.Model
+    tokenizer_folder: Path
+    sha256: str
+    """One hash of all weights."""
+    read: Callable[[], dict[str, Tensor]]
+    """Its parameters by name, fp32, a tied head once."""
+
+
+def open_model(path: Path) -> OpenModel:
+    """Find and verify a model.
+
+    Raises:
+        CheckpointError: where there is none, it is damaged, or of a shape this decoder cannot have.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: name a run folder, a checkpoint or a Hugging Face folder.")
+    if (path / "recipe.toml").is_file():
+        return _open_checkpoint(path, checkpoint_format.choose(path))
+    if (path / "config.json").is_file():
+        return _open_hf(path)
+    run = path.parents[1] if len(path.parents) > 1 else path
+    if path.parent.name == "checkpoints" and (run / "recipe.toml").is_file():
+        if path.name == "best":
+            return _open_checkpoint(run, checkpoint_format.choose(run, best=True))
+        if (path / checkpoint_format.MANIFEST).is_file():
+            step = int(path.name.removeprefix("step-"))
+            return _open_checkpoint(run, checkpoint_format.choose(run, step=step))
+    raise CheckpointError(
+        f"{path} is no model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging Face "
+        "folder (with config.json)."
+    )
+
+
+def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
+    recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
+    manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
+    sha256 = manifest["files"][checkpoint_format.MODEL]["sha256"]
+    return OpenModel(
+        checkpoint, recipe.model, run / "tokenizer", sha256, lambda: checkpoint_format.read_model(checkpoint)
+    )
+
+
+def _open_hf(folder: Path) -> OpenModel:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is no JSON ({error}): get an intact copy.") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    shape = hf.shape_from_hf(config)
+    return OpenModel(folder, shape, folder, digest.hexdigest(), lambda: _read_safetensors(files, shape))
+
+
+def _read_safetensors(files: list[Path], shape: schema.Model) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with checkpoint_format.open_tensors(path) as tensors:
+                state |= {name: tensors.get_tensor(name).to(torch.float32) for name in tensors.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors' own kind
+            raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
+    if shape.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state

@@ -1,0 +1,423 @@
+"""From conversations to rows: what `ds_slm.data` does with text, here with turns, masks and packing.
+
+    sources --> messages as JSON --form--> ids with flags --ds_slm.data.prepare--> shards, journal, manifest
+    shards  --ConversationRows--> order of an epoch --pack--> rows --read--> ids, weights, document ids
+
+A shard is a flat file of uint32: an id in the low bits and flags in the high ones. So preparing, resuming, hashing and
+checking are those of pretraining.
+
+    TRAINED      the token is a target under the recipe's mask
+    ANSWER       it belongs to an assistant turn, header and newline included: what the `card` mask trains
+    BEGIN, CUT   the first token of a conversation; of one that was truncated
+
+Order: an epoch is a seeded permutation of all conversations. Packed, windows of PACK_WINDOW conversations in that order
+are put into rows of seq_len + 1 tokens, longest first, each where it leaves the least room; unpacked, a row is one
+conversation. Both are pure functions of seed and epoch. Held-out rows are never packed and never shuffled.
+
+A conversation longer than a row is cut: its partial content stays, no terminator is invented, and one whose targets
+were all cut off is left out and counted. With the `card` mask a target weighs 1 / targets of its conversation.
+"""
+
+import json
+from bisect import bisect_left, insort
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ds_slm.data.order import RowId
+from ds_slm.data.prepare import prepare
+from ds_slm.data.rows import Rows, Split
+from ds_slm.data.shards import Prepared, Tokens
+from ds_slm.data.tokenizer import Tokenizer, load_tokenizer
+from ds_slm.data.writer import Encode, Form
+from ds_slm.errors import CheckpointError, DataError
+from ds_slm.files import replace_text
+from ds_slm.publish.models import OpenModel
+from ds_slm.recipe.schema import Recipe, Sft
+from sft import embedded
+from sft.chatml import CHAT_TEMPLATE, IM_END, ChatML, Encoded, problem_of
+
+TRAINED, BEGIN, ANSWER, CUT = (np.uint32(1 << bit) for bit in (31, 30, 29, 28))
+IDS = np.uint32((1 << 28) - 1)
+
+PACK_WINDOW = 4_096
+TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers looks for a tokenizer's chat template."""
+NO_TARGETS = "without a target"
+SCAN_TOKENS = 1 << 24
+
+
+def section(recipe: Recipe) -> Sft:
+    """The recipe's [sft]. Raises DataError where it has none."""
+    if recipe.sft is None:
+        raise DataError(f"recipe {recipe.card.name!r} has no [sft] section: pretrain it with ds_slm/pretrain.py.")
+    return recipe.sft
+
+
+def form(recipe: Recipe) -> Form:
+    """How conversations are read and encoded."""
+    settings = section(recipe)
+    deciding = settings.model_dump(mode="json", include={"mask", "system_turns", "max_rows", "invalid"})
+    return Form(
+        encode=lambda tokenizer: _encode(recipe, tokenizer),
+        embedded=lambda: [json.dumps(messages) for messages in embedded.conversations()],
+        as_json=True,
+        row_limit=settings.max_rows,
+        dtype=np.dtype("<u4"),
+        identity={"sft": {**deciding, "seq_len": recipe.data.seq_len}},
+    )
+
+
+def prepare_conversations(
+    recipe: Recipe,
+    name: str,
+    data_root: Path,
+    tokenizer_folder: Path,
+    sources: Mapping[str, Path] | None = None,
+    report: Callable[[str], None] = print,
+) -> Prepared:
+    """Conversations as shards, in the base's tokenizer; as `ds_slm.data.prepare.prepare` does it.
+
+    Raises:
+        DataError: with every problem found, a base with another tokenizer than the data were made with among them.
+    """
+    prepared = prepare(
+        recipe, name, data_root, sources, report=report, form=form(recipe), tokenizer_from=tokenizer_folder
+    )
+    ours, theirs = prepared.tokenizer_sha256, load_tokenizer(tokenizer_folder).sha256
+    if ours != theirs:
+        raise DataError(
+            f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
+            f"name the base it was made for, another --data-root, or remove the folder."
+        )
+    template = prepared.tokenizer_folder / TEMPLATE_FILE
+    if not template.is_file():
+        replace_text(template, CHAT_TEMPLATE)
+    return prepared
+
+
+def refuse_other_base(recipe: Recipe, base: OpenModel) -> None:
+    """Raise DataError where a base has another shape than the recipe, with every difference."""
+    free = {"init_std", "embedding_init_std", "scaled_residual_init"}
+    ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
+    problems = [
+        f"model.{field} is {ours[field]!r} in the recipe and {theirs[field]!r} in {base.folder}."
+        for field in ours
+        if ours[field] != theirs[field]
+    ]
+    if problems:
+        raise DataError(["--base is no model of this recipe:", *problems])
+
+
+def load_base(model: nn.Module, base: OpenModel) -> None:
+    """Give a fresh model the base's weights. Raises CheckpointError where names or shapes differ."""
+    state, expected = base.read(), dict(model.named_parameters())
+    problems = [f"{name} is missing." for name in expected.keys() - state.keys()]
+    problems += [f"{name} belongs to no part of the model." for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}."
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise CheckpointError([f"the weights in {base.folder} do not fit:", *sorted(problems)])
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(state[name])
+
+
+def tell(summary: Mapping[str, Any]) -> str:
+    """What a user should know of the conversations, in one line."""
+    train, val = summary["train"], summary["val"]
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary["dropped"].items())) or "none"
+    return (
+        f"conversations: {train['conversations']:,} to train on ({train['truncated']:,} truncated), "
+        f"{val['conversations']:,} held out; dropped: {dropped}; {summary['supervised_share']:.1%} of "
+        f"{train['tokens']:,} tokens are targets"
+    )
+
+
+def _encode(recipe: Recipe, tokenizer: Tokenizer) -> Encode:
+    settings, chatml = section(recipe), ChatML(tokenizer)
+    limit = recipe.data.seq_len + 1
+
+    def encode(texts: list[str]) -> list[np.ndarray | str]:
+        conversations = [json.loads(text) for text in texts]
+        problems = [problem_of(messages) for messages in conversations]
+        if settings.invalid == "refuse":
+            wrong = [(text, problem) for text, problem in zip(texts, problems, strict=True) if problem]
+            if wrong:
+                raise DataError(
+                    f"a conversation has {wrong[0][1]}: {wrong[0][0][:200]}; mend it, or set sft.invalid = 'drop' to "
+                    "leave such ones out and count them."
+                )
+        sound = [
+            _turns(messages, settings) for messages, problem in zip(conversations, problems, strict=True) if not problem
+        ]
+        encoded = iter(chatml.encode_batch(sound, settings.mask))
+        return [problem or flagged(next(encoded), limit) for problem in problems]
+
+    return encode
+
+
+def _turns(messages: list[dict[str, Any]], settings: Sft) -> list[dict[str, Any]]:
+    keep = settings.system_turns == "keep"
+    return [message for message in messages if keep or message["role"] != "system"]
+
+
+def flagged(conversation: Encoded, limit: int) -> np.ndarray | str:
+    """A conversation's ids with their flags, cut to `limit` tokens; or why it is left out."""
+    ids, trained, answers = (array[:limit] for array in (conversation.ids, conversation.trained, conversation.answers))
+    if not trained[1:].any():
+        return NO_TARGETS
+    flags = np.where(trained, TRAINED, 0) | np.where(answers, ANSWER, 0)
+    flags[0] |= BEGIN | (CUT if len(conversation.ids) > limit else 0)
+    return ids.astype(np.uint32) | flags.astype(np.uint32)
+
+
+class Conversations:
+    """The conversations of one split, of all sources one after the other."""
+
+    def __init__(self, sources: Sequence[Tokens]) -> None:
+        """Reads every token once, to find where conversations begin."""
+        self._sources = sources
+        begins, lengths = [], []
+        for number, tokens in enumerate(sources):
+            found = np.concatenate([_places(tokens, begin) for begin in range(0, len(tokens), SCAN_TOKENS)])
+            begins.append(np.stack([np.full_like(found, number), found]))
+            lengths.append(np.diff(found, append=len(tokens)))
+        self._begins = np.concatenate(begins, axis=1)
+        self.lengths = np.concatenate(lengths)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The flagged ids of one."""
+        source, begin = self._begins[:, number]
+        return self._sources[source][int(begin) : int(begin + self.lengths[number])]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Tokens, targets and cut conversations."""
+        totals = dict.fromkeys(("tokens", "supervised_tokens", "truncated"), 0)
+        for tokens in self._sources:
+            for begin in range(0, len(tokens), SCAN_TOKENS):
+                block = tokens[begin : begin + SCAN_TOKENS]
+                totals["tokens"] += len(block)
+                totals["supervised_tokens"] += int(np.count_nonzero(block & TRAINED))
+                totals["truncated"] += int(np.count_nonzero(block & CUT))
+        return {"conversations": len(self), **totals}
+
+    def first_unterminated(self, end_id: int) -> int | None:
+        """The first conversation in which a trained answer ends without `end_id` although it was not cut."""
+        for source, tokens in enumerate(self._sources):
+            begins = self._begins[1, self._begins[0] == source]
+            for begin in range(0, len(tokens), SCAN_TOKENS):
+                block = tokens[max(begin - 1, 0) : begin + SCAN_TOKENS + 1]
+                trained, ids = np.append(block & TRAINED, 0) != 0, block & IDS
+                ends = np.flatnonzero(trained[:-1] & ~trained[1:])
+                # `card` trains the newline behind the terminator
+                open_ends = ends[(ids[ends] != end_id) & (ids[np.maximum(ends - 1, 0)] != end_id)]
+                for place in open_ends + max(begin - 1, 0):
+                    number = int(np.searchsorted(begins, place, side="right")) - 1
+                    last = begins[number + 1] - 1 if number + 1 < len(begins) else len(tokens) - 1
+                    # the block's own last token is seen again, with what follows, in the next block
+                    is_seen_again = place == begin + SCAN_TOKENS and place != len(tokens) - 1
+                    if not is_seen_again and not (place == last and tokens[begins[number] : begins[number] + 1] & CUT):
+                        return number + int((self._begins[0] < source).sum())
+        return None
+
+
+def _places(tokens: Tokens, begin: int) -> np.ndarray:
+    return np.flatnonzero(tokens[begin : begin + SCAN_TOKENS] & BEGIN) + begin
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Items into rows of a capacity, longest first, each into the fullest row that still has room (best fit).
+
+    Returns:
+        The items of each row, in the order in which the rows were opened.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # room left, row; sorted
+    for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
+        place = bisect_left(open_rows, (lengths[item], -1))
+        if place < len(open_rows):
+            room, row = open_rows.pop(place)
+            rows[row].append(item)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([item])
+        if room > lengths[item]:
+            insort(open_rows, (room - lengths[item], row))
+    return rows
+
+
+def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A seeded permutation of range(count), another one in each epoch: the order of SplitMix64 keys."""
+    with np.errstate(over="ignore"):
+        keys = np.arange(count, dtype=np.uint64) + np.uint64(1)
+        for salt in (seed, epoch):
+            keys = _mix(keys * np.uint64(0x9E3779B97F4A7C15) + _mix(np.uint64(salt & (1 << 64) - 1) + np.uint64(1)))
+    return np.argsort(keys, kind="stable")
+
+
+def _mix(value: Any) -> Any:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+class ConversationRows:
+    """Rows of conversations, in the recipe's order: what the loop trains on."""
+
+    measures: Mapping[str, Split] = MappingProxyType({"": "val", "card_": "val_card"})
+
+    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
+        """Raises DataError where the masks cannot be right, or the recipe asks for what rows of conversations lack."""
+        self._recipe, self._sft = recipe, section(recipe)
+        self._seq_len, self._rows_per_step = recipe.data.seq_len, recipe.rows_per_step
+        self._pad_id = prepared.pad_id
+        self._splits = {
+            "train": Conversations(prepared.tokens("train")),
+            "val": Conversations(prepared.tokens("val")),
+        }
+        self._manifests = prepared.manifests
+        self._epochs: list[list[list[int]]] = []
+        if recipe.train.last_batch != "wrap":
+            raise DataError("train.last_batch: rows of conversations always run on into the next epoch, use 'wrap'.")
+        if any(source.weight != 1 for source in recipe.data.source):
+            raise DataError("data.source.weight: conversations of all sources are pooled, leave every weight at 1.")
+        check_masks(self._splits["train"], self._sft.mask, load_tokenizer(prepared.tokenizer_folder).token_id(IM_END))
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """The conversations of each row of an epoch."""
+        while len(self._epochs) <= epoch:
+            conversations = self._splits["train"]
+            order = shuffled(self._recipe.train.seed, len(self._epochs), len(conversations))
+            if not self._sft.packing:
+                self._epochs.append([[int(number)] for number in order])
+                continue
+            rows: list[list[int]] = []
+            for begin in range(0, len(order), PACK_WINDOW):
+                window = order[begin : begin + PACK_WINDOW]
+                packed = pack(conversations.lengths[window].tolist(), self._seq_len + 1)
+                # rows opened early hold the longest: put them back into the order of their earliest conversation
+                packed = sorted((sorted(row) for row in packed), key=lambda row: row[0])
+                rows += [[int(window[item]) for item in row] for row in packed]
+            self._epochs.append(rows)
+        return self._epochs[epoch]
+
+    def row_ids(self, position: int) -> list[RowId]:
+        """The rows of the step that begins at a global position."""
+        found: list[RowId] = []
+        epoch, begin = 0, 0
+        while len(found) < self._rows_per_step:
+            rows = len(self._epoch(epoch))
+            first = max(position + len(found) - begin, 0)
+            found += [RowId(0, epoch, row) for row in range(first, min(first + self._rows_per_step - len(found), rows))]
+            begin, epoch = begin + rows, epoch + 1
+        return found
+
+    def next_position(self, position: int) -> int:
+        """Where the step after the one at `position` begins."""
+        return position + self._rows_per_step
+
+    def val_row_ids(self, limit: int | None = None) -> list[RowId]:
+        """Held-out conversations, always the same ones: all of them, or `limit` spread evenly."""
+        count = len(self._splits["val"])
+        if limit is None or limit >= count:
+            return [RowId(0, 0, number) for number in range(count)]
+        return [RowId(0, 0, (2 * place + 1) * count // (2 * limit)) for place in range(limit)]
+
+    def read(self, row_ids: Sequence[RowId | None], split: Split = "train") -> Rows:
+        """The rows with these ids; None is a filler row of weight 0.
+
+        `val` is weighted as the recipe trains, but each token alike; `val_card` counts as the published card does: the
+        whole assistant segment, the mean of each conversation.
+        """
+        token_ids = np.full((len(row_ids), self._seq_len + 1), self._pad_id, dtype=np.int64)
+        weights = np.zeros((len(row_ids), self._seq_len), dtype=np.float32)
+        document_ids = np.full((len(row_ids), self._seq_len), -1, dtype=np.int32)
+        for place, row_id in enumerate(row_ids):
+            if row_id is not None:
+                numbers = self._epoch(row_id.epoch)[row_id.row] if split == "train" else [row_id.row]
+                self._fill(token_ids[place], weights[place], document_ids[place], numbers, split)
+        packed = split == "train" and self._sft.packing
+        return Rows(token_ids, weights, document_ids if packed else None)
+
+    def _fill(
+        self, token_ids: np.ndarray, weights: np.ndarray, document_ids: np.ndarray, numbers: list[int], split: str
+    ) -> None:
+        conversations = self._splits["train" if split == "train" else "val"]
+        flag = ANSWER if split == "val_card" else TRAINED
+        mean = split == "val_card" or (split == "train" and self._sft.mask == "card")
+        begin = 0
+        for document, number in enumerate(numbers):
+            tokens = conversations[number]
+            end = begin + len(tokens)
+            token_ids[begin:end] = tokens & IDS
+            document_ids[begin : min(end, self._seq_len)] = document
+            targets = (tokens[1:] & flag) != 0  # its first token is predicted by nothing of its own
+            share = 1.0 / max(int(targets.sum()), 1) if mean else 1.0
+            weights[begin : end - 1] = targets * np.float32(share)
+            begin = end
+
+    def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
+        """What a step's rows hold: conversations, real, supervised and padded tokens."""
+        conversations = self._splits["train"]
+        numbers = [number for row_id in row_ids for number in self._epoch(row_id.epoch)[row_id.row]]
+        real = int(conversations.lengths[numbers].sum())
+        supervised = sum(int(np.count_nonzero(conversations[number][1:] & TRAINED)) for number in numbers)
+        padded = len(row_ids) * (self._seq_len + 1) - real
+        return {"conversations": len(numbers), "real": real, "supervised": supervised, "padded": padded}
+
+    def warnings(self) -> list[str]:
+        """What a user may not expect of these rows, a line each."""
+        rows, steps = len(self._epoch(0)), self._recipe.train.steps
+        lines = []
+        if steps * self._rows_per_step > rows:
+            step = rows // self._rows_per_step + 1
+            lines.append(
+                f"the {rows:,} rows run out: from step {step:,} of {steps:,} on they come again, in another order"
+            )
+        return lines
+
+    def summary(self) -> dict[str, Any]:
+        """Kept, truncated and dropped conversations, and the supervised share, of both splits."""
+        dropped: dict[str, int] = {}
+        for manifest in self._manifests.values():
+            for reason, count in manifest["skipped"].items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        counts = {split: conversations.counts for split, conversations in self._splits.items()}
+        train = counts["train"]
+        return {**counts, "dropped": dropped, "supervised_share": train["supervised_tokens"] / train["tokens"]}
+
+
+def check_masks(conversations: Conversations, mask: str, end_id: int) -> None:
+    """Refuse data whose masks cannot be meant: all zero, all one, or a finished answer without its terminator.
+
+    Raises:
+        DataError: with what is wrong.
+    """
+    counts = conversations.counts
+    share = f"{counts['supervised_tokens']:,} of {counts['tokens']:,} tokens are targets"
+    if counts["supervised_tokens"] == 0:
+        raise DataError(f"sft.mask = {mask!r}: nothing is trained, {share}. Are there assistant turns?")
+    if mask == "all":
+        return
+    if counts["supervised_tokens"] >= counts["tokens"] - counts["conversations"]:
+        raise DataError(f"sft.mask = {mask!r}: everything is trained, prompts too, {share}. Use 'all' to do so.")
+    if (number := conversations.first_unterminated(end_id)) is not None:
+        raise DataError(
+            f"conversation {number}: a trained answer ends without {IM_END}: a model taught that way never stops. "
+            "Remove the prepared folder and prepare again."
+        )

@@ -1,0 +1,88 @@
+"""What DeepSpeed launches for fine-tuning: read the flags, open the base, then hand over to the loop of pretraining.
+
+deepspeed sft/train.py --recipe demo-instruct --base runs/demo
+deepspeed --hostfile hostfiles/two_node sft/train.py --recipe axiom-380m-instruct --base runs/axiom-380m
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Python puts this script's own folder first on the path, where `data` would be a top-level module.
+sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "sft")]
+# Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+from ds_slm.errors import run_program  # noqa: E402 - after the path is right
+from ds_slm.pretrain import add_training_flags, first_on_host, parse_sources  # noqa: E402
+
+
+def main() -> None:
+    """Fine-tune a base on conversations."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a base model.", allow_abbrev=False)
+    add_training_flags(parser, default_recipe="demo-instruct")
+    parser.add_argument(
+        "--base", type=Path, required=True, help="run folder, RUN/checkpoints/best, or Hugging Face folder"
+    )
+    args = parser.parse_args()
+
+    from ds_slm.cluster.hostfile import refuse_missing_hostfile
+    from ds_slm.recipe import schema
+    from sft import data
+
+    recipe = schema.load(args.recipe, args.set)
+    name = schema.recipe_path(args.recipe).stem
+    data.section(recipe)
+    sources = parse_sources(args.source)
+    refuse_missing_hostfile()
+
+    from ds_slm.publish.generate import sampler
+    from ds_slm.publish.models import open_model
+    from ds_slm.train import session
+    from sft.chatml import IM_END, ChatML
+
+    base = open_model(args.base)
+    data.refuse_other_base(recipe, base)
+
+    def report(line: str) -> None:
+        if first_on_host or "another process" not in line:
+            print(line, flush=True)
+
+    def rows(corpus: data.Prepared) -> data.ConversationRows:
+        found = data.ConversationRows(recipe, corpus)
+        if first_on_host:
+            print(data.tell(found.summary()), flush=True)
+        return found
+
+    options = session.Options(
+        run_dir=args.run_dir or Path("runs") / name,
+        ds_config=args.ds_config,
+        resume=args.resume,
+        max_steps=args.max_steps,
+        micro_batch=args.micro_batch,
+        allow_change=args.allow_change,
+    )
+    task = session.Task(
+        prepare=lambda: data.prepare_conversations(
+            recipe, name, args.data_root, base.tokenizer_folder, sources, report
+        ),
+        rows=rows,
+        sample=lambda corpus: sampler(
+            corpus.tokenizer_folder,
+            recipe.eval.prompts,
+            encode=lambda tokenizer, prompt: ChatML(tokenizer).prompt([{"role": "user", "content": prompt}]),
+            end_token=IM_END,
+        ),
+        val_tokens_per_byte=lambda corpus: None,
+        identity={"base_sha256": base.sha256},
+        evaluate_first=True,
+        begin=lambda model: data.load_base(model, base),
+    )
+    session.run(recipe, options, task)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, tell=first_on_host))

@@ -32,8 +32,8 @@ ORACLE_MODULES = (
 """Of the standard library, importable anywhere without effect."""
 
 PACKAGE = {
-    "__init__.py": '"""A package that was made for a test."""\nfrom ._inner import *\nfrom .door import Open as Opened, Open\n'
-    "from ._inner import hidden as found",
+    "__init__.py": '"""A package that was made for a test."""\nfrom ._inner import *\n'
+    "from .door import Open as Opened, Open\nfrom ._inner import hidden as found",
     "_inner.py": '__all__ = ["shown"]\ndef shown():\n    """Show what the package exports."""\n'
     'def hidden():\n    """Find what the package calls otherwise."""\n',
     "door.py": "from ._inner import hidden\n"
@@ -43,6 +43,8 @@ PACKAGE = {
     '    def _secret(self):\n        """Keep this method to the class."""\n'
     '    async def push(self):\n        """Push the door until it is open."""\n        def inner():\n'
     '            """Never to be seen by the users."""\n',
+    "deep/down/well.py": 'def dig():\n    """Dig a well that is deep enough."""\n',
+    "user.py": "from .deep.down.well import dig\n",
     "tests/helper.py": 'def helper():\n    """Help the tests of the package along."""\n',
     "test_door.py": 'def helper():\n    """Help the tests of the door along."""\n',
     "broken.py": 'def (:\n    """Not a function that can be parsed."""\n',
@@ -211,6 +213,7 @@ def test_names_are_those_that_users_know(tmp_path: Path, monkeypatch: pytest.Mon
         "made": ("module", "made", "A package that was made for a test."),
         "made.shown": ("function", "made", "Show what the package exports."),
         "made.found": ("function", "made", "Find what the package calls otherwise."),
+        "made.deep.down.well.dig": ("function", "made.deep.down.well", "Dig a well that is deep enough."),
         "made.Open": ("class", "made", "Open the door of the package."),
         "made.Open.width": ("property", "made", "Width of the open door in metres."),
         "made.Open.push": ("method", "made", "Push the door until it is open."),

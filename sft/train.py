@@ -39,10 +39,11 @@ def main() -> None:
     sources = parse_sources(args.source)
     refuse_missing_hostfile()
 
+    from ds_slm.data.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
     from ds_slm.publish.models import open_model
     from ds_slm.train import session
-    from sft.chatml import IM_END, ChatML
+    from sft.chatml import ChatML
 
     base = open_model(args.base)
     data.refuse_other_base(recipe, base)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.errors import CheckpointError
 from ds_slm.model import hf
+from ds_slm.publish.export import refuse_other_shape
 from ds_slm.recipe import schema
 
 
@@ -58,6 +59,28 @@ def open_model(path: Path) -> OpenModel:
         f"{path} is no model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging Face "
         "folder (with config.json)."
     )
+
+
+def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
+    """Raise CheckpointError where a model to begin with has another shape than the recipe, with every difference."""
+    free = {"init_std", "embedding_init_std", "scaled_residual_init"}
+    ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
+    problems = [
+        f"model.{field} is {ours[field]!r} in the recipe and {theirs[field]!r} in {base.folder}."
+        for field in ours
+        if ours[field] != theirs[field]
+    ]
+    if problems:
+        raise CheckpointError(["--base is no model of this recipe:", *problems])
+
+
+def load_into(model: nn.Module, base: OpenModel) -> None:
+    """Give a fresh model a base's weights. Raises CheckpointError where names or shapes differ."""
+    state = base.read()
+    refuse_other_shape(state, base.shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
 
 
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import hf
 from ds_slm.publish.export import refuse_other_shape
@@ -104,6 +105,10 @@ def _open_hf(folder: Path) -> OpenModel:
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    if (trained_with := config.get("tokenizer_sha256")) and trained_with != (found := load_tokenizer(folder).sha256):
+        raise CheckpointError(
+            f"{folder} was trained with the tokenizer {trained_with}, the one in it is {found}: get an intact copy."
+        )
     shape = hf.shape_from_hf(config)
     return OpenModel(folder, shape, folder, digest.hexdigest(), lambda: _read_safetensors(files, shape))
 

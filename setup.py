@@ -30,7 +30,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["ds_slm", "ds_slm.*"]),
+    packages=find_packages(include=["ds_slm", "ds_slm.*", "sft"]),
     package_data={"ds_slm.recipe": ["library/*.toml"]},
     entry_points={"console_scripts": ["ds-slm = ds_slm.cli.main:run"]},
     install_requires=[

@@ -60,11 +60,16 @@ def parse_sources(pairs: list[str]) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
 
 
-def main() -> None:
-    """Pretrain a recipe."""
+def parser() -> argparse.ArgumentParser:
+    """Every flag of this program."""
     parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a recipe.", allow_abbrev=False)
     add_training_flags(parser, default_recipe="demo")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Pretrain a recipe."""
+    args = parser().parse_args()
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.data.prepare import prepare

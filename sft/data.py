@@ -263,6 +263,11 @@ class ConversationRows:
             raise DataError("data.source.weight: conversations of all sources are pooled, leave every weight at 1.")
         check_masks(self._splits["train"], self._sft.mask, load_tokenizer(prepared.tokenizer_folder).token_id(IM_END))
 
+    @property
+    def training(self) -> Conversations:
+        """The conversations of the training split."""
+        return self._splits["train"]
+
     def _epoch(self, epoch: int) -> list[list[int]]:
         """The conversations of each row of an epoch."""
         while len(self._epochs) <= epoch:

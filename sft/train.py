@@ -20,14 +20,19 @@ from ds_slm.errors import run_program  # noqa: E402 - after the path is right
 from ds_slm.pretrain import add_training_flags, first_on_host, parse_sources  # noqa: E402
 
 
-def main() -> None:
-    """Fine-tune a base on conversations."""
+def parser() -> argparse.ArgumentParser:
+    """Every flag of this program."""
     parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a base model.", allow_abbrev=False)
     add_training_flags(parser, default_recipe="demo-instruct")
     parser.add_argument(
         "--base", type=Path, required=True, help="run folder, RUN/checkpoints/best, or Hugging Face folder"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Fine-tune a base on conversations."""
+    args = parser().parse_args()
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.recipe import schema

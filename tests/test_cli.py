@@ -42,7 +42,9 @@ def test_help_lists_the_verbs_that_exist() -> None:
     done = ds_slm("--help")
     assert done.returncode == 0
     commands = done.stdout.partition("Commands:")[2].split("\n")
-    assert [line.split()[0] for line in commands if line.strip()] == ["recipes", "plan", "prepare", "verify", "export"]
+    assert [line.split()[0] for line in commands if line.strip()] == [
+        *("recipes", "plan", "prepare", "train", "sft", "verify", "export")
+    ]
 
 
 def test_light_verbs_import_nothing_heavy() -> None:

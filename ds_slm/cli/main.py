@@ -7,13 +7,17 @@ Each verb imports what it needs itself, so that `--help`, `recipes` and `plan` s
 code 2.
 """
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ds_slm.errors import CheckpointError, ConfigError, DataError, run_program
+from ds_slm.errors import CheckpointError, ConfigError, DataError, TrainingError, run_program
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
 
 app = typer.Typer(
     name="ds-slm",
@@ -29,7 +33,11 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name in the l
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override the recipe.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DataRoot = Annotated[Path, typer.Option(help="Where prepared data lies or goes.")]
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+Hostfile = Annotated[Path | None, typer.Option(help="Train on the hosts of this file.")]
+Devices = Annotated[int | None, typer.Option(min=1, help="Train on this many devices of this machine.")]
+CHECKOUT = Path(__file__).parents[2]
+DS_CONFIGS = CHECKOUT / "ds_configs"
+PASS_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def run() -> None:
@@ -150,6 +158,109 @@ def prepare(
         print(
             "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}".format(**summary)
         )
+
+
+@app.command(context_settings=PASS_FLAGS_ON)
+def train(context: typer.Context, name: RecipeName, hostfile: Hostfile = None, devices: Devices = None) -> None:
+    """Pretrain, as `deepspeed ds_slm/pretrain.py` does. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
+    from ds_slm import pretrain
+
+    _launch(CHECKOUT / "ds_slm" / "pretrain.py", pretrain.parser(), name, context.args, hostfile, devices)
+
+
+@app.command("sft", context_settings=PASS_FLAGS_ON)
+def fine_tune(
+    context: typer.Context,
+    name: RecipeName,
+    base: Annotated[Path, typer.Option(metavar="MODEL", help="Run folder, checkpoint or Hugging Face folder.")],
+    hostfile: Hostfile = None,
+    devices: Devices = None,
+    preview: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Show the masks of N conversations; train nothing.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="With --preview: print the id of every token.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --preview: its HTML.  [default: preview-RECIPE.html]")
+    ] = None,
+) -> None:
+    """Fine-tune, as `deepspeed sft/train.py` does. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
+    from sft import train as program
+
+    arguments = ["--base", str(base), *context.args]
+    if preview is not None:
+        _preview(_flags(program.parser(), name, arguments), preview, ids, out)
+    elif ids or out:
+        raise ConfigError("--ids and --out belong to --preview N: add it, or leave them out.")
+    else:
+        _launch(CHECKOUT / "sft" / "train.py", program.parser(), name, arguments, hostfile, devices)
+
+
+def _flags(parser: "ArgumentParser", name: str, arguments: list[str]) -> "Namespace":
+    """The flags of a program that will be launched, so that a mistake in them is told at once."""
+    from ds_slm.cluster import launch
+
+    args = parser.parse_args(["--recipe", name, *launch.split(arguments)[1]])
+    if args.recipe != name:
+        raise ConfigError(f"the recipe is named twice, {name} and {args.recipe}: leave out --recipe.")
+    return args
+
+
+def _launch(
+    script: Path,
+    parser: "ArgumentParser",
+    name: str,
+    arguments: list[str],
+    hostfile: Path | None,
+    devices: int | None,
+) -> None:
+    """Run a training program under DeepSpeed, and end with its exit code."""
+    from ds_slm.cluster import launch
+    from ds_slm.recipe import schema
+
+    args = _flags(parser, name, arguments)
+    schema.load(name, args.set)
+    launchers, scripts = launch.split(arguments)
+    cpu_ranks = None
+    if hostfile is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            cpu_ranks = devices = devices or 1
+    command = launch.command(script, ["--recipe", name, *scripts], hostfile, devices, launchers)
+    code = launch.run(command, launch.environment(os.environ, cpu_ranks))
+    run_folder = args.run_dir or Path("runs") / schema.recipe_path(name).stem
+    if code == 0 and hostfile is None and args.max_steps is None and not (run_folder / "done.json").is_file():
+        raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
+    raise typer.Exit(code)
+
+
+def _preview(args: "Namespace", count: int, with_ids: bool, out: Path | None) -> None:
+    """The masks of some conversations, in the terminal and as HTML."""
+    from rich.console import Console
+
+    from ds_slm.files import replace_text
+    from ds_slm.pretrain import parse_sources
+    from ds_slm.publish.models import open_model
+    from ds_slm.recipe import schema
+    from sft import data, preview
+
+    recipe, stem = schema.load(args.recipe, args.set), schema.recipe_path(args.recipe).stem
+    data.section(recipe)
+    sources, out = parse_sources(args.source), out or Path(f"preview-{stem}.html")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
+    base = open_model(args.base)
+    data.refuse_other_base(recipe, base)
+    prepared = data.prepare_conversations(recipe, stem, args.data_root, base.tokenizer_folder, sources)
+    shown, summary = preview.read_shown(recipe, prepared, count)
+    console = Console(highlight=False)
+    for one in shown:
+        console.print(f"\nconversation {one.number:,}: {one.counts}", style="bold")
+        plain = console.color_system is None or console.no_color
+        console.print(preview.as_text(one, with_ids, with_marks=plain), soft_wrap=True, end="")
+    print(f"\n{data.tell(summary)}")
+    replace_text(out, preview.as_html(stem, shown, summary, with_ids))
+    print(f"written: {out}")
 
 
 @app.command("verify")

@@ -1,0 +1,112 @@
+"""A launch as a child of this process: the same command line that a user would type.
+
+    script, its flags, where --command--> deepspeed [DeepSpeed's flags] script [the script's flags] --run--> exit code
+
+Flags that DeepSpeed's launcher knows (`--force_multi`, `--master_port N`) are told from the script's by their names.
+Where this machine has no CUDA device and no hostfile names others, the ranks run on its CPU and share its cores.
+
+Known gaps: nothing is restarted, and a run that hangs is waited for.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from ds_slm.cluster.hostfile import RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_hostfile
+from ds_slm.errors import EXIT_FAILURE, ConfigError
+
+_VALUE_OPTIONS = {name for names in RUNNER_VALUE_OPTIONS for name in names}
+_FLAGS = {name for names in RUNNER_FLAGS for name in names}
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """DeepSpeed's own flags, and the script's."""
+    launcher: list[str] = []
+    script: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        name, equals, _ = argument.partition("=")
+        if name in _VALUE_OPTIONS:
+            launcher += [argument] if equals else [argument, *(value for value in [next(left, None)] if value)]
+        else:
+            (launcher if name in _FLAGS else script).append(argument)
+    return launcher, script
+
+
+def command(
+    script: Path,
+    arguments: Sequence[str],
+    hostfile: Path | None = None,
+    devices: int | None = None,
+    launcher: Sequence[str] = (),
+) -> list[str]:
+    """The command line of a launch.
+
+    Args:
+        script: what every rank runs.
+        arguments: its flags.
+        hostfile: the hosts; None for this machine alone.
+        devices: ranks on this machine; None for one on each device there is.
+        launcher: further flags of DeepSpeed's.
+
+    Raises:
+        ConfigError: both a hostfile and a number of devices.
+        HostfileError: a hostfile that is missing or malformed.
+    """
+    if hostfile is not None and devices is not None:
+        raise ConfigError("--hostfile already says how many devices each host has: leave out --devices.")
+    where = []
+    if hostfile is not None:
+        parse_hostfile(hostfile)
+        where = ["--hostfile", str(hostfile)]
+    elif devices is not None:
+        where = ["--num_accelerators", str(devices)]
+    return ["deepspeed", *where, *launcher, str(script), *arguments]
+
+
+def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str, str]:
+    """What a launch finds in its environment: this interpreter's programs first; `cpu_ranks` None where it has GPUs."""
+    found = {**inherited, "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])}
+    if cpu_ranks:
+        found["DS_ACCELERATOR"] = "cpu"
+        found.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // cpu_ranks, 1)))
+    return found
+
+
+def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run a launch to its end; returns its exit code, 1 where a signal ended it.
+
+    SIGTERM goes on to the launch. Of SIGINT a terminal tells every process itself.
+
+    Raises:
+        ConfigError: there is no such program.
+    """
+    program = shutil.which(command[0], path=environ.get("PATH"))
+    if program is None:
+        raise ConfigError(f"there is no {command[0]!r} on the PATH: install the project with `make setup`.")
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    child = subprocess.Popen([program, *command[1:]], env=environ)
+    try:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: _terminate(child.pid))
+        code = child.wait()
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else EXIT_FAILURE
+
+
+def _terminate(pid: int) -> None:
+    """On one host DeepSpeed's runner dies of SIGTERM without telling the launcher below it, which ends the ranks."""
+    try:
+        runner = psutil.Process(pid)
+        for process in [*runner.children(), runner]:
+            process.terminate()
+    except psutil.NoSuchProcess:
+        pass

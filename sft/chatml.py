@@ -22,13 +22,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ds_slm.data.tokenizer import Tokenizer
+from ds_slm.data.tokenizer import IM_END, IM_START, Tokenizer
 
 Mask = Literal["assistant", "last", "card", "all"]
 Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

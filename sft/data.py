@@ -27,28 +27,23 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from ds_slm.data.order import RowId
 from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import Rows, Split
 from ds_slm.data.shards import Prepared, Tokens
-from ds_slm.data.tokenizer import Tokenizer, load_tokenizer
+from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
 from ds_slm.data.writer import Encode, Form
-from ds_slm.errors import CheckpointError, DataError
+from ds_slm.errors import DataError
 from ds_slm.files import replace_text
-from ds_slm.publish.models import OpenModel
 from ds_slm.recipe.schema import Recipe, Sft
 from sft import embedded
-from sft.chatml import CHAT_TEMPLATE, IM_END, ChatML, Encoded, problem_of
+from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
 
 TRAINED, BEGIN, ANSWER, CUT = (np.uint32(1 << bit) for bit in (31, 30, 29, 28))
 IDS = np.uint32((1 << 28) - 1)
 
 PACK_WINDOW = 4_096
-TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers looks for a tokenizer's chat template."""
 NO_TARGETS = "without a target"
 SCAN_TOKENS = 1 << 24
 
@@ -96,40 +91,10 @@ def prepare_conversations(
             f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
             f"name the base it was made for, another --data-root, or remove the folder."
         )
-    template = prepared.tokenizer_folder / TEMPLATE_FILE
+    template = prepared.tokenizer_folder / CHAT_TEMPLATE_FILE
     if not template.is_file():
         replace_text(template, CHAT_TEMPLATE)
     return prepared
-
-
-def refuse_other_base(recipe: Recipe, base: OpenModel) -> None:
-    """Raise DataError where a base has another shape than the recipe, with every difference."""
-    free = {"init_std", "embedding_init_std", "scaled_residual_init"}
-    ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
-    problems = [
-        f"model.{field} is {ours[field]!r} in the recipe and {theirs[field]!r} in {base.folder}."
-        for field in ours
-        if ours[field] != theirs[field]
-    ]
-    if problems:
-        raise DataError(["--base is no model of this recipe:", *problems])
-
-
-def load_base(model: nn.Module, base: OpenModel) -> None:
-    """Give a fresh model the base's weights. Raises CheckpointError where names or shapes differ."""
-    state, expected = base.read(), dict(model.named_parameters())
-    problems = [f"{name} is missing." for name in expected.keys() - state.keys()]
-    problems += [f"{name} belongs to no part of the model." for name in state.keys() - expected.keys()]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}."
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise CheckpointError([f"the weights in {base.folder} do not fit:", *sorted(problems)])
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(state[name])
 
 
 def tell(summary: Mapping[str, Any]) -> str:

@@ -124,6 +124,11 @@ def prepare(
     from ds_slm.recipe import schema
 
     recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
+    if recipe.sft is not None:
+        raise DataError(
+            f"recipe {name!r} fine-tunes a base, in whose tokenizer its conversations are prepared: ds-slm sft {name} "
+            "--base MODEL --preview 5 does that."
+        )
     sources = parse_sources(source)
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)

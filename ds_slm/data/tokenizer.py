@@ -34,13 +34,17 @@ if TYPE_CHECKING:
     import tokenizers
 
 CL100K_RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+"""ChatML's control tokens: around every turn of a conversation."""
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers looks for a tokenizer's chat template."""
 CL100K_SPECIAL_TOKENS = {
     "<|endoftext|>": 100257,
     "<|fim_prefix|>": 100258,
     "<|fim_middle|>": 100259,
     "<|fim_suffix|>": 100260,
-    "<|im_start|>": 100264,
-    "<|im_end|>": 100265,
+    IM_START: 100264,
+    IM_END: 100265,
     "<|endofprompt|>": 100276,
 }
 CL100K_VOCAB_SIZE = 100277

@@ -3,7 +3,7 @@
     run folder --> checkpoint --> fp32 tensors by name --> .OUT.tmp-PID/ --> every file fsynced --> renamed to OUT
 
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md if a card is given
-    modeling_exclusive.py where the model has exclusive attention
+    modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
 
 config.json has the tokenizer's hash, generation_config.json the ids that stand for nothing, never to be generated.
 A tied head is stored once, as the embedding, so that transformers counts as many parameters as the recipe.
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.data.identity import MANIFEST
+from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.files import fsync
 from ds_slm.model import hf
@@ -89,7 +90,7 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is not an empty folder: name another one, or delete it.")
-    _refuse_other_shape(state, shape)
+    refuse_other_shape(state, shape)
     tokenizer = load_tokenizer(tokenizer_folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise CheckpointError(
@@ -98,18 +99,22 @@ def export(
         )
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     unused_ids = tokenizer.unused_ids(shape.vocab_size)
-    suppressed = {"suppress_tokens": unused_ids} if unused_ids else {}
+    generation: dict[str, Any] = hf.generation_config(**ids)
+    if unused_ids:
+        generation["suppress_tokens"] = unused_ids
+    if (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file():  # an assistant: a turn's end ends the answer as well
+        generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         for path in tokenizer_folder.iterdir():
-            if path.is_file() and not path.name.startswith("."):
+            if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
         config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
         _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", hf.generation_config(**ids) | suppressed)
+        _write_json(folder / "generation_config.json", generation)
         if shape.exclusive_attention:
             shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
         if card_text is not None:
@@ -125,7 +130,8 @@ def export(
     return sum(tensor.numel() for tensor in state.values())
 
 
-def _refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:
+def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:
+    """Raise CheckpointError where names or shapes of parameters are not the model's, with every one that is not."""
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in Decoder(shape).named_parameters()}
     problems = [f"{name} is missing." for name in expected.keys() - state.keys()]

@@ -63,6 +63,7 @@ setup(
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "ruff>=0.12",
+            "trl>=1.16,<2",  # an oracle of the labels
             "xxhash>=3",
         ],
     },

@@ -57,6 +57,7 @@ setup(
         "typer>=0.16,<1",
     ],
     extras_require={
+        "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
         "dev": [
             "hypothesis>=6.120",
             "pyright[nodejs]>=1.1.400",

@@ -49,6 +49,11 @@ class Run:
     """A token that no text gives."""
     pieces: list[Piece]
 
+    @property
+    def text(self) -> str:
+        """That of all pieces."""
+        return "".join(text for text, _ in self.pieces)
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -119,18 +124,19 @@ def visible(text: str) -> str:
 def as_text(shown: Shown, with_ids: bool = False, with_marks: bool = False) -> Text:
     """For a terminal. `with_marks` puts what is trained into brackets, where there are no colours."""
     line = Text()
-    for run in shown.runs:
+    marked = False
+    for run in [*shown.runs, Run(False, False, [])]:
         style = (TRAINED_STYLE if run.trained else MASKED_STYLE) + (" reverse" if run.control else "")
-        before, behind = TRAINED_MARKS if run.trained and with_marks else ("", "")
-        line.append(before)
-        for text, ids in run.pieces:
+        if with_marks and run.trained != marked:
+            line.append(TRAINED_MARKS[marked])
+            marked = run.trained
+        for text, ids in run.pieces if with_ids else [(run.text, [])]:
             body, end = _body_and_line_end(text.replace("\n", "⏎\n"), with_ids)
             line.append(visible(body), style)
             if with_ids:
                 line.append(f"⟨{' '.join(map(str, ids))}⟩", ID_STYLE)
             line.append(end)
-        line.append(behind)
-    return line
+    return line if line.plain.endswith("\n") else line.append("\n")
 
 
 def as_html(recipe_name: str, shown: Sequence[Shown], summary: Mapping[str, Any], with_ids: bool = False) -> str:
@@ -147,7 +153,7 @@ def as_html(recipe_name: str, shown: Sequence[Shown], summary: Mapping[str, Any]
 def _run_html(run: Run, with_ids: bool) -> str:
     tag, kind = "mark" if run.trained else "span", ' class="control"' if run.control else ""
     if not with_ids:
-        return f"<{tag}{kind}>{_escaped(''.join(text for text, _ in run.pieces))}</{tag}>"
+        return f"<{tag}{kind}>{_escaped(run.text)}</{tag}>"
     body = ""
     for text, ids in run.pieces:
         inside, end = _body_and_line_end(_escaped(text), with_ids)

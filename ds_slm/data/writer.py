@@ -212,9 +212,11 @@ def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch
 def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:
     """What the manifest says. Raises DataError where one of the two splits would be empty."""
     if empty := [split for split in SPLITS if not shards.tokens(split)]:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(shards.totals.skipped.items()))
         raise DataError(
-            f"source {name!r}: nothing is left for {' and '.join(empty)}; it needs more text, or another "
-            f"data.val_fraction than {data.val_fraction}."
+            f"source {name!r}: nothing is left for {' and '.join(empty)}"
+            f"{f' (skipped: {skipped})' if skipped else ''}; it needs more text, or another data.val_fraction than "
+            f"{data.val_fraction}."
         )
     totals = shards.totals
     return {

@@ -260,7 +260,7 @@ def test_a_mean_of_means_would_be_found(folder: Path) -> None:
 def test_overfitted_answers_come_back_and_end(tmp_path: Path) -> None:
     """Oracle: the eight conversations themselves: every answer word for word, then <|im_end|>, greedily."""
     path = tmp_path / "made.jsonl"
-    recipe = conversations.recipe(path, "sft.packing=true", "data.val_fraction=0.3")
+    recipe = conversations.recipe(path, "sft.packing=true", "data.val_fraction=0.3", "train.global_batch_tokens=512")
     chatml, split = ChatML(conversations.tokenizer()), {"train": [], "val": []}
     for talk in conversations.made(60, seed=4, longest=2):
         if len(chatml.encode(talk).ids) <= 129 and talk[-1]["role"] == "assistant":
@@ -273,7 +273,7 @@ def test_overfitted_answers_come_back_and_end(tmp_path: Path) -> None:
     model = decoder.build(shape, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     position = 0
-    for _ in range(150):
+    for _ in range(120):
         batch = rows.read(rows.row_ids(position))
         position = rows.next_position(position)
         ids, documents = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.document_ids)

@@ -19,7 +19,6 @@ were all cut off is left out and counted. With the `card` mask a target weighs 1
 """
 
 import json
-from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +38,7 @@ from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
 from sft import embedded
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
+from sft.packing import pack, shuffled
 
 TRAINED, BEGIN, ANSWER, CUT = (np.uint32(1 << bit) for bit in (31, 30, 29, 28))
 IDS = np.uint32((1 << 28) - 1)
@@ -211,42 +211,6 @@ class Conversations:
 
 def _places(tokens: Tokens, begin: int) -> np.ndarray:
     return np.flatnonzero(tokens[begin : begin + SCAN_TOKENS] & BEGIN) + begin
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items into rows of a capacity, longest first, each into the fullest row that still has room (best fit).
-
-    Returns:
-        The items of each row, in the order in which the rows were opened.
-    """
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # room left, row; sorted
-    for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-        place = bisect_left(open_rows, (lengths[item], -1))
-        if place < len(open_rows):
-            room, row = open_rows.pop(place)
-            rows[row].append(item)
-        else:
-            room, row = capacity, len(rows)
-            rows.append([item])
-        if room > lengths[item]:
-            insort(open_rows, (room - lengths[item], row))
-    return rows
-
-
-def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A seeded permutation of range(count), another one in each epoch: the order of SplitMix64 keys."""
-    with np.errstate(over="ignore"):
-        keys = np.arange(count, dtype=np.uint64) + np.uint64(1)
-        for salt in (seed, epoch):
-            keys = _mix(keys * np.uint64(0x9E3779B97F4A7C15) + _mix(np.uint64(salt & (1 << 64) - 1) + np.uint64(1)))
-    return np.argsort(keys, kind="stable")
-
-
-def _mix(value: Any) -> Any:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 class ConversationRows:

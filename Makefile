@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IN_VENV := env PATH="$(CURDIR)/.venv/bin:$$PATH"
+LAUNCH := sh -c 'if $$0 -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then exec deepspeed --quiet "$$@"; \
+	else DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 exec deepspeed --quiet --num_accelerators 2 "$$@"; fi' python
 CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
@@ -52,14 +55,15 @@ cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh
 		"apt-get install pdsh openssh-client openssh-server iproute2" >&2; exit 2; }
 	$(IN_VENV) pytest tests/cluster
 
-demo: .venv/.installed  ## an empty machine -> data, a trained model, its export and a report
+demo: .venv/.installed  ## an empty machine -> data, a trained model, an assistant made of it, exports, reports
 	$(IN_VENV) ds-slm prepare demo
-	if $(IN_VENV) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-		then $(IN_VENV) deepspeed --quiet ds_slm/pretrain.py; \
-		else $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --quiet --num_accelerators 2 ds_slm/pretrain.py; fi
-	rm -rf exports/demo
+	$(IN_VENV) $(LAUNCH) ds_slm/pretrain.py
+	rm -rf exports/demo exports/demo-instruct
 	$(IN_VENV) ds-slm export runs/demo --out exports/demo
 	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo
+	$(IN_VENV) $(LAUNCH) sft/train.py --recipe demo-instruct --base runs/demo
+	$(IN_VENV) ds-slm export runs/demo-instruct --out exports/demo-instruct
+	$(IN_VENV) python benchmarks/demo_answers.py runs/demo-instruct exports/demo-instruct
 
 clean:  ## remove .venv and caches; data, runs and exports stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -57,12 +57,14 @@ setup(
         "typer>=0.16,<1",
     ],
     extras_require={
+        "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
         "dev": [
             "hypothesis>=6.120",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "ruff>=0.12",
+            "trl>=1.16,<2",  # an oracle of the labels
             "xxhash>=3",
         ],
     },

@@ -17,7 +17,7 @@ sys.path[:] = [str(PACKAGE.parent), *(entry for entry in sys.path if Path(entry 
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-from ds_slm.errors import DataError, run_program  # noqa: E402 - after the path is right
+from ds_slm.errors import DataError, RecipeError, run_program  # noqa: E402 - after the path is right
 
 first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -77,6 +77,10 @@ def main() -> None:
 
     recipe = schema.load(args.recipe, args.set)
     name = schema.recipe_path(args.recipe).stem
+    if recipe.sft is not None:
+        raise RecipeError(
+            f"recipe {args.recipe!r} fine-tunes a base: launch sft/train.py --recipe {name} --base MODEL."
+        )
     sources = parse_sources(args.source)
     refuse_missing_hostfile()
 

@@ -27,8 +27,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from ds_slm.data.order import RowId
 from ds_slm.data.prepare import prepare
@@ -38,8 +36,6 @@ from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_to
 from ds_slm.data.writer import Encode, Form
 from ds_slm.errors import DataError
 from ds_slm.files import replace_text
-from ds_slm.publish.export import refuse_other_shape
-from ds_slm.publish.models import OpenModel
 from ds_slm.recipe.schema import Recipe, Sft
 from sft import embedded
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
@@ -99,28 +95,6 @@ def prepare_conversations(
     if not template.is_file():
         replace_text(template, CHAT_TEMPLATE)
     return prepared
-
-
-def refuse_other_base(recipe: Recipe, base: OpenModel) -> None:
-    """Raise DataError where a base has another shape than the recipe, with every difference."""
-    free = {"init_std", "embedding_init_std", "scaled_residual_init"}
-    ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
-    problems = [
-        f"model.{field} is {ours[field]!r} in the recipe and {theirs[field]!r} in {base.folder}."
-        for field in ours
-        if ours[field] != theirs[field]
-    ]
-    if problems:
-        raise DataError(["--base is no model of this recipe:", *problems])
-
-
-def load_base(model: nn.Module, base: OpenModel) -> None:
-    """Give a fresh model the base's weights. Raises CheckpointError where names or shapes differ."""
-    state = base.read()
-    refuse_other_shape(state, base.shape)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
 
 
 def tell(summary: Mapping[str, Any]) -> str:

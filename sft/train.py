@@ -46,12 +46,12 @@ def main() -> None:
 
     from ds_slm.data.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
-    from ds_slm.publish.models import open_model
+    from ds_slm.publish.models import load_into, open_model, refuse_other_base
     from ds_slm.train import session
     from sft.chatml import ChatML
 
     base = open_model(args.base)
-    data.refuse_other_base(recipe, base)
+    refuse_other_base(recipe, base)
 
     def report(line: str) -> None:
         if first_on_host or "another process" not in line:
@@ -85,7 +85,7 @@ def main() -> None:
         val_tokens_per_byte=lambda corpus: None,
         identity={"base_sha256": base.sha256},
         evaluate_first=True,
-        begin=lambda model: data.load_base(model, base),
+        begin=lambda model: load_into(model, base),
     )
     session.run(recipe, options, task)
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,13 +151,15 @@ def test_a_damaged_shard_is_refused(finished: Path, recipe: Path, tmp_path: Path
 
 
 def test_ids_beyond_the_vocabulary_are_refused(finished: Path, recipe: Path, tmp_path: Path) -> None:
-    """The shard and the position are named."""
-    import shutil
-
+    """The shard and the position are named; where its time of change gives it away, before any row is read."""
     shutil.copytree(finished.parents[1] / "data", tmp_path / "data")
     shard = tmp_path / "data" / "tiny" / "generated" / "train-00000.bin"
+    times_ns = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
     shard.write_bytes(b"\xff\xff" * (shard.stat().st_size // 2))
+    os.utime(shard, ns=times_ns)  # bits that change by themselves
     refused(pretrain(recipe, tmp_path, "--data-root", tmp_path / "data"), "train-00000.bin", "65535", "position")
+    os.utime(shard)
+    refused(pretrain(recipe, tmp_path, "--data-root", tmp_path / "data"), "train-00000.bin was changed")
 
 
 MISTAKES = {
@@ -200,3 +204,12 @@ def test_a_precision_the_device_lacks_is_refused(recipe: Path, tmp_path: Path) -
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         pytest.skip("this CPU multiplies fp16")
     refused(pretrain(recipe, tmp_path, "--set", "train.precision=fp16"), "fp16", "train.precision=bf16")
+
+
+def test_a_recipe_of_fine_tuning_is_refused(tmp_path: Path) -> None:
+    """Oracle: exit code 2 and the program that is meant, before anything is prepared."""
+    command = [str(runs.BIN / "python"), str(runs.ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo-instruct"]
+    done = runs.run(command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "launch sft/train.py --recipe demo-instruct --base MODEL" in done.stderr
+    assert not list(tmp_path.iterdir())

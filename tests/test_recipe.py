@@ -66,8 +66,8 @@ def example(*overrides: str) -> schema.Recipe:
 
 
 def test_library_names() -> None:
-    """Oracle: the six recipes the project promises."""
-    assert tuple(schema.library_names()) == LIBRARY
+    """Oracle: the six recipes the project promises, then those of fine-tuning."""
+    assert tuple(schema.library_names()) == (*LIBRARY, "demo-instruct", "axiom-380m-instruct", "smol-smoltalk-packed")
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -259,7 +259,7 @@ def test_changes_on_resume() -> None:
     free = ["train.steps=200", "schedule.decay_start_step=170", "run.keep_last=9", "optimizer.name=adamw"]
     assert schema.refused_changes(old, example(*free), allow_change=False) == []
     new = example("optimizer.lr=1e-3", "train.seed=1", "data.source.0.weight=2", "sft.mask=card")
-    sft = {"sft.mask", "sft.packing", "sft.system_turns"}
+    sft = {"sft.mask", "sft.packing", "sft.system_turns", "sft.invalid"}
     assert set(schema.changes(old, new)) == {"optimizer.lr", "train.seed", "data.source", *sft}
     refused = "\n".join(schema.refused_changes(old, new, allow_change=False))
     assert "optimizer.lr was 0.004 and is now 0.001 (--allow-change permits it)." in refused

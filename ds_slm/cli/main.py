@@ -132,6 +132,11 @@ def prepare(
     from ds_slm.recipe import schema
 
     recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
+    if recipe.sft is not None:
+        raise DataError(
+            f"recipe {name!r} fine-tunes a base, in whose tokenizer its conversations are prepared: ds-slm sft {name} "
+            "--base MODEL --preview 5 does that."
+        )
     sources = parse_sources(source)
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
@@ -157,7 +162,7 @@ def prepare(
 
 @app.command(context_settings=PASS_FLAGS_ON)
 def train(context: typer.Context, name: RecipeName, hostfile: Hostfile = None, devices: Devices = None) -> None:
-    """Pretrain: `deepspeed ds_slm/pretrain.py`. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
+    """Pretrain, as `deepspeed ds_slm/pretrain.py` does. Flags behind RECIPE are that program's or DeepSpeed's."""
     from ds_slm import pretrain
 
     _launch(CHECKOUT / "ds_slm" / "pretrain.py", pretrain.parser(), name, context.args, hostfile, devices)
@@ -178,7 +183,7 @@ def fine_tune(
         Path | None, typer.Option(metavar="FILE", help="With --preview: its HTML.  [default: preview-RECIPE.html]")
     ] = None,
 ) -> None:
-    """Fine-tune: `deepspeed sft/train.py`. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
+    """Fine-tune, as `deepspeed sft/train.py` does. Flags behind RECIPE are that program's or DeepSpeed's."""
     from sft import train as program
 
     arguments = ["--base", str(base), *context.args]
@@ -235,7 +240,7 @@ def _preview(args: "Namespace", count: int, with_ids: bool, out: Path | None) ->
 
     from ds_slm.files import replace_text
     from ds_slm.pretrain import parse_sources
-    from ds_slm.publish.models import open_model
+    from ds_slm.publish.models import open_model, refuse_other_base
     from ds_slm.recipe import schema
     from sft import data, preview
 
@@ -245,7 +250,7 @@ def _preview(args: "Namespace", count: int, with_ids: bool, out: Path | None) ->
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
     base = open_model(args.base)
-    data.refuse_other_base(recipe, base)
+    refuse_other_base(recipe, base)
     prepared = data.prepare_conversations(recipe, stem, args.data_root, base.tokenizer_folder, sources)
     shown, summary = preview.read_shown(recipe, prepared, count)
     console = Console(highlight=False)

@@ -31,15 +31,18 @@ def multiplies(device_type: str, dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
-def effective_kernels(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
-    """How the model computes on this device in this dtype, for the report at the start of a run."""
+def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bool = False) -> dict[str, str]:
+    """How the model computes on this device in this dtype, for the report at the start of a run.
+
+    Packed rows take a dense mask of T x T, which keeps torch from its flash kernel: that is said, too.
+    """
     device_type, name = torch.device(device).type, str(dtype).removeprefix("torch.")
     native = multiplies(device_type, dtype)
     how = f"{device_type} {name}" if native else f"{device_type} fp32, {name} operands upcast and results rounded"
     fp32_sums = device_type == "cpu" and dtype in HALF
     return {
         "products": how,
-        "attention": f"scaled_dot_product_attention, {how}",
+        "attention": f"scaled_dot_product_attention{', dense mask of packed rows' if packed else ''}, {how}",
         "embedding_gradient": "fp32 sums per token id" if fp32_sums else f"torch, {name}",
         "norm": "F.rms_norm, fp32 inside",
     }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data.identity import MANIFEST
 from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.files import fsync
@@ -109,7 +110,7 @@ def export(
     folder.mkdir()
     try:
         for path in tokenizer_folder.iterdir():
-            if path.is_file() and not path.name.startswith("."):
+            if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
         config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
         _write_json(folder / "config.json", config)

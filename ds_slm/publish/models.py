@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import hf
+from ds_slm.publish.export import refuse_other_shape
 from ds_slm.recipe import schema
 
 
@@ -60,6 +62,28 @@ def open_model(path: Path) -> OpenModel:
     )
 
 
+def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
+    """Raise CheckpointError where a model to begin with has another shape than the recipe, with every difference."""
+    free = {"init_std", "embedding_init_std", "scaled_residual_init"}
+    ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
+    problems = [
+        f"model.{field} is {ours[field]!r} in the recipe and {theirs[field]!r} in {base.folder}."
+        for field in ours
+        if ours[field] != theirs[field]
+    ]
+    if problems:
+        raise CheckpointError(["--base is no model of this recipe:", *problems])
+
+
+def load_into(model: nn.Module, base: OpenModel) -> None:
+    """Give a fresh model a base's weights. Raises CheckpointError where names or shapes differ."""
+    state = base.read()
+    refuse_other_shape(state, base.shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+
+
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
     recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
     manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
@@ -81,6 +105,10 @@ def _open_hf(folder: Path) -> OpenModel:
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    if (trained_with := config.get("tokenizer_sha256")) and trained_with != (found := load_tokenizer(folder).sha256):
+        raise CheckpointError(
+            f"{folder} was trained with the tokenizer {trained_with}, the one in it is {found}: get an intact copy."
+        )
     shape = hf.shape_from_hf(config)
     return OpenModel(folder, shape, folder, digest.hexdigest(), lambda: _read_safetensors(files, shape))
 

@@ -231,7 +231,9 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "device": measure.device_name(device),
         "backend": torch.distributed.get_backend(),
         "precision": recipe.train.precision,
-        "kernels": decoder.effective_kernels(device, engines.DTYPES[recipe.train.precision]),
+        "kernels": decoder.effective_kernels(
+            device, engines.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
+        ),
         "zero_stage": joined.deepspeed["zero_optimization"]["stage"],
         "optimizer": recipe.optimizer.name,
         "world_size": control.world_size,

@@ -1,0 +1,99 @@
+"""MODEL on a command line: run folders, checkpoints and Hugging Face folders, and everything that is none of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.errors import CheckpointError
+from ds_slm.model import decoder
+from ds_slm.publish.export import export
+from ds_slm.publish.models import load_into, open_model, refuse_other_base
+from ds_slm.recipe import schema
+from tests import runs
+from tests.data_recipes import BPE, prepare, recipe, source, texts, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Recipe, list[dict[str, torch.Tensor]]]:
+    """A run of two checkpoints, the first one the best; the recipe and the weights."""
+    folder = tmp_path_factory.mktemp("models")
+    loaded = schema.load(str(runs.write_recipe(folder)))
+    text = write_jsonl(folder / "text.jsonl", texts(200))
+    data = prepare(recipe(source("a", path=text), tokenizer=BPE), folder / "data")
+    run = folder / "run"
+    states = [dict(decoder.build(loaded.model, seed).named_parameters()) for seed in (0, 1)]
+    for step, state in zip((5, 9), states, strict=True):
+        writer = checkpoint_format.Writer(run, step)
+        writer.add_tensors(checkpoint_format.MODEL, {name: value.detach() for name, value in state.items()})
+        checkpoint = writer.commit({"step": step})
+        if step == 5:
+            checkpoint_format.mark_best(checkpoint)
+    (run / "recipe.toml").write_text(schema.to_toml(loaded))
+    (run / "tokenizer").symlink_to(data.tokenizer_folder)
+    return run, loaded, [{name: value.detach() for name, value in state.items()} for state in states]
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_places_in_a_run(made: tuple) -> None:
+    """Oracle: the weights that were saved: newest, best, of a step."""
+    run, _, states = made
+    for path, state in (("", states[1]), ("checkpoints/best", states[0]), ("checkpoints/step-00000005", states[0])):
+        found = open_model(run / path)
+        assert same(found.read(), state)
+        assert found.tokenizer_folder == run / "tokenizer"
+    assert open_model(run).sha256 != open_model(run / "checkpoints" / "best").sha256
+
+
+def test_an_export_opens_as_what_it_was_made_of(made: tuple, tmp_path: Path) -> None:
+    """Oracle: the weights and the shape of the run; a fresh decoder takes them."""
+    run, loaded, states = made
+    export(states[0], loaded.model, run / "tokenizer", tmp_path / "out")
+    base = open_model(tmp_path / "out")
+    refuse_other_base(loaded, base)
+    model = decoder.build(loaded.model, seed=7)
+    load_into(model, base)
+    assert same({name: value.detach() for name, value in model.named_parameters()}, states[0])
+
+
+def test_another_tokenizer_in_an_export_is_refused(made: tuple, tmp_path: Path) -> None:
+    """Oracle: config.json says which one it was trained with."""
+    run, loaded, states = made
+    export(states[0], loaded.model, run / "tokenizer", tmp_path / "out")
+    path = tmp_path / "out" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="was trained with the tokenizer"):
+        open_model(tmp_path / "out")
+
+
+def test_a_base_of_another_shape(made: tuple) -> None:
+    """Oracle: every field that differs is named with both values."""
+    run, loaded, _ = made
+    other = loaded.model_copy(update={"model": loaded.model.model_copy(update={"rope_theta": 5.0, "qk_norm": False})})
+    with pytest.raises(CheckpointError) as caught:
+        refuse_other_base(other, open_model(run))
+    assert len(caught.value.problems) == 3
+    assert "model.rope_theta is 5.0 in the recipe and 10000.0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "does not exist"),
+        (lambda folder: folder.mkdir(), "is no model: expected a run folder"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "is no JSON"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "holds no .safetensors file"),
+    ],
+)
+def test_what_is_no_model(make: object, message: str, tmp_path: Path) -> None:
+    """Oracle: the sentence."""
+    make(tmp_path / "x")  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=message):
+        open_model(tmp_path / "x")

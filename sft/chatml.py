@@ -120,6 +120,10 @@ class ChatML:
         """The ids of a conversation up to where the assistant's next answer begins."""
         return [*self.encode(messages).ids.tolist(), *self._headers["assistant"]] if messages else []
 
+    def ending(self, mask: Mask) -> list[int]:
+        """The last ids that are trained of a finished answer."""
+        return [self.end_id, *(self._newline if mask in ("card", "all") else [])]
+
     def _join(self, turns: Sequence[Message], contents: Sequence[Sequence[int]], mask: Mask) -> Encoded:
         ids: list[int] = []
         trained: list[bool] = []

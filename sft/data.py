@@ -113,7 +113,7 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer) -> Encode:
     limit = recipe.data.seq_len + 1
 
     def encode(texts: list[str]) -> list[np.ndarray | str]:
-        conversations = [json.loads(text) for text in texts]
+        conversations = [_parsed(text) for text in texts]
         problems = [problem_of(messages) for messages in conversations]
         if settings.invalid == "refuse":
             wrong = [(text, problem) for text, problem in zip(texts, problems, strict=True) if problem]
@@ -129,6 +129,13 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer) -> Encode:
         return [problem or flagged(next(encoded), limit) for problem in problems]
 
     return encode
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # a source of one single document is cut in two, to hold out a part of it
+        return None
 
 
 def _turns(messages: list[dict[str, Any]], settings: Sft) -> list[dict[str, Any]]:
@@ -181,22 +188,23 @@ class Conversations:
                 totals["truncated"] += int(np.count_nonzero(block & CUT))
         return {"conversations": len(self), **totals}
 
-    def first_unterminated(self, end_id: int) -> int | None:
-        """The first conversation in which a trained answer ends without `end_id` although it was not cut."""
+    def first_unterminated(self, ending: Sequence[int]) -> int | None:
+        """The first conversation in which a trained answer does not end with `ending` although it was not cut."""
+        reach = len(ending) - 1
         for source, tokens in enumerate(self._sources):
             begins = self._begins[1, self._begins[0] == source]
             for begin in range(0, len(tokens), SCAN_TOKENS):
-                block = tokens[max(begin - 1, 0) : begin + SCAN_TOKENS + 1]
-                trained, ids = np.append(block & TRAINED, 0) != 0, block & IDS
+                first = max(begin - reach, 0)
+                block = tokens[first : begin + SCAN_TOKENS + 1]  # one more, to see whether an answer goes on
+                trained = np.append(block & TRAINED, 0) != 0
                 ends = np.flatnonzero(trained[:-1] & ~trained[1:])
-                # `card` trains the newline behind the terminator
-                open_ends = ends[(ids[ends] != end_id) & (ids[np.maximum(ends - 1, 0)] != end_id)]
-                for place in open_ends + max(begin - 1, 0):
+                ends = ends[(ends >= begin - first) & (ends < begin - first + SCAN_TOKENS)]
+                found = np.stack([block[np.maximum(ends - back, 0)] & IDS for back in range(reach, -1, -1)])
+                wrong = (found != np.array(ending)[:, None]).any(axis=0)
+                for place in ends[wrong] + first:
                     number = int(np.searchsorted(begins, place, side="right")) - 1
                     last = begins[number + 1] - 1 if number + 1 < len(begins) else len(tokens) - 1
-                    # the block's own last token is seen again, with what follows, in the next block
-                    is_seen_again = place == begin + SCAN_TOKENS and place != len(tokens) - 1
-                    if not is_seen_again and not (place == last and tokens[begins[number] : begins[number] + 1] & CUT):
+                    if not (place == last and tokens[begins[number] : begins[number] + 1] & CUT):
                         return number + int((self._begins[0] < source).sum())
         return None
 
@@ -261,7 +269,8 @@ class ConversationRows:
             raise DataError("train.last_batch: rows of conversations always run on into the next epoch, use 'wrap'.")
         if any(source.weight != 1 for source in recipe.data.source):
             raise DataError("data.source.weight: conversations of all sources are pooled, leave every weight at 1.")
-        check_masks(self._splits["train"], self._sft.mask, load_tokenizer(prepared.tokenizer_folder).token_id(IM_END))
+        chatml = ChatML(load_tokenizer(prepared.tokenizer_folder))
+        check_masks(self._splits["train"], self._sft.mask, chatml.ending(self._sft.mask))
 
     @property
     def training(self) -> Conversations:
@@ -372,7 +381,7 @@ class ConversationRows:
         return {**counts, "dropped": dropped, "supervised_share": train["supervised_tokens"] / train["tokens"]}
 
 
-def check_masks(conversations: Conversations, mask: str, end_id: int) -> None:
+def check_masks(conversations: Conversations, mask: str, ending: Sequence[int]) -> None:
     """Refuse data whose masks cannot be meant: all zero, all one, or a finished answer without its terminator.
 
     Raises:
@@ -386,7 +395,7 @@ def check_masks(conversations: Conversations, mask: str, end_id: int) -> None:
         return
     if counts["supervised_tokens"] >= counts["tokens"] - counts["conversations"]:
         raise DataError(f"sft.mask = {mask!r}: everything is trained, prompts too, {share}. Use 'all' to do so.")
-    if (number := conversations.first_unterminated(end_id)) is not None:
+    if (number := conversations.first_unterminated(ending)) is not None:
         raise DataError(
             f"conversation {number}: a trained answer ends without {IM_END}: a model taught that way never stops. "
             "Remove the prepared folder and prepare again."

@@ -9,7 +9,7 @@ from typing import Any
 from ds_slm.data.shards import Prepared
 from ds_slm.data.tokenizer import Tokenizer, build_tokenizer
 from ds_slm.recipe import schema
-from sft.data import prepare_conversations
+from sft.data import ConversationRows, prepare_conversations
 from tests import data_recipes
 
 VOCABULARY = 320
@@ -24,7 +24,7 @@ num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 8
 vocab_size = 320
-max_position_embeddings = 96
+max_position_embeddings = 160
 init_std = 0.1
 [tokenizer]
 kind = "bpe"
@@ -32,7 +32,7 @@ vocab_size = 320
 special_tokens = { "<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3 }
 pad_token = "<|pad|>"
 [data]
-seq_len = 64
+seq_len = 128
 val_fraction = 0.1
 [[data.source]]
 name = "made"
@@ -47,7 +47,7 @@ min_lr = 3e-4
 kind = "cosine"
 warmup_steps = 2
 [train]
-global_batch_tokens = 512
+global_batch_tokens = 1_024
 steps = 6
 seed = 5
 precision = "fp32"
@@ -79,7 +79,7 @@ def made(count: int = 120, seed: int = 0, longest: int = 4) -> list[Conversation
         turns = [("system", f"Be brief, {number}.")] if rng.random() < 0.3 else []
         for _ in range(rng.randint(1, longest)):
             turns += [("user", f"{number}? " + sentence())]
-            turns += [("assistant", " ".join(sentence() for _ in range(rng.choice((0, 1, 1, 2, 5)))))]
+            turns += [("assistant", " ".join(sentence() for _ in range(rng.choice((0, 1, 1, 1, 2, 4)))))]
         if len(turns) > 2 and rng.random() < 0.2:
             turns.pop()
         found.append([{"role": role, "content": content} for role, content in turns])
@@ -111,3 +111,9 @@ def prepare(recipe: schema.Recipe, folder: Path, sources: dict[str, Path] | None
     if not (folder / "base").exists():
         tokenizer().save(folder / "base")
     return prepare_conversations(recipe, "tiny", folder / "data", folder / "base", sources, lambda line: None)
+
+
+def rows(path: Path, root: Path, *overrides: str) -> ConversationRows:
+    """The tiny recipe's rows of one file, prepared below `root`."""
+    tiny = recipe(path, *overrides)
+    return ConversationRows(tiny, prepare(tiny, root))

@@ -162,7 +162,7 @@ def prepare(
 
 @app.command(context_settings=PASS_FLAGS_ON)
 def train(context: typer.Context, name: RecipeName, hostfile: Hostfile = None, devices: Devices = None) -> None:
-    """Pretrain, as `deepspeed ds_slm/pretrain.py` does. Flags behind RECIPE are that program's or DeepSpeed's."""
+    """Pretrain: `deepspeed ds_slm/pretrain.py`. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
     from ds_slm import pretrain
 
     _launch(CHECKOUT / "ds_slm" / "pretrain.py", pretrain.parser(), name, context.args, hostfile, devices)
@@ -183,7 +183,7 @@ def fine_tune(
         Path | None, typer.Option(metavar="FILE", help="With --preview: its HTML.  [default: preview-RECIPE.html]")
     ] = None,
 ) -> None:
-    """Fine-tune, as `deepspeed sft/train.py` does. Flags behind RECIPE are that program's or DeepSpeed's."""
+    """Fine-tune: `deepspeed sft/train.py`. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
     from sft import train as program
 
     arguments = ["--base", str(base), *context.args]

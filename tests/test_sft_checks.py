@@ -1,0 +1,110 @@
+"""What fine-tuning refuses: masks that cannot be meant, settings and conversations that it cannot use."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.errors import DataError
+from sft import data as room
+from sft.chatml import Encoded, problem_of
+from sft.data import BEGIN, CUT, IDS, TRAINED, Conversations, flagged
+from tests import conversations
+
+U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), scan=st.integers(1, 9), ending=st.sampled_from([[7], [7, 8], [7, 8, 9]]))
+def test_missing_terminators_are_found(data: st.DataObject, scan: int, ending: list[int]) -> None:
+    """Oracle: a search through each trained run; read in blocks of a few tokens, so that all lies on borders."""
+    turn = st.tuples(st.integers(0, 2), st.booleans(), st.sampled_from([*[ending] * 12, [], ending[1:], [5]]))
+    talks = data.draw(st.lists(st.lists(turn, min_size=1, max_size=3), min_size=1, max_size=6))
+    arrays, expected = [], []
+    for number, talk in enumerate(talks):
+        ids, trained = [], []
+        for words, is_trained, end in talk:
+            answer = [4] * words + end
+            ids += [2, *answer]
+            trained += [False] + [is_trained] * len(answer)
+        encoded = Encoded(np.array(ids), np.array(trained), np.array(trained))
+        tokens = flagged(encoded, data.draw(st.integers(2, 12)))
+        arrays.append(np.array([2 | BEGIN], np.uint32) if isinstance(tokens, str) else tokens)
+        spelled = "".join("x" if token & TRAINED else " " for token in arrays[-1])
+        for run in re.finditer("x+", spelled):
+            answer = (arrays[-1][run.start() : run.end()] & IDS).tolist()
+            was_cut = arrays[-1][0] & CUT and run.end() == len(spelled)
+            if answer[-len(ending) :] != ending and not was_cut:
+                expected.append(number)
+    half = len(arrays) // 2 or 1
+    sources = [np.concatenate(part) for part in (arrays[:half], arrays[half:]) if part]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "SCAN_TOKENS", scan)
+        split = Conversations(sources)  # type: ignore[arg-type]
+        assert split.lengths.tolist() == [len(tokens) for tokens in arrays]
+        assert split.first_unterminated(ending) == (expected[0] if expected else None)
+        assert split.counts["supervised_tokens"] == sum(int(((t & TRAINED) != 0).sum()) for t in arrays)
+        assert split.counts["truncated"] == sum(int((t[0] & CUT) != 0) for t in arrays)
+        assert [split[number].tolist() for number in range(len(arrays))] == [tokens.tolist() for tokens in arrays]
+
+
+@pytest.mark.parametrize("mask", ["assistant", "card"])
+def test_a_terminator_on_a_border_is_seen(mask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: sound data stay sound, whatever they are read in blocks of."""
+    path = conversations.write(tmp_path / "made.jsonl", conversations.made())
+    for size in (1 << 24, 17, 3):
+        monkeypatch.setattr(room, "SCAN_TOKENS", size)
+        assert len(conversations.rows(path, tmp_path, f"sft.mask={mask}")._splits["train"]) > 90
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.last_batch=keep", "train.last_batch"),
+        ("data.source.0.weight=2", "data.source.weight"),
+    ],
+)
+def test_settings_that_conversations_lack_are_refused(tmp_path: Path, override: str, said: str) -> None:
+    """Oracle: the message names the field and the way out."""
+    path = conversations.write(tmp_path / "made.jsonl", conversations.made())
+    with pytest.raises(DataError, match=said):
+        conversations.rows(path, tmp_path, override)
+
+
+def test_invalid_conversations_are_refused_if_asked(tmp_path: Path) -> None:
+    """Oracle: what is wrong, where it is shown, and the way out; by default it is left out and counted."""
+    wrong = [{"role": "tool", "content": "who said that"}]
+    path = conversations.write(tmp_path / "made.jsonl", [*conversations.made(), wrong])
+    with pytest.raises(DataError, match=r"unknown role 'tool'.*who said that.*sft\.invalid = 'drop'"):
+        conversations.rows(path, tmp_path, "sft.invalid=refuse")
+    assert problem_of(wrong) == "unknown role 'tool'"
+    rows = conversations.rows(path, tmp_path)
+    assert rows.summary()["dropped"]["unknown role 'tool'"] == 1
+
+
+def test_half_a_surrogate_pair_is_left_out(tmp_path: Path) -> None:
+    """Oracle: counted as no valid Unicode: JSON can spell it, no tokenizer can read it."""
+    path = conversations.write(tmp_path / "made.jsonl", [*conversations.made(), [U, {**A, "content": "\ud83d"}]])
+    assert conversations.rows(path, tmp_path).summary()["dropped"]["content that is no valid Unicode"] == 1
+
+
+def test_one_conversation_is_too_few(tmp_path: Path) -> None:
+    """Oracle: said in a sentence: pretraining cuts a single document in two, which no conversation survives."""
+    path = conversations.write(tmp_path / "made.jsonl", conversations.made(1))
+    with pytest.raises(DataError, match="nothing is left for train and val"):
+        conversations.rows(path, tmp_path)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    """Oracle: both tokenizers' hashes, and the ways out."""
+    path = conversations.write(tmp_path / "made.jsonl", conversations.made())
+    recipe = conversations.recipe(path)
+    conversations.prepare(recipe, tmp_path)
+    conversations.tokenizer(seed=1).save(tmp_path / "other")
+    other = load_tokenizer(tmp_path / "other").sha256
+    with pytest.raises(DataError, match=f"has {other}: name the base it was made for"):
+        room.prepare_conversations(recipe, "tiny", tmp_path / "data", tmp_path / "other", report=lambda line: None)

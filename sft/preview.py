@@ -37,7 +37,7 @@ TOKENS_PER_CHARACTER = 4
 """UTF-8 has no longer character."""
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-_PICTURES |= {0x7F: "␡"} | dict.fromkeys(range(128, 160), "�")
+_PICTURES |= {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ setup(
     extras_require={
         "dev": [
             "hypothesis>=6.120",
+            "matplotlib>=3.9,<4",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.3",
             "pytest-timeout>=2.3",

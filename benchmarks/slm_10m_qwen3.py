@@ -252,10 +252,13 @@ def draw(path: Path, ours: Sequence[Record], qwen3: Sequence[Record]) -> None:
 
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained")
     left, right = of_kind(ours, "train"), of_kind(qwen3, "train")
-    for name, records, losses, style in (("Qwen3", qwen3, right, "-"), ("ours", ours, left, "--")):
-        above.plot(list(losses), list(losses.values()), style, linewidth=1, label=f"{name}, training")
+    for name, records, losses, line, mark in (
+        ("Qwen3", qwen3, right, "C0-", "C0x"),
+        ("ours", ours, left, "C1--", "C1+"),
+    ):
+        above.plot(list(losses), list(losses.values()), line, linewidth=1, label=f"{name}, training")
         held_out = of_kind(records, "val")
-        above.plot(list(held_out), list(held_out.values()), "x+"[name == "ours"], label=f"{name}, held out")
+        above.plot(list(held_out), list(held_out.values()), mark, markersize=9, label=f"{name}, held out")
     above.set(ylabel="nats per token", title="slm-10m: ds_slm under DeepSpeed and transformers' Qwen3 in PyTorch")
     above.legend()
     differences = [a - b for a, b in zip(smoothed(list(left.values())), smoothed(list(right.values())), strict=True)]

@@ -44,11 +44,11 @@ def test_what_is_changed_in_the_recipe(steps: int) -> None:
     places = {place for place in schema.changes(published, changed) if not place.startswith("run.")}
     assert places == {
         "train.steps", "train.global_batch_tokens", "schedule.warmup_steps", "schedule.decay_start_step",
-        "schedule.decay_steps", "data.val_fraction",
+        "schedule.decay_steps", "optimizer.lr", "optimizer.min_lr", "data.val_fraction",
     }  # fmt: skip
     assert changed.rows_per_step == 4
-    assert learning_rate(changed, changed.schedule.warmup_steps) == 3e-3
-    assert learning_rate(changed, steps) == pytest.approx(3e-4)
+    assert learning_rate(changed, changed.schedule.warmup_steps) == 1e-3
+    assert learning_rate(changed, steps) == pytest.approx(1e-4)
 
 
 def test_curves_that_part_are_found() -> None:

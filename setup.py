@@ -60,6 +60,7 @@ setup(
         "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
         "dev": [
             "hypothesis>=6.120",
+            "matplotlib>=3.9,<4",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.3",
             "pytest-timeout>=2.3",

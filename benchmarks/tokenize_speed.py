@@ -30,7 +30,7 @@ from ds_slm.data import corpus
 from ds_slm.data.journal import ShardsInProgress, id_dtype
 from ds_slm.data.progress import Progress
 from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from ds_slm.data.writer import encode_text, write_documents
+from ds_slm.data.writer import write_documents
 from ds_slm.errors import run_program
 from ds_slm.recipe import schema
 
@@ -82,7 +82,7 @@ def with_shards(tokenizer: Tokenizer, texts: list[str]) -> int:
             "text",
             ShardsInProgress(Path(folder), dtype, {}),
             lambda position: corpus.DocumentStream({}, lambda mark: ((text, 0) for text in texts), 0),
-            encode_text(tokenizer),
+            tokenizer,
             data,
             float("inf"),
             Progress("text", float("inf"), None, lambda line: None, bar=False),

@@ -9,6 +9,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ds_slm.train import session
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -46,6 +50,26 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
+    """What a session takes of them."""
+    from ds_slm.train import session
+
+    return session.Options(
+        run_dir=args.run_dir or Path("runs") / recipe_name,
+        ds_config=args.ds_config,
+        resume=args.resume,
+        max_steps=args.max_steps,
+        micro_batch=args.micro_batch,
+        allow_change=args.allow_change,
+    )
+
+
+def report(line: str) -> None:
+    """Print a line about the data, on the rank of this host that prepares them."""
+    if first_on_host or "another process" not in line:
+        print(line, flush=True)
 
 
 def _micro_batch(text: str) -> int | None:
@@ -88,26 +112,13 @@ def main() -> None:
     from ds_slm.publish.generate import sampler
     from ds_slm.train import session
 
-    options = session.Options(
-        run_dir=args.run_dir or Path("runs") / name,
-        ds_config=args.ds_config,
-        resume=args.resume,
-        max_steps=args.max_steps,
-        micro_batch=args.micro_batch,
-        allow_change=args.allow_change,
-    )
-
-    def report(line: str) -> None:
-        if first_on_host or "another process" not in line:
-            print(line, flush=True)
-
     task = session.Task(
         prepare=lambda: prepare(recipe, name, args.data_root, sources, report=report),
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,
     )
-    session.run(recipe, options, task)
+    session.run(recipe, options(args, name), task)
 
 
 if __name__ == "__main__":

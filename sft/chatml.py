@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ds_slm.data.readers import is_unicode
 from ds_slm.data.tokenizer import IM_END, IM_START, Tokenizer
 
 Mask = Literal["assistant", "last", "card", "all"]
@@ -70,7 +71,7 @@ def problem_of(messages: Any) -> str | None:
             return f"unknown role {message['role'][:20]!r}"
         if not isinstance(message.get("content"), str):
             return "content that is no string"
-        if not _is_unicode(message["content"]):
+        if not is_unicode(message["content"]):
             return "content that is no valid Unicode"
         weight = message.get("weight")
         if weight is not None and weight not in (0, 1):
@@ -80,14 +81,6 @@ def problem_of(messages: Any) -> str | None:
     if spoken != [("user", "assistant")[place % 2] for place in range(len(spoken))] or not spoken:
         return "turns that do not alternate"
     return None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        return False
-    return True
 
 
 class ChatML:

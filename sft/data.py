@@ -22,11 +22,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from ds_slm.data.journal import tell_skipped
 from ds_slm.data.order import RowId
 from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import Rows, Split
@@ -46,6 +46,7 @@ IDS = np.uint32((1 << 28) - 1)
 PACK_WINDOW = 4_096
 NO_TARGETS = "without a target"
 SCAN_TOKENS = 1 << 24
+NAMED_PROBLEMS = 10
 
 
 def section(recipe: Recipe) -> Sft:
@@ -100,11 +101,10 @@ def prepare_conversations(
 def tell(summary: Mapping[str, Any]) -> str:
     """What a user should know of the conversations, in one line."""
     train, val = summary["train"], summary["val"]
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary["dropped"].items())) or "none"
     return (
         f"conversations: {train['conversations']:,} to train on ({train['truncated']:,} truncated), "
-        f"{val['conversations']:,} held out; dropped: {dropped}; {summary['supervised_share']:.1%} of "
-        f"{train['tokens']:,} tokens are targets"
+        f"{val['conversations']:,} held out; dropped: {tell_skipped(summary['dropped']) or 'none'}; "
+        f"{summary['supervised_share']:.1%} of {train['tokens']:,} tokens are targets"
     )
 
 
@@ -113,15 +113,10 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer) -> Encode:
     limit = recipe.data.seq_len + 1
 
     def encode(texts: list[str]) -> list[np.ndarray | str]:
-        conversations = [_parsed(text) for text in texts]
+        conversations = [json.loads(text) for text in texts]
         problems = [problem_of(messages) for messages in conversations]
-        if settings.invalid == "refuse":
-            wrong = [(text, problem) for text, problem in zip(texts, problems, strict=True) if problem]
-            if wrong:
-                raise DataError(
-                    f"a conversation has {wrong[0][1]}: {wrong[0][0][:200]}; mend it, or set sft.invalid = 'drop' to "
-                    "leave such ones out and count them."
-                )
+        if settings.invalid == "refuse" and any(problems):
+            raise DataError(_told(texts, problems))
         sound = [
             _turns(messages, settings) for messages, problem in zip(conversations, problems, strict=True) if not problem
         ]
@@ -131,11 +126,17 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer) -> Encode:
     return encode
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # a source of one single document is cut in two, to hold out a part of it
-        return None
+def _told(texts: list[str], problems: list[str | None]) -> list[str]:
+    """What to say of conversations that are not to be left out."""
+    wrong = [
+        f"a conversation has {problem}: {text[:200]}" for text, problem in zip(texts, problems, strict=True) if problem
+    ]
+    more = len(wrong) - NAMED_PROBLEMS
+    way_out = "mend them, or set sft.invalid = 'drop' to leave such ones out and count them."
+    return [
+        *wrong[:NAMED_PROBLEMS],
+        f"and {more:,} more among these {len(texts):,}; {way_out}" if more > 0 else way_out,
+    ]
 
 
 def _turns(messages: list[dict[str, Any]], settings: Sft) -> list[dict[str, Any]]:
@@ -216,13 +217,15 @@ def _places(tokens: Tokens, begin: int) -> np.ndarray:
 class ConversationRows:
     """Rows of conversations, in the recipe's order: what the loop trains on."""
 
-    measures: Mapping[str, Split] = MappingProxyType({"": "val", "card_": "val_card"})
-
     def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
         """Raises DataError where the masks cannot be right, or the recipe asks for what rows of conversations lack."""
         self._recipe, self._sft = recipe, section(recipe)
         self._seq_len, self._rows_per_step = recipe.data.seq_len, recipe.rows_per_step
         self._pad_id = prepared.pad_id
+        # under `all` a conversation need not have an answer for the card's measure to count
+        self.measures: Mapping[str, Split] = (
+            {"": "val"} if self._sft.mask == "all" else {"": "val", "card_": "val_card"}
+        )
         self._splits = {
             "train": Conversations(prepared.tokens("train")),
             "val": Conversations(prepared.tokens("val")),

@@ -2,14 +2,15 @@
 
     seed, epoch, count --shuffled--> permutation;   lengths, capacity --pack--> rows
 
-Keys: SplitMix64 finaliser (Steele, Lea and Flood, OOPSLA 2014), as ds_slm.data.order. Packing: best fit decreasing.
+Keys: SplitMix64's finaliser, as in ds_slm.data.order. Packing: best fit decreasing.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from ds_slm.data.order import mix
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -38,11 +39,5 @@ def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         keys = np.arange(count, dtype=np.uint64) + np.uint64(1)
         for salt in (seed, epoch):
-            keys = _mix(keys * np.uint64(0x9E3779B97F4A7C15) + _mix(np.uint64(salt & (1 << 64) - 1) + np.uint64(1)))
+            keys = mix(keys * np.uint64(0x9E3779B97F4A7C15) + mix(np.uint64(salt & (1 << 64) - 1) + np.uint64(1)))
     return np.argsort(keys, kind="stable")
-
-
-def _mix(value: Any) -> Any:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

@@ -17,7 +17,7 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 from ds_slm.errors import run_program  # noqa: E402 - after the path is right
-from ds_slm.pretrain import add_training_flags, first_on_host, parse_sources  # noqa: E402
+from ds_slm.pretrain import add_training_flags, first_on_host, options, parse_sources, report  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,24 +53,12 @@ def main() -> None:
     base = open_model(args.base)
     refuse_other_base(recipe, base)
 
-    def report(line: str) -> None:
-        if first_on_host or "another process" not in line:
-            print(line, flush=True)
-
     def rows(corpus: data.Prepared) -> data.ConversationRows:
         found = data.ConversationRows(recipe, corpus)
         if first_on_host:
             print(data.tell(found.summary()), flush=True)
         return found
 
-    options = session.Options(
-        run_dir=args.run_dir or Path("runs") / name,
-        ds_config=args.ds_config,
-        resume=args.resume,
-        max_steps=args.max_steps,
-        micro_batch=args.micro_batch,
-        allow_change=args.allow_change,
-    )
     task = session.Task(
         prepare=lambda: data.prepare_conversations(
             recipe, name, args.data_root, base.tokenizer_folder, sources, report
@@ -87,7 +75,7 @@ def main() -> None:
         evaluate_first=True,
         begin=lambda model: load_into(model, base),
     )
-    session.run(recipe, options, task)
+    session.run(recipe, options(args, name), task)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Fixtures for every test."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import data_recipes
 
 
 @pytest.fixture(scope="session")
@@ -14,4 +17,23 @@ def test_data() -> Path:
         pytest.skip("DS_SLM_TEST_DATA is unset: it names a folder of real data that does not ship with the project")
     folder = Path(named)
     assert folder.is_dir(), f"DS_SLM_TEST_DATA = {named} is no folder"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread would only wait for the first."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cl100k_folder(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cl100k tokenizer, built from its ranks and saved."""
+    folder = tmp_path_factory.mktemp("cl100k")
+    data_recipes.cl100k(test_data / "cl100k_base" / "cl100k_base.tiktoken").save(folder)
     return folder

@@ -8,11 +8,15 @@ from pathlib import Path
 import tokenizers
 
 from ds_slm.data import prepare as preparing
-from ds_slm.data import shards
+from ds_slm.data import shards, tokenizer
 from ds_slm.recipe import schema
 
 SPECIALS = '{ "<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3 }'
 BPE = f'kind = "bpe"\nvocab_size = 300\nspecial_tokens = {SPECIALS}\npad_token = "<|pad|>"'
+
+CL100K = 'kind = "cl100k"\nvocab_size = 100277\npath = "RANKS"\n' + (
+    'special_tokens = { "<|endoftext|>" = 100257, "<|im_start|>" = 100264, "<|im_end|>" = 100265 }'
+)
 
 TEXT = """
 [card]
@@ -84,6 +88,25 @@ def write_jsonl(path: Path, documents: list[str], column: str = "text") -> Path:
     """A .jsonl file of documents."""
     path.write_text("".join(json.dumps({column: text, "id": place}) + "\n" for place, text in enumerate(documents)))
     return path
+
+
+def two_sources(folder: Path) -> schema.Recipe:
+    """A recipe of two sources, one of two files."""
+    (folder / "two").mkdir()
+    write_jsonl(folder / "one.jsonl", texts(300, seed=1))
+    write_jsonl(folder / "two" / "a.jsonl", texts(100, seed=2))
+    write_jsonl(folder / "two" / "b.jsonl", texts(100, seed=3))
+    return recipe(
+        source("first", path=folder / "one.jsonl", weight=3),
+        source("second", path=folder / "two"),
+        val_fraction=0.2,
+    )
+
+
+def cl100k(ranks: Path) -> tokenizer.Tokenizer:
+    """The cl100k tokenizer of a file of ranks."""
+    section = CL100K.replace("RANKS", str(ranks))
+    return tokenizer.build_tokenizer(recipe(source("made", path="."), tokenizer=section), lambda _: iter(()))
 
 
 def prepare(made: schema.Recipe, root: Path, **options: object) -> shards.Prepared:

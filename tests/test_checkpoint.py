@@ -3,12 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.errors import CheckpointError
+from ds_slm.train import checkpointing
+from tests.test_cli import ds_slm
 
 
 def write(run: Path, step: int, value: float = 1.0) -> Path:
@@ -29,6 +32,50 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert checkpoint_format.read_state(checkpoint) == {"step": 12, "note": "x"}
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000012"
     assert checkpoint_format.steps(tmp_path) == [3, 12]
+
+
+def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
+    """Oracle: exit code 0 and `whole` for each; after a byte is gone, code 2, the checkpoint and the file."""
+    write(tmp_path, 3)
+    newer = write(tmp_path, 12)
+    whole = ds_slm("verify", tmp_path)
+    assert (whole.returncode, whole.stdout.splitlines()) == (0, ["step-00000003: whole", "step-00000012: whole"])
+    (newer / "state.json").write_bytes((newer / "state.json").read_bytes()[:-1])
+    damaged = ds_slm("verify", tmp_path, "--json")
+    found = json.loads(damaged.stdout)["checkpoints"]
+    assert damaged.returncode == 2 and found["step-00000003"] == []
+    assert "state.json" in found["step-00000012"][0]
+    assert "step-00000012 damaged" in damaged.stderr and "Traceback" not in damaged.stderr
+    nothing = ds_slm("verify", tmp_path / "none")
+    assert nothing.returncode == 2 and "holds no checkpoint" in nothing.stderr
+
+
+class Alone:
+    """A control of one rank that leads its host."""
+
+    rank, leads_host = 0, True
+
+    def gather(self, message: Any) -> list[Any]:
+        return [message]
+
+    def broadcast(self, message: Any, source: int) -> Any:
+        return message
+
+
+def test_another_base_or_data_is_no_resumption(tmp_path: Path) -> None:
+    """Oracle: what differs, both hashes of it, and the ways out; the recipe's own rules are checked elsewhere."""
+    writer = checkpoint_format.Writer(tmp_path, 3)
+    writer.add_tensors(checkpoint_format.MODEL, {"a": torch.zeros(1)})
+    began = {"base_sha256": "aaa", "data_sha256": "ddd", "recipe_sha256": "rrr"}
+    writer.commit({"step": 3, **began})
+    control: Any = Alone()
+    found = checkpointing.find(control, tmp_path, {**began, "recipe_sha256": "other"})
+    assert found is not None and found.content["step"] == 3
+    with pytest.raises(
+        CheckpointError, match=r"have base_sha256 aaa, this launch has bbb.*another --run-dir"
+    ) as refused:
+        checkpointing.find(control, tmp_path, {**began, "base_sha256": "bbb"})
+    assert len(refused.value.problems) == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer-exp_avg.safetensors", "state.json", "manifest.json"])

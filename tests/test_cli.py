@@ -132,6 +132,7 @@ def test_plan_of_a_file(tmp_path: Path) -> None:
         ),
         (["plan", "demo", "--ds-config", "ds_configs/zero9.json"], ["zero9.json"]),
         (["prepare", "demo", "--source", "documentation"], ["expected NAME=PATH"]),
+        (["prepare", "demo-instruct"], ["'demo-instruct' fine-tunes a base", "ds-slm sft demo-instruct --base MODEL"]),
     ],
 )
 def test_refusals(

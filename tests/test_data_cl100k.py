@@ -15,11 +15,8 @@ from hypothesis import strategies as st
 
 from ds_slm.data import tokenizer as room
 from ds_slm.errors import DataError
-from tests.data_recipes import recipe, source
+from tests.data_recipes import cl100k
 
-CL100K = 'kind = "cl100k"\nvocab_size = 100277\npath = "RANKS"\n' + (
-    'special_tokens = { "<|endoftext|>" = 100257, "<|im_start|>" = 100264, "<|im_end|>" = 100265 }'
-)
 CONTROLS = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265, "<|endofprompt|>": 100276}
 UNUSED = [100256, 100261, 100262, 100263, *range(100266, 100276)]
 SLICE_CHARACTERS = 100_000
@@ -39,22 +36,9 @@ def generated_strings(count: int, seed: int) -> list[str]:
     return ["".join(rng.choices(PARTS, k=rng.randint(1, 24))) for _ in range(count)]
 
 
-def build(ranks: Path) -> room.Tokenizer:
-    section = CL100K.replace("RANKS", str(ranks))
-    return room.build_tokenizer(recipe(source("made", path="."), tokenizer=section), lambda _: iter(()))
-
-
 @pytest.fixture(scope="module")
-def folder(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer as saved."""
-    folder = tmp_path_factory.mktemp("cl100k")
-    build(test_data / "cl100k_base" / "cl100k_base.tiktoken").save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ours(folder: Path) -> room.Tokenizer:
-    return room.load_tokenizer(folder)
+def ours(cl100k_folder: Path) -> room.Tokenizer:
+    return room.load_tokenizer(cl100k_folder)
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +100,11 @@ def assert_same(ours: room.Tokenizer, oracle: Any, texts: list[str]) -> None:
     assert [ours.decode(ids) for ids in found] == texts
 
 
-def test_golden_vectors(ours: room.Tokenizer, folder: Path, test_data: Path) -> None:
+def test_golden_vectors(ours: room.Tokenizer, cl100k_folder: Path, test_data: Path) -> None:
     """Oracle: ids on file, of tiktoken and of a JavaScript library."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(cl100k_folder)
     for text, ordinary, with_controls in vectors(test_data):
         assert ours.encode(text) == ordinary
         if "<|im_" not in text:  # tiktoken's own encoding has no chat tokens
@@ -148,7 +132,9 @@ def test_real_text(ours: room.Tokenizer, oracle: Any, test_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_real_text_and_many_strings(ours: room.Tokenizer, oracle: Any, folder: Path, test_data: Path) -> None:
+def test_all_real_text_and_many_strings(
+    ours: room.Tokenizer, oracle: Any, cl100k_folder: Path, test_data: Path
+) -> None:
     """Oracle: tiktoken's ids of every text there is, of 20,000 strings, and of those with control tokens."""
     from transformers import AutoTokenizer
 
@@ -161,7 +147,9 @@ def test_all_real_text_and_many_strings(ours: room.Tokenizer, oracle: Any, folde
     assert_same(ours, oracle, batch)
     many = generated_strings(20_000, seed=2)
     assert_same(ours, oracle, many)
-    assert AutoTokenizer.from_pretrained(folder)(many).input_ids == oracle.encode_batch(many, allowed_special="all")
+    assert AutoTokenizer.from_pretrained(cl100k_folder)(many).input_ids == oracle.encode_batch(
+        many, allowed_special="all"
+    )
 
 
 @pytest.mark.slow
@@ -173,13 +161,13 @@ def test_every_character(ours: room.Tokenizer, oracle: Any) -> None:
         assert_same(ours, oracle, [frame.replace("{}", letter) for letter in characters[begin : begin + 50_000]])
 
 
-def test_ids_survive_transformers(folder: Path, oracle: Any, tmp_path: Path) -> None:
+def test_ids_survive_transformers(cl100k_folder: Path, oracle: Any, tmp_path: Path) -> None:
     """Oracle: tiktoken with control tokens allowed, after loading, saving and loading again."""
     from transformers import AutoTokenizer
 
     texts = generated_strings(2_000, seed=3)
     expected = oracle.encode_batch(texts, allowed_special="all")
-    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(cl100k_folder)
     loaded.save_pretrained(tmp_path)
     for theirs in (loaded, AutoTokenizer.from_pretrained(tmp_path)):
         assert theirs(texts).input_ids == expected
@@ -203,9 +191,9 @@ def test_damaged_ranks(tmp_path: Path) -> None:
     ranks = tmp_path / "ranks.tiktoken"
     ranks.write_text("IQ== 0\n")
     with pytest.raises(DataError, match="223921b76ee99bde"):
-        build(ranks)
+        cl100k(ranks)
     with pytest.raises(DataError, match="does not exist"):
-        build(tmp_path / "none")
+        cl100k(tmp_path / "none")
 
 
 def test_bulk_is_tiktoken(ours: room.Tokenizer) -> None:

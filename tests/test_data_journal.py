@@ -225,6 +225,48 @@ def test_progress_by_bytes_where_the_source_ends_first() -> None:
     assert progress.line().endswith("0.8 MB/s, 0 tokens/s, 0 min 5 s left")
 
 
+def test_the_bar_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: on a terminal the line stands in a bar on stderr, and nothing is reported beside it."""
+    now_s = 0.0
+    lines: list[str] = []
+    with Progress("web", 100, None, lines.append, bar=True, clock=lambda: now_s) as progress:
+        now_s = 1.0
+        progress.advance(50, 4_000_000)
+    drawn = capsys.readouterr().err
+    assert "web" in drawn and "4.0 MB/s, 50 tokens/s, 0 min 1 s left" in " ".join(drawn.split())
+    assert not lines
+
+
+PEAK_MEMORY = """
+import sys
+from pathlib import Path
+from ds_slm.data import prepare, writer
+from ds_slm.recipe import schema
+writer.BATCH_CHARACTERS = 200_000
+for name in sys.argv[2:]:
+    prepare.prepare(schema.load(name), Path(name).stem, Path(sys.argv[1]), report=lambda line: None)
+    peak_kb = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(1024 * int(peak_kb))
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Oracle: the kernel's peak of one process that prepares 1 MB, then 13 MB: the 12 MB more add less than 3."""
+    names = []
+    for megabytes in (1, 13):
+        path = write_jsonl(tmp_path / f"{megabytes}.jsonl", texts(100, seed=1))
+        line_block = path.read_bytes()
+        path.write_bytes(line_block * (megabytes * 1_000_000 // len(line_block)))
+        made = recipe(source("first", path=path), tokenizer=BPE)
+        (tmp_path / f"made-{megabytes}.toml").write_text(schema.to_toml(made))
+        names.append(tmp_path / f"made-{megabytes}.toml")
+    command = [sys.executable, "-c", PEAK_MEMORY, tmp_path / "data", *names]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    small, large = (int(line) for line in done.stdout.split())
+    assert large - small < 3_000_000, (small, large)
+
+
 def test_bpe_trains_on_no_more_text_than_the_run_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the tokenizer of the first documents alone."""
     first, second = texts(200, seed=1), texts(400, seed=2)

@@ -17,23 +17,14 @@ from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
-from tests.data_recipes import BPE, character_folder, contents, prepare, recipe, source, texts, write_jsonl
+from tests.data_recipes import BPE, character_folder, contents, prepare, recipe, source, texts, two_sources, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Recipe:
-    """Two sources, one of two files."""
-    (tmp_path / "two").mkdir()
-    write_jsonl(tmp_path / "one.jsonl", texts(300, seed=1))
-    write_jsonl(tmp_path / "two" / "a.jsonl", texts(100, seed=2))
-    write_jsonl(tmp_path / "two" / "b.jsonl", texts(100, seed=3))
-    return recipe(
-        source("first", path=tmp_path / "one.jsonl", weight=3),
-        source("second", path=tmp_path / "two"),
-        val_fraction=0.2,
-    )
+    return two_sources(tmp_path)
 
 
 def documents_of(prepared: shards.Prepared, split: journal.Split) -> list[list[str]]:

@@ -12,14 +12,7 @@ from ds_slm.model.loss import chunked_loss
 from ds_slm.recipe import schema
 from ds_slm.recipe.budget import loss_chunk_tokens
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Problem(NamedTuple):

@@ -76,11 +76,13 @@ def test_settings_that_conversations_lack_are_refused(tmp_path: Path, override: 
 
 
 def test_invalid_conversations_are_refused_if_asked(tmp_path: Path) -> None:
-    """Oracle: what is wrong, where it is shown, and the way out; by default it is left out and counted."""
-    wrong = [{"role": "tool", "content": "who said that"}]
-    path = conversations.write(tmp_path / "made.jsonl", [*conversations.made(), wrong])
-    with pytest.raises(DataError, match=r"unknown role 'tool'.*who said that.*sft\.invalid = 'drop'"):
+    """Oracle: what is wrong with each, where it is shown, and the way out; by default they are left out and counted."""
+    wrong, lonely = [{"role": "tool", "content": "who said that"}], [{"role": "assistant", "content": "nobody asked"}]
+    path = conversations.write(tmp_path / "made.jsonl", [*conversations.made(), wrong, *[lonely] * room.NAMED_PROBLEMS])
+    with pytest.raises(DataError, match=r"unknown role 'tool'.*who said that.*sft\.invalid = 'drop'") as refused:
         conversations.rows(path, tmp_path, "sft.invalid=refuse")
+    assert len(refused.value.problems) == room.NAMED_PROBLEMS + 1
+    assert "nobody asked" in str(refused.value) and "and 1 more among these" in refused.value.problems[-1]
     assert problem_of(wrong) == "unknown role 'tool'"
     rows = conversations.rows(path, tmp_path)
     assert rows.summary()["dropped"]["unknown role 'tool'"] == 1
@@ -93,10 +95,20 @@ def test_half_a_surrogate_pair_is_left_out(tmp_path: Path) -> None:
 
 
 def test_one_conversation_is_too_few(tmp_path: Path) -> None:
-    """Oracle: said in a sentence: pretraining cuts a single document in two, which no conversation survives."""
+    """Oracle: said in a sentence: a single document of text is cut in two, a conversation is not."""
     path = conversations.write(tmp_path / "made.jsonl", conversations.made(1))
-    with pytest.raises(DataError, match="nothing is left for train and val"):
+    with pytest.raises(DataError, match=r"nothing is left for (train|val); it needs more text"):
         conversations.rows(path, tmp_path)
+
+
+def test_the_cards_measure_needs_answers(tmp_path: Path) -> None:
+    """Oracle: under `all` a conversation may hold no answer, so the card's mean over answers may be of nothing."""
+    path = conversations.write(tmp_path / "made.jsonl", [[{**U, "content": str(number)}] for number in range(60)])
+    rows = conversations.rows(path, tmp_path, "sft.mask=all")
+    assert list(rows.measures.values()) == ["val"]
+    answers = conversations.write(tmp_path / "answers.jsonl", conversations.made())
+    assert list(conversations.rows(answers, tmp_path / "answers").measures.values()) == ["val", "val_card"]
+    assert rows.read(rows.val_row_ids(), "val_card").weights.sum() == 0
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

@@ -25,13 +25,7 @@ from tests.test_equivalence import TOLERANCE, worst_difference
 PROGRAM = runs.ROOT / "sft" / "train.py"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_rates_of_axiom_380m_instruct() -> None:

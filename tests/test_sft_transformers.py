@@ -19,7 +19,6 @@ from sft.chatml import CHAT_TEMPLATE, IM_END, ChatML, Encoded, Mask, problem_of
 from sft.data import ConversationRows
 from tests import conversations
 from tests.conversations import Conversation
-from tests.test_data_cl100k import build
 
 WHOLE = "<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n"
 GENERATED = "{%- for message in messages -%}{%- if CONDITION -%}{%- generation -%}{{- 'TEXT' -}}{%- endgeneration -%}"
@@ -44,13 +43,6 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer trained here, as saved."""
     folder = tmp_path_factory.mktemp("bpe")
     conversations.tokenizer().save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cl100k(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cl100k")
-    build(test_data / "cl100k_base" / "cl100k_base.tiktoken").save(folder)
     return folder
 
 
@@ -116,17 +108,17 @@ def compare(folder: Path, found: Iterable[Conversation], mask: Mask = "assistant
 
 
 @pytest.mark.parametrize("mask", TEMPLATES)
-def test_ids_and_masks_are_transformers(cl100k: Path, real: list[Conversation], mask: Mask) -> None:
+def test_ids_and_masks_are_transformers(cl100k_folder: Path, real: list[Conversation], mask: Mask) -> None:
     """Oracle: apply_chat_template's ids and assistant mask, of a sample of real conversations; nothing differs."""
     sample = real[::EVERY] if mask == "assistant" else real[:: 4 * EVERY]
-    assert compare(cl100k, sample, mask) == {"same": len(sample)}
+    assert compare(cl100k_folder, sample, mask) == {"same": len(sample)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", TEMPLATES)
-def test_ids_and_masks_are_transformers_all(cl100k: Path, real: list[Conversation], mask: Mask) -> None:
+def test_ids_and_masks_are_transformers_all(cl100k_folder: Path, real: list[Conversation], mask: Mask) -> None:
     """Oracle: the same, all real conversations: none is left out, none differs, for an allowed reason or not."""
-    assert compare(cl100k, real, mask) == {"same": 8_797}
+    assert compare(cl100k_folder, real, mask) == {"same": 8_797}
 
 
 @pytest.mark.parametrize("mask", TEMPLATES)
@@ -153,15 +145,15 @@ ODD = [
 ]
 
 
-def test_allowed_differences_are_two(cl100k: Path) -> None:
+def test_allowed_differences_are_two(cl100k_folder: Path) -> None:
     """Oracle: apply_chat_template; only leading white space with a newline and control tokens' literals differ."""
     odd = [turns(text, text) for text in ODD]
-    assert compare(cl100k, odd) == {"same": 7, "leading white space": 3, "control token": 2}
+    assert compare(cl100k_folder, odd) == {"same": 7, "leading white space": 3, "control token": 2}
 
 
-def test_tokens_are_the_text(cl100k: Path, real: list[Conversation]) -> None:
+def test_tokens_are_the_text(cl100k_folder: Path, real: list[Conversation]) -> None:
     """Oracle: the template's text, the trained part of it by string operations; where ids may differ, too."""
-    theirs, ours = theirs_of(cl100k), ours_of(cl100k)
+    theirs, ours = theirs_of(cl100k_folder), ours_of(cl100k_folder)
     odd = [turns(text, text) for text in ODD]
     for messages in [*real[:: 4 * EVERY], *odd]:
         encoded = ours.encode(messages)
@@ -172,9 +164,9 @@ def test_tokens_are_the_text(cl100k: Path, real: list[Conversation]) -> None:
         assert ours.tokenizer.decode(encoded.ids[encoded.answers].tolist()) == whole
 
 
-def test_prompt_is_transformers(cl100k: Path, real: list[Conversation]) -> None:
+def test_prompt_is_transformers(cl100k_folder: Path, real: list[Conversation]) -> None:
     """Oracle: apply_chat_template(add_generation_prompt=True); the beginning of the conversation that goes on."""
-    theirs, ours = theirs_of(cl100k), ours_of(cl100k)
+    theirs, ours = theirs_of(cl100k_folder), ours_of(cl100k_folder)
     for messages in real[:: 4 * EVERY]:
         end = max(n for n, message in enumerate(messages) if message["role"] == "user") + 1
         prompt = ours.prompt(messages[:end])
@@ -217,25 +209,25 @@ def trl_labels(
     return [(row["input_ids"], row["labels"]) for row in made]
 
 
-def test_labels_are_trls(cl100k: Path, real: list[Conversation], tmp_path: Path) -> None:
+def test_labels_are_trls(cl100k_folder: Path, real: list[Conversation], tmp_path: Path) -> None:
     """Oracle: the labels of TRL's SFTTrainer, given our template: the same to the last token."""
     sample = real[:: 4 * EVERY]
-    labelled = trl_labels(theirs_of(cl100k), CHAT_TEMPLATE, sample, tmp_path)
+    labelled = trl_labels(theirs_of(cl100k_folder), CHAT_TEMPLATE, sample, tmp_path)
     for messages, (ids, labels) in zip(sample, labelled, strict=True):
-        encoded = ours_of(cl100k).encode(messages)
+        encoded = ours_of(cl100k_folder).encode(messages)
         assert ids == encoded.ids.tolist()
         assert labels == np.where(encoded.trained, encoded.ids, -100).tolist()
 
 
-def test_trls_own_template_trains_newlines_too(cl100k: Path, real: list[Conversation], tmp_path: Path) -> None:
+def test_trls_own_template_trains_newlines_too(cl100k_folder: Path, real: list[Conversation], tmp_path: Path) -> None:
     """Oracle: TRL with the template it ships for Qwen2.5's ChatML: the newline before and after each answer besides."""
     import trl
 
     template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5_training.jinja").read_text(encoding="utf-8")
     sample = [messages for messages in real[::EVERY] if messages[0]["role"] == "system"]  # else it invents one
     assert len(sample) > 50
-    ours = ours_of(cl100k)
-    labelled = trl_labels(theirs_of(cl100k), template, sample, tmp_path)
+    ours = ours_of(cl100k_folder)
+    labelled = trl_labels(theirs_of(cl100k_folder), template, sample, tmp_path)
     for messages, (ids, labels) in zip(sample, labelled, strict=True):
         encoded, labelled_T = ours.encode(messages), np.array(labels) != -100
         assert ids == encoded.ids.tolist()

@@ -50,13 +50,19 @@ class Totals:
     """Documents the source has given, those left out included."""
     content_sha256: str = ""
 
-    def skip(self, reason: str) -> None:
-        """Count a document that is left out."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    def skip(self, reason: str, documents: int = 1) -> None:
+        """Count documents that are left out."""
+        if documents:
+            self.skipped[reason] = self.skipped.get(reason, 0) + documents
 
     def add_content(self, content: bytes) -> None:
         """Take one more document, or block of ids, into the chain of hashes."""
         self.content_sha256 = hashlib.sha256(bytes.fromhex(self.content_sha256) + content).hexdigest()
+
+
+def tell_skipped(skipped: Mapping[str, int]) -> str:
+    """Counts of documents left out, each with its reason."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
 
 
 class _Part:

@@ -20,8 +20,11 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
+
+Integers = TypeVar("Integers", int, np.uint64, np.ndarray)
 LastBatch = Literal["wrap", "keep", "drop"]
 
 FEISTEL_ROUNDS = 6
@@ -51,12 +54,13 @@ def permute(seed: int, epoch: int, index: int, count: int) -> int:
 def _feistel(value: int, high_bits: int, low_bits: int, keys: tuple[int, ...]) -> int:
     high, low = value >> low_bits, value & ((1 << low_bits) - 1)
     for key in keys:
-        high, low = low, high ^ (_mix(low ^ key) & ((1 << high_bits) - 1))
+        high, low = low, high ^ (mix(low ^ key) & ((1 << high_bits) - 1))
         high_bits, low_bits = low_bits, high_bits
     return high << low_bits | low
 
 
-def _mix(value: int) -> int:
+def mix(value: Integers) -> Integers:
+    """SplitMix64's finaliser, of a whole number below 2^64 or of a uint64 array: a bijection that looks random."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
     return value ^ value >> 31

@@ -31,7 +31,7 @@ from ds_slm.data.identity import (
     source_identity,
     tokenizer_identity,
 )
-from ds_slm.data.journal import JOURNAL, SPLITS, ShardsInProgress, id_dtype
+from ds_slm.data.journal import JOURNAL, SPLITS, ShardsInProgress, id_dtype, tell_skipped
 from ds_slm.data.progress import Progress
 from ds_slm.data.shards import Prepared, open_prepared, refuse, stamp_written
 from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
@@ -209,11 +209,11 @@ def _prepare_source(
                     source.name,
                     shards,
                     documents,
-                    form.encode(tokenizer),
+                    tokenizer,
                     recipe.data,
                     token_limit,
                     progress,
-                    form.row_limit,
+                    form,
                 )
     except BaseException:
         shards.abandon()
@@ -260,8 +260,7 @@ def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
         manifest = prepared.manifests[source.name]
         tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
         if skipped := manifest["skipped"]:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-            yield f"{source.name}: {sum(skipped.values()):,} documents were skipped: {reasons}"
+            yield f"{source.name}: {sum(skipped.values()):,} documents were skipped: {tell_skipped(skipped)}"
         if manifest["replaced"]:
             yield f"{source.name}: read from local files ({', '.join(name for name, _ in manifest['files'])})"
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):

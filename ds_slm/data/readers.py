@@ -170,13 +170,16 @@ def _cell(line: bytes, number: int, name: str, column: str) -> Any:
 def _text(value: Any, as_json: bool) -> str:
     if as_json and isinstance(value, list | dict):
         return json.dumps(value)
-    if as_json or not isinstance(value, str):
-        return ""
+    return value if not as_json and isinstance(value, str) and is_unicode(value) else ""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON can spell half of a surrogate pair."""
     try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        return ""
-    return value
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:

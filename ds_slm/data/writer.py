@@ -22,7 +22,7 @@ import numpy as np
 
 from ds_slm.data.corpus import DocumentStream
 from ds_slm.data.embedded import embedded_documents
-from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype
+from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype, tell_skipped
 from ds_slm.data.progress import Progress
 from ds_slm.data.tokenizer import Tokenizer
 from ds_slm.errors import DataError
@@ -91,17 +91,20 @@ def _draws(seed: int, block: int) -> np.ndarray:
     return generator.rand(DRAWS)
 
 
-def split_documents(texts: Iterable[str], data: Data, first_row: int = 0) -> Iterator[tuple[Split, str]]:
+def split_documents(
+    texts: Iterable[str], data: Data, first_row: int = 0, cut_single: bool = True
+) -> Iterator[tuple[Split, str]]:
     """Each document with its split, empty ones included; a source of one single document is cut in two.
 
     Args:
         texts: the documents from `first_row` on.
         data: how to split.
         first_row: a source that is read from another row on is known to hold more than one document.
+        cut_single: whether a document can be cut, as text can.
     """
     remaining = iter(texts)
     first_two = [] if first_row else list(islice(remaining, 2))
-    if len(first_two) == 1:
+    if len(first_two) == 1 and cut_single:
         border = int(len(first_two[0]) * (1 - data.val_fraction))
         yield "train", first_two[0][:border]
         yield "val", first_two[0][border:]
@@ -124,11 +127,11 @@ def write_documents(
     name: str,
     shards: ShardsInProgress,
     documents: Callable[[dict[str, Any] | None], DocumentStream],
-    encode: Encode,
+    tokenizer: Tokenizer,
     data: Data,
     token_limit: float,
     progress: Progress,
-    row_limit: int | None = None,
+    form: Form = TEXT,
 ) -> dict[str, Any]:
     """Write documents as ids into training and validation shards; returns what the manifest says about them.
 
@@ -139,21 +142,21 @@ def write_documents(
         name: the source's, for errors.
         shards: where to write; goes on from its position.
         documents: opens the source at a position.
-        encode: turns a batch of documents into ids.
+        tokenizer: whose ids are written.
         data: how to split.
         token_limit: training tokens to stop at.
         progress: told of every document.
-        row_limit: documents to read at most, empty ones included.
+        form: what the documents are, and how they are encoded.
     """
     whole = True
     unsaved_tokens = 0
     totals = shards.totals
     stream = documents(shards.position)
-    texts = iter(stream) if row_limit is None else islice(stream, row_limit - totals.rows_read)
-    for batch, encoded in _encoded(_batches(texts, stream, data, totals.rows_read), encode):
+    texts = iter(stream) if form.row_limit is None else islice(stream, form.row_limit - totals.rows_read)
+    split = split_documents(texts, data, totals.rows_read, cut_single=not form.as_json)
+    for batch, encoded in _encoded(_batches(split, stream, totals.rows_read), form.encode(tokenizer)):
         totals.rows_read += batch.rows
-        for _ in range(batch.rows - len(batch.documents)):
-            totals.skip(EMPTY)
+        totals.skip(EMPTY, batch.rows - len(batch.documents))
         for (split, text), ids in zip(batch.documents, encoded, strict=True):
             if isinstance(ids, str):
                 totals.skip(ids)
@@ -180,14 +183,14 @@ def write_documents(
     return _finished(name, shards, data) | {"whole": whole}
 
 
-def _batches(texts: Iterator[str], stream: DocumentStream, data: Data, first_row: int) -> Iterator[_Batch]:
+def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_row: int) -> Iterator[_Batch]:
     documents: list[tuple[Split, str]] = []
     rows = characters = 0
-    for split, text in split_documents(texts, data, first_row):
+    for side, text in split:
         rows += 1
         characters += len(text)
         if text:
-            documents.append((split, text))
+            documents.append((side, text))
         if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             # splitting reads two documents ahead at the start
             yield _Batch(documents, rows, stream.position() if rows > 1 or first_row else None)
@@ -212,7 +215,7 @@ def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch
 def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:
     """What the manifest says. Raises DataError where one of the two splits would be empty."""
     if empty := [split for split in SPLITS if not shards.tokens(split)]:
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(shards.totals.skipped.items()))
+        skipped = tell_skipped(shards.totals.skipped)
         raise DataError(
             f"source {name!r}: nothing is left for {' and '.join(empty)}"
             f"{f' (skipped: {skipped})' if skipped else ''}; it needs more text, or another data.val_fraction than "

@@ -40,6 +40,7 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         "--max-steps", type=positive, metavar="N", help="stop after this step; the schedule keeps the recipe's length"
     )
     parser.add_argument("--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device")
+    parser.add_argument("--profile", type=_steps, metavar="A:B", help="tell where the time of steps A to B goes")
     parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
@@ -50,6 +51,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of steps: expected A:B, as in 5:8")
+    return range(int(first), int(last) + 1)
 
 
 def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
@@ -63,6 +71,7 @@ def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
         max_steps=args.max_steps,
         micro_batch=args.micro_batch,
         allow_change=args.allow_change,
+        profile=args.profile,
     )
 
 

@@ -8,6 +8,7 @@ one that reaches it evaluates on all held-out rows and writes done.json.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from ds_slm.train import checkpointing
 from ds_slm.train.checkpointing import State
 from ds_slm.train.engine import Engine, Sums
 from ds_slm.train.measure import StepClock, peak_memory_bytes
+from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report
 
 
@@ -88,6 +90,7 @@ class Run:
     evaluated_at_step: int = -1
     val_loss: float = math.inf
     """Of the last evaluation."""
+    profile: Profile | None = None
 
 
 def train(run: Run) -> None:
@@ -96,12 +99,15 @@ def train(run: Run) -> None:
     if run.evaluate_first and run.state.step == 0:
         evaluate(run)
     while run.state.step < run.stop_at_step:
-        take_step(run)
+        with run.profile.step(run.state.step + 1, run.engine, run.rows) if run.profile else nullcontext():
+            take_step(run)
         step = run.state.step
         if step < last_step and step % every.eval_every_steps == 0:
             evaluate(run)
         if step < last_step and step % every.save_every_steps == 0:
             save(run)
+    if run.profile:
+        run.profile.finish(run.engine.control.rank)
     if run.state.step >= last_step:
         finish(run)
     elif run.saved_at_step != run.state.step:

@@ -50,6 +50,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_memory_bytes() -> int:
+    """What this process holds in main memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 class StepClock:
     """Durations of steps, without what happens between them (evaluation, saving)."""
 

@@ -24,6 +24,7 @@ from ds_slm.train import checkpointing, ds_config, loop, measure, run_folder
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
+from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report, captured_output
 
 Result = TypeVar("Result")
@@ -58,6 +59,8 @@ class Options:
     max_steps: int | None = None
     micro_batch: int | None = None
     allow_change: bool = False
+    profile: range | None = None
+    """Steps whose time is told apart."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def _train(
                 sample=task.sample(corpus),
                 val_tokens_per_byte=task.val_tokens_per_byte(corpus),
                 evaluate_first=task.evaluate_first,
+                profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
             )
         )
         control.barrier()
@@ -239,6 +243,7 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "world_size": control.world_size,
         "hosts": control.hosts,
         "threads_per_rank": torch.get_num_threads(),
+        "resident_gb_before_model": measure.resident_memory_bytes() / 1e9,
         "rows_per_step": recipe.rows_per_step,
         "micro_batch_rows": joined.micro_batch,
         "accumulation_steps": joined.accumulation_steps,

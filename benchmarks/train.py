@@ -1,0 +1,274 @@
+"""How fast a recipe trains: the real program beside its rivals, in one run on one machine.
+
+    random ids, made-up tokenizer --> OUT/ids.bin, OUT/tokenizer
+    each side at each micro-batch, once --> its best micro-batch
+    ours, trainer, trainer-ds, bare; ours, ... ROUNDS times --> medians, spread --> OUT/RECIPE.json and a table
+
+python benchmarks/train.py RECIPE [--sides ours bare] [--rounds 2] [--micro-batches 1 2 4] [--set SECTION.KEY=VALUE]
+
+ours        deepspeed ds_slm/pretrain.py, one process a core (or a GPU)
+trainer     transformers.Trainer as `python script.py` runs it: one process, all threads; its Llama or Qwen3, the same
+            precision, optimiser and gradient checkpointing
+trainer-ds  the same under DeepSpeed's ZeRO-1, as many processes as ours
+bare        our model and optimiser in a plain PyTorch loop, as many processes as ours: the limit
+
+A step of a recipe has hundreds of forwards, so it is put together from its parts: steps of ACCUMULATIONS[0] and of
+ACCUMULATIONS[1] micro-batches are timed, which gives the time of a micro-batch and that of the optimiser step.
+Memory is the kernel's peak of rank 0 on a CPU (what its imports hold included), the allocator's on a GPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ds_slm.errors import DataError, run_program
+from ds_slm.recipe import plan, schema
+from ds_slm.recipe.schema import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = Path(sys.executable).parent
+SIDES = ("ours", "trainer", "trainer-ds", "bare")
+ACCUMULATIONS = (1, 4)
+STEPS = 4
+"""Steps of a launch whose median counts, after one to warm up."""
+ROWS = 512
+"""Rows of made-up ids."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one side, as measured."""
+
+    step_s: float
+    """Median of its steps."""
+    peak_gb: float
+    start_s: float | None
+    """From the command to the first forward; of ours alone."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One side in one round."""
+
+    micro_batch: int
+    micro_s: float
+    optimizer_s: float
+    tokens_per_s: float
+    peak_gb: float
+    start_s: float | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all launches share."""
+
+    name: str
+    recipe: Recipe
+    overrides: list[str]
+    out: Path
+    devices: int
+    on_gpu: bool
+
+    def ranks(self, side: str) -> int:
+        """Processes of a side."""
+        return 1 if side == "trainer" else self.devices
+
+    def environment(self, side: str) -> dict[str, str]:
+        """One thread a process, or all of them for the process that is alone; nothing asks a hub."""
+        threads = (os.cpu_count() or 1) // self.ranks(side) or 1
+        accelerator = {} if self.on_gpu else {"DS_ACCELERATOR": "cpu"}
+        return os.environ | accelerator | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+
+
+def lay_out(recipe: Recipe, out: Path) -> list[str]:
+    """Random ids and a tokenizer of as many names, instead of the recipe's; returns the overrides that use them."""
+    import tokenizers
+
+    out.mkdir(parents=True, exist_ok=True)
+    vocab_size = recipe.model.vocab_size
+    special = {number: name for name, number in recipe.tokenizer.special_tokens.items()}
+    vocabulary = {special.get(number, f"t{number}"): number for number in range(vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    (out / "tokenizer").mkdir(exist_ok=True)
+    backend.save(str(out / "tokenizer" / "tokenizer.json"))
+    # as frequent as words are, by Zipf's law: what a repeated id costs belongs to the embedding's backward pass
+    ids = np.random.default_rng(0).zipf(1.1, size=ROWS * (recipe.data.seq_len + 1)) % vocab_size
+    ids.astype("<u2" if vocab_size <= 1 << 16 else "<u4").tofile(out / "ids.bin")
+    return [
+        "tokenizer.kind=hf",
+        f"tokenizer.path={out / 'tokenizer'}",
+        f"tokenizer.vocab_size={vocab_size}",
+        "data.val_fraction=0.05",
+        "run.eval_every_steps=1000000",
+        "run.save_every_steps=1000000",
+        "run.log_every_steps=1",
+        "eval.prompts=[]",
+    ]
+
+
+def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:
+    """Start one side and wait for its end. Raises DataError, with what it said, where it fails."""
+    ranks = bench.ranks(side)
+    folder = bench.out / "launches" / f"{side}-{micro_batch}-{accumulation}-{time.monotonic_ns()}"
+    folder.mkdir(parents=True)
+    settings = [f"train.global_batch_tokens={ranks * micro_batch * accumulation * bench.recipe.data.seq_len}"]
+    flags = [word for pair in [*bench.overrides, *settings] for word in ("--set", pair)]
+    flags += ["--recipe", bench.name, "--micro-batch", str(micro_batch)]
+    command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks)]
+    if side == "ours":
+        sources = [word for one in bench.recipe.data.source for word in ("--source", f"{one.name}={bench.out}/ids.bin")]
+        command += [str(ROOT / "ds_slm" / "pretrain.py"), *flags, *sources, "--max-steps", str(STEPS + 1)]
+        command += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data")]
+    else:
+        kind, _, under = side.partition("-")
+        command = [sys.executable] if side == "trainer" else command
+        command += [str(ROOT / "benchmarks" / "rivals.py"), kind, *flags, "--ids", str(bench.out / "ids.bin")]
+        command += ["--accumulation", str(accumulation), "--steps", str(STEPS + 1), "--out", str(folder / "out.json")]
+        command += ["--deepspeed", str(ROOT / "ds_configs" / "zero1.json")] if under else []
+    begin_s, first_step_s, said = time.monotonic(), None, []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=bench.environment(side)
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("step 1/"):
+                first_step_s = time.monotonic() - begin_s
+    if process.returncode:
+        raise DataError(f"{side} failed ({process.returncode}):\n{''.join(said[-30:])}")
+    if side != "ours":
+        found = json.loads((folder / "out.json").read_text())
+        return Launch(statistics.median(found["step_s"][1:]), found["peak_memory_gb"], None)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    start_s = first_step_s - steps[0]["step_s"] if first_step_s is not None else None
+    return Launch(statistics.median(one["step_s"] for one in steps[1:]), steps[-1]["peak_memory_gb"], start_s)
+
+
+def measure(bench: Bench, side: str, micro_batch: int) -> Round:
+    """Both accumulations of one side, and the recipe's step put together from them."""
+    few, many = (launch(bench, side, micro_batch, accumulation) for accumulation in ACCUMULATIONS)
+    micro_s = (many.step_s - few.step_s) / (ACCUMULATIONS[1] - ACCUMULATIONS[0])
+    optimizer_s = max(few.step_s - ACCUMULATIONS[0] * micro_s, 0.0)
+    cut = plan.batch(bench.recipe, bench.ranks(side), micro_batch)
+    step_s = cut.accumulation_steps * micro_s + optimizer_s
+    tokens_per_s = bench.recipe.train.global_batch_tokens / step_s
+    return Round(micro_batch, micro_s, optimizer_s, tokens_per_s, many.peak_gb, few.start_s)
+
+
+def best_micro_batch(bench: Bench, side: str, choices: Sequence[int]) -> int:
+    """The micro-batch with the most rows a second; one that does not fit is passed over."""
+    if len(choices) == 1:
+        return choices[0]
+    speeds: dict[int, float] = {}
+    for choice in choices:
+        try:
+            speeds[choice] = choice / launch(bench, side, choice, 1).step_s
+        except DataError as error:
+            print(f"{side}, micro-batch {choice}: left out\n{error}", flush=True)
+    if not speeds:
+        raise DataError(f"{side} runs at no micro-batch of {', '.join(map(str, choices))}.")
+    print(f"{side}: " + ", ".join(f"{choice} x {speed:.3g} rows/s" for choice, speed in speeds.items()), flush=True)
+    return max(speeds, key=lambda choice: speeds[choice])
+
+
+def table(bench: Bench, rounds: dict[str, list[Round]], device: str, peak_flops: float | None) -> Table:
+    """A row for each side."""
+    kind = "GPU" if bench.on_gpu else "CPU"
+    grid = Table(title=f"{bench.name}, {bench.recipe.train.precision}, {bench.devices} {kind} ranks, {device}")
+    names = (
+        "side",
+        "micro-batch",
+        "tokens/s",
+        "spread",
+        "MFU",
+        "micro-batch s",
+        "optimiser s",
+        "peak GB",
+        "ours to it",
+    )
+    for name in names:
+        grid.add_column(name, justify="left" if name == "side" else "right")
+    ours = statistics.median(one.tokens_per_s for one in rounds["ours"]) if "ours" in rounds else None
+    for side, found in rounds.items():
+        speeds = [one.tokens_per_s for one in found]
+        speed = statistics.median(speeds)
+        flops = plan.flops_per_token(bench.recipe.model, bench.recipe.data.seq_len) * speed
+        grid.add_row(
+            side,
+            str(found[0].micro_batch),
+            f"{speed:,.0f}",
+            f"{(max(speeds) - min(speeds)) / speed:.1%}",
+            f"{flops / peak_flops:.1%}" if peak_flops else "-",
+            f"{statistics.median(one.micro_s for one in found):.3f}",
+            f"{statistics.median(one.optimizer_s for one in found):.3f}",
+            f"{max(one.peak_gb for one in found):.2f}",
+            f"{ours / speed:.2f}" if ours else "-",
+        )
+    return grid
+
+
+def main() -> int:
+    """Measure and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+    args = parser.parse_args()
+    import torch
+
+    from ds_slm.train import measure as device_measure
+    from ds_slm.train.engine import DTYPES
+
+    on_gpu = torch.cuda.is_available()
+    out = args.out.resolve() / schema.recipe_path(args.recipe).stem
+    recipe = schema.load(args.recipe, args.set)
+    overrides = [*args.set, *lay_out(recipe, out)]
+    devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    bench = Bench(args.recipe, recipe, overrides, out, devices, on_gpu)
+    chosen = {side: best_micro_batch(bench, side, args.micro_batches) for side in args.sides}
+    rounds: dict[str, list[Round]] = {side: [] for side in args.sides}
+    for number in range(args.rounds):
+        for side in args.sides:
+            rounds[side].append(measure(bench, side, chosen[side]))
+            print(f"round {number + 1}, {side}: {rounds[side][-1].tokens_per_s:,.0f} tokens/s", flush=True)
+
+    device = torch.device("cuda" if on_gpu else "cpu")
+    peak = device_measure.peak_flops(device, DTYPES[recipe.train.precision])
+    peak = peak and peak * (devices if on_gpu else 1)  # of a CPU it is measured with all its threads
+    name = device_measure.device_name(device)
+    starts = [one.start_s for one in rounds.get("ours", []) if one.start_s is not None]
+    Console().print(table(bench, rounds, name, peak))
+    if starts:
+        print(f"ours: from the command to the first forward {statistics.median(starts):.1f} s")
+    result = {
+        "recipe": args.recipe,
+        "overrides": args.set,
+        "device": name,
+        "torch": torch.__version__,
+        "devices": devices,
+        "load": os.getloadavg()[0],
+        "rounds": {side: [asdict(one) for one in found] for side, found in rounds.items()},
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written: {out / 'result.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

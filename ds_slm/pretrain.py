@@ -39,7 +39,9 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     parser.add_argument(
         "--max-steps", type=positive, metavar="N", help="stop after this step; the schedule keeps the recipe's length"
     )
-    parser.add_argument("--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device")
+    parser.add_argument(
+        "--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device; auto measures"
+    )
     parser.add_argument("--profile", type=_steps, metavar="A:B", help="tell where the time of steps A to B goes")
     parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
@@ -81,8 +83,8 @@ def report(line: str) -> None:
         print(line, flush=True)
 
 
-def _micro_batch(text: str) -> int | None:
-    return None if text == "auto" else positive(text)
+def _micro_batch(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def parse_sources(pairs: list[str]) -> dict[str, Path]:

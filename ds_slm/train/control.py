@@ -25,6 +25,7 @@ class Control:
         machines = self.gather([socket.gethostname(), _boot_id()])
         self.leaders = [rank for rank, machine in enumerate(machines) if machine not in machines[:rank]]
         """The first rank of each host, in the order of ranks: it alone touches that host's run folder."""
+        self.ranks_on_host = machines.count(machines[self.rank])
 
     @property
     def leads_host(self) -> bool:

@@ -72,6 +72,12 @@ def device_type() -> str:
     return _accelerator().device_name()
 
 
+def current_device() -> torch.device:
+    """This rank's device, once it is connected."""
+    kind = device_type()
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def _accelerator() -> Any:
     if not (torch.version.cuda or torch.version.hip):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches, and warns that it found none

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, Literal, Protocol, TextIO, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ds_slm.errors import CheckpointError, DataError, UserError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import checkpointing, ds_config, loop, measure, run_folder
+from ds_slm.train import checkpointing, ds_config, loop, measure, micro_batch, run_folder
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
@@ -57,7 +57,8 @@ class Options:
     ds_config: Path
     resume: str = "auto"
     max_steps: int | None = None
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
+    """Rows of a forward; None takes the ds_config's hint or a default, "auto" measures."""
     allow_change: bool = False
     profile: range | None = None
     """Steps whose time is told apart."""
@@ -90,7 +91,8 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     """
     _, world_size, _ = engines.world_from_environment()
     problems: list[str] = []
-    joined = _attempt(problems, lambda: _join(recipe, options, world_size))
+    wanted = None if options.micro_batch == "auto" else options.micro_batch
+    joined = _attempt(problems, lambda: _join(recipe, options, world_size, wanted))
     _attempt(problems, lambda: engines.refuse_missing_precision(recipe.train.precision))
     _attempt(problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
     corpus = None if problems else _attempt(problems, task.prepare)
@@ -107,6 +109,8 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             "tokenizer_sha256": corpus.tokenizer_sha256,
             **task.identity,
         }
+        if options.micro_batch == "auto":
+            joined = _join(recipe, options, world_size, _fastest_micro_batch(recipe, joined, control))
         _agree_on_inputs(control, identity, recipe, joined, task)
         if max(control.gather(run_folder.finished_step(options.run_dir))) >= recipe.train.steps:
             if control.rank == 0:
@@ -174,9 +178,20 @@ def _train(
         report.close()
 
 
-def _join(recipe: Recipe, options: Options, world_size: int) -> ds_config.Joined:
+def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.Joined:
     ds_file = ds_config.read(options.ds_config)
-    return ds_config.join(recipe, ds_file, world_size, engines.device_type(), options.micro_batch)
+    return ds_config.join(recipe, ds_file, world_size, engines.device_type(), rows)
+
+
+def _fastest_micro_batch(recipe: Recipe, joined: ds_config.Joined, control: Control) -> int:
+    device, dtype = engines.current_device(), engines.DTYPES[recipe.train.precision]
+    zero, name = joined.deepspeed["zero_optimization"], measure.device_name(device)
+
+    def say(line: str) -> None:
+        if control.rank == 0:
+            print(line, flush=True)
+
+    return micro_batch.choose(recipe, zero, control, device, name, dtype, say)
 
 
 def _attempt(problems: list[str], action: Callable[[], Result]) -> Result | None:

@@ -62,6 +62,10 @@ def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
         return main() or EXIT_OK
     except UserError as error:
         message, code = "error: " + "\n  ".join(error.problems), EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message, code = f"error: {error.filename}: {error.strerror}.", EXIT_USER_ERROR
     except TrainingError as error:
         message, code = f"stopped: {error}", EXIT_FAILURE
     if tell:

@@ -30,6 +30,16 @@ def demo_split() -> dict[str, list[str]]:
     return split
 
 
+def test_hidden_files_are_no_text(tmp_path: Path) -> None:
+    """Oracle: the visible file alone: editors and notebooks leave copies in hidden folders."""
+    write_jsonl(tmp_path / "one.jsonl", texts(3))
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write_jsonl(tmp_path / ".ipynb_checkpoints" / "one.jsonl", texts(3))
+    write_jsonl(tmp_path / ".one.jsonl", texts(3))
+    place = locate(schema.Source(name="web", kind="files", path=str(tmp_path)))
+    assert [path.name for path in place.files] == ["one.jsonl"]
+
+
 def test_embedded_corpus_is_large_enough() -> None:
     """Oracle: at least 8 MB in all, and 256 kB held out under the demo recipe."""
     split = demo_split()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ds_slm.data import identity, shards
+from ds_slm.data import prepare as preparing
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
-from tests.data_recipes import contents, prepare, two_sources
+from tests.data_recipes import BPE, contents, prepare, recipe, source, texts, two_sources, write_jsonl
 
 
 @pytest.fixture
@@ -67,20 +68,25 @@ def test_damaged_folders_are_refused(
     assert contents(folder) == before
 
 
-def flip_bit(path: Path, keep_time: bool = False) -> None:
+def flip_bit(path: Path) -> None:
+    """Another bit, with the time of change that the file had: as a copy of a damaged file keeps it."""
     times_ns = path.stat().st_atime_ns, path.stat().st_mtime_ns
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    os.utime(path, ns=times_ns if keep_time else (times_ns[0], times_ns[1] + 1))
+    os.utime(path, ns=times_ns)
 
 
-def test_verify_finds_one_changed_bit(made: Recipe, tmp_path: Path) -> None:
-    """Bits that change by themselves leave the time of change alone: opening trusts it, verify reads every byte."""
+def test_verify_finds_one_changed_bit(made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits that change by themselves leave no trace in the file system: opening trusts it, verify reads every byte."""
     prepared = prepare(made, tmp_path / "data")
     for name in ("first", "second"):
-        flip_bit(prepared.folder / name / "train-00000.bin", keep_time=True)
-    shards.open_prepared(made, "made", tmp_path / "data")
+        flip_bit(prepared.folder / name / "train-00000.bin")
+    with monkeypatch.context() as patched:
+        stamps = shards._read_stamps(prepared.folder)
+        before = {prepared.folder / name: stamp for name, stamp in stamps.items()}
+        patched.setattr(shards, "_stamp", lambda path, sha256: before[path])
+        shards.open_prepared(made, "made", tmp_path / "data")
     with pytest.raises(DataError, match=r"train-00000.bin was changed: sha256 .* prepare again") as caught:
         shards.verify(prepared)
     assert len(caught.value.problems) == 2
@@ -96,6 +102,67 @@ def test_an_edited_shard_is_refused_when_opened(made: Recipe, tmp_path: Path) ->
         with pytest.raises(DataError, match=r"first/val-00000.bin was changed") as caught:
             shards.open_prepared(made, "made", tmp_path / "data")
         assert len(caught.value.problems) == 1
+
+
+def test_a_copy_that_keeps_every_time_is_read(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: stamps came with the copy, size and time of change as well: a bit that fell over on the way is found."""
+    prepared = prepare(made, tmp_path / "data")
+    shutil.copytree(prepared.folder, tmp_path / "copy" / "made", copy_function=shutil.copy2)
+    assert (tmp_path / "copy" / "made" / shards.STAMPS).is_file()
+    flip_bit(tmp_path / "copy" / "made" / "second" / "train-00000.bin")
+    with pytest.raises(DataError, match=r"second/train-00000.bin was changed"):
+        shards.open_prepared(made, "made", tmp_path / "copy")
+
+
+def test_an_edited_source_is_warned_of(made: Recipe, tmp_path: Path) -> None:
+    """Oracle: no word while nothing changed; an edit that keeps name and size is told, with the way out."""
+    said: list[str] = []
+    for _ in range(2):
+        preparing.prepare(made, "made", tmp_path / "data", report=said.append)
+    assert not [line for line in said if line.startswith("warning")]
+    path = tmp_path / "two" / "b.jsonl"
+    path.write_text(path.read_text().replace("a", "b"))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    preparing.prepare(made, "made", tmp_path / "data", report=said.append)
+    [warning] = [line for line in said if line.startswith("warning")]
+    assert warning.startswith("warning: second: its files have changed") and "data/made/second to prepare" in warning
+
+
+def test_a_tokenizer_of_a_trial_is_warned_of(tmp_path: Path) -> None:
+    """Oracle: no word where all text was read; after a trial the real run is told what its tokenizer was trained on."""
+    made = recipe(source("first", path=write_jsonl(tmp_path / "one.jsonl", texts(400))), tokenizer=BPE)
+    said: list[str] = []
+    preparing.prepare(made, "made", tmp_path / "data", max_tokens=1_000, report=said.append)
+    preparing.prepare(made, "made", tmp_path / "data", report=said.append)
+    told = [line for line in said if line.startswith("warning: tokenizer was trained for a shorter run, on 0.0 MB")]
+    assert told and "to prepare all of it anew" in told[-1]
+    said.clear()
+    preparing.prepare(made, "made", tmp_path / "whole", report=said.append)
+    assert not [line for line in said if line.startswith("warning")]
+
+
+def test_shards_without_their_text(tmp_path: Path) -> None:
+    """Oracle: the same data where the text is gone, by recipe and by --source; a path never used is still refused."""
+    made = recipe(source("first", path=write_jsonl(tmp_path / "one.jsonl", texts(200))))
+    other = write_jsonl(tmp_path / "other.jsonl", texts(200, seed=5))
+    whole = prepare(made, tmp_path / "data").sha256
+    replaced = prepare(made, tmp_path / "replaced", sources={"first": other}).sha256
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(made, tmp_path / "data", sources={"first": tmp_path / "typo.jsonl"})
+    (tmp_path / "one.jsonl").unlink()
+    other.unlink()
+    assert prepare(made, tmp_path / "data").sha256 == whole
+    assert prepare(made, tmp_path / "replaced", sources={"first": other}).sha256 == replaced != whole
+
+
+def test_hash_is_of_the_content(tmp_path: Path) -> None:
+    """Oracle: the same text by the recipe's path and by --source gives the same hash; other text does not."""
+    path = write_jsonl(tmp_path / "one.jsonl", texts(200))
+    other = write_jsonl(tmp_path / "other.jsonl", texts(200, seed=5))
+    by_path = prepare(recipe(source("first", path=path)), tmp_path / "a")
+    made = recipe(source("first", path=other))
+    assert prepare(made, tmp_path / "b", sources={"first": path}).sha256 == by_path.sha256
+    assert prepare(made, tmp_path / "c").sha256 != by_path.sha256
 
 
 def test_opening_reads_no_shard_twice(made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +184,7 @@ def test_manifests_of_another_format_are_refused(made: Recipe, tmp_path: Path) -
     """Oracle: both formats and the way out are named."""
     path = prepare(made, tmp_path / "data").folder / "first" / "manifest.json"
     path.write_text(path.read_text().replace(f'"format": {identity.FORMAT}', '"format": 1'))
-    with pytest.raises(DataError, match=r"has format 1, this version reads 2: remove .*first and prepare again"):
+    with pytest.raises(
+        DataError, match=rf"has format 1, this version reads {identity.FORMAT}: remove .*first and prepare again"
+    ):
         shards.open_prepared(made, "made", tmp_path / "data")

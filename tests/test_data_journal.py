@@ -203,6 +203,35 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.parametrize("name", ["train-00000.bin.part", "train-00001.bin.part"])
+@pytest.mark.usefixtures("small_pieces")
+def test_a_part_that_changed_is_written_anew(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the bytes of an uninterrupted run, after a bit of a closed or an open part flipped while nobody wrote."""
+    made = text_recipe(tmp_path)
+    whole = contents(prepare(made, tmp_path / "whole").folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_finished", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(made, tmp_path / "data")
+    part = tmp_path / "data" / "made" / "first" / name
+    content = bytearray(part.read_bytes())
+    content[8] ^= 1
+    part.write_bytes(content)
+    assert contents(prepare(made, tmp_path / "data").folder) == whole
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_an_interrupted_trial_is_no_beginning_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the tokens that were asked for, and one more document at most; not all that the other had written."""
+    made = text_recipe(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_finished", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(made, tmp_path / "data")
+    assert 500 <= prepare(made, tmp_path / "data", max_tokens=500).train_tokens < 800
+    assert prepare(made, tmp_path / "whole").train_tokens > 5_000
+
+
 def test_progress_tells_speeds_and_time_left() -> None:
     """Oracle: arithmetic by hand, on a clock of the test's own."""
     now_s = 0.0

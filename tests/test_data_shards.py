@@ -263,6 +263,21 @@ def test_ready_made_tokens(tmp_path: Path) -> None:
     assert prepared.val_bytes == 5_000 - border
 
 
+def test_ready_made_tokens_of_32_bits(tmp_path: Path) -> None:
+    """Oracle: the ids that were written; without the type they are refused, not read as twice as many of 16 bits."""
+    ids = np.random.default_rng(0).integers(1, 28, 5_000).astype("<u4")
+    ids.tofile(tmp_path / "ids.bin")
+    made = character_recipe(tmp_path / "ids.bin", tmp_path)
+    with pytest.raises(DataError, match=r"every other 16-bit id is 0.*data.source.dtype = 'uint32'"):
+        prepare(made, tmp_path / "data")
+    section = made.data.source[0].model_copy(update={"dtype": "uint32"})
+    wide = made.model_copy(update={"data": made.data.model_copy(update={"source": [section]})})
+    prepared = prepare(wide, tmp_path / "data")
+    assert prepared.manifests["ids"]["dtype"] == "uint16"
+    found = np.concatenate([np.asarray(prepared.tokens("train")[0]), np.asarray(prepared.tokens("val")[0])])
+    assert np.array_equal(found, ids)
+
+
 def test_ready_made_tokens_of_one_document(tmp_path: Path) -> None:
     """Oracle: without an EOS in the last tenth, or with one at its very end alone, it is held out as it stands."""
     ids = np.full(1_000, 5, "<u2")

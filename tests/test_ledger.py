@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ds_slm.data.order import Order, extend_ledger, step_row_ids
 from ds_slm.errors import CheckpointError
 from ds_slm.train import ledger
+from tests import runs
 from tests.test_cli import ds_slm
 
 
@@ -42,6 +43,21 @@ def test_compare_finds_the_first_step_with_other_rows(same: list[bool], every: i
     expected = None if changed is None else next(step for step in seen if step >= changed)
     assert compared.differ_at_step == expected
     assert compared.same_until_step == max([step for step in seen if changed is None or step < changed], default=0)
+
+
+def test_other_data_give_another_ledger(tmp_path: Path) -> None:
+    """Oracle: two short real runs on the same rows of different text, and a third on the first one's text again."""
+    ledgers = []
+    for number, seed in enumerate((0, 1, 0)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        runs.write_corpus(folder / "corpus.jsonl", seed=seed)
+        recipe = runs.write_recipe(folder)
+        done = runs.run(runs.deepspeed_command(1, "--recipe", recipe, "--run-dir", "run", "--max-steps", 2), folder)
+        assert done.returncode == 0, done.stderr
+        ledgers.append([record["ledger"] for record in runs.records(folder / "run")])
+    assert ledgers[0] == ledgers[2]
+    assert not set(ledgers[0]) & set(ledgers[1])
 
 
 def test_verify_rows_and_against(tmp_path: Path) -> None:

@@ -308,7 +308,8 @@ def _verify_rows(run_folder: Path, against: Path | None, as_json: bool) -> None:
     if compared.differ_at_step is not None:
         raise DataError(
             f"{run_folder} and {against} drew the same rows up to step {compared.same_until_step} and others by step "
-            f"{compared.differ_at_step}: compare their recipe.toml and the data_sha256 in their env.json."
+            f"{compared.differ_at_step}: compare their recipe.toml and the data_sha256 in their env.json (other data "
+            "give other ledgers from the first step on)."
         )
     if not as_json:
         print(f"{run_folder} and {against} drew the same rows in the same order up to step {compared.same_until_step}")

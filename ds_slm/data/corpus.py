@@ -6,8 +6,8 @@
 An empty or null document, or one that is no valid Unicode, comes out as "": whoever consumes them counts and skips it.
 Ready-made token files hold no documents; `ds_slm.data.shards` copies them.
 
-Known gaps: a local file is recognised by its name and size, so one changed in place between two readings is not noticed
-if its size stays; a folder that two links lead to is read once.
+Known gaps: a local file is recognised by its name and size; one that was edited since and kept its size is only warned
+of, by its time of change. A folder that two links lead to is read once.
 """
 
 import hashlib
@@ -53,6 +53,10 @@ class Place:
         """Name and bytes of every local file: tells without reading them whether they are the same ones."""
         return [[path.name, path.stat().st_size] for path in self.files]
 
+    def newest_change_ns(self) -> int:
+        """When the local file that changed last did; 0 where there is none."""
+        return max((path.stat().st_mtime_ns for path in self.files), default=0)
+
 
 def locate(source: Source, replacement: Path | None = None, report: Report = _quiet) -> Place:
     """Where to read a source: the replacement if there is one, else what the recipe says.
@@ -90,8 +94,13 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
     return Place("text" if text else "tokens", chosen, ignored)
 
 
+def printable(name: str) -> str:
+    """A file's name as UTF-8: what is none of it is spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _files_under(root: Path) -> list[Path]:
-    """Every file of a folder and the folders in it, links followed, each folder once; sorted."""
+    """Every file of a folder and the folders in it but hidden ones, links followed, each folder once; sorted."""
     if not root.is_dir():
         return [root]
 
@@ -104,8 +113,8 @@ def _files_under(root: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        found += [Path(folder, name) for name in names]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
@@ -114,7 +123,7 @@ class DocumentStream:
 
     def __init__(self, made_from: dict[str, Any], read: Callable[[Any], Iterator[tuple[str, Any]]], mark: Any) -> None:
         """Args: what tells this source from others; what gives its documents with their marks; the mark to begin at."""
-        self._made_from, self._read, self._mark = made_from, read, mark
+        self.made_from, self._read, self._mark = made_from, read, mark
 
     def __iter__(self) -> Iterator[str]:
         """The documents behind the last one yielded; "" for one that is empty, null or undecodable.
@@ -128,7 +137,7 @@ class DocumentStream:
 
     def position(self) -> dict[str, Any]:
         """Plain JSON data: where the document after the last one yielded begins."""
-        return {"made_from": self._made_from, "mark": self._mark}
+        return {"made_from": self.made_from, "mark": self._mark}
 
 
 def documents(
@@ -155,7 +164,7 @@ def documents(
             "that made them, 'hf' or 'cl100k'."
         )
     if place.ignored and position is None:
-        names = ", ".join(path.name for path in place.ignored[:NAMED_FILES])
+        names = ", ".join(printable(path.name) for path in place.ignored[:NAMED_FILES])
         more = ", ..." if len(place.ignored) > NAMED_FILES else ""
         report(f"{source.name}: {len(place.ignored)} files of no known kind are left out: {names}{more}")
     if place.kind == "embedded":
@@ -165,7 +174,7 @@ def documents(
         start: Any = 0
     elif place.kind == "hub":
         hub = Hub(source, report)
-        commit = hub.commit((position or {}).get("made_from", {}).get("commit"))
+        commit = hub.commit((position or {}).get("made_from", {}).get("commit") or source.revision)
         made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
         read, start = partial(_read_files, hub.text_files(commit), source.column, as_json), [0, *START]
     else:

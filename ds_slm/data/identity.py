@@ -13,7 +13,7 @@ from ds_slm.data import corpus
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe, Source
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
@@ -77,6 +77,13 @@ def _differences(before: Any, now: Any, place: str = "") -> list[str]:
 
 def _has_other_files(source: Source, manifest: dict[str, Any], replacement: Path | None) -> bool:
     """Whether the source's local files differ in name or size; files that have moved away since are not missed."""
-    if replacement is None and (manifest["replaced"] or not (source.path and Path(source.path).exists())):
+    if replacement is None and manifest["replaced"]:
+        return False
+    root = replacement or (Path(source.path) if source.path else None)
+    if root is None or ((replacement is None or manifest["replaced"]) and _is_gone(root)):
         return False
     return corpus.locate(source, replacement).file_sizes() != manifest["files"]
+
+
+def _is_gone(root: Path) -> bool:
+    return not root.exists() or (root.is_dir() and not any(root.iterdir()))

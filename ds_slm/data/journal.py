@@ -5,8 +5,8 @@
     finish            --> every part gets its name; the caller writes the manifest, then removes the journal
 
 Opening cuts the open parts back to what the journal says and hashes them anew, so what a kill left half written goes
-away. A journal of another recipe, tokenizer or source, or one whose parts are gone, starts the source from its
-beginning. The hash of the content is a chain over documents: a running sha256 cannot be stored.
+away. A journal of another recipe, tokenizer, limit or source, or one whose parts are gone or changed, starts the source
+from its beginning. The hash of the content is a chain over documents: a running sha256 cannot be stored.
 """
 
 import hashlib
@@ -92,12 +92,16 @@ class _Part:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
     def close(self) -> dict[str, Any]:
         self.sync()
         self._file.close()
         size_bytes = self.tokens * self._dtype.itemsize
         name = self.path.name.removesuffix(PART)
-        return {"file": name, "tokens": self.tokens, "bytes": size_bytes, "sha256": self._sha256.hexdigest()}
+        return {"file": name, "tokens": self.tokens, "bytes": size_bytes, "sha256": self.sha256}
 
     def abandon(self) -> None:
         self._file.close()
@@ -150,7 +154,7 @@ class ShardsInProgress:
             "position": self.position,
             "totals": asdict(self.totals),
             "closed": self._closed,
-            "open_tokens": {split: part.tokens for split, part in self._parts.items()},
+            "open": {split: [part.tokens, part.sha256] for split, part in self._parts.items()},
         }
         write_json(self.folder / JOURNAL, journal)
 
@@ -185,12 +189,15 @@ class ShardsInProgress:
             for named in self.folder.glob("*.bin"):  # the kill came while shards were getting their names
                 named.rename(named.with_name(named.name + PART))
             for shard in (shard for shards in journal["closed"].values() for shard in shards):
-                if (self.folder / (shard["file"] + PART)).stat().st_size != shard["bytes"]:
-                    return False
+                with (self.folder / (shard["file"] + PART)).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                        return False
             parts = {
                 split: _Part(self._path(split, len(journal["closed"][split])), self._dtype, tokens)
-                for split, tokens in journal["open_tokens"].items()
+                for split, (tokens, _) in journal["open"].items()
             }
+            if any(parts[split].sha256 != sha256 for split, (_, sha256) in journal["open"].items()):
+                return False
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
         self._parts, self._closed = parts, journal["closed"]

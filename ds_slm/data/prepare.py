@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_slm.data import corpus
 from ds_slm.data.identity import (
     FORMAT,
@@ -92,7 +94,7 @@ def prepare(
                     limit = limits[source.name]
                     _prepare_source(recipe, source, replacement, place, folder, tokenizer, limit, report, form)
         prepared = open_prepared(recipe, name, data_root, form.identity)
-    for line in _notes(recipe, prepared):
+    for line in _notes(recipe, prepared, replacements):
         report(line)
     return prepared
 
@@ -137,13 +139,16 @@ def _prepare_tokenizer(
 
     def training_texts(source: Source) -> Iterator[str]:
         texts = corpus.documents(source, replacements.get(source.name), report=report)
-        left_bytes = limits[source.name] * TOKENIZER_BYTES_PER_TOKEN
+        limit_bytes = left_bytes = _tokenizer_bytes(limits[source.name])
         for split, text in split_documents(texts, recipe.data):
             if split == "train" and text:
                 yield text
                 left_bytes -= len(text.encode())
                 if left_bytes <= 0:
+                    cut_at_bytes[source.name] = limit_bytes
                     break
+
+    cut_at_bytes: dict[str, float] = {}
 
     if tokenizer_from is None:
         report(f"{TOKENIZER}: {recipe.tokenizer.kind}, {recipe.tokenizer.vocab_size} ids")
@@ -161,6 +166,7 @@ def _prepare_tokenizer(
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
+        "cut_at_bytes": cut_at_bytes,
     }
     write_json(temporary / MANIFEST, manifest)
     for path in (*temporary.iterdir(), temporary):
@@ -188,17 +194,21 @@ def _prepare_source(
         "kind": place.kind,
         "replaced": replacement is not None,
         "files": place.file_sizes(),
+        "newest_change_ns": place.newest_change_ns(),
         "tokenizer_sha256": tokenizer.sha256,
     }
-    shards = ShardsInProgress(target, dtype, described)
+    shards = ShardsInProgress(target, dtype, {**described, "token_limit": token_limit})
     if shards.position is not None:
         report(f"{source.name}: goes on behind {shards.tokens('train'):,} training tokens")
     done = shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values())
     try:
         with Progress(source.name, token_limit, place.text_bytes(), report, *done) as progress:
             if place.kind == "tokens":
+                file_dtype = (
+                    np.dtype(source.dtype).newbyteorder("<") if source.dtype else id_dtype(tokenizer.vocab_size)
+                )
                 written = write_token_files(
-                    source.name, shards, place.files, tokenizer, recipe.data, token_limit, progress
+                    source.name, shards, place.files, file_dtype, tokenizer, recipe.data, token_limit, progress
                 )
             else:
 
@@ -227,6 +237,18 @@ def _prepare_source(
     report(f"{source.name}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens")
 
 
+def _changed_since(manifest: Mapping[str, Any], source: Source, replacement: Path | None) -> bool:
+    """Whether local files of the same names and sizes are there, but younger than those that were prepared."""
+    if source.kind in ("embedded", "hub") and replacement is None:
+        return False
+    if replacement is None and (manifest["replaced"] or source.path is None):
+        return False
+    try:
+        return corpus.locate(source, replacement).newest_change_ns() > manifest["newest_change_ns"]
+    except DataError:  # moved away since
+        return False
+
+
 @contextmanager
 def _room_on_disk(folder: Path) -> Iterator[None]:
     try:
@@ -244,8 +266,19 @@ def _room_on_disk(folder: Path) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     """One process of this host at a time; the lock goes with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except PermissionError:
+        lock = None
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        lock = None
+    if lock is None:  # nobody of this host can write there: what is prepared can be read, and nothing else
+        yield
+        return
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -254,13 +287,31 @@ def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
+def _tokenizer_bytes(token_limit: float) -> float:
+    """Text of a source that a trained tokenizer sees at most."""
+    return token_limit * TOKENIZER_BYTES_PER_TOKEN
+
+
+def _notes(recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path]) -> Iterator[str]:
     """What a user may not expect of data that were found ready."""
+    wanted = {source.name: _tokenizer_bytes(_token_limit(recipe, source, None)) for source in recipe.data.source}
+    trained_on = prepared.tokenizer_manifest["cut_at_bytes"]
+    if short := [name for name, cut_bytes in trained_on.items() if cut_bytes < wanted[name]]:
+        read_mb, wanted_mb = (sum(sizes[name] for name in short) / 1e6 for sizes in (trained_on, wanted))
+        yield (
+            f"warning: {TOKENIZER} was trained for a shorter run, on {read_mb:,.1f} MB of {', '.join(short)} (this "
+            f"one: up to {wanted_mb:,.1f} MB): remove {prepared.folder} to prepare all of it anew"
+        )
     for source in recipe.data.source:
         manifest = prepared.manifests[source.name]
         tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
         if skipped := manifest["skipped"]:
             yield f"{source.name}: {sum(skipped.values()):,} documents were skipped: {tell_skipped(skipped)}"
+        if _changed_since(manifest, source, replacements.get(source.name)):
+            yield (
+                f"warning: {source.name}: its files have changed since they were prepared, the shards hold what was "
+                f"there before: remove {prepared.folder / source.name} to prepare it anew"
+            )
         if manifest["replaced"]:
             yield f"{source.name}: read from local files ({', '.join(name for name, _ in manifest['files'])})"
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):

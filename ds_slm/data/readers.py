@@ -169,7 +169,7 @@ def _cell(line: bytes, number: int, name: str, column: str) -> Any:
 
 def _text(value: Any, as_json: bool) -> str:
     if as_json and isinstance(value, list | dict):
-        return json.dumps(value)
+        return json.dumps(value, default=str)  # parquet knows times and decimals
     return value if not as_json and isinstance(value, str) and is_unicode(value) else ""
 
 

@@ -7,9 +7,9 @@ Layout: DATA_ROOT/NAME/tokenizer/ and DATA_ROOT/NAME/SOURCE/{train,val}-00000.bi
 uint16, or uint32 where the vocabulary needs it, EOS after each document. The manifest comes last: what has one is
 whole.
 
-Opening reads manifests, file sizes and the tokenizer. A shard whose size and time of change are not those under which
-it was last found right (.verified.json, as git's index does it) is read and compared with its hash: one that was edited
-is refused, one that came from another host is checked once.
+Opening reads manifests, file sizes and the tokenizer. A shard whose size, times of change and inode are not those under
+which it was last found right (.verified.json, as git's index does it) is read and compared with its hash: one that was
+edited is refused, one that came from another host is checked once.
 """
 
 import hashlib
@@ -105,8 +105,9 @@ class Prepared:
 
     @property
     def sha256(self) -> str:
-        """One hash of tokenizer, text and shards: equal wherever the same rows will be read."""
-        content = [self.tokenizer_sha256, *({**manifest, "files": None} for manifest in self.manifests.values())]
+        """One hash of the tokenizer and all shards: equal wherever the same rows will be read, wherever from."""
+        shards = [[name, manifest["dtype"], manifest["shards"]] for name, manifest in self.manifests.items()]
+        content = [self.tokenizer_sha256, *shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -194,7 +195,8 @@ def _changed_shards(prepared: Prepared, trusted: dict[str, Any] | None = None) -
 
 
 def _stamp(path: Path, sha256: str) -> list[Any]:
-    return [path.stat().st_size, path.stat().st_mtime_ns, sha256]
+    found = path.stat()  # a copy keeps size and time of change, if it likes; not its inode and when that changed
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, sha256]
 
 
 def _read_stamps(folder: Path) -> dict[str, Any]:

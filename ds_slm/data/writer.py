@@ -34,6 +34,8 @@ COPY_TOKENS = 1 << 24
 """Ids of a ready-made token file copied at a time."""
 JOURNAL_TOKENS = 1 << 25
 """A kill costs at most this much work and a batch."""
+WIDE_IDS = 64
+"""So many 16-bit ids of which every other one is 0 are 32-bit ones."""
 DRAWS = 1 << 20
 """Rows whose draws are held at a time."""
 EMPTY = "empty or unreadable"
@@ -180,7 +182,7 @@ def write_documents(
                 unsaved_tokens = 0
             continue
         break
-    return _finished(name, shards, data) | {"whole": whole}
+    return _finished(name, shards, data) | {"whole": whole, "made_from": stream.made_from}
 
 
 def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_row: int) -> Iterator[_Batch]:
@@ -235,6 +237,7 @@ def write_token_files(
     name: str,
     shards: ShardsInProgress,
     files: Sequence[Path],
+    file_dtype: np.dtype,
     tokenizer: Tokenizer,
     data: Data,
     token_limit: float,
@@ -245,13 +248,15 @@ def write_token_files(
     Held out are the documents that begin in the last `val_fraction`; without a document's border there, those tokens.
 
     Raises:
-        DataError: for a file that is no whole number of ids, or holds an id beyond the vocabulary.
+        DataError: for a file that is no whole number of ids, holds an id beyond the vocabulary, or looks as if its ids
+            were wider than `file_dtype`.
     """
-    border = _held_out_border(files, tokenizer, data)
+    ids = _TokenFiles(files, file_dtype, tokenizer)
+    border = ids.held_out_border(data.val_fraction)
     train_tokens = int(min(border, token_limit))
     begin = shards.position["token"] if shards.position else 0
     unsaved_tokens = 0
-    for block in _token_blocks(files, tokenizer, begin):
+    for block in ids.blocks(begin):
         shards.totals.add_content(block.tobytes())
         parts: dict[Split, np.ndarray] = {
             "train": block[: max(train_tokens - begin, 0)],
@@ -272,52 +277,60 @@ def write_token_files(
     held_out = np.concatenate([np.fromfile(path, id_dtype(tokenizer.vocab_size)) for path in paths])
     val_bytes = len(decode_documents(tokenizer, held_out).encode())
     unknown = {"documents": None, "bytes": {"train": None, "val": val_bytes}}
-    return written | unknown | {"whole": train_tokens == border}
+    return written | unknown | {"whole": train_tokens == border, "made_from": None}
 
 
-def _held_out_border(files: Sequence[Path], tokenizer: Tokenizer, data: Data) -> int:
-    """The position at which held-out tokens begin: behind the first EOS of the last `val_fraction`."""
-    total_tokens = _count_tokens(files, tokenizer)
-    begin = nominal = int(total_tokens * (1 - data.val_fraction))
-    for block in _token_blocks(files, tokenizer, nominal):
-        ends = np.flatnonzero(block == tokenizer.eos_id)
-        if len(ends):
-            return nominal if begin + int(ends[0]) + 1 == total_tokens else begin + int(ends[0]) + 1
-        begin += len(block)
-    return nominal
+class _TokenFiles:
+    """The ids of several raw files, one after the other."""
 
+    def __init__(self, files: Sequence[Path], dtype: np.dtype, tokenizer: Tokenizer) -> None:
+        self._files, self._dtype, self._tokenizer = files, dtype, tokenizer
+        problems = [
+            f"{path} has {path.stat().st_size} bytes, no whole number of {8 * dtype.itemsize}-bit ids: it was cut "
+            "short, or is of another type (data.source.dtype); get an intact copy."
+            for path in files
+            if path.stat().st_size % dtype.itemsize
+        ]
+        if problems:
+            raise DataError(problems)
+        self._counts = [path.stat().st_size // dtype.itemsize for path in files]
 
-def _count_tokens(files: Sequence[Path], tokenizer: Tokenizer) -> int:
-    item_bytes = id_dtype(tokenizer.vocab_size).itemsize
-    problems = [
-        f"{path} has {path.stat().st_size} bytes, no whole number of {8 * item_bytes}-bit ids: it was cut short, or "
-        "is of another type; get an intact copy."
-        for path in files
-        if path.stat().st_size % item_bytes
-    ]
-    if problems:
-        raise DataError(problems)
-    return sum(path.stat().st_size for path in files) // item_bytes
+    def held_out_border(self, val_fraction: float) -> int:
+        """The position at which held-out tokens begin: behind the first EOS of the last `val_fraction`."""
+        begin = nominal = int(sum(self._counts) * (1 - val_fraction))
+        for block in self.blocks(nominal):
+            ends = np.flatnonzero(block == self._tokenizer.eos_id)
+            if len(ends):
+                border = begin + int(ends[0]) + 1
+                return nominal if border == sum(self._counts) else border
+            begin += len(block)
+        return nominal
 
+    def blocks(self, begin: int) -> Iterator[np.ndarray]:
+        """The ids from a position on, in blocks of at most COPY_TOKENS."""
+        file_begin = 0
+        for path, count in zip(self._files, self._counts, strict=True):
+            place = max(begin - file_begin, 0)
+            while place < count:
+                offset = place * self._dtype.itemsize
+                block = np.fromfile(path, self._dtype, count=COPY_TOKENS, offset=offset)
+                self._refuse_strange(path, block, place)
+                yield block
+                place += len(block)
+            file_begin += count
 
-def _token_blocks(files: Sequence[Path], tokenizer: Tokenizer, begin: int) -> Iterator[np.ndarray]:
-    """The ids from a position on, files one after the other, in blocks of at most COPY_TOKENS."""
-    dtype = id_dtype(tokenizer.vocab_size)
-    file_begin = 0
-    for path in files:
-        count = path.stat().st_size // dtype.itemsize
-        place = max(begin - file_begin, 0)
-        while place < count:
-            block = np.fromfile(path, dtype, count=COPY_TOKENS, offset=place * dtype.itemsize)
-            beyond = int(block.argmax())
-            if block[beyond] >= tokenizer.vocab_size:
-                raise DataError(
-                    f"{path} holds id {block[beyond]} at position {place + beyond}, beyond the vocabulary of "
-                    f"{tokenizer.vocab_size}: it was made with another tokenizer; name that one in the recipe."
-                )
-            yield block
-            place += len(block)
-        file_begin += count
+    def _refuse_strange(self, path: Path, block: np.ndarray, place: int) -> None:
+        vocab_size, beyond = self._tokenizer.vocab_size, int(block.argmax())
+        if block[beyond] >= vocab_size:
+            raise DataError(
+                f"{path} holds id {block[beyond]} at position {place + beyond}, beyond the vocabulary of {vocab_size}: "
+                "it was made with another tokenizer (name that one in the recipe) or is of another type "
+                "(data.source.dtype)."
+            )
+        if self._dtype.itemsize == 2 and len(block) >= WIDE_IDS and not block[1 - place % 2 :: 2].any():
+            raise DataError(
+                f"{path}: every other 16-bit id is 0, as in a file of 32-bit ones: set data.source.dtype = 'uint32'."
+            )
 
 
 def decode_documents(tokenizer: Tokenizer, ids: np.ndarray) -> str:

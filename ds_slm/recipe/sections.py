@@ -142,6 +142,10 @@ class Source(Section):
     """The column that holds the text."""
     path: str | None = None
     """files, tokens: a file or a folder."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """tokens: of the files' ids; by default the smallest that holds the vocabulary."""
+    revision: str | None = None
+    """hub: a branch, tag or commit; by default the newest state there is when the source is prepared."""
     weight: PositiveInt = 1
     """Integer share of the mix."""
 

@@ -34,7 +34,7 @@ class State:
     tokens: int = 0
     """Targets trained on."""
     ledger: str = ""
-    """Hash chain over the row ids of all steps."""
+    """Hash chain: the data's hash, then the row ids of each step."""
     best_val_loss: float | None = None
 
     def after(self, position: int, tokens: int, ledger: str) -> "State":

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
 from ds_slm.train.optim import build_optimizer, set_learning_rate
 
+PREPARING_TIMEOUT = timedelta(hours=24)
+"""Hosts that are ready wait so long for one that still prepares its data."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -111,8 +114,25 @@ def connect() -> Control:
     device = torch.device(device_type())
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store = _wait_for_all_ranks()
     deepspeed.init_distributed(verbose=False)
+    del store  # on rank 0 it has served both
     return Control()
+
+
+def _wait_for_all_ranks() -> dist.Store:
+    """Meet the ranks of all hosts, those that still prepare their data too: for hours, not the usual ten minutes."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=PREPARING_TIMEOUT))
+        store.set(f"ds_slm/ready/{rank}", "")
+        store.wait([f"ds_slm/ready/{other}" for other in range(world_size)], PREPARING_TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise DeviceError(
+            f"the {world_size} ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}): look into the other hosts' output, and whether they reach that address."
+        ) from error
+    return store
 
 
 def disconnect() -> None:

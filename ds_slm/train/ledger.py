@@ -2,8 +2,8 @@
 
     metrics.jsonl --read--> step -> ledger --common_steps--> how far two runs drew the same rows in the same order
 
-Every link covers all rows before it (ds_slm.data.order), so one equal link proves every earlier step, also those that
-`run.log_every_steps` left out.
+The chain begins with the hash of the data. Every link covers all rows before it (ds_slm.data.order), so one equal link
+proves every earlier step, also those that `run.log_every_steps` left out.
 """
 
 import json

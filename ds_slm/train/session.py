@@ -147,7 +147,7 @@ def _train(
     if found is None:
         task.begin(model)
     engine = engines.Engine(recipe, joined, model, control)
-    state = checkpointing.load(engine, found) if found else State()
+    state = checkpointing.load(engine, found) if found else State(ledger=corpus.sha256)
     stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
     report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step)
     if found:

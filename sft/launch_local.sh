@@ -9,7 +9,11 @@ if [[ $# -gt 0 && $1 != -* ]]; then BASE=$1 && shift; fi
 if [[ $# -gt 0 && $1 != -* ]]; then RECIPE=$1 && shift; fi
 
 devices=()
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+has_gpu=$(python -c 'import torch; print(torch.cuda.is_available())') || {
+    echo "python with torch is not on the PATH: . .venv/bin/activate" >&2
+    exit 2
+}
+if [[ $has_gpu != True ]]; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
     devices=(--num_accelerators 2)
 fi

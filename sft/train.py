@@ -7,6 +7,7 @@ deepspeed --hostfile hostfiles/two_node sft/train.py --recipe axiom-380m-instruc
 import argparse
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +47,16 @@ def main() -> None:
 
     from ds_slm.data.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
-    from ds_slm.publish.models import load_into, open_model, refuse_other_base
+    from ds_slm.publish.models import OpenModel, load_into, open_model, refuse_other_base
     from ds_slm.train import session
     from sft.chatml import ChatML
 
-    base = open_model(args.base)
-    refuse_other_base(recipe, base)
+    @cache
+    def base() -> OpenModel:
+        """Opened with the data: what is wrong with it on one host is told on all."""
+        opened = open_model(args.base)
+        refuse_other_base(recipe, opened)
+        return opened
 
     def rows(corpus: data.Prepared) -> data.ConversationRows:
         found = data.ConversationRows(recipe, corpus)
@@ -61,7 +66,7 @@ def main() -> None:
 
     task = session.Task(
         prepare=lambda: data.prepare_conversations(
-            recipe, name, args.data_root, base.tokenizer_folder, sources, report
+            recipe, name, args.data_root, base().tokenizer_folder, sources, report
         ),
         rows=rows,
         sample=lambda corpus: sampler(
@@ -71,9 +76,9 @@ def main() -> None:
             end_token=IM_END,
         ),
         val_tokens_per_byte=lambda corpus: None,
-        identity={"base_sha256": base.sha256},
+        identity=lambda: {"base_sha256": base().sha256},
         evaluate_first=True,
-        begin=lambda model: load_into(model, base),
+        begin=lambda model: load_into(model, base()),
     )
     session.run(recipe, options(args, name), task)
 

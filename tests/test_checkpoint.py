@@ -72,7 +72,7 @@ def test_another_base_or_data_is_no_resumption(tmp_path: Path) -> None:
     found = checkpointing.find(control, tmp_path, {**began, "recipe_sha256": "other"})
     assert found is not None and found.content["step"] == 3
     with pytest.raises(
-        CheckpointError, match=r"have base_sha256 aaa, this launch has bbb.*another --run-dir"
+        CheckpointError, match=r"trained with base_sha256 aaa, this launch has bbb.*another --run-dir"
     ) as refused:
         checkpointing.find(control, tmp_path, {**began, "base_sha256": "bbb"})
     assert len(refused.value.problems) == 2

@@ -276,7 +276,7 @@ def test_folders(tmp_path: Path) -> None:
     told: list[str] = []
     source = files_source(tmp_path / "x.jsonl")
     assert list(documents(source, report=told.append)) == ["inner", "far", "far"]
-    assert told == ["made: 1 files of no known kind are left out: left.csv"]
+    assert told == ["made: 1 files are left out, of no known kind or another split: left.csv"]
     (tmp_path / "x.jsonl" / "lost.jsonl").symlink_to(tmp_path / "nothing")
     (tmp_path / "x.jsonl" / "turn.parquet").symlink_to(tmp_path / "x.jsonl" / "turn.parquet")
     with pytest.raises(DataError, match=r"lost\.jsonl is no file or a link to nothing") as caught:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data.tokenizer import build_tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
 from ds_slm.publish.export import export
@@ -48,6 +49,48 @@ def test_places_in_a_run(made: tuple) -> None:
         assert same(found.read(), state)
         assert found.tokenizer_folder == run / "tokenizer"
     assert open_model(run).sha256 != open_model(run / "checkpoints" / "best").sha256
+
+
+def test_another_tokenizer_in_a_run_is_refused(made: tuple, tmp_path: Path) -> None:
+    """Oracle: the hash the checkpoint was saved with, and that of the tokenizer lying beside it."""
+    run, loaded, states = made
+    trained_with = load_tokenizer(run / "tokenizer").sha256
+    (tmp_path / "recipe.toml").write_text(schema.to_toml(loaded))
+    writer = checkpoint_format.Writer(tmp_path, 5)
+    writer.add_tensors(checkpoint_format.MODEL, states[0])
+    writer.commit({"step": 5, "tokenizer_sha256": trained_with})
+    (tmp_path / "tokenizer").symlink_to(run / "tokenizer")
+    assert same(open_model(tmp_path).read(), states[0])
+    (tmp_path / "tokenizer").unlink()
+    made_of_others = lambda source: iter(texts(200, seed=9))  # noqa: E731
+    build_tokenizer(recipe(source("a", path="."), tokenizer=BPE), made_of_others).save(tmp_path / "tokenizer")
+    with pytest.raises(CheckpointError, match=f"its model was trained with {trained_with}"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ([], "holds no object"),
+        ({"model_type": "llama", "num_attention_heads": 0, "hidden_size": 32}, "cannot be"),
+        ({"model_type": "llama", "rope_scaling": 5}, "rope_type is 5"),
+    ],
+)
+def test_odd_configurations(config: object, said: str, made: tuple, tmp_path: Path) -> None:
+    """Oracle: a sentence each, where a traceback was."""
+    export(made[2][0], made[1].model, made[0] / "tokenizer", tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=said):
+        open_model(tmp_path / "out")
+
+
+def test_a_folder_that_is_called_like_a_checkpoint(made: tuple) -> None:
+    """Oracle: the sentence of a path that is no model."""
+    backup = made[0] / "checkpoints" / "step-00000005.bak"
+    backup.mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match="is no model"):
+        open_model(backup)
+    backup.rmdir()
 
 
 def test_an_export_opens_as_what_it_was_made_of(made: tuple, tmp_path: Path) -> None:

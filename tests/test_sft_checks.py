@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +93,29 @@ def test_half_a_surrogate_pair_is_left_out(tmp_path: Path) -> None:
     """Oracle: counted as no valid Unicode: JSON can spell it, no tokenizer can read it."""
     path = conversations.write(tmp_path / "made.jsonl", [*conversations.made(), [U, {**A, "content": "\ud83d"}]])
     assert conversations.rows(path, tmp_path).summary()["dropped"]["content that is no valid Unicode"] == 1
+
+
+def test_what_is_no_list_is_refused_if_asked(tmp_path: Path) -> None:
+    """Oracle: rows whose messages are null, a text, a number: refused, or counted, as any other that is invalid."""
+    wrong: list[Any] = [None, "hello", 5]
+    path = conversations.write(tmp_path / "made.jsonl", [*conversations.made(), *wrong])
+    with pytest.raises(DataError, match="no list of messages"):
+        conversations.rows(path, tmp_path, "sft.invalid=refuse")
+    assert conversations.rows(path, tmp_path).summary()["dropped"]["no list of messages"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("notes.txt", "notes.txt: plain text has no column"), ("ids.bin", "ids.bin")]
+)
+def test_what_holds_no_conversations(name: str, said: str, tmp_path: Path) -> None:
+    """Oracle: the file at fault is named; no traceback, and nothing is left behind that would be taken for data."""
+    (tmp_path / "some").mkdir()
+    if name.endswith(".txt"):
+        conversations.write(tmp_path / "some" / "a.jsonl", conversations.made())
+    (tmp_path / "some" / name).write_bytes(b"four" * 100)
+    with pytest.raises(DataError, match=said):
+        conversations.rows(tmp_path / "some", tmp_path)
+    assert not list(tmp_path.glob("data/*/made/manifest.json"))
 
 
 def test_one_conversation_is_too_few(tmp_path: Path) -> None:

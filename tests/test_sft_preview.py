@@ -267,6 +267,8 @@ MISTAKES = {
     "unknown key": (["--base", "base", "--preview", "1", "--set", "sft.maks=last"], "sft.mask"),
     "other shape": (["--base", "base", "--preview", "1", "--set", "model.num_hidden_layers=1"], "num_hidden_layers"),
     "two recipes": (["--base", "base", "--preview", "1", "--recipe", "demo-instruct"], "demo-instruct"),
+    "devices": (["--base", "base", "--preview", "1", "--devices", "2"], "leave out --hostfile and --devices"),
+    "hostfile": (["--base", "base", "--preview", "1", "--hostfile", "absent"], "leave out --hostfile and --devices"),
     "ids alone": (["--base", "base", "--ids"], "--preview"),
     "base forgotten": (["--preview", "1"], "--base"),
 }

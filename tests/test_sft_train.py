@@ -41,7 +41,13 @@ def test_rates_of_axiom_380m_instruct() -> None:
         640: "3.02511e-05",
     }
     assert (recipe.train.steps, recipe.train.global_batch_tokens, recipe.rows_per_step) == (641, 319_488, 312)
-    assert len(str(recipe.sft and recipe.sft.max_rows)) == 6
+    assert recipe.sft is not None
+    assert recipe.sft.model_dump() == {
+        "mask": "card", "packing": False, "system_turns": "drop", "invalid": "drop", "max_rows": 200_000
+    }  # fmt: skip
+    optimizer, data = recipe.optimizer, recipe.data
+    assert (optimizer.name, optimizer.weight_decay, optimizer.grad_clip) == ("adamw8bit", 0.1, 1.0)
+    assert (data.held_out, data.split_seed, data.val_fraction, data.seq_len) == ("draw", 1337, 0.001, 1_024)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +247,25 @@ def test_every_topology_takes_the_same_steps(folder: Path, case: str) -> None:
     first = runs.records(run, "val")[0]
     assert first["step"] == 0 and first["tokens"] == 0
     assert first["card_loss"] == pytest.approx(card_loss(folder, rows), rel=1e-5)
+
+
+def test_resuming_is_exact_and_keeps_its_base(folder: Path, tmp_path: Path) -> None:
+    """Oracle: losses, ledgers and weights of a run that was not interrupted; then the refusal of another base."""
+    whole = train(folder, "whole", 2)
+    train(folder, "halves", 2, "--max-steps", 2)
+    halves = train(folder, "halves", 2)
+    records = [[(one["loss"], one["grad_norm"], one["ledger"]) for one in runs.records(run)] for run in (whole, halves)]
+    assert records[0] == records[1] and len(records[0]) == 6
+    done = [json.loads((run / "done.json").read_text()) for run in (whole, halves)]
+    assert done[0] == done[1]
+    assert json.loads((whole / "env.json").read_text())["rows"]["supervised_share"] > 0
+    shape = conversations.recipe(folder / "made.jsonl").model
+    export(decoder.build(shape, seed=8).state_dict(), shape, folder / "tokenizer", tmp_path / "other")
+    arguments = ["--recipe", folder / "tiny.toml", "--base", tmp_path / "other", "--run-dir", whole]
+    command = runs.deepspeed_command(1, *arguments, "--data-root", folder / "whole-data", script=PROGRAM)
+    refused = runs.run(command, cwd=folder)
+    assert refused.returncode != 0
+    assert "was trained with base_sha256" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_mean_of_means_would_be_found(folder: Path) -> None:

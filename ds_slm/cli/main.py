@@ -187,6 +187,8 @@ def fine_tune(
     from sft import train as program
 
     arguments = ["--base", str(base), *context.args]
+    if preview is not None and (hostfile or devices):
+        raise ConfigError("--preview N trains nothing: leave out --hostfile and --devices.")
     if preview is not None:
         _preview(_flags(program.parser(), name, arguments), preview, ids, out)
     elif ids or out:

@@ -13,6 +13,7 @@ of, by its time of change. A folder that two links lead to is read once.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
 
 TOKENS_SUFFIX = ".bin"
+NAMED_SPLIT = re.compile(r"(train|test|validation)[-.]")
 NAMED_FILES = 5
 """Files that a message names one by one."""
 
@@ -42,7 +44,7 @@ class Place:
     files: tuple[Path, ...] = ()
     """Local files, in the order they are read."""
     ignored: tuple[Path, ...] = ()
-    """Files beside them that are of no known kind."""
+    """Files beside them that are of no known kind, or of another split."""
 
     def text_bytes(self) -> int | None:
         """Bytes of the text, about; None where nobody knows before reading it."""
@@ -89,9 +91,15 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
         raise DataError(f"{who}: {root} holds no file of a known kind ({known}); {way_out(source)}.")
     if text and tokens:
         raise DataError(f"{who}: {root} holds both text ({text[0].name}) and token ids ({tokens[0].name}): part them.")
-    chosen = text or tokens
+    chosen = _of_split(text, source.split) or tokens
     ignored = tuple(path for path in candidates if path not in set(chosen))
     return Place("text" if text else "tokens", chosen, ignored)
+
+
+def _of_split(files: tuple[Path, ...], split: str) -> tuple[Path, ...]:
+    """Those of a split, where files are named for theirs, as in the hub's train-00000-of-00004.parquet; else all."""
+    named = {path: found[1] for path in files if (found := NAMED_SPLIT.match(path.name))}
+    return tuple(path for path in files if named.get(path, split) == split) if split in named.values() else files
 
 
 def printable(name: str) -> str:
@@ -166,7 +174,9 @@ def documents(
     if place.ignored and position is None:
         names = ", ".join(printable(path.name) for path in place.ignored[:NAMED_FILES])
         more = ", ..." if len(place.ignored) > NAMED_FILES else ""
-        report(f"{source.name}: {len(place.ignored)} files of no known kind are left out: {names}{more}")
+        report(
+            f"{source.name}: {len(place.ignored)} files are left out, of no known kind or another split: {names}{more}"
+        )
     if place.kind == "embedded":
         texts = embedded()
         made_from: dict[str, Any] = {"kind": "embedded", "sha256": _sha256(texts)}

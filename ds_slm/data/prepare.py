@@ -87,6 +87,8 @@ def prepare(
         places = _places(recipe, folder, replacements, report)
         if places or not (folder / TOKENIZER).exists():
             limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
+            if form.as_json and max_tokens is None:  # conversations are few, and an epoch holds all of them
+                limits = dict.fromkeys(limits, math.inf)
             tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report, tokenizer_from)
             for source in recipe.data.source:
                 if place := places.get(source.name):
@@ -203,6 +205,8 @@ def _prepare_source(
     done = shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values())
     try:
         with Progress(source.name, token_limit, place.text_bytes(), report, *done) as progress:
+            if place.kind == "tokens" and form.as_json:
+                raise DataError(f"source {source.name!r} holds token ids ({place.files[0]}), no conversations.")
             if place.kind == "tokens":
                 file_dtype = (
                     np.dtype(source.dtype).newbyteorder("<") if source.dtype else id_dtype(tokenizer.vocab_size)

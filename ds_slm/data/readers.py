@@ -98,6 +98,10 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _txt(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
+    if column.as_json:
+        raise DataError(
+            f"{name}: plain text has no column {column.name!r}: remove it, or name the files that have one."
+        )
     begin, piece = mark
     size_bytes = file.seek(0, io.SEEK_END)
     piece_bytes = TXT_PIECE_BYTES if size_bytes > WHOLE_TXT_BYTES else size_bytes
@@ -168,9 +172,9 @@ def _cell(line: bytes, number: int, name: str, column: str) -> Any:
 
 
 def _text(value: Any, as_json: bool) -> str:
-    if as_json and isinstance(value, list | dict):
+    if as_json:
         return json.dumps(value, default=str)  # parquet knows times and decimals
-    return value if not as_json and isinstance(value, str) and is_unicode(value) else ""
+    return value if isinstance(value, str) and is_unicode(value) else ""
 
 
 def is_unicode(text: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,6 +97,10 @@ class PretrainRows:
 
     measures: Mapping[str, Split] = MappingProxyType({"": "val"})
     """Ways of counting the held-out loss: prefix of a value's name -> what `read` calls it."""
+
+    def summary(self) -> dict[str, Any]:
+        """Tokens of both splits."""
+        return {"train": {"tokens": self._prepared.train_tokens}, "val": {"tokens": self._prepared.val_tokens}}
 
     def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
         """Nothing: rows of pretraining are full."""

@@ -157,7 +157,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token  # transformers writes either
+    content = token["content"] if isinstance(token, dict) else token  # transformers writes either
+    if not isinstance(content, str):
+        raise ValueError(f"its EOS or padding token is {content!r}")
+    return content
 
 
 def build_tokenizer(recipe: Recipe, documents: Callable[[Source], Iterator[str]]) -> Tokenizer:

@@ -81,8 +81,9 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     Raises:
         CheckpointError: with everything in it that this decoder does not have.
     """
-    model_type, heads = config.get("model_type"), config.get("num_attention_heads", 1)
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    model_type, heads = config.get("model_type"), config.get("num_attention_heads") or 1
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = dict(found) if isinstance(found, Mapping) else {"rope_type": found}
     wanted = {
         "hidden_act": ("silu", config.get("hidden_act", "silu")),
         "attention_bias": (False, bool(config.get("attention_bias"))),

@@ -53,7 +53,7 @@ def open_model(path: Path) -> OpenModel:
     if path.parent.name == "checkpoints" and (run / "recipe.toml").is_file():
         if path.name == "best":
             return _open_checkpoint(run, checkpoint_format.choose(run, best=True))
-        if (path / checkpoint_format.MANIFEST).is_file():
+        if path.name.startswith("step-") and path.name.removeprefix("step-").isdecimal():
             step = int(path.name.removeprefix("step-"))
             return _open_checkpoint(run, checkpoint_format.choose(run, step=step))
     raise CheckpointError(
@@ -86,6 +86,8 @@ def load_into(model: nn.Module, base: OpenModel) -> None:
 
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
     recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
+    trained_with = checkpoint_format.read_state(checkpoint).get("tokenizer_sha256")
+    _refuse_other_tokenizer(run / "tokenizer", trained_with)
     manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
     sha256 = manifest["files"][checkpoint_format.MODEL]["sha256"]
     return OpenModel(
@@ -98,6 +100,8 @@ def _open_hf(folder: Path) -> OpenModel:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON ({error}): get an intact copy.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds no object: get an intact copy.")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
@@ -105,12 +109,16 @@ def _open_hf(folder: Path) -> OpenModel:
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    if (trained_with := config.get("tokenizer_sha256")) and trained_with != (found := load_tokenizer(folder).sha256):
-        raise CheckpointError(
-            f"{folder} was trained with the tokenizer {trained_with}, the one in it is {found}: get an intact copy."
-        )
+    _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
     shape = hf.shape_from_hf(config)
     return OpenModel(folder, shape, folder, digest.hexdigest(), lambda: _read_safetensors(files, shape))
+
+
+def _refuse_other_tokenizer(folder: Path, trained_with: str | None) -> None:
+    if trained_with is not None and trained_with != (found := load_tokenizer(folder).sha256):
+        raise CheckpointError(
+            f"{folder} holds the tokenizer {found}, its model was trained with {trained_with}: get an intact copy."
+        )
 
 
 def _read_safetensors(files: list[Path], shape: schema.Model) -> dict[str, Tensor]:

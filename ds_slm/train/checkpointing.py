@@ -6,7 +6,7 @@
 No shared file system is needed; where hosts share one, a single host writes for all (`Control.writers`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,18 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
+    refuse_other_beginning(run, content, identity)
+    return Found(source, own if is_source else None, content)
+
+
+def refuse_other_beginning(run: Path, content: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a run began with other data, another tokenizer or another base than this launch."""
     other = [key for key in identity if key != "recipe_sha256" and content.get(key) != identity[key]]
     if other:
         raise CheckpointError(
-            [f"{run}: its checkpoints have {key} {content.get(key)}, this launch has {identity[key]}." for key in other]
-            + ["Restore what they were trained on, or choose another --run-dir."]
+            [f"{run} was trained with {key} {content.get(key)}, this launch has {identity[key]}." for key in other]
+            + ["Restore what it was trained with, or choose another --run-dir."]
         )
-    return Found(source, own if is_source else None, content)
 
 
 def load(engine: Engine, found: Found) -> State:

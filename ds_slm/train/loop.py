@@ -54,6 +54,10 @@ class RowSource(Protocol):
         """What a user may not expect of these rows, a line each."""
         ...
 
+    def summary(self) -> dict[str, Any]:
+        """What all the rows hold, for env.json."""
+        ...
+
     def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
         """What a step's rows hold, for its record."""
         ...
@@ -177,7 +181,7 @@ def refuse_lost_step(run: Run, scale: float | None) -> None:
 def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:
     """The record of an applied step."""
     recipe, state = run.recipe, run.state
-    tokens_per_s = sums.count / step_s
+    tokens_per_s = contents.get("real", sums.count) / step_s  # targets alone are fewer where prompts are masked
     flops_per_s = tokens_per_s * flops_per_token(recipe.model, recipe.data.seq_len)
     peak = run.peak_flops and run.peak_flops * run.engine.control.world_size
     scaler = run.engine.loss_scaler

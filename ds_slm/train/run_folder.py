@@ -47,9 +47,9 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
         )
 
 
-def finished_step(run: Path) -> int:
-    """The step at which this run was finished; -1 where it was not."""
-    return _read(run / "done.json").get("step", -1)
+def finished(run: Path) -> dict[str, Any]:
+    """What the run left when it was finished: its step, losses and hashes; nothing where it was not."""
+    return _read(run / "done.json")
 
 
 def generation(run: Path) -> int:

@@ -9,7 +9,7 @@ left alone would keep the others waiting.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeVar
 
@@ -75,7 +75,7 @@ class Task:
     sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
     """From prepared data to a function that continues the recipe's prompts."""
     val_tokens_per_byte: Callable[[Any], float | None]
-    identity: Mapping[str, str] = field(default_factory=dict)
+    identity: Callable[[], Mapping[str, str]] = dict
     """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
     evaluate_first: bool = False
     """Whether the weights a run begins with are worth an evaluation."""
@@ -107,12 +107,14 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             "recipe_sha256": recipe.identity_sha256(),
             "data_sha256": corpus.sha256,
             "tokenizer_sha256": corpus.tokenizer_sha256,
-            **task.identity,
+            **task.identity(),
         }
         if options.micro_batch == "auto":
             joined = _join(recipe, options, world_size, _fastest_micro_batch(recipe, joined, control))
         _agree_on_inputs(control, identity, recipe, joined, task)
-        if max(control.gather(run_folder.finished_step(options.run_dir))) >= recipe.train.steps:
+        done = max(control.gather(run_folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
+        if done.get("step", -1) >= recipe.train.steps:
+            checkpointing.refuse_other_beginning(options.run_dir, done, identity)
             if control.rank == 0:
                 print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
             return
@@ -137,7 +139,7 @@ def _train(
     found: checkpointing.Found | None,
     terminal: TextIO,
 ) -> None:
-    facts = {**_facts(recipe, options, joined, control), **identity}
+    facts = {**_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
     writers = control.writers(options.run_dir)
     if control.rank in writers:
         run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
@@ -224,7 +226,7 @@ def _agree_on_inputs(
         "recipe": _hash(recipe.model_dump(mode="json")),
         "data": identity["data_sha256"],
         "ds_config or batch": _hash(joined.deepspeed),
-        **{name.removesuffix("_sha256"): sha256 for name, sha256 in task.identity.items()},
+        **{name.removesuffix("_sha256"): sha256 for name, sha256 in task.identity().items()},
     }
     problems = []
     everyone = control.gather(inputs)

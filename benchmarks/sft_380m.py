@@ -70,7 +70,7 @@ def main() -> int:
     step = next(record for record in records if record["kind"] == "train")
     before_gb = json.loads((out / "run" / "env.json").read_text())["resident_gb_before_model"]
     print(
-        f"{parameters:,} parameters, {step['real']:,} tokens ({step['supervised']:,} targets) in {step['step_s']:.0f} s\n"
+        f"{parameters:,} parameters, {step['real']:,} tokens ({step['supervised']:,} targets), {step['step_s']:.0f} s\n"
         f"loss {step['loss']:.3f}, peak {step['peak_memory_gb']:.2f} GB less {before_gb:.2f} GB before the model: "
         f"{step['peak_memory_gb'] - before_gb:.2f} GB (the card, on CUDA: {CARD_GB} GB)"
     )

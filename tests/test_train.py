@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,3 +124,30 @@ def test_rows_of_weight_zero_change_nothing(recipe: schema.Recipe) -> None:
     ]
     assert float(sums[0].weight) == float(sums[1].weight) == 96
     torch.testing.assert_close(sums[0].objective, sums[1].objective, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_pieces_take_the_same_step_as_the_whole(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: bitsandbytes' own step of the whole tensor, bit by bit: weights, moments and scales after three steps."""
+    from bitsandbytes.optim import AdamW8bit
+
+    monkeypatch.setattr(optim, "CPU_PIECE", 1_024)
+    generator = torch.Generator().manual_seed(0)
+    begin = torch.randn(5_003, generator=generator)
+    gradients = torch.randn(3, 5_003, generator=generator)
+    ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    group = {"params": [ours], "optim_bits": bits, "name": "x"}
+    whole = AdamW8bit([theirs], **options, min_8bit_size=0 if bits == 8 else 10_000)
+    pieces = optim._adamw8bit()([group], **options)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        pieces.step()
+        whole.step()
+    assert torch.equal(ours, theirs) and not torch.equal(ours, begin)
+    states = [
+        {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+        for optimizer, parameter in ((pieces, ours), (whole, theirs))
+    ]
+    assert states[0].keys() == states[1].keys() and (("absmax1" in states[0]) == (bits == 8))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_slm.recipe.budget import BLOCK_VALUES
 from ds_slm.recipe.schema import Optimizer
 
+CPU_PIECE = 1 << 18
+"""Values that the 8-bit optimiser updates at a time on a CPU."""
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -52,7 +55,47 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
             constant = {"min_8bit_size": 0, "max_unorm": 0.0, "skip_zeros": False, "alpha": 0.0}
             return {**config, **constant, "t_alpha": None, "t_beta3": None}
 
+        def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
+            if p.device.type != "cpu":
+                super().update_step(group, p, gindex, pindex)
+                return
+            # On a CPU the whole tensor's moments would lie there in fp32: piece by piece the same values need no memory
+            # to speak of, and stay in the cache.
+            state, config = self.state[p], self.get_config(gindex, pindex, group)
+            state["step"] += 1
+            assert p.grad is not None
+            weights, gradient = p.data.view(-1), p.grad.view(-1)
+            for begin in range(0, p.numel(), CPU_PIECE):
+                piece = slice(begin, begin + CPU_PIECE)
+                blocks = slice(begin // BLOCK_VALUES, (begin + CPU_PIECE) // BLOCK_VALUES)
+                _update_piece(state, config, weights[piece], gradient[piece], piece, blocks)
+
     return GroupwiseAdamW8bit
+
+
+def _update_piece(
+    state: dict[str, Any],
+    config: dict[str, Any],
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    piece: slice,
+    blocks: slice,
+) -> None:
+    """AdamW of a piece of a flat tensor, in place: as bitsandbytes' own step does it for the whole."""
+    from bitsandbytes import functional as bnb
+
+    first, second = (state[name].view(-1)[piece] for name in ("state1", "state2"))
+    (beta1, beta2), eps, decay = config["betas"], config["eps"], config["weight_decay"]
+    step, rate = state["step"], config["lr"]
+    if first.dtype == torch.float32:
+        bnb.optimizer_update_32bit(
+            "adam", gradient, weights, first, beta1, eps, step, rate, second, beta2, weight_decay=decay
+        )
+        return
+    bnb.optimizer_update_8bit_blockwise(
+        "adam", gradient, weights, first, second, beta1, beta2, 0.0, 0.0, eps, step, rate,
+        state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks], decay,
+    )  # fmt: skip
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

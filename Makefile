@@ -11,7 +11,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test slow-test cluster-test demo clean
+.PHONY: help setup check format test slow-test cluster-test demo sft-380m clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -64,6 +64,9 @@ demo: .venv/.installed  ## an empty machine -> data, a trained model, an assista
 	$(IN_VENV) $(LAUNCH) sft/train.py --recipe demo-instruct --base runs/demo
 	$(IN_VENV) ds-slm export runs/demo-instruct --out exports/demo-instruct
 	$(IN_VENV) python benchmarks/demo_answers.py runs/demo-instruct exports/demo-instruct
+
+sft-380m: .venv/.installed  ## one step of the 380M fine-tuning recipe on a CPU: CONVERSATIONS=file.jsonl RANKS=cl100k_base.tiktoken
+	$(IN_VENV) python benchmarks/sft_380m.py $(CONVERSATIONS) --ranks $(RANKS)
 
 clean:  ## remove .venv and caches; data, runs and exports stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

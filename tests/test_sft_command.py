@@ -222,7 +222,7 @@ def test_scripts_launch(case: str, place: str, tmp_path: Path) -> None:
     arguments, given, expected = CASES[case]
     stand_ins = {
         "deepspeed": 'printf "%s\\0" "$PWD" "${DS_ACCELERATOR:--}" "$@" > "$RECORD"; exit 7',
-        "python": f"exit {int(place == 'cpu')}",
+        "python": f"echo {place != 'cpu'}",
     }
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -237,6 +237,18 @@ def test_scripts_launch(case: str, place: str, tmp_path: Path) -> None:
     recorded = (tmp_path / "record").read_text().split("\0")[:-1]
     assert recorded == [str(ROOT), accelerator, *launcher, "sft/train.py", *expected]
     assert done.returncode == 7
+
+
+def test_a_python_without_torch_launches_nothing(tmp_path: Path) -> None:
+    """Oracle: exit code 2 and the way out; no fine-tuning on the CPU of a machine whose environment is not active."""
+    for name, body in {"deepspeed": 'touch "$RECORD"', "python": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    environ = {**os.environ, "PATH": path, "RECORD": str(tmp_path / "record")}
+    done = subprocess.run([str(SCRIPTS[0])], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "activate" in done.stderr
+    assert not (tmp_path / "record").exists()
 
 
 def test_two_steps_for_real(tmp_path: Path) -> None:

@@ -134,4 +134,5 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = grad.float() * unit
         # .float() first: against a bf16 tensor the scalar itself would be rounded to bf16, and every gradient with it.
         d_hidden_ND = d_hidden_ND.float().mul(scale).to(ctx.dtypes[0])
-        return d_hidden_ND, d_weight_VD.mul(scale).to(ctx.dtypes[1]), None, None, None, None, None
+        # in place: the weight's gradient is the largest tensor here, and a second backward pass is refused
+        return d_hidden_ND, d_weight_VD.mul_(scale).to(ctx.dtypes[1]), None, None, None, None, None

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ds_slm.data import shards
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -84,6 +86,14 @@ def write_recipe(folder: Path, name: str = "tiny", text: str = TINY) -> Path:
     recipe = folder / f"{name}.toml"
     recipe.write_text(text.replace("CORPUS", str(corpus)))
     return recipe
+
+
+def hide_change(shard: Path) -> None:
+    """Let a shard pass for one that was found right as it is: bits that change by themselves leave no trace."""
+    path = shard.parents[1] / shards.STAMPS
+    stamps = json.loads(path.read_text())
+    name = str(shard.relative_to(path.parent))
+    path.write_text(json.dumps({**stamps, name: shards._stamp(shard, stamps[name][-1])}))
 
 
 def free_port() -> int:

@@ -6,16 +6,18 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_slm.data import tokenizer as room
 from ds_slm.errors import DataError
-from tests.data_recipes import cl100k
+from tests.data_recipes import CL100K, cl100k, prepare, recipe, source, texts, write_jsonl
 
 CONTROLS = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265, "<|endofprompt|>": 100276}
 UNUSED = [100256, 100261, 100262, 100263, *range(100266, 100276)]
@@ -184,6 +186,21 @@ def test_unused_ids(ours: room.Tokenizer) -> None:
     """Oracle: the ids OpenAI left free, and those a padded model has beyond them."""
     assert ours.unused_ids(100277) == UNUSED
     assert ours.unused_ids(100280) == [*UNUSED, 100277, 100278, 100279]
+
+
+def test_prepared_shards_hold_its_ids(test_data: Path, oracle: Any, tmp_path: Path) -> None:
+    """Oracle: tiktoken's ids of every document with the end of text behind each, in four bytes."""
+    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
+    made_up = texts(60)
+    path = write_jsonl(tmp_path / "one.jsonl", made_up)
+    section = CL100K.replace("RANKS", str(ranks))
+    prepared = prepare(recipe(source("first", path=path), tokenizer=section, val_fraction=0.2), tmp_path / "data")
+    assert prepared.manifests["first"]["dtype"] == "uint32"
+    assert len(prepared.tokens("train")) == 1
+    found = [*np.asarray(prepared.tokens("train")[0]), *np.asarray(prepared.tokens("val")[0])]
+    documents = [list(group) for is_end, group in groupby(found, lambda token: token == 100_257) if not is_end]
+    assert sorted(documents) == sorted(oracle.encode_ordinary_batch(made_up))
+    assert found.count(100_257) == 60
 
 
 def test_damaged_ranks(tmp_path: Path) -> None:

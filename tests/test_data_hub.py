@@ -18,9 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from ds_slm.data import hub as hub_module
+from ds_slm.data import writer
 from ds_slm.data.corpus import documents, locate
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
+from tests import data_recipes
 from tests.data_recipes import texts
 from tests.hub_stand_in import COMMIT, Fault, HubStandIn
 from tests.source_files import jsonl, zstd
@@ -125,6 +127,38 @@ def test_a_program_with_another_endpoint(tmp_path: Path) -> None:
             [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
         )
     assert found.stdout.splitlines() == MADE
+
+
+def test_preparing_from_the_hub(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the shards of the same documents in a local file; and after a hub that fell silent half-way, the same."""
+    monkeypatch.setattr(writer, "BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(writer, "JOURNAL_TOKENS", 200)
+    local = data_recipes.recipe(
+        data_recipes.source("web", path=data_recipes.write_jsonl(tmp_path / "local.jsonl", MADE)), val_fraction=0.2
+    )
+    made = local.model_copy(update={"data": local.data.model_copy(update={"source": [source()]})})
+    whole = data_recipes.prepare(local, tmp_path / "local")
+    assert data_recipes.prepare(made, tmp_path / "hub").sha256 == whole.sha256
+
+    tokens = iter(range(3))
+    real = writer.ShardsInProgress.save
+
+    def save_twice(shards: Any, position: Any) -> None:
+        real(shards, position)
+        if next(tokens) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer.ShardsInProgress, "save", save_twice)
+        with pytest.raises(KeyboardInterrupt):
+            data_recipes.prepare(made, tmp_path / "killed")
+    journal = json.loads((tmp_path / "killed" / "made" / "web" / "journal.json").read_text())
+    assert journal["position"]["made_from"]["commit"] == COMMIT
+    before = len(hub.data_requests("small/0.parquet"))
+    again = data_recipes.prepare(made, tmp_path / "killed")
+    assert again.sha256 == whole.sha256
+    assert again.manifests["web"]["made_from"]["commit"] == COMMIT
+    assert len(hub.data_requests("small/1.parquet")) > 0 and len(hub.data_requests("small/0.parquet")) - before <= 8
 
 
 def text_chunks(content: bytes) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ds_slm.data import journal, shards, writer
+from ds_slm.data import prepare as preparing
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
@@ -261,6 +262,23 @@ def test_ready_made_tokens(tmp_path: Path) -> None:
     assert np.array_equal(prepared.tokens("val")[0], ids[border:])
     assert prepared.val_text() == "".join("\n abcdefghijklmnopqrstuvwxyz"[token] for token in ids[border:])
     assert prepared.val_bytes == 5_000 - border
+
+
+def test_a_source_is_read_as_far_as_the_run_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: steps x batch x weight, one per cent more and a row; a document more at most; twice the steps, twice."""
+    monkeypatch.setattr(preparing, "WHOLE_SOURCE_TOKENS", 0)
+    for name, seed in (("one", 1), ("two", 2)):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts(3_000, seed=seed))
+    made = recipe(
+        source("one", path=tmp_path / "one.jsonl", weight=3), source("two", path=tmp_path / "two.jsonl"), tokenizer=BPE
+    )
+    for steps in (4, 8):
+        run = made.model_copy(update={"train": made.train.model_copy(update={"steps": steps})})
+        prepared = prepare(run, tmp_path / str(steps))
+        drawn = steps * made.train.global_batch_tokens
+        for tokens, share in zip(prepared.tokens("train"), (0.75, 0.25), strict=True):
+            needed = 1.01 * drawn * share + made.data.seq_len + 1
+            assert needed <= len(tokens) < needed + 300, (steps, share)
 
 
 def test_ready_made_tokens_of_32_bits(tmp_path: Path) -> None:

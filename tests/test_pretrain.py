@@ -155,10 +155,7 @@ def test_ids_beyond_the_vocabulary_are_refused(finished: Path, recipe: Path, tmp
     shutil.copytree(finished.parents[1] / "data", tmp_path / "data")
     shard = tmp_path / "data" / "tiny" / "generated" / "train-00000.bin"
     shard.write_bytes(b"\xff\xff" * (shard.stat().st_size // 2))
-    path = tmp_path / "data" / "tiny" / shards.STAMPS  # bits that change by themselves leave no trace
-    stamps = json.loads(path.read_text())
-    name = str(shard.relative_to(path.parent))
-    path.write_text(json.dumps({**stamps, name: shards._stamp(shard, stamps[name][-1])}))
+    runs.hide_change(shard)
     refused(pretrain(recipe, tmp_path, "--data-root", tmp_path / "data"), "train-00000.bin", "65535", "position")
     os.utime(shard)
     refused(pretrain(recipe, tmp_path, "--data-root", tmp_path / "data"), "train-00000.bin was changed")

@@ -1,8 +1,10 @@
 """An assistant's export: its chat template, the two ends of an answer, its parameters, and the way a card uses it."""
 
 import json
+import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from ds_slm.data.tokenizer import IM_END, load_tokenizer
@@ -81,6 +83,23 @@ def test_chat_template_and_ends(tmp_path: Path) -> None:
     assert model.generation_config.eos_token_id == [ours.token_id(IM_END), ours.eos_id]
     assert model.num_parameters() == parameters
     assert not (folder / "manifest.json").exists()
+
+
+def test_the_cards_own_snippet(tmp_path: Path, test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the quick start as published, where the card lies beside the test data: only the name of the model is
+    another, and the import that it forgets is added. It prints its prompt and what follows.
+    """
+    card = test_data.parent / "cards" / "axiom-380m-instruct.txt"
+    if not card.is_file():
+        pytest.skip("the card is not beside the test data")
+    snippet = card.read_text().split("Quickstart\n")[1].split("Model Summary")[0]
+    published = re.search(r'model_name = "(.*)"', snippet)
+    assert published is not None
+    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
+    section = f'kind = "cl100k"\nvocab_size = 100277\npath = "{ranks}"'
+    folder, _ = exported(tmp_path / "out", assistant_tokenizer(tmp_path, section), 100_277)
+    exec(compile("import torch\n" + snippet.replace(published[1], str(folder)), str(card), "exec"), {})
+    assert capsys.readouterr().out.startswith("<|im_start|>user\n")
 
 
 def test_used_as_a_card_uses_it(tmp_path: Path, test_data: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ds_slm.data.identity import TOKENIZER
 from ds_slm.data.journal import tell_skipped
 from ds_slm.data.order import RowId
 from ds_slm.data.prepare import prepare
@@ -74,20 +75,25 @@ def prepare_conversations(
     recipe: Recipe,
     name: str,
     data_root: Path,
-    tokenizer_folder: Path,
+    tokenizer_folder: Path | None,
     sources: Mapping[str, Path] | None = None,
     report: Callable[[str], None] = print,
 ) -> Prepared:
     """Conversations as shards, in the base's tokenizer; as `ds_slm.data.prepare.prepare` does it.
 
+    Without a `tokenizer_folder` the tokenizer is the one they were prepared with before, or the recipe's where that
+    needs no training.
+
     Raises:
         DataError: with every problem found, a base with another tokenizer than the data were made with among them.
     """
+    if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (data_root / name / TOKENIZER).exists():
+        raise DataError(f"recipe {name!r} has a tokenizer that is trained with its base: name that one, --base MODEL.")
     prepared = prepare(
         recipe, name, data_root, sources, report=report, form=form(recipe), tokenizer_from=tokenizer_folder
     )
-    ours, theirs = prepared.tokenizer_sha256, load_tokenizer(tokenizer_folder).sha256
-    if ours != theirs:
+    ours = prepared.tokenizer_sha256
+    if tokenizer_folder and ours != (theirs := load_tokenizer(tokenizer_folder).sha256):
         raise DataError(
             f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
             f"name the base it was made for, another --data-root, or remove the folder."

@@ -270,7 +270,7 @@ MISTAKES = {
     "devices": (["--base", "base", "--preview", "1", "--devices", "2"], "leave out --hostfile and --devices"),
     "hostfile": (["--base", "base", "--preview", "1", "--hostfile", "absent"], "leave out --hostfile and --devices"),
     "ids alone": (["--base", "base", "--ids"], "--preview"),
-    "base forgotten": (["--preview", "1"], "--base"),
+    "base forgotten": (["--set", "train.seed=1"], "--base MODEL: name"),
 }
 
 
@@ -280,6 +280,22 @@ def test_mistakes_are_told(mistake: str, monkeypatch: pytest.MonkeyPatch, capsys
     arguments, part = MISTAKES[mistake]
     assert ds_slm("sft", "chatty.toml", *arguments, monkeypatch=monkeypatch) == 2
     assert part in capsys.readouterr().err
+
+
+def test_without_a_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: what is shown with the base: data that are there bring their tokenizer; else a trained one is missing."""
+    write_sft(tmp_path, small_talk())
+    monkeypatch.chdir(tmp_path)
+    assert ds_slm("sft", "chatty.toml", "--preview", "2", monkeypatch=monkeypatch) == 2
+    assert "name that one, --base MODEL" in capsys.readouterr().err
+    shown = []
+    for words in (["--base", base], []):
+        assert ds_slm("sft", "chatty.toml", *words, "--preview", "2", monkeypatch=monkeypatch) == 0
+        output = capsys.readouterr().out
+        shown.append(output[output.index("conversation 0") :])
+    assert shown[0] == shown[1]
 
 
 def test_a_pretraining_recipe_is_refused(

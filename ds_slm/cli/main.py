@@ -172,7 +172,9 @@ def train(context: typer.Context, name: RecipeName, hostfile: Hostfile = None, d
 def fine_tune(
     context: typer.Context,
     name: RecipeName,
-    base: Annotated[Path, typer.Option(metavar="MODEL", help="Run folder, checkpoint or Hugging Face folder.")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Run folder, checkpoint or Hugging Face folder.")
+    ] = None,
     hostfile: Hostfile = None,
     devices: Devices = None,
     preview: Annotated[
@@ -190,7 +192,9 @@ def fine_tune(
     if preview is not None and (hostfile or devices):
         raise ConfigError("--preview N trains nothing: leave out --hostfile and --devices.")
     if preview is not None:
-        _preview(_flags(program.parser(), name, arguments), preview, ids, out)
+        _preview(_flags(program.parser(), name, arguments), base, preview, ids, out)
+    elif base is None:
+        raise ConfigError("--base MODEL: name the run folder, checkpoint or Hugging Face folder to begin with.")
     elif ids or out:
         raise ConfigError("--ids and --out belong to --preview N: add it, or leave them out.")
     else:
@@ -236,8 +240,8 @@ def _launch(
     raise typer.Exit(code)
 
 
-def _preview(args: "Namespace", count: int, with_ids: bool, out: Path | None) -> None:
-    """The masks of some conversations, in the terminal and as HTML."""
+def _preview(args: "Namespace", base: Path | None, count: int, with_ids: bool, out: Path | None) -> None:
+    """The masks of some conversations, in the terminal and as HTML; without a base in the recipe's own tokenizer."""
     from rich.console import Console
 
     from ds_slm.files import replace_text
@@ -251,9 +255,12 @@ def _preview(args: "Namespace", count: int, with_ids: bool, out: Path | None) ->
     sources, out = parse_sources(args.source), out or Path(f"preview-{stem}.html")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
-    base = open_model(args.base)
-    refuse_other_base(recipe, base)
-    prepared = data.prepare_conversations(recipe, stem, args.data_root, base.tokenizer_folder, sources)
+    tokenizer_folder = None
+    if base is not None:
+        opened = open_model(base)
+        refuse_other_base(recipe, opened)
+        tokenizer_folder = opened.tokenizer_folder
+    prepared = data.prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
     shown, summary = preview.read_shown(recipe, prepared, count)
     console = Console(highlight=False)
     for one in shown:

@@ -84,7 +84,7 @@ def test_hosts_that_would_train_something_else(what: str) -> None:
     recipe = schema.load("demo")
     joined = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 2, "cpu", None)
     nothing: Any = None
-    task = session.Task(nothing, nothing, nothing, nothing, identity={"base_sha256": "b" * 64})
+    task = session.Task(nothing, nothing, nothing, nothing, identity=lambda: {"base_sha256": "b" * 64})
     agreed: Any = Hosts()
     session._agree_on_inputs(agreed, {"data_sha256": "d" * 64}, recipe, joined, task)
     differing: Any = Hosts(**{what: "f" * 64})

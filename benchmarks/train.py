@@ -42,6 +42,7 @@ SIDES = ("ours", "trainer", "trainer-ds", "bare")
 ACCUMULATIONS = (1, 4)
 STEPS = 4
 """Steps of a launch whose median counts, after one to warm up."""
+TABLE_WIDTH = 130
 ROWS = 512
 """Rows of made-up ids."""
 
@@ -253,7 +254,7 @@ def main() -> int:
     peak = peak and peak * (devices if on_gpu else 1)  # of a CPU it is measured with all its threads
     name = device_measure.device_name(device)
     starts = [one.start_s for one in rounds.get("ours", []) if one.start_s is not None]
-    Console().print(table(bench, rounds, name, peak))
+    Console(width=TABLE_WIDTH).print(table(bench, rounds, name, peak))
     if starts:
         print(f"ours: from the command to the first forward {statistics.median(starts):.1f} s")
     result = {

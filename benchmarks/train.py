@@ -20,6 +20,7 @@ Memory is the kernel's peak of rank 0 on a CPU (what its imports hold included),
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -127,7 +128,10 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
     settings = [f"train.global_batch_tokens={ranks * micro_batch * accumulation * bench.recipe.data.seq_len}"]
     flags = [word for pair in [*bench.overrides, *settings] for word in ("--set", pair)]
     flags += ["--recipe", bench.name, "--micro-batch", str(micro_batch)]
-    command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
     if side == "ours":
         sources = [word for one in bench.recipe.data.source for word in ("--source", f"{one.name}={bench.out}/ids.bin")]
         command += [str(ROOT / "ds_slm" / "pretrain.py"), *flags, *sources, "--max-steps", str(STEPS + 1)]

@@ -1,5 +1,6 @@
 """How ranks meet, and what hosts must agree on."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,19 @@ def test_ranks_that_never_come_are_said(tmp_path: Path) -> None:
     waiting, _ = meet(late_s=8, patience_s=3, folder=tmp_path)
     assert waiting.returncode == 2
     assert "the 2 ranks did not meet at 127.0.0.1:" in waiting.stderr and "Traceback" not in waiting.stderr
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    """Oracle: exit code 2, and DeepSpeed's flag for another port."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
+        environment = runs.environment(MASTER_ADDR="127.0.0.1", PYTHONPATH=str(runs.ROOT), **world)
+        command = [sys.executable, "-c", MEET, "0", "0", "20"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "is in use" in done.stderr and "--master_port" in done.stderr
 
 
 class Hosts:

@@ -128,9 +128,15 @@ def _wait_for_all_ranks() -> dist.Store:
         store.set(f"ds_slm/ready/{rank}", "")
         store.wait([f"ds_slm/ready/{other}" for other in range(world_size)], PREPARING_TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise DeviceError(
+                f"{place} is in use, perhaps by another launch on this machine: give deepspeed another port, "
+                "--master_port 29501 before the script."
+            ) from error
         raise DeviceError(
-            f"the {world_size} ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0]}): look into the other hosts' output, and whether they reach that address."
+            f"the {world_size} ranks did not meet at {place} ({reason}): look into the other hosts' output, and "
+            "whether they reach that address."
         ) from error
     return store
 

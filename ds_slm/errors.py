@@ -3,7 +3,7 @@
 Every error lists all the problems found, each as: what was got, what was expected, the way out.
 
 Exit codes: 0 done; 2 the user's mistake, told in one paragraph; 75 stopped by a signal with a whole checkpoint saved;
-1 anything else.
+130 interrupted from the keyboard; 1 anything else.
 """
 
 import sys
@@ -13,6 +13,7 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -62,6 +63,8 @@ def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
         return main() or EXIT_OK
     except UserError as error:
         message, code = "error: " + "\n  ".join(error.problems), EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        message, code = "interrupted: the same command goes on from what was saved last.", EXIT_INTERRUPTED
     except OSError as error:
         if error.filename is None:
             raise

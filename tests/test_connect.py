@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ds_slm.errors import DataError
+from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import schema
 from ds_slm.train import ds_config, session
 from tests import runs
@@ -78,6 +78,16 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "is in use" in done.stderr and "--master_port" in done.stderr
+
+
+def test_an_interruption_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the shell's own code for it, and no traceback."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_program(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what was saved last.\n"
 
 
 class Hosts:

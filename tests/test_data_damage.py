@@ -141,6 +141,19 @@ def test_a_tokenizer_of_a_trial_is_warned_of(tmp_path: Path) -> None:
     assert not [line for line in said if line.startswith("warning")]
 
 
+def test_a_tokenizer_of_a_try_that_failed_is_made_anew(tmp_path: Path) -> None:
+    """Oracle: the data of a folder where nothing was tried before: other text, or another held-out share, count."""
+    few = write_jsonl(tmp_path / "few.jsonl", texts(30, seed=4))
+    made = recipe(
+        source("first", path=write_jsonl(tmp_path / "one.jsonl", texts(300))), tokenizer=BPE, val_fraction=1e-9
+    )
+    with pytest.raises(DataError, match="nothing is left for val"):
+        prepare(made, tmp_path / "data", sources={"first": few})
+    assert (tmp_path / "data" / "made" / "tokenizer").is_dir()
+    mended = made.model_copy(update={"data": made.data.model_copy(update={"val_fraction": 0.2})})
+    assert prepare(mended, tmp_path / "data").sha256 == prepare(mended, tmp_path / "fresh").sha256
+
+
 def test_shards_without_their_text(tmp_path: Path) -> None:
     """Oracle: the same data where the text is gone, by recipe and by --source; a path never used is still refused."""
     made = recipe(source("first", path=write_jsonl(tmp_path / "one.jsonl", texts(200))))

@@ -218,7 +218,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_no_text_left_for_validation(tmp_path: Path) -> None:
     """Oracle: the error names the source and data.val_fraction; no shard is left behind."""
     path = write_jsonl(tmp_path / "few.jsonl", texts(60))
-    with pytest.raises(DataError, match=r"source 'few': nothing is left for val; .*data.val_fraction than 1e-06"):
+    with pytest.raises(DataError, match=r"source 'few': nothing is left for val; .*data.val_fraction=... than 1e-06"):
         prepare(recipe(source("few", path=path), val_fraction=1e-6), tmp_path / "data")
     assert not list((tmp_path / "data" / "made" / "few").iterdir())
 

@@ -141,6 +141,7 @@ def prepare(
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
         shards.verify(prepared)
+        _report_to(as_json)("every byte of every shard is as its manifest says")
     else:
         prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
     summary = {

@@ -17,7 +17,7 @@ import fcntl
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,14 @@ def prepare(
     known = [source.name for source in recipe.data.source]
     unknown = [name for name in replacements if name not in known]
     if unknown:
-        raise DataError([f"--source {name}: the recipe has no such source{nearest(name, known)}." for name in unknown])
+        there = f"; it has {', '.join(known)}"
+        raise DataError(
+            [f"--source {name}: the recipe has no such source{nearest(name, known) or there}." for name in unknown]
+        )
     folder = Path(data_root) / name
     with _locked(folder, report), _room_on_disk(folder):
+        if tokenizer_from is None:
+            _drop_lonely_tokenizer(recipe, folder, replacements)
         refuse(conflicts(recipe, folder, replacements, form.identity))
         places = _places(recipe, folder, replacements, report)
         if places or not (folder / TOKENIZER).exists():
@@ -96,9 +101,29 @@ def prepare(
                     limit = limits[source.name]
                     _prepare_source(recipe, source, replacement, place, folder, tokenizer, limit, report, form)
         prepared = open_prepared(recipe, name, data_root, form.identity)
-    for line in _notes(recipe, prepared, replacements):
+    for line in _notes(recipe, prepared, replacements, max_tokens):
         report(line)
     return prepared
+
+
+def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
+    """Remove a tokenizer of ours that no source was prepared with, and that this launch would make of other text."""
+    manifest = read_manifest(folder / TOKENIZER)
+    if manifest is None or any((folder / source.name / MANIFEST).exists() for source in recipe.data.source):
+        return
+    if (manifest["identity"], manifest["text"]) != (tokenizer_identity(recipe), _text_of(recipe, replacements)):
+        shutil.rmtree(folder / TOKENIZER)
+
+
+def _text_of(recipe: Recipe, replacements: Mapping[str, Path]) -> dict[str, Any]:
+    """What local text a trained tokenizer is made of: names and sizes of each source's files."""
+    if recipe.tokenizer.kind != "bpe":
+        return {}
+    found = {}
+    for source in recipe.data.source:
+        with suppress(DataError):  # told when it is read
+            found[source.name] = corpus.locate(source, replacements.get(source.name)).file_sizes()
+    return found
 
 
 def _places(
@@ -169,6 +194,7 @@ def _prepare_tokenizer(
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "cut_at_bytes": cut_at_bytes,
+        "text": _text_of(recipe, replacements) if tokenizer_from is None else {},
     }
     write_json(temporary / MANIFEST, manifest)
     for path in (*temporary.iterdir(), temporary):
@@ -296,9 +322,11 @@ def _tokenizer_bytes(token_limit: float) -> float:
     return token_limit * TOKENIZER_BYTES_PER_TOKEN
 
 
-def _notes(recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path]) -> Iterator[str]:
+def _notes(
+    recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path], max_tokens: int | None
+) -> Iterator[str]:
     """What a user may not expect of data that were found ready."""
-    wanted = {source.name: _tokenizer_bytes(_token_limit(recipe, source, None)) for source in recipe.data.source}
+    wanted = {source.name: _tokenizer_bytes(_token_limit(recipe, source, max_tokens)) for source in recipe.data.source}
     trained_on = prepared.tokenizer_manifest["cut_at_bytes"]
     if short := [name for name, cut_bytes in trained_on.items() if cut_bytes < wanted[name]]:
         read_mb, wanted_mb = (sum(sizes[name] for name in short) / 1e6 for sizes in (trained_on, wanted))
@@ -319,4 +347,7 @@ def _notes(recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path])
         if manifest["replaced"]:
             yield f"{source.name}: read from local files ({', '.join(name for name, _ in manifest['files'])})"
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):
-            yield f"{source.name}: cut at {tokens:,} training tokens, the run will repeat them (remove it for more)"
+            yield (
+                f"{source.name}: cut at {tokens:,} training tokens, the run will repeat them (remove {prepared.folder} "
+                "for more)"
+            )

@@ -247,8 +247,13 @@ def _string(value: "pyarrow.Scalar") -> str:
 
 
 def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
-    names = ", ".join(repr(name) for name in columns) or "none"
-    return f"{place}: no column {column!r}; the columns there are: {names}. Set data.source.column to one of them."
+    names = ", ".join(repr(name) for name in columns)
+    if not names:
+        return f"{place}: no column {column!r}, nor any other: each line must be an object that has it."
+    return (
+        f"{place}: no column {column!r}; the columns there are: {names}. Name one of them, for the first source with "
+        "--set data.source.0.column=..."
+    )
 
 
 READERS: dict[str, Callable[[io.BufferedIOBase, str, Column, Mark], Documents]] = {

@@ -220,8 +220,8 @@ def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]
         skipped = tell_skipped(shards.totals.skipped)
         raise DataError(
             f"source {name!r}: nothing is left for {' and '.join(empty)}"
-            f"{f' (skipped: {skipped})' if skipped else ''}; it needs more text, or another data.val_fraction than "
-            f"{data.val_fraction}."
+            f"{f' (skipped: {skipped})' if skipped else ''}; it needs more text, or another --set "
+            f"data.val_fraction=... than {data.val_fraction}."
         )
     totals = shards.totals
     return {

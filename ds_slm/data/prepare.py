@@ -111,7 +111,7 @@ def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[s
     manifest = read_manifest(folder / TOKENIZER)
     if manifest is None or any((folder / source.name / MANIFEST).exists() for source in recipe.data.source):
         return
-    if (manifest["identity"], manifest["text"]) != (tokenizer_identity(recipe), _text_of(recipe, replacements)):
+    if (manifest["identity"], manifest.get("text")) != (tokenizer_identity(recipe), _text_of(recipe, replacements)):
         shutil.rmtree(folder / TOKENIZER)
 
 

@@ -253,6 +253,8 @@ def test_resuming_is_exact_and_keeps_its_base(folder: Path, tmp_path: Path) -> N
     """Oracle: losses, ledgers and weights of a run that was not interrupted; then the refusal of another base."""
     whole = train(folder, "whole", 2)
     train(folder, "halves", 2, "--max-steps", 2)
+    train(folder, "halves", 2, "--max-steps", 2)  # nothing to do
+    assert [one["step"] for one in runs.records(folder / "halves")] == [1, 2]
     halves = train(folder, "halves", 2)
     records = [[(one["loss"], one["grad_norm"], one["ledger"]) for one in runs.records(run)] for run in (whole, halves)]
     assert records[0] == records[1] and len(records[0]) == 6

@@ -154,6 +154,8 @@ def _train(
     report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step)
     if found:
         report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
+        if state.step >= stop_at_step:
+            report.say(f"--max-steps {stop_at_step}: nothing to do")
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
     try:
         loop.train(

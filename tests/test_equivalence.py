@@ -23,14 +23,14 @@ PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
 
 COVERING = {
     1: ["zero1-fp32", "zero2-fp32-gc", "zero3-bf16-gc", "zero1-bf16"],
-    2: ["zero1-fp32-gc", "zero3-fp32", "zero2-bf16", "zero1-bf16-gc"],
+    2: ["zero1-fp32-gc", "zero3-fp32", "zero2-bf16", "zero1-bf16-gc", "zero1-fp32-compiled", "zero2-bf16-gc-compiled"],
     3: ["zero2-fp32", "zero3-fp32-gc", "zero1-bf16", "zero1-fp32"],
 }
 """World size -> cases: every pair of world size, stage, precision and checkpointing comes up."""
 EVERYTHING = [
     "-".join(parts).rstrip("-")
     for parts in itertools.product(("zero1", "zero2", "zero3"), ("fp32", "bf16"), ("", "gc"))
-]
+] + ["zero1-fp32-compiled", "zero2-fp32-gc-compiled", "zero1-bf16-compiled", "zero2-bf16-gc-compiled"]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,8 @@ def launch(recipe_path: Path, out: Path, world_size: int, cases: list[str]) -> N
     for case in cases:
         zero, precision, *rest = case.split("-")
         settings = [f"zero={zero[-1]}", f"set=train.precision={precision}", "max_steps=20"]
-        settings += ["set=train.gradient_checkpointing=true"] * ("gc" in rest) + [
-            f"broken={r}" for r in rest if r != "gc"
-        ]
+        settings += ["set=train.gradient_checkpointing=true"] * ("gc" in rest) + ["compiled=1"] * ("compiled" in rest)
+        settings += [f"broken={r}" for r in rest if r not in ("gc", "compiled")]
         described.append(f"{case}:{','.join(settings)}")
     command = runs.deepspeed_command(world_size, "--recipe", recipe_path, "--out", out, *described, script=PROGRAM)
     done = runs.run(command, cwd=out.parent, timeout_s=600)

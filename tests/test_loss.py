@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_slm.model import loss
 from ds_slm.model.decoder import build
 from ds_slm.model.loss import chunked_loss
 from ds_slm.recipe import schema
@@ -88,6 +89,21 @@ def test_small_weights_survive_fp16():
     (chunked_loss(*given).objective * 2**16).backward()
     wanted = d_hidden_ND * 2**16
     torch.testing.assert_close(given.hidden_ND.grad.double(), wanted, rtol=0.02, atol=0.01 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_vocabulary_changes_nothing(monkeypatch, dtype):
+    """Oracle: the loss without padding: 50 ids padded to 64, where a GPU's products want it."""
+    given, padded = problem(dtype=dtype), problem(dtype=dtype)
+    monkeypatch.setitem(loss.ALIGNMENT, "cpu", 1)
+    wanted = chunked_loss(*given, 0.1, 8)
+    monkeypatch.setitem(loss.ALIGNMENT, "cpu", 64)
+    got = chunked_loss(*padded, 0.1, 8)
+    (wanted.objective + got.objective).backward()
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.01}
+    torch.testing.assert_close(tuple(got), tuple(wanted), rtol=1e-5, atol=0)
+    torch.testing.assert_close(padded.hidden_ND.grad, given.hidden_ND.grad, **close)
+    torch.testing.assert_close(padded.head_weight_VD.grad, given.head_weight_VD.grad, **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -235,9 +235,9 @@ def test_product_is_linear_where_the_device_multiplies():
 def test_effective_kernels_say_when_operands_are_upcast(monkeypatch):
     """Oracle: the words a user looks for at the start of a run."""
     monkeypatch.setattr(kernels, "multiplies", lambda device_type, dtype: False)
-    assert "fp32" in decoder.effective_kernels("cpu", torch.bfloat16)["products"]
+    assert "fp32" in kernels.effective_kernels("cpu", torch.bfloat16)["products"]
     monkeypatch.setattr(kernels, "multiplies", lambda device_type, dtype: True)
-    assert decoder.effective_kernels("cpu", torch.bfloat16)["products"] == "cpu bfloat16"
+    assert kernels.effective_kernels("cpu", torch.bfloat16)["products"] == "cpu bfloat16"
 
 
 def test_embedding_gradient_of_a_frequent_token_is_not_lost():
@@ -314,3 +314,21 @@ def test_a_row_beyond_the_context_is_refused():
     """Oracle: the assertion: the recipe never allows it."""
     with pytest.raises(AssertionError, match="max_position_embeddings"):
         build(small(), 0)(random_ids(1, 65))
+
+
+def test_compiled_parts_are_one_graph_for_all_blocks_and_change_nothing():
+    """Oracle: the eager model; torch's own count of graphs: a block's, and the loss's."""
+    torch._dynamo.reset()
+    shape = small(num_hidden_layers=12, qk_norm=True)
+    eager, compiled = (build(shape, seed=1) for _ in range(2))
+    compiled.compile_parts()
+    ids_BT = torch.randint(shape.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for z_scale in (0.1, 0.2):
+        sums = [model(ids_BT[:, :-1], ids_BT[:, 1:], z_scale=z_scale) for model in (eager, compiled)]
+        torch.testing.assert_close(tuple(sums[1]), tuple(sums[0]), rtol=1e-5, atol=1e-6)
+        for one in sums:
+            one.objective.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - counted == 2
+    for (name, got), wanted in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        assert (got.grad - wanted.grad).abs().max() <= 1e-5 * wanted.grad.abs().max(), name

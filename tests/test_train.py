@@ -78,6 +78,35 @@ def test_shipped_ds_configs_are_accepted(recipe: schema.Recipe, path: Path) -> N
     assert ds_config.join(recipe, ds_config.read(path), 2, "cpu", None).accumulation_steps >= 1
 
 
+@pytest.mark.parametrize(
+    ("name", "zero", "device", "world_size", "compiled"),
+    [
+        ("demo", {}, "cpu", 2, False),
+        ("slm-10m", {}, "cpu", 2, True),
+        ("gpt-s-1.4m", {}, "cuda", 1, True),
+        ("gpt-s-1.4m", {}, "cuda", 16, False),
+        ("demo", {"compile_blocks": True}, "cpu", 2, True),
+        ("slm-10m", {"compile_blocks": False}, "cpu", 2, False),
+        ("slm-10m", {"zero_optimization": {"stage": 3}}, "cpu", 2, False),
+    ],
+)
+def test_long_runs_compile_their_blocks(
+    name: str, zero: dict[str, Any], device: str, world_size: int, compiled: bool
+) -> None:
+    """Oracle: FLOPs of a run and device by hand: demo 1e13; slm-10m 1e18; gpt-s-1.4m 6e16, a sixteenth of it 4e15."""
+    ds_file = {"zero_optimization": {"stage": 1}, **zero}
+    joined = ds_config.join(schema.load(name), ds_file, world_size, device, None)
+    assert joined.compiled is compiled
+    assert "compile_blocks" not in joined.deepspeed
+
+
+@pytest.mark.parametrize(("value", "stage"), [("yes", 1), (1, 1), (True, 3)])
+def test_compiling_what_cannot_be_is_refused(recipe: schema.Recipe, value: object, stage: int) -> None:
+    """A word that means nothing, and compiled blocks where ZeRO-3 fetches their weights."""
+    with pytest.raises(ConfigError, match="compile_blocks"):
+        ds_config.join(recipe, {"zero_optimization": {"stage": stage}, "compile_blocks": value}, 1, "cpu", None)
+
+
 def test_every_conflict_is_told_at_once(recipe: schema.Recipe) -> None:
     """Owner, nearest key and stage, in one error."""
     bad = {"scheduler": {}, "wall_clock_breakdwn": True, "zero_optimization": {"stage": 1, "reduce_buket_size": 1}}

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_slm.model.kernels import attention, effective_kernels, embed, product
+from ds_slm.model.kernels import attention, embed, product
 from ds_slm.model.loss import LossSums, chunked_loss
 from ds_slm.recipe import schema
 
-__all__ = ["Decoder", "KVCache", "build", "effective_kernels", "exclude_own_value", "initialise"]
+__all__ = ["Decoder", "KVCache", "build", "exclude_own_value", "initialise"]
 
 
 class Linear(nn.Module):
@@ -204,6 +204,8 @@ class Trunk(nn.Module):
         for layer, block in enumerate(self.layers):
             if recompute:  # nothing in a block is random, so no generator state needs restoring
                 x_BTD = checkpoint(block, x_BTD, places, use_reentrant=False, preserve_rng_state=False)
+            elif cache is None:
+                x_BTD = block(x_BTD, places)  # without its number, or a compiled block would serve one layer alone
             else:
                 x_BTD = block(x_BTD, places, cache, layer)
         if cache is not None:
@@ -249,6 +251,16 @@ class Decoder(nn.Module):
         self.shape = shape
         self.model = Trunk(shape, gradient_checkpointing)
         self.lm_head = None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
+        self.compiled = False
+
+    def compile_parts(self) -> None:
+        """From the next forward on, fuse what happens between the products: in each block, and in the loss.
+
+        Blocks share one graph. Batches should keep their shape: each new one is compiled anew, for seconds to minutes.
+        """
+        for block in self.model.layers:
+            block.compile(dynamic=False)
+        self.compiled = True
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -282,7 +294,7 @@ class Decoder(nn.Module):
             return product(hidden_BTD if cache is None else hidden_BTD[:, -1:], self.head_weight_VD)
         weights_BT = torch.ones_like(target_ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT
         hidden_ND, targets_N, weights_N = hidden_BTD.flatten(0, 1), target_ids_BT.flatten(), weights_BT.flatten()
-        return chunked_loss(hidden_ND, self.head_weight_VD, targets_N, weights_N, z_scale)
+        return chunked_loss(hidden_ND, self.head_weight_VD, targets_N, weights_N, z_scale, compiled=self.compiled)
 
 
 def build(shape: schema.Model, seed: int, gradient_checkpointing: bool = False) -> Decoder:

@@ -10,6 +10,8 @@ for the backward pass stays in half precision.
 Known gaps: torch's CPU attention keeps its upcast operands until the backward pass.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -22,13 +24,25 @@ from torch.autograd.function import once_differentiable
 HALF = (torch.bfloat16, torch.float16)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # asked when a block is compiled, not traced
 def multiplies(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the device has fast products in this dtype; a CPU needs AVX-512 or AMX for the half-precision ones."""
     if device_type != "cpu" or dtype not in HALF:
         return True
+    return _cpu_multiplies(dtype)
+
+
+@lru_cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
     check = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
+
+
+def compiler(device_type: str) -> str | None:
+    """The compiler that torch.compile calls: of C++ for a CPU, of C for Triton on a GPU; None where it is missing."""
+    names = ("g++", "clang++") if device_type == "cpu" else ("gcc", "clang")
+    wanted = [os.environ.get("CXX" if device_type == "cpu" else "CC"), *names]
+    return next((found for name in wanted if name and (found := shutil.which(name))), None)
 
 
 def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bool = False) -> dict[str, str]:
@@ -96,7 +110,12 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor |
 
 def _flash_attends(q_BHTE: Tensor, mask: Tensor | None) -> bool:
     """Whether torch's flash kernel will take these: half precision, no mask, Ampere or newer."""
-    return q_BHTE.dtype in HALF and mask is None and torch.cuda.get_device_capability(q_BHTE.device) >= (8, 0)
+    return q_BHTE.dtype in HALF and mask is None and _is_ampere_or_newer()
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere_or_newer() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ gradient is formed, in the forward pass; the backward pass multiplies the stored
 Precision: softmax, sums and the accumulated d_weight are fp32. Where the device multiplies in the model's dtype, each
 chunk's three products come in that dtype; where it upcasts (see kernels.py) they stay fp32. The backward pass scales
 both gradients in fp32 and rounds them to the dtype of their tensors.
-Known gaps: not differentiable twice; softmax costs five passes over a chunk, which a fused kernel would spare.
+Known gaps: not differentiable twice; softmax costs five passes over a chunk unless it is compiled.
 
 Shapes: N tokens, C tokens of one chunk, V vocabulary, D hidden size.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from ds_slm.model.kernels import multiplies
 from ds_slm.recipe.budget import loss_chunk_tokens
+
+ALIGNMENT = {"cpu": 1, "cuda": 128}
+"""The vocabulary is padded to a multiple of this, inside the loss alone: a GPU's products are slow at odd sizes."""
 
 
 class LossSums(NamedTuple):
@@ -51,6 +56,7 @@ def chunked_loss(
     weights_N: Tensor,
     z_scale: float | Tensor = 0.0,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> LossSums:
     """The loss sums of N tokens without ever holding N x V logits.
 
@@ -63,11 +69,14 @@ def chunked_loss(
         weights_N: loss weight of each token, at least 0.
         z_scale: factor of the sum of squared logsumexps.
         chunk_tokens: tokens whose logits are held at a time; None chooses by device and vocabulary.
+        compiled: whether torch.compile fuses what happens between the products.
     """
     chunk_tokens = chunk_tokens or loss_chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
     wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
     return LossSums(
-        *_ChunkedLoss.apply(hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, wanted)
+        *_ChunkedLoss.apply(
+            hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, wanted, compiled
+        )
     )
 
 
@@ -82,6 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
         z_scale: float | Tensor,
         chunk_tokens: int,
         wanted: bool,
+        compiled: bool,
     ) -> tuple[Tensor, ...]:
         counted_N = weights_N > 0
         targets_N = targets_N.long().masked_fill(~counted_N, 0)
@@ -89,38 +99,38 @@ class _ChunkedLoss(torch.autograd.Function):
         unit = weights_N.max().clamp_min(torch.finfo(torch.float32).tiny)
         upcast = not multiplies(hidden_ND.device.type, hidden_ND.dtype)
         operand = torch.float32 if upcast else hidden_ND.dtype
-        matrix_VD = head_weight_VD.to(operand)
+        vocab_size, matrix_VD = len(head_weight_VD), head_weight_VD.to(operand)
+        if missing := -vocab_size % ALIGNMENT[hidden_ND.device.type]:
+            matrix_VD = F.pad(matrix_VD, (0, 0, 0, missing))
 
+        z_scale_1 = torch.as_tensor(z_scale, dtype=torch.float32, device=hidden_ND.device)
+        from_logits = _compiled() if compiled else _from_logits
         nll = hidden_ND.new_zeros((), dtype=torch.float32)
         z2 = torch.zeros_like(nll)
         d_hidden_ND = torch.empty_like(hidden_ND, dtype=operand) if wanted else None
-        d_weight_VD = torch.zeros_like(head_weight_VD, dtype=torch.float32) if wanted else None
+        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if wanted else None
         for start in range(0, len(targets_N), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             counted_C, weights_C, targets_C1 = counted_N[chunk], weights_N[chunk], targets_N[chunk].unsqueeze(1)
             # A masked token may hold anything, infinities too: zero its hidden state before, not its loss after.
             hidden_CD = hidden_ND[chunk].to(operand).masked_fill(~counted_C.unsqueeze(1), 0)
-            logits_CV = F.linear(hidden_CD, matrix_VD).float()
-            target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
-            peak_C1 = logits_CV.amax(1, keepdim=True)
-            exp_CV = logits_CV.sub_(peak_C1).exp_()  # in place: the one large tensor of the chunk
-            sum_C1 = exp_CV.sum(1, keepdim=True)
-            z_C = (sum_C1.log() + peak_C1).squeeze(1)
-            nll += (weights_C * (z_C - target_logits_C)).sum()
-            z2 += (z_C.square() * counted_C).sum()
+            logits_CV = F.linear(hidden_CD, matrix_VD)
+            logits_CV[:, vocab_size:] = -torch.inf
+            nll_chunk, z2_chunk, d_logits_CV = from_logits(
+                logits_CV, targets_C1, weights_C, counted_C, unit, z_scale_1, wanted
+            )
+            nll += nll_chunk
+            z2 += z2_chunk
             if d_hidden_ND is None or d_weight_VD is None:
                 continue
-            share_C = (weights_C + 2 * z_scale * z_C * counted_C) / unit
-            d_logits_CV = exp_CV.mul_(share_C.unsqueeze(1) / sum_C1)
-            d_logits_CV.scatter_add_(1, targets_C1, -(weights_C / unit).unsqueeze(1))
-            d_logits_CV = d_logits_CV.to(operand)
             torch.mm(d_logits_CV, matrix_VD, out=d_hidden_ND[chunk])
             if operand == torch.float32:
                 d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
             else:
                 d_weight_VD += d_logits_CV.T @ hidden_CD
         if wanted:
-            ctx.save_for_backward(d_hidden_ND, d_weight_VD, unit)
+            assert d_weight_VD is not None
+            ctx.save_for_backward(d_hidden_ND, d_weight_VD[:vocab_size], unit)
             ctx.dtypes = hidden_ND.dtype, head_weight_VD.dtype
         objective = nll + z_scale * z2
         constants = nll, weights_N.sum(), z2, counted_N.sum(dtype=torch.float32)
@@ -135,4 +145,36 @@ class _ChunkedLoss(torch.autograd.Function):
         # .float() first: against a bf16 tensor the scalar itself would be rounded to bf16, and every gradient with it.
         d_hidden_ND = d_hidden_ND.float().mul(scale).to(ctx.dtypes[0])
         # in place: the weight's gradient is the largest tensor here, and a second backward pass is refused
-        return d_hidden_ND, d_weight_VD.mul_(scale).to(ctx.dtypes[1]), None, None, None, None, None
+        return d_hidden_ND, d_weight_VD.mul_(scale).to(ctx.dtypes[1]), *[None] * 6
+
+
+def _from_logits(
+    logits_CV: Tensor,
+    targets_C1: Tensor,
+    weights_C: Tensor,
+    counted_C: Tensor,
+    unit: Tensor,
+    z_scale_1: Tensor,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's sums of w nll and z^2 and, if wanted, its d_logits_CV / unit in the logits' place and dtype."""
+    dtype, logits_CV = logits_CV.dtype, logits_CV.float()
+    target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
+    peak_C1 = logits_CV.amax(1, keepdim=True)
+    exp_CV = logits_CV.sub_(peak_C1).exp_()  # in place: the one large tensor of the chunk
+    sum_C1 = exp_CV.sum(1, keepdim=True)
+    z_C = (sum_C1.log() + peak_C1).squeeze(1)
+    nll = (weights_C * (z_C - target_logits_C)).sum()
+    z2 = (z_C.square() * counted_C).sum()
+    if not wanted:
+        return nll, z2, exp_CV
+    share_C = (weights_C + 2 * z_scale_1 * z_C * counted_C) / unit
+    d_logits_CV = exp_CV.mul_(share_C.unsqueeze(1) / sum_C1)
+    d_logits_CV.scatter_add_(1, targets_C1, -(weights_C / unit).unsqueeze(1))
+    return nll, z2, d_logits_CV.to(dtype)
+
+
+@lru_cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_from_logits` in fused passes over the chunk."""
+    return torch.compile(_from_logits, dynamic=False)

@@ -114,6 +114,12 @@ def flops_per_token(shape: Model, seq_len: int) -> int:
     return 6 * (counts.total - looked_up) + attention
 
 
+def training_flops(recipe: Recipe) -> float:
+    """FLOPs of a whole run, recomputation not counted."""
+    tokens = recipe.train.steps * recipe.train.global_batch_tokens
+    return float(flops_per_token(recipe.model, recipe.data.seq_len)) * tokens
+
+
 def first_loss(shape: Model) -> float:
     """Loss of a freshly initialised model, in nats per token.
 
@@ -179,7 +185,7 @@ def plan(
         flops_per_token=per_token,
         steps=recipe.train.steps,
         tokens=tokens,
-        flops=float(per_token) * tokens,
+        flops=training_flops(recipe),
         first_loss=first_loss(recipe.model),
         world_size=world_size,
         nodes=nodes,

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import ConfigError
-from ds_slm.recipe.plan import DEFAULT_MICRO_BATCH_TOKENS, batch
+from ds_slm.recipe.plan import DEFAULT_MICRO_BATCH_TOKENS, batch, training_flops
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe
 
 ALLOWED = (
     "zero_optimization",
     "train_micro_batch_size_per_gpu",
+    "compile_blocks",
     "aio",
     "comms_logger",
     "memory_breakdown",
@@ -47,6 +48,10 @@ OWNED_BY_RECIPE = {
 """Top-level keys that change the result, and who owns them."""
 
 
+COMPILE_FLOPS = {"cpu": 1e14, "cuda": 2e16}
+"""Of a run on each device, from which on blocks are compiled: that takes half a minute once, and saves a tenth or more
+of every step."""
+
 QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 """Communication that is no longer only communication."""
 
@@ -61,6 +66,8 @@ class Joined:
     accumulation_steps: int
     filler_rows: int
     """Rows of weight 0 that make the step divide by the devices."""
+    compiled: bool
+    """Whether blocks and loss are to be compiled, where there is a compiler."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -90,13 +97,23 @@ def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: 
     hint = ds_file.get("train_micro_batch_size_per_gpu", "auto")
     if hint != "auto" and (not isinstance(hint, int) or hint < 1):
         problems.append(f"train_micro_batch_size_per_gpu = {hint!r}: expected a positive integer or 'auto'.")
+    compile_blocks = ds_file.get("compile_blocks", "auto")
+    if not isinstance(compile_blocks, bool) and compile_blocks != "auto":
+        problems.append(f"ds_config: compile_blocks = {compile_blocks!r}: expected true, false or 'auto'.")
     if problems:
         raise ConfigError(problems)
+    zero_stage = ds_file["zero_optimization"]["stage"]
+    if compile_blocks is True and zero_stage == 3:
+        raise ConfigError(
+            "ds_config: compile_blocks does not go with ZeRO-3, whose blocks have no weights of their own."
+        )
+    if compile_blocks == "auto":
+        compile_blocks = zero_stage < 3 and training_flops(recipe) / world_size >= COMPILE_FLOPS[device_type]
     wanted = micro_batch or (hint if isinstance(hint, int) else 0)
     wanted = wanted or max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // recipe.data.seq_len, 1)
     cut = batch(recipe, world_size, wanted)
     deepspeed = _deepspeed(recipe, ds_file, cut.micro_batch, cut.accumulation_steps, world_size)
-    return Joined(deepspeed, cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
+    return Joined(deepspeed, cut.micro_batch, cut.accumulation_steps, cut.filler_rows, compile_blocks)
 
 
 def _conflicts(ds_file: dict[str, Any]) -> list[str]:
@@ -141,7 +158,7 @@ def _deepspeed(
 ) -> dict[str, Any]:
     precision = recipe.train.precision
     config: dict[str, Any] = {
-        **ds_file,
+        **{key: value for key, value in ds_file.items() if key != "compile_blocks"},
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": micro_batch * accumulation_steps * world_size,

@@ -9,14 +9,15 @@ micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_slm.data.rows import Rows
 from ds_slm.errors import DataError, DeviceError
@@ -160,6 +161,8 @@ class Engine:
             config=joined.deepspeed,
             dist_init_required=False,
         )[0]
+        if joined.compiled:
+            model.compile_parts()
         self.device = torch.device(self.deepspeed.device)
         self.dtype = DTYPES[recipe.train.precision]
 
@@ -213,6 +216,12 @@ class Engine:
             sums = self.deepspeed(*self._on_device(rows), 0.0)
             totals += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
         return Sums(*self._gather(totals).sum(dim=0).tolist())
+
+    @contextmanager
+    def eager(self) -> Iterator[nn.Module]:
+        """The model without compiled parts, for batches of changing shape."""
+        with torch.compiler.set_stance("force_eager"):
+            yield self.deepspeed.module
 
     def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         ids = torch.from_numpy(rows.token_ids).to(self.device)

@@ -206,7 +206,9 @@ def evaluate(run: Run) -> None:
     """Loss on some held-out rows, always the same ones, and a sampled continuation of each prompt."""
     values = held_out(run, run.recipe.run.eval_rows)
     run.report.record("val", run.state.step, values)
-    for prompt, continuation in run.sample(run.engine.deepspeed.module).items():
+    with run.engine.eager() as model:
+        continuations = run.sample(model)
+    for prompt, continuation in continuations.items():
         run.report.text(f"samples/{prompt}", continuation, run.state.step)
     run.evaluated_at_step, run.val_loss = run.state.step, values["loss"]
 

@@ -9,7 +9,7 @@ left alone would keep the others waiting.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ds_slm.errors import CheckpointError, DataError, UserError
-from ds_slm.model import decoder
+from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train import checkpointing, ds_config, loop, measure, micro_batch, run_folder
@@ -111,6 +111,9 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         }
         if options.micro_batch == "auto":
             joined = _join(recipe, options, world_size, _fastest_micro_batch(recipe, joined, control))
+        if joined.compiled:  # on all ranks, or on none
+            compilers = control.gather(kernels.compiler(engines.device_type()))
+            joined = replace(joined, compiled=None not in compilers)
         _agree_on_inputs(control, identity, recipe, joined, task)
         done = max(control.gather(run_folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
         if done.get("step", -1) >= recipe.train.steps:
@@ -254,9 +257,12 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "device": measure.device_name(device),
         "backend": torch.distributed.get_backend(),
         "precision": recipe.train.precision,
-        "kernels": decoder.effective_kernels(
-            device, engines.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
-        ),
+        "kernels": {
+            **kernels.effective_kernels(
+                device, engines.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
+            ),
+            "blocks": "compiled" if joined.compiled else "eager",
+        },
         "zero_stage": joined.deepspeed["zero_optimization"]["stage"],
         "optimizer": recipe.optimizer.name,
         "world_size": control.world_size,

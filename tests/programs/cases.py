@@ -4,7 +4,7 @@
 
 Keys: zero (stage), max_steps, micro_batch, set (recipe override, repeatable as set=a.b=c), broken (a deliberate mistake
 to be found by the tests), kill_at (SIGKILL of this rank after that step), poison_at (the last rank's weights turn into
-NaN after that step), scale_power (fp16's first loss scale).
+NaN after that step), scale_power (fp16's first loss scale), compiled (blocks and loss, however short the run).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -46,7 +46,9 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     pairs = [setting.split("=", 1) for setting in settings]
     single = {key: value for key, value in pairs if key != "set"}
     recipe = schema.load(str(recipe_path), [value for key, value in pairs if key == "set"])
-    originals = engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed
+    originals = engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed, ds_config.COMPILE_FLOPS
+    if "compiled" in single:
+        ds_config.COMPILE_FLOPS = {"cpu": 0.0, "cuda": 0.0}
     if single.get("broken") == "mean_of_means":
         engine.Engine._sum_over_ranks = mean_of_means
     if "kill_at" in single:
@@ -64,7 +66,12 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     try:
         session.run(recipe, options, task(recipe, recipe_path.stem, recipe_path.parent / "data"))
     finally:
-        engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed = originals
+        (
+            engine.Engine._sum_over_ranks,
+            loop.record_step,
+            ds_config._deepspeed,
+            ds_config.COMPILE_FLOPS,
+        ) = originals
 
 
 def after_step(step: int, action: Callable[[loop.Run], None]) -> Callable[..., None]:

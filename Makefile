@@ -11,7 +11,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test slow-test cluster-test demo sft-380m clean
+.PHONY: help setup check format test slow-test cluster-test demo sft-380m bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,6 +67,9 @@ demo: .venv/.installed  ## an empty machine -> data, a trained model, an assista
 
 sft-380m: .venv/.installed  ## one step of the 380M fine-tuning recipe on a CPU: CONVERSATIONS=file.jsonl RANKS=cl100k_base.tiktoken
 	$(IN_VENV) python benchmarks/sft_380m.py $(CONVERSATIONS) --ranks $(RANKS)
+
+bench-gpu: .venv/.installed  ## speed and memory on one GPU beside what was promised, numerics first
+	$(IN_VENV) python benchmarks/gpu.py
 
 clean:  ## remove .venv and caches; data, runs and exports stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -5,6 +5,7 @@
     ours, trainer, trainer-ds, bare; ours, ... ROUNDS times --> medians, spread --> OUT/RECIPE.json and a table
 
 python benchmarks/train.py RECIPE [--sides ours bare] [--rounds 2] [--micro-batches 1 2 4] [--set SECTION.KEY=VALUE]
+python benchmarks/train.py RECIPE --memory --micro-batches 8
 
 ours        deepspeed ds_slm/pretrain.py, one process a core (or a GPU)
 trainer     transformers.Trainer as `python script.py` runs it: one process, all threads; its Llama or Qwen3, the same
@@ -41,8 +42,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sys.executable).parent
 SIDES = ("ours", "trainer", "trainer-ds", "bare")
 ACCUMULATIONS = (1, 4)
-STEPS = 4
-"""Steps of a launch whose median counts, after one to warm up."""
 TABLE_WIDTH = 130
 ROWS = 512
 """Rows of made-up ids."""
@@ -81,6 +80,8 @@ class Bench:
     out: Path
     devices: int
     on_gpu: bool
+    steps: int = 4
+    """Steps of a launch whose median counts, after one to warm up."""
 
     def ranks(self, side: str) -> int:
         """Processes of a side."""
@@ -134,13 +135,20 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
     command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
     if side == "ours":
         sources = [word for one in bench.recipe.data.source for word in ("--source", f"{one.name}={bench.out}/ids.bin")]
-        command += [str(ROOT / "ds_slm" / "pretrain.py"), *flags, *sources, "--max-steps", str(STEPS + 1)]
+        command += [str(ROOT / "ds_slm" / "pretrain.py"), *flags, *sources, "--max-steps", str(bench.steps + 1)]
         command += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data")]
     else:
         kind, _, under = side.partition("-")
         command = [sys.executable] if side == "trainer" else command
         command += [str(ROOT / "benchmarks" / "rivals.py"), kind, *flags, "--ids", str(bench.out / "ids.bin")]
-        command += ["--accumulation", str(accumulation), "--steps", str(STEPS + 1), "--out", str(folder / "out.json")]
+        command += [
+            "--accumulation",
+            str(accumulation),
+            "--steps",
+            str(bench.steps + 1),
+            "--out",
+            str(folder / "out.json"),
+        ]
         command += ["--deepspeed", str(ROOT / "ds_configs" / "zero1.json")] if under else []
     begin_s, first_step_s, said = time.monotonic(), None, []
     with subprocess.Popen(
@@ -171,6 +179,17 @@ def measure(bench: Bench, side: str, micro_batch: int) -> Round:
     step_s = cut.accumulation_steps * micro_s + optimizer_s
     tokens_per_s = bench.recipe.train.global_batch_tokens / step_s
     return Round(micro_batch, micro_s, optimizer_s, tokens_per_s, many.peak_gb, few.start_s)
+
+
+def memory(bench: Bench, micro_batch: int, sides: Sequence[str]) -> Table:
+    """Peak memory of each side at one micro-batch: of a single forward and backward before each step."""
+    grid = Table(title=f"{bench.name}, micro-batch {micro_batch}: peak memory of rank 0")
+    for name in ("side", "ranks", "GB"):
+        grid.add_column(name, justify="left" if name == "side" else "right")
+    for side in sides:
+        grid.add_row(side, str(bench.ranks(side)), f"{launch(bench, side, micro_batch, 1).peak_gb:.2f}")
+        print(f"{side}: done", flush=True)
+    return grid
 
 
 def best_micro_batch(bench: Bench, side: str, choices: Sequence[int]) -> int:
@@ -232,6 +251,8 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=int, default=4, help="steps of a launch that count, after one to warm up")
+    parser.add_argument("--memory", action="store_true", help="peak memory alone, at the first micro-batch")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     args = parser.parse_args()
@@ -245,7 +266,10 @@ def main() -> int:
     recipe = schema.load(args.recipe, args.set)
     overrides = [*args.set, *lay_out(recipe, out)]
     devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    bench = Bench(args.recipe, recipe, overrides, out, devices, on_gpu)
+    bench = Bench(args.recipe, recipe, overrides, out, devices, on_gpu, args.steps)
+    if args.memory:
+        Console(width=TABLE_WIDTH).print(memory(bench, args.micro_batches[0], args.sides))
+        return 0
     chosen = {side: best_micro_batch(bench, side, args.micro_batches) for side in args.sides}
     rounds: dict[str, list[Round]] = {side: [] for side in args.sides}
     for number in range(args.rounds):

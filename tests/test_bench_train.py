@@ -52,6 +52,12 @@ def test_the_best_micro_batch(bench: bench_train.Bench, capsys: pytest.CaptureFi
         bench_train.best_micro_batch(bench, "bare", [8, 16])
 
 
+def test_memory_alone(bench: bench_train.Bench) -> None:
+    """Oracle: the made-up launches take a GB more than they have rows; the Trainer is one process."""
+    cells = [list(column.cells) for column in bench_train.memory(bench, 3, ["ours", "trainer"]).columns]
+    assert cells == [["ours", "trainer"], ["2", "1"], ["4.00", "4.00"]]
+
+
 @pytest.mark.slow
 def test_every_side_runs(tmp_path: Path) -> None:
     """Oracle: exit code 0, a speed and a peak of memory for each side, and a table."""

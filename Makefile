@@ -11,7 +11,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test slow-test cluster-test demo sft-380m bench-gpu clean
+.PHONY: help setup check format test slow-test faults cluster-test demo sft-380m bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,7 +46,10 @@ test: .venv/.installed-dev  ## the test suite, without what takes minutes
 	$(IN_VENV) pytest tests --ignore=tests/cluster -m 'not slow'
 
 slow-test: .venv/.installed-dev  ## the tests that take minutes
-	$(IN_VENV) pytest tests --ignore=tests/cluster -m slow
+	$(IN_VENV) pytest tests --ignore=tests/cluster --ignore=tests/faults -m slow
+
+faults: .venv/.installed-dev  ## kills, signals and a full disk, everywhere: the whole matrix, as root for the disk
+	$(IN_VENV) pytest tests/faults -v
 
 cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh: needs root and Debian packages
 	@test "$$(id -u)" = 0 || { echo "make cluster-test makes network namespaces: run it as root" >&2; exit 2; }

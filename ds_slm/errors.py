@@ -52,6 +52,13 @@ class TrainingError(Exception):
     """Training cannot go on: a non-finite loss or gradient. Not the user's mistake; exit code 1, no traceback."""
 
 
+class Stopped(Exception):
+    """A signal asked for the end. Not an error: exit code 75, once a whole checkpoint is saved."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+
+
 def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
     """Run a program's `main` and return its exit code; a mistake of the user's is told on stderr without a traceback.
 
@@ -69,6 +76,8 @@ def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
         if error.filename is None:
             raise
         message, code = f"error: {error.filename}: {error.strerror}.", EXIT_USER_ERROR
+    except Stopped as stopped:
+        message, code = f"stopped by a signal: {stopped}", EXIT_STOPPED
     except TrainingError as error:
         message, code = f"stopped: {error}", EXIT_FAILURE
     if tell:

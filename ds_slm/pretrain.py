@@ -43,6 +43,12 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         "--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device; auto measures"
     )
     parser.add_argument("--profile", type=_steps, metavar="A:B", help="tell where the time of steps A to B goes")
+    parser.add_argument(
+        "--skip-rows", type=_rows, metavar="A:B", help="leave out the rows at global positions A to B - 1"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=25.0, metavar="S", help="seconds from a stopping signal to the end (default 25)"
+    )
     parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
@@ -62,6 +68,13 @@ def _steps(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
+def _rows(text: str) -> range:
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of positions: expected A:B with A < B, as in 96:112")
+    return range(int(first), int(end))
+
+
 def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
     """What a session takes of them."""
     from ds_slm.train import session
@@ -69,11 +82,14 @@ def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
     return session.Options(
         run_dir=args.run_dir or Path("runs") / recipe_name,
         ds_config=args.ds_config,
+        recipe_name=recipe_name,
         resume=args.resume,
         max_steps=args.max_steps,
         micro_batch=args.micro_batch,
         allow_change=args.allow_change,
         profile=args.profile,
+        skip_rows=args.skip_rows,
+        grace_s=args.grace,
     )
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,19 @@ def folder_of_step(run: Path, step: int) -> Path:
     return checkpoints_folder(run) / f"step-{step:08d}"
 
 
+def die_at(point: str, step: int) -> None:
+    """End this process with SIGKILL where a test asks for it: DS_SLM_DIE_AT=POINT@STEP."""
+    if os.environ.get("DS_SLM_DIE_AT") == f"{point}@{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+WRITE_POINTS = (
+    "begun", MODEL, f"{MODEL}-synced", "optimizer-exp_avg.safetensors", "optimizer-exp_avg_sq.safetensors-synced",
+    "state", "manifest", "manifest-synced", "old-moved", "renamed", "latest", "best", "retained",
+)  # fmt: skip
+"""Where a writer can be killed between two changes of what lies on disk (see `die_at`)."""
+
+
 class Writer:
     """A checkpoint being written into a temporary folder; it appears under its name at `commit`, or never."""
 
@@ -53,28 +67,42 @@ class Writer:
         self.folder = self.final.parent / f".{self.final.name}.tmp-{writer_name()}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        self.step = step
+        die_at("begun", step)
 
     def add_tensors(self, file_name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one safetensors file of CPU tensors."""
         from safetensors.torch import save_file
 
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.folder / file_name)
+        die_at(file_name, self.step)
         fsync(self.folder / file_name)
+        die_at(f"{file_name}-synced", self.step)
 
     def commit(self, state: Mapping[str, Any]) -> Path:
         """Write state and manifest, then give the folder its name. Returns the final folder."""
         write_json(self.folder / STATE, state)
+        die_at("state", self.step)
         files = {path.name: _fingerprint(path) for path in sorted(self.folder.iterdir())}
         write_json(self.folder / MANIFEST, {"format": FORMAT_VERSION, "step": state["step"], "files": files})
+        die_at("manifest", self.step)
         fsync(self.folder)
+        die_at("manifest-synced", self.step)
         replaced = self.folder.with_name(f"{self.folder.name}-replaced")
         if self.final.exists():  # of this very step: a damaged one, or one from before the run was resumed further back
             os.rename(self.final, replaced)
+            die_at("old-moved", self.step)
         os.rename(self.folder, self.final)
+        die_at("renamed", self.step)
         fsync(self.final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         replace_text(self.final.parent / "latest", self.final.name)
+        die_at("latest", self.step)
         return self.final
+
+    def abandon(self) -> None:
+        """Remove what was written: it will not become a checkpoint."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def mark_best(checkpoint: Path) -> None:
@@ -98,7 +126,9 @@ def verify(checkpoint: Path) -> list[str]:
         problems.append(f"{checkpoint}: {MANIFEST} lists no {name}.")
     for name, fingerprint in expected.items():
         path = checkpoint / name
-        if Path(name).name != name or not path.is_file():
+        if not isinstance(fingerprint, dict) or fingerprint.keys() != {"bytes", "sha256"}:
+            problems.append(f"{checkpoint}: {MANIFEST} says {fingerprint!r} of {name}.")
+        elif Path(name).name != name or not path.is_file():
             problems.append(f"{path}: missing.")
         elif path.stat().st_size != fingerprint["bytes"]:
             problems.append(f"{path}: {path.stat().st_size} bytes, expected {fingerprint['bytes']}.")

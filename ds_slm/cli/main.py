@@ -8,13 +8,14 @@ code 2.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ds_slm.errors import CheckpointError, ConfigError, DataError, TrainingError, run_program
+from ds_slm.errors import EXIT_STOPPED, CheckpointError, ConfigError, DataError, TrainingError, run_program
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -234,11 +235,18 @@ def _launch(
         if not torch.cuda.is_available():
             cpu_ranks = devices = devices or 1
     command = launch.command(script, ["--recipe", name, *scripts], hostfile, devices, launchers)
-    code = launch.run(command, launch.environment(os.environ, cpu_ranks))
     run_folder = args.run_dir or Path("runs") / schema.recipe_path(name).stem
+    sign, before = run_folder / "stopped.json", _content(run_folder / "stopped.json")
+    code = launch.run(command, launch.environment(os.environ, cpu_ranks))
+    if code and _content(sign) not in (None, before):
+        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher knows only 0 and 1
     if code == 0 and hostfile is None and args.max_steps is None and not (run_folder / "done.json").is_file():
         raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
     raise typer.Exit(code)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _preview(args: "Namespace", base: Path | None, count: int, with_ids: bool, out: Path | None) -> None:
@@ -273,16 +281,34 @@ def _preview(args: "Namespace", base: Path | None, count: int, with_ids: bool, o
     print(f"written: {out}")
 
 
-@app.command("verify")
+@app.command("verify", context_settings=PASS_FLAGS_ON)
 def verify_run(
+    context: typer.Context,
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     rows: Annotated[
         bool, typer.Option("--rows", help="Print the ledger of rows instead, a hash for each step.")
     ] = False,
     against: Annotated[Path | None, typer.Option(metavar="RUN", help="Did this run draw the same rows?")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Train a few steps, kill, resume: the same, bit for bit? Flags follow.")
+    ] = False,
+    replay: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Run a refused step's rows again: which layer went wrong?")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Every checkpoint: whole or not, and why. With --rows or --against: the ledger of rows."""
+    if context.args and not resume:
+        raise ConfigError(f"unknown: {' '.join(context.args)}; only --resume takes the training program's flags.")
+    if resume:
+        _prove_resume(run_folder, context.args)
+        return
+    if replay is not None:
+        from ds_slm.train import bad_steps
+
+        for line in bad_steps.replay(run_folder, replay):
+            print(line)
+        return
     if rows or against:
         _verify_rows(run_folder, against, as_json)
         return
@@ -298,6 +324,17 @@ def verify_run(
         print("\n".join(f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()))
     if damaged := [name for name, problems in found.items() if problems]:
         raise CheckpointError(f"{run_folder}: {', '.join(damaged)} damaged; resuming and exporting pass over these.")
+
+
+def _prove_resume(run_folder: Path, flags: list[str]) -> None:
+    from ds_slm.cluster.prove_resume import prove
+
+    scratch = run_folder.with_name(f"{run_folder.name}.verify-resume")
+    problems = prove(run_folder, flags, scratch, _report_to(as_json=False))
+    if problems:
+        raise CheckpointError([f"{run_folder}: a killed and resumed run is another one ({scratch}):", *problems])
+    print("killed and resumed is the same run: losses, gradient norms, rows and every tensor, bit for bit")
+    shutil.rmtree(scratch)
 
 
 def _verify_rows(run_folder: Path, against: Path | None, as_json: bool) -> None:

@@ -92,21 +92,29 @@ def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
         raise ConfigError(f"there is no {command[0]!r} on the PATH: install the project with `make setup`.")
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     child = subprocess.Popen([program, *command[1:]], env=environ)
+    told: list[psutil.Process] = []
     try:
         signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: _terminate(child.pid))
+        signal.signal(signal.SIGTERM, lambda *_: told.extend(_terminate(child.pid)))
         code = child.wait()
+        psutil.wait_procs(told)  # the runner dies at once, its ranks save first
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
     return code if code >= 0 else EXIT_FAILURE
 
 
-def _terminate(pid: int) -> None:
-    """On one host DeepSpeed's runner dies of SIGTERM without telling the launcher below it, which ends the ranks."""
+def _terminate(pid: int) -> list[psutil.Process]:
+    """End a launch; returns all its processes.
+
+    On one host DeepSpeed's runner dies of SIGTERM without telling the launcher below it, which ends the ranks.
+    """
+    everyone: list[psutil.Process] = []
     try:
         runner = psutil.Process(pid)
+        everyone = [runner, *runner.children(recursive=True)]
         for process in [*runner.children(), runner]:
             process.terminate()
     except psutil.NoSuchProcess:
         pass
+    return everyone

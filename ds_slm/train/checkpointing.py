@@ -1,6 +1,5 @@
-"""A run's checkpoints over all hosts: save on the first few hosts, resume from whichever has the newest whole one.
+"""What a checkpoint says, and resuming from whichever host has the newest whole one (saving.py writes them).
 
-    save     named tensors gathered on the leaders of `checkpoint_copies` hosts -> each writes its own run folder
     resume   every host offers its newest whole checkpoint -> the newest wins -> its host sends it to all ranks
 
 No shared file system is needed; where hosts share one, a single host writes for all (`Control.writers`).
@@ -36,6 +35,8 @@ class State:
     ledger: str = ""
     """Hash chain: the data's hash, then the row ids of each step."""
     best_val_loss: float | None = None
+    evaluated_step: int = -1
+    """The last step whose evaluation was finished."""
 
     def after(self, position: int, tokens: int, ledger: str) -> "State":
         """The state after one more applied step."""
@@ -45,36 +46,6 @@ class State:
 def file_of_kind(kind: str) -> str:
     """The safetensors file that holds one kind of tensor."""
     return checkpoint_format.MODEL if kind == "model" else f"optimizer-{kind}.safetensors"
-
-
-def save(
-    engine: Engine, run: Path, writers: list[int], state: State, identity: dict[str, Any], is_best: bool
-) -> str | None:
-    """Save a checkpoint on the first of the writing ranks. Collective. Returns its name on the ranks that wrote it."""
-    control, settings = engine.control, engine.recipe.run
-    writers = writers[: settings.checkpoint_copies]
-    writer = checkpoint_format.Writer(run, state.step) if control.rank in writers else None
-    for kind in zero_state.KINDS:
-        tensors = zero_state.gather(engine.deepspeed, kind, writers, control)
-        if writer and tensors is not None:
-            writer.add_tensors(file_of_kind(kind), tensors)
-    notes = _gather_notes(engine)
-    content = {
-        **asdict(state),
-        **identity,
-        "optimizer_steps": zero_state.optimizer_steps(engine.deepspeed),
-        "topology": zero_state.topology(engine.deepspeed),
-        "loss_scaler": _scaler_state(engine),
-    }
-    if writer is None:
-        return None
-    if notes:
-        writer.add_tensors(ABSMAX, notes)
-    checkpoint = writer.commit(content)
-    if is_best:
-        checkpoint_format.mark_best(checkpoint)
-    checkpoint_format.retain(run, settings.keep_last, settings.keep_best)
-    return checkpoint.name
 
 
 @dataclass(frozen=True)
@@ -136,19 +107,7 @@ def load(engine: Engine, found: Found) -> State:
         engine.control,
     )
     _restore_scaler(engine, found.content["loss_scaler"])
-    return State(**{key: found.content[key] for key in asdict(State())})
-
-
-def _gather_notes(engine: Engine) -> dict[str, Tensor]:
-    """Every rank's block scales, on every rank: a 256th of the moments' size."""
-    control = engine.control
-    own = zero_state.absmax_notes(engine.deepspeed)
-    notes = {}
-    for source, sizes in enumerate(control.gather({name: note.numel() for name, note in own.items()})):
-        for name, numel in sizes.items():
-            tensor = own[name] if source == control.rank else torch.empty(numel)
-            notes[name] = control.broadcast_tensor(tensor, source)
-    return notes
+    return State(**{key: found.content.get(key, default) for key, default in asdict(State()).items()})
 
 
 def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> dict[str, Tensor]:
@@ -166,7 +125,8 @@ def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> di
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def _scaler_state(engine: Engine) -> dict[str, float] | None:
+def scaler_state(engine: Engine) -> dict[str, float] | None:
+    """Scale and counters of fp16's loss scaler; None in other precisions."""
     scaler = engine.loss_scaler
     return {name: getattr(scaler, name) for name in SCALER_FIELDS} if scaler else None
 

@@ -5,6 +5,7 @@ Messages are JSON, so nothing that arrives is ever unpickled. Every function her
 
 import json
 import socket
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ class Control:
         self.leaders = [rank for rank, machine in enumerate(machines) if machine not in machines[:rank]]
         """The first rank of each host, in the order of ranks: it alone touches that host's run folder."""
         self.ranks_on_host = machines.count(machines[self.rank])
+
+    def background(self) -> "Control":
+        """The same ranks over a group of their own, for a thread that talks beside this one. Collective."""
+        other = copy(self)
+        other.group = dist.new_group(backend="gloo")
+        return other
 
     @property
     def leads_host(self) -> bool:

@@ -25,6 +25,7 @@ from ds_slm.model.decoder import Decoder
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
+from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.optim import build_optimizer, set_learning_rate
 
 PREPARING_TIMEOUT = timedelta(hours=24)
@@ -151,10 +152,10 @@ def disconnect() -> None:
 class Engine:
     """A model under DeepSpeed, with its optimiser."""
 
-    def __init__(self, recipe: Recipe, joined: Joined, model: Decoder, control: Control) -> None:
+    def __init__(self, recipe: Recipe, joined: Joined, model: Decoder, control: Control, interrupt: Interrupt) -> None:
         import deepspeed
 
-        self.recipe, self.joined, self.control = recipe, joined, control
+        self.recipe, self.joined, self.control, self.interrupt = recipe, joined, control, interrupt
         self.deepspeed: Any = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, recipe.optimizer),
@@ -172,7 +173,10 @@ class Engine:
             raise DataError(list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those)))
 
     def forward_backward(self, micro_batches: Sequence[Rows]) -> Sums:
-        """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches."""
+        """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches.
+
+        Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
+        """
         local = [sum(float(rows.weights.sum()) for rows in micro_batches)]
         local.append(sum(float((rows.weights > 0).sum()) for rows in micro_batches))
         weight, count = self._sum_over_ranks(local)
@@ -184,7 +188,9 @@ class Engine:
             if index:
                 self.deepspeed.step()  # between micro-batches it only counts
             sums = self.deepspeed(*self._on_device(rows), z_scale)
+            heed = self.interrupt.vote()  # its messages travel behind the backward pass
             self.deepspeed.backward(sums.objective * scale)
+            heed()
             nll, z2 = nll + sums.nll, z2 + sums.z2
         by_rank = self._gather(torch.stack([nll, z2]))
         totals = by_rank.sum(dim=0).tolist()
@@ -209,12 +215,13 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Rows]) -> Sums:
-        """Sums over held-out rows. Every rank passes as many micro-batches."""
+        """Sums over held-out rows. Every rank passes as many micro-batches. Raises Stopped as `forward_backward`."""
         self.deepspeed.eval()
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         for rows in micro_batches:
             sums = self.deepspeed(*self._on_device(rows), 0.0)
             totals += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
+            self.interrupt.vote()()
         return Sums(*self._gather(totals).sum(dim=0).tolist())
 
     @contextmanager

@@ -9,26 +9,27 @@ one that reaches it evaluates on all held-out rows and writes done.json.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.order import RowId, extend_ledger
 from ds_slm.data.rows import Rows, Split, share
-from ds_slm.errors import DataError, TrainingError
+from ds_slm.errors import DataError, Stopped, TrainingError
 from ds_slm.files import write_json
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import checkpointing
+from ds_slm.train import bad_steps
 from ds_slm.train.checkpointing import State
 from ds_slm.train.engine import Engine, Sums
 from ds_slm.train.measure import StepClock, peak_memory_bytes
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report
+from ds_slm.train.saving import SUPERSEDED, Saver
 
 
 class RowSource(Protocol):
@@ -79,8 +80,7 @@ class Run:
     report: Report
     state: State
     stop_at_step: int
-    writers: list[int]
-    """Ranks with a run folder of their own, in the order in which they keep checkpoints."""
+    saver: Saver
     identity: dict[str, Any]
     """Hashes of recipe, data and tokenizer: stored in every checkpoint."""
     peak_flops: float | None
@@ -90,38 +90,69 @@ class Run:
     val_tokens_per_byte: float | None = None
     evaluate_first: bool = False
     """Whether to evaluate before the first step."""
-    saved_at_step: int = -1
-    evaluated_at_step: int = -1
+    saved: State | None = None
+    """What the newest checkpoint holds."""
     val_loss: float = math.inf
     """Of the last evaluation."""
     profile: Profile | None = None
+    spikes: bad_steps.Spikes = field(default_factory=bad_steps.Spikes)
 
 
 def train(run: Run) -> None:
-    """Train until the recipe's last step, or `stop_at_step`."""
-    every, last_step = run.recipe.run, run.recipe.train.steps
+    """Train until the recipe's last step, or `stop_at_step`.
+
+    Raises Stopped where a signal ended it, once the last applied step is saved.
+    """
+    try:
+        train_on(run)
+    except Stopped as stopped:
+        leave(run)
+        run.saver.tell_stopped(run.state.step)
+        raise Stopped(f"step {run.state.step} is saved; the same command goes on from there.") from stopped
+
+
+def train_on(run: Run) -> None:
+    """Step after step, with an evaluation or a save now and then."""
+    last_step = run.recipe.train.steps
     if run.evaluate_first and run.state.step == 0:
         evaluate(run)
+    if 0 < run.state.step < last_step:
+        after_step(run)  # what a signal kept from being done
     while run.state.step < run.stop_at_step:
         with run.profile.step(run.state.step + 1, run.engine, run.rows) if run.profile else nullcontext():
             take_step(run)
-        step = run.state.step
-        if step < last_step and step % every.eval_every_steps == 0:
-            evaluate(run)
-        if step < last_step and step % every.save_every_steps == 0:
-            save(run)
+        if run.state.step < last_step:
+            after_step(run)
     if run.profile:
         run.profile.finish(run.engine.control.rank)
     if run.state.step >= last_step:
         finish(run)
-    elif run.saved_at_step != run.state.step:
+    leave(run)
+
+
+def after_step(run: Run) -> None:
+    """Evaluate and save where it is time to, and save where a signal asks for it."""
+    step, every = run.state.step, run.recipe.run
+    if step % every.eval_every_steps == 0 and run.state.evaluated_step != step:
+        evaluate(run)
+    if (step % every.save_every_steps == 0 or run.engine.interrupt.save_wanted) and run.saved != run.state:
         save(run)
+
+
+def leave(run: Run) -> None:
+    """Do not leave before the last applied step is saved. Raises TrainingError where it cannot be."""
+    if run.saved != run.state:
+        save(run)
+    settle(run)
+    if run.saved != run.state:
+        raise TrainingError(f"step {run.state.step} could not be saved; earlier checkpoints in {run.folder} are whole.")
 
 
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
-    row_ids = run.rows.row_ids(state.position)
+    while not (row_ids := run.rows.row_ids(state.position)):  # every row of it is to be skipped
+        state = replace(state, position=run.rows.next_position(state.position))
     micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
     while True:
@@ -130,7 +161,7 @@ def take_step(run: Run) -> None:
         refuse_nonfinite(run, sums, row_ids)
         if engine.step(rate):
             break
-        refuse_lost_step(run, scale)
+        refuse_lost_step(run, scale, row_ids)
     run.state = state.after(
         run.rows.next_position(state.position), int(sums.count), extend_ledger(state.ledger, row_ids)
     )
@@ -160,22 +191,32 @@ def refuse_nonfinite(run: Run, sums: Sums, row_ids: list[RowId]) -> None:
         for rank in sums.nonfinite_ranks
     }
     found = "; ".join(f"on rank {rank}, rows (source, epoch, row) {ids}" for rank, ids in rows.items())
-    raise TrainingError(
-        f"step {run.state.step + 1}: the loss is not finite {found}. The step was not taken; "
-        f"the last checkpoint in {run.folder} is untouched."
-    )
+    refuse(run, row_ids, f"the loss is not finite {found}")
 
 
-def refuse_lost_step(run: Run, scale: float | None) -> None:
+def refuse_lost_step(run: Run, scale: float | None, row_ids: list[RowId]) -> None:
     """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
     scaler = run.engine.loss_scaler
     if scaler is None or scale is None or scale <= scaler.min_scale:
         at = "" if scale is None else f" at the smallest loss scale, {scale:g}"
-        raise TrainingError(
-            f"step {run.state.step + 1}: a gradient is not finite{at}. The step was not taken; "
-            f"the last checkpoint in {run.folder} is untouched."
-        )
+        refuse(run, row_ids, f"a gradient is not finite{at}")
     run.report.say(f"step {run.state.step + 1}: overflow, loss scale now {scaler.cur_scale:g}, same rows again")
+
+
+def refuse(run: Run, row_ids: list[RowId], why: str) -> NoReturn:
+    """Dump the step's rows and the weights they met, and stop. Collective."""
+    settle(run)
+    step, begin = run.state.step + 1, run.state.position
+    weights = run.saver.weights()
+    folder = bad_steps.folder_of(run.folder, step)
+    if weights is not None:
+        what = {"step": step, "why": why, "position": begin, "rows": [tuple(row) for row in row_ids]}
+        bad_steps.dump(folder, run.rows.read(row_ids), weights, what)
+    raise TrainingError(
+        f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
+        f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
+        f"--skip-rows {begin}:{run.rows.next_position(begin)} goes on without these rows."
+    )
 
 
 def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:
@@ -196,9 +237,12 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapp
         "step_s": step_s,
         "peak_memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
         "loss_scale": scaler.cur_scale if scaler else None,
+        "loss_spike": run.spikes.excess(sums.loss),
         **contents,
         "ledger": state.ledger,
     }
+    if values["loss_spike"]:
+        run.report.say(f"step {state.step}: loss spike: {sums.loss:.4f}, {values['loss_spike']:.4f} over the median")
     run.report.record("train", state.step, values, log=state.step % recipe.run.log_every_steps == 0)
 
 
@@ -210,7 +254,7 @@ def evaluate(run: Run) -> None:
         continuations = run.sample(model)
     for prompt, continuation in continuations.items():
         run.report.text(f"samples/{prompt}", continuation, run.state.step)
-    run.evaluated_at_step, run.val_loss = run.state.step, values["loss"]
+    run.state, run.val_loss = replace(run.state, evaluated_step=run.state.step), values["loss"]
 
 
 def held_out(run: Run, limit: int | None) -> dict[str, float]:
@@ -224,31 +268,43 @@ def held_out(run: Run, limit: int | None) -> dict[str, float]:
     return values
 
 
-def save(run: Run) -> str | None:
+def save(run: Run) -> None:
     """Save a checkpoint; `best` is the saved one whose evaluation, at this very step, was the lowest."""
+    clock = StepClock()
+    settle(run)
     best = math.inf if run.state.best_val_loss is None else run.state.best_val_loss
-    is_best = run.evaluated_at_step == run.state.step and run.val_loss < best
+    is_best = run.state.evaluated_step == run.state.step and run.val_loss < best
     if is_best:
         run.state = replace(run.state, best_val_loss=run.val_loss)
-    name = checkpointing.save(run.engine, run.folder, run.writers, run.state, run.identity, is_best)
-    run.saved_at_step = run.state.step
-    run.report.say(f"step {run.state.step}: saved {name}")
-    return name
+    run.saver.begin(run.state, is_best)
+    run.saved = run.state
+    run.engine.interrupt.saved()
+    run.report.record("save", run.state.step, {"wait_s": clock.elapsed_s()})
+
+
+def settle(run: Run) -> None:
+    """Wait for the save in flight; one that failed counts as never begun, and the next best is better than none."""
+    problems = run.saver.finish()
+    if any(SUPERSEDED in one for one in problems):
+        raise TrainingError(f"{'; '.join(problems)}: this one ends, and leaves the folder alone.")
+    if problems:
+        run.saved, run.state = None, replace(run.state, best_val_loss=None)
 
 
 def finish(run: Run) -> None:
     """Evaluate, save, and write the loss on all held-out rows into done.json on every host that keeps checkpoints."""
     evaluate(run)
-    name = save(run)
+    save(run)
+    leave(run)
     values = held_out(run, limit=None)
     run.report.record("eval", run.state.step, values)
-    if name is None:
+    if not run.saver.writes:
         return
-    checkpoint = checkpoint_format.checkpoints_folder(run.folder) / name
+    checkpoint = checkpoint_format.folder_of_step(run.folder, run.state.step)
     done = {
         "step": run.state.step,
         **{f"val_{key}" if key != "tokens" else key: value for key, value in values.items()},
-        "checkpoint": name,
+        "checkpoint": checkpoint.name,
         "checkpoint_sha256": checkpoint_format.manifest_sha256(checkpoint),
         **run.identity,
     }

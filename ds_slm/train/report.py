@@ -22,7 +22,8 @@ from ds_slm.files import replace_text
 TAGS = {
     "train": {
         "loss": "train/loss", "z_loss": "train/z_loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
-        "tokens": "train/tokens", "loss_scale": "train/loss_scale", "tokens_per_s": "perf/tokens_per_s",
+        "tokens": "train/tokens", "loss_spike": "train/loss_spike", "loss_scale": "train/loss_scale",
+        "tokens_per_s": "perf/tokens_per_s",
         "mfu": "perf/mfu", "step_s": "perf/step_s", "peak_memory_gb": "perf/peak_memory_gb",
         "conversations": "rows/conversations", "real": "rows/real_tokens", "supervised": "rows/supervised_tokens",
         "padded": "rows/padded_tokens",
@@ -35,6 +36,7 @@ TAGS = {
         "loss": "final/loss", "perplexity": "final/perplexity", "bits_per_byte": "final/bits_per_byte",
         "card_loss": "final/card_loss", "card_perplexity": "final/card_perplexity",
     },
+    "save": {"wait_s": "perf/save_wait_s"},
 }  # fmt: skip
 """Kind of record -> field -> TensorBoard tag."""
 
@@ -133,7 +135,7 @@ class Report:
                     self.tensorboard.add_scalar(tag, values[field], step)
         if kind == "train":
             self._progress(step, values)
-        else:
+        elif kind != "save":
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
             self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")
 

@@ -19,6 +19,9 @@ from ds_slm.recipe.schema import Recipe
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
 
+STOPPED = "stopped.json"
+"""Left by a run that a signal ended, with its step and generation; the next launch removes it."""
+
 
 def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -> None:
     """Raise CheckpointError where this launch may not write into the folder.
@@ -52,6 +55,11 @@ def finished(run: Path) -> dict[str, Any]:
     return _read(run / "done.json")
 
 
+def stopped(run: Path) -> dict[str, Any]:
+    """What a run left that a signal ended, and that was not launched again."""
+    return _read(run / STOPPED)
+
+
 def generation(run: Path) -> int:
     """Number of launches that wrote into this folder."""
     return _read(run / "env.json").get("generation", 0)
@@ -67,7 +75,8 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
     A done.json of a run that now goes on longer is removed: it is the sign of success.
     """
     run.mkdir(parents=True, exist_ok=True)
-    (run / "done.json").unlink(missing_ok=True)
+    for sign in ("done.json", STOPPED):
+        (run / sign).unlink(missing_ok=True)
     if not (run / "tokenizer").exists():
         temporary = run / ".tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -78,11 +87,16 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
         old = schema.parse(recorded.read_text(), origin=str(recorded))
         changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()}
         if changed:
-            with (run / "changes.jsonl").open("a") as file:
-                file.write(json.dumps({"generation": facts["generation"], "changes": changed}) + "\n")
+            record_change(run, facts["generation"], {"changes": changed})
     replace_text(recorded, schema.to_toml(recipe))
     write_json(run / "ds_config.json", deepspeed)
     write_json(run / "env.json", {**facts, **_software()})
+
+
+def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
+    """Add a line to changes.jsonl: what a launch does otherwise than those before it."""
+    with (run / "changes.jsonl").open("a") as file:
+        file.write(json.dumps({"generation": generation, **what}) + "\n")
 
 
 def _software() -> dict[str, Any]:

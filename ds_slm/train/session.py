@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol, TextIO, TypeVar
 import torch
 from torch import nn
 
-from ds_slm.errors import CheckpointError, DataError, UserError
+from ds_slm.data.rows import Without
+from ds_slm.errors import CheckpointError, DataError, Stopped, UserError
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
@@ -24,8 +25,10 @@ from ds_slm.train import checkpointing, ds_config, loop, measure, micro_batch, r
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
+from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report, captured_output
+from ds_slm.train.saving import Saver
 
 Result = TypeVar("Result")
 
@@ -55,6 +58,8 @@ class Options:
 
     run_dir: Path
     ds_config: Path
+    recipe_name: str = ""
+    """What prepared data are filed under."""
     resume: str = "auto"
     max_steps: int | None = None
     micro_batch: int | Literal["auto"] | None = None
@@ -62,6 +67,10 @@ class Options:
     allow_change: bool = False
     profile: range | None = None
     """Steps whose time is told apart."""
+    skip_rows: range | None = None
+    """Global positions of rows that are left out."""
+    grace_s: float = 25.0
+    """From a signal that stops the run to the end of its processes."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,9 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         found = None if options.resume == "never" else checkpointing.find(control, options.run_dir, identity)
         if found is None and options.resume == "must":
             raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
-        with captured_output(options.run_dir / "logs" / f"rank-{control.rank:05d}.log") as terminal:
-            _train(recipe, options, task, joined, control, corpus, rows, identity, found, terminal)
+        log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
+        with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal:
+            _train(recipe, options, task, joined, control, interrupt, corpus, rows, identity, found, terminal)
     finally:
         engines.disconnect()
 
@@ -136,6 +146,7 @@ def _train(
     task: Task,
     joined: ds_config.Joined,
     control: Control,
+    interrupt: Interrupt,
     corpus: Corpus,
     rows: loop.RowSource,
     identity: dict[str, Any],
@@ -146,12 +157,15 @@ def _train(
     writers = control.writers(options.run_dir)
     if control.rank in writers:
         run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
+        if options.skip_rows:
+            skipped = [options.skip_rows.start, options.skip_rows.stop]
+            run_folder.record_change(options.run_dir, facts["generation"], {"skipped_rows": skipped})
     if control.rank == 0:
         _announce(facts, options, rows.warnings(), terminal)
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     if found is None:
         task.begin(model)
-    engine = engines.Engine(recipe, joined, model, control)
+    engine = engines.Engine(recipe, joined, model, control, interrupt)
     state = checkpointing.load(engine, found) if found else State(ledger=corpus.sha256)
     stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
     report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step)
@@ -159,28 +173,33 @@ def _train(
         report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
         if state.step >= stop_at_step:
             report.say(f"--max-steps {stop_at_step}: nothing to do")
+    saver = Saver(engine, options.run_dir, writers, identity, report.say)
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
+    drawn: Any = Without(rows, options.skip_rows) if options.skip_rows else rows
+    run = loop.Run(
+        folder=options.run_dir,
+        recipe=recipe,
+        engine=engine,
+        rows=drawn,
+        report=report,
+        state=state,
+        saver=saver,
+        stop_at_step=stop_at_step,
+        saved=state if found else None,
+        identity=identity,
+        peak_flops=measure.peak_flops(engine.device, engine.dtype),
+        sample=task.sample(corpus),
+        val_tokens_per_byte=task.val_tokens_per_byte(corpus),
+        evaluate_first=task.evaluate_first,
+        profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
+    )
+    interrupt.is_saved = lambda: run.state.step in (saver.durable_step, found and found.content["step"])
     try:
-        loop.train(
-            loop.Run(
-                folder=options.run_dir,
-                recipe=recipe,
-                engine=engine,
-                rows=rows,
-                report=report,
-                state=state,
-                stop_at_step=stop_at_step,
-                saved_at_step=state.step if found else -1,
-                writers=writers,
-                identity=identity,
-                peak_flops=measure.peak_flops(engine.device, engine.dtype),
-                sample=task.sample(corpus),
-                val_tokens_per_byte=task.val_tokens_per_byte(corpus),
-                evaluate_first=task.evaluate_first,
-                profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
-            )
-        )
+        loop.train(run)
         control.barrier()
+    except Stopped:
+        control.barrier()  # whoever leaves first has the others ended
+        raise
     finally:
         report.close()
 
@@ -254,6 +273,7 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
     return {
         "generation": max(control.gather(run_folder.generation(options.run_dir))) + 1,
         "recipe": recipe.card.name,
+        "recipe_name": options.recipe_name,
         "device": measure.device_name(device),
         "backend": torch.distributed.get_backend(),
         "precision": recipe.train.precision,
@@ -273,6 +293,7 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "micro_batch_rows": joined.micro_batch,
         "accumulation_steps": joined.accumulation_steps,
         "filler_rows_per_step": joined.filler_rows,
+        "skipped_rows": [options.skip_rows.start, options.skip_rows.stop] if options.skip_rows else None,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }
 

@@ -1,6 +1,6 @@
 """Between DeepSpeed's flat partitions and tensors with names.
 
-    saving    partition -> fragments -> gathered on the writing ranks -> name: whole fp32 tensor
+    saving    partition -> copy -> fragments -> gathered on the writing ranks -> name: whole fp32 tensor
     loading   name: whole fp32 tensor -> broadcast -> each rank's fragments -> partition -> half-precision weights
 
 At every ZeRO stage the inner optimiser holds fp32 partitions: slices of the concatenation of a group's parameters. A
@@ -104,37 +104,97 @@ def shapes(engine: Any) -> dict[str, torch.Size]:
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
-def gather(engine: Any, kind: str, writers: list[int], control: Control) -> dict[str, Tensor] | None:
+@dataclass(frozen=True)
+class Stored:
+    """Values of one kind of one partition as the optimiser holds them, in host memory."""
+
+    values: Tensor
+    """fp32 values, or uint8 codes."""
+    code_map: Tensor | None = None
+    absmax: Tensor | None = None
+
+    def decoded(self) -> Tensor:
+        """fp32 values."""
+        if self.code_map is None or self.absmax is None:
+            return self.values
+        scale = self.absmax.repeat_interleave(BLOCK)[: self.values.numel()]
+        return self.code_map[self.values.long()] * scale
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's part of a checkpoint, copied: training may go on and change the originals."""
+
+    fragments: list[list[Fragment]]
+    """Of each partition."""
+    stored: dict[str, list[Stored]]
+    """Kind -> each partition's values."""
+    shapes: dict[str, torch.Size]
+    optimizer_steps: dict[str, int]
+    topology: dict[str, Any]
+
+
+def snapshot(engine: Any) -> Snapshot:
+    """Copy what this rank holds. 8-bit states are copied as they are and decoded when they are written."""
+    own = partitions(engine)
+    return Snapshot(
+        [list(partition.fragments) for partition in own],
+        {kind: [_stored(engine, partition, kind) for partition in own] for kind in KINDS},
+        shapes(engine),
+        optimizer_steps(engine),
+        topology(engine),
+    )
+
+
+def _stored(engine: Any, partition: Partition, kind: str) -> Stored:
+    """A copy of a partition's values of one kind; zeros where the optimiser has not stepped yet."""
+    if kind == "model":
+        return Stored(_copy(partition.flat.float()))
+    state = _inner(engine).state.get(partition.flat, {})
+    plain, codes, code_map, absmax = MOMENTS[kind]
+    if plain in state:
+        return Stored(_copy(state[plain].float()))
+    if codes not in state:
+        return Stored(torch.zeros(partition.flat.numel()))
+    if state[codes].dtype != torch.uint8:
+        return Stored(_copy(state[codes].float()))
+    return Stored(_copy(state[codes]), _copy(state[code_map]), _copy(state[absmax]))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def gather(own: Snapshot, kind: str, writers: list[int], control: Control) -> dict[str, Tensor] | None:
     """All tensors of one kind, whole, in fp32 on the CPU of the writing ranks; None elsewhere. Collective.
 
     Args:
-        engine: DeepSpeed's engine.
+        own: this rank's part.
         kind: one of KINDS.
         writers: ranks that need the result.
         control: the ranks' connection.
     """
-    own = [part for partition in partitions(engine) for part in partition.fragments]
-    values = [_values(engine, partition, kind) for partition in partitions(engine)]
+    parts = [part for fragments in own.fragments for part in fragments]
     packed = torch.cat(
         [
             flat[part.flat_start : part.flat_start + part.numel]
-            for partition, flat in zip(partitions(engine), values, strict=True)
-            for part in partition.fragments
+            for fragments, flat in zip(own.fragments, (one.decoded() for one in own.stored[kind]), strict=True)
+            for part in fragments
         ]
         or [torch.zeros(0)]
     )
-    index = [[Fragment(**part) for part in parts] for parts in control.gather([asdict(part) for part in own])]
+    index = [[Fragment(**part) for part in theirs] for theirs in control.gather([asdict(part) for part in parts])]
     rank, result = control.rank, None
     for writer in writers:
         if rank == writer:
-            result = {name: torch.empty(shape.numel()) for name, shape in shapes(engine).items()}
-            for sender, parts in enumerate(index):
-                _unpack(_received(packed, sender, parts, control), parts, result)
-        elif own:
+            result = {name: torch.empty(shape.numel()) for name, shape in own.shapes.items()}
+            for sender, theirs in enumerate(index):
+                _unpack(_received(packed, sender, theirs, control), theirs, result)
+        elif parts:
             dist.send(packed, writer, group=control.group)
     if result is None:
         return None
-    return {name: result[name].view(shape) for name, shape in shapes(engine).items()}
+    return {name: result[name].view(shape) for name, shape in own.shapes.items()}
 
 
 def _received(own: Tensor, sender: int, parts: list[Fragment], control: Control) -> Tensor:
@@ -153,31 +213,14 @@ def _unpack(packed: Tensor, parts: list[Fragment], into: dict[str, Tensor]) -> N
         position += part.numel
 
 
-def _values(engine: Any, partition: Partition, kind: str) -> Tensor:
-    """A partition's fp32 values of one kind, on the CPU; zeros where the optimiser has not stepped yet."""
-    if kind == "model":
-        return partition.flat.detach().float().cpu()
-    state = _inner(engine).state.get(partition.flat, {})
-    plain, codes, code_map, absmax = MOMENTS[kind]
-    if plain in state:
-        return state[plain].detach().float().cpu()
-    if codes not in state:
-        return torch.zeros(partition.flat.numel())
-    if state[codes].dtype != torch.uint8:
-        return state[codes].detach().float().cpu()
-    scale = state[absmax].cpu().repeat_interleave(BLOCK)[: partition.flat.numel()]
-    return state[code_map].cpu()[state[codes].cpu().long()] * scale
-
-
-def absmax_notes(engine: Any) -> dict[str, Tensor]:
+def absmax_notes(own: Snapshot, rank: int) -> dict[str, Tensor]:
     """Block scales of this rank's 8-bit states, by rank, partition and moment; empty where there are none."""
-    notes = {}
-    for index, partition in enumerate(partitions(engine)):
-        state = _inner(engine).state.get(partition.flat, {})
-        for kind, (_, _, _, absmax) in MOMENTS.items():
-            if absmax in state:
-                notes[_note_name(dist.get_rank(), index, kind)] = state[absmax].detach().cpu().clone()
-    return notes
+    return {
+        _note_name(rank, index, kind): one.absmax
+        for kind in MOMENTS
+        for index, one in enumerate(own.stored[kind])
+        if one.absmax is not None
+    }
 
 
 def _note_name(rank: int, partition: int, kind: str) -> str:

@@ -2,9 +2,11 @@
 
     deepspeed cases.py --recipe R --out DIR CASE...      CASE = NAME:key=value,key=value,...
 
-Keys: zero (stage), max_steps, micro_batch, set (recipe override, repeatable as set=a.b=c), broken (a deliberate mistake
-to be found by the tests), kill_at (SIGKILL of this rank after that step), poison_at (the last rank's weights turn into
-NaN after that step), scale_power (fp16's first loss scale), compiled (blocks and loss, however short the run).
+Keys: zero (stage, or the rest of a ds_configs file's name), max_steps, micro_batch, set (recipe override, repeatable as
+set=a.b=c), broken (a deliberate mistake to be found by the tests), kill_at (SIGKILL of this rank after that step),
+poison_at (the last rank's weights turn into NaN after that step), scale_power (fp16's first loss scale), compiled
+(blocks and loss, however short the run), signal_at (STEP.PHASE.NAME: the last rank gets that signal in that phase, the
+first time it comes up after that step), grace (seconds).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -23,7 +25,7 @@ from ds_slm.data.prepare import prepare  # noqa: E402
 from ds_slm.data.rows import PretrainRows  # noqa: E402
 from ds_slm.publish.generate import sampler  # noqa: E402
 from ds_slm.recipe import schema  # noqa: E402
-from ds_slm.train import ds_config, engine, loop, session  # noqa: E402
+from ds_slm.train import ds_config, engine, loop, saving, session  # noqa: E402
 
 
 def task(recipe: schema.Recipe, name: str, data_root: Path) -> session.Task:
@@ -52,12 +54,15 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     if single.get("broken") == "mean_of_means":
         engine.Engine._sum_over_ranks = mean_of_means
     if "kill_at" in single:
-        loop.record_step = after_step(int(single["kill_at"]), lambda run: os.kill(os.getpid(), signal.SIGKILL))
+        loop.record_step = after_step(int(single["kill_at"]), die)
     if "poison_at" in single:
         loop.record_step = after_step(int(single["poison_at"]), poison)
     if "scale_power" in single:
         ds_config._deepspeed = scaled(int(single["scale_power"]))
+    undo = signal_in_phase(*single["signal_at"].split(".")) if "signal_at" in single else lambda: None
     options = session.Options(
+        recipe_name=recipe_path.stem,
+        grace_s=float(single.get("grace", 25)),
         run_dir=out / name,
         ds_config=ROOT / "ds_configs" / f"zero{single.get('zero', '1')}.json",
         max_steps=int(single["max_steps"]) if "max_steps" in single else None,
@@ -66,6 +71,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     try:
         session.run(recipe, options, task(recipe, recipe_path.stem, recipe_path.parent / "data"))
     finally:
+        undo()
         (
             engine.Engine._sum_over_ranks,
             loop.record_step,
@@ -84,6 +90,52 @@ def after_step(step: int, action: Callable[[loop.Run], None]) -> Callable[..., N
             action(run)
 
     return record_step
+
+
+def die(run: loop.Run) -> None:
+    """SIGKILL, once what was saved before is durable."""
+    run.saver.finish()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+PHASES = {
+    "start": (engine.Engine, "__init__"),
+    "data": (PretrainRows, "read"),
+    "forward": (engine.Engine, "_on_device"),
+    "optimiser": (engine.Engine, "step"),
+    "evaluation": (engine.Engine, "evaluate"),
+    "saving": (saving.Saver, "_write"),
+}
+"""Phase -> the function in which the signal arrives."""
+
+
+def signal_in_phase(step: str, phase: str, name: str) -> Callable[[], None]:
+    """Let the last rank get a signal as the function of a phase begins; returns what undoes it."""
+    owner, attribute = PHASES[phase]
+    original, steps = getattr(owner, attribute), {"taken": 0, "sent": False}
+    recorded = loop.record_step
+
+    def record_step(run: loop.Run, *rest: object) -> None:
+        recorded(run, *rest)
+        steps["taken"] = run.state.step
+
+    def function(*arguments: object, **named: object) -> object:
+        if steps["taken"] >= int(step) and not steps["sent"] and is_last_rank():
+            steps["sent"] = True
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(*arguments, **named)
+
+    def undo() -> None:
+        setattr(owner, attribute, original)
+        loop.record_step = recorded
+
+    loop.record_step = record_step
+    setattr(owner, attribute, function)
+    return undo
+
+
+def is_last_rank() -> bool:
+    return os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
 
 
 def poison(run: loop.Run) -> None:

@@ -1,0 +1,91 @@
+"""How long a save keeps training waiting, beside one optimiser step; and how long the save itself takes behind it.
+
+    a model in the recipe's shape, one short row --> forward, backward, step (timed) --> save begun (timed) --> finished
+
+deepspeed --num_accelerators 2 benchmarks/saving.py [--recipe axiom-380m] [--rounds 3]
+python benchmarks/saving.py                                       one process, all threads
+
+The checkpoint is written for real, below --out; rows are short, for neither time depends on them.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ds_slm.data.rows import Rows
+from ds_slm.errors import DataError, run_program
+from ds_slm.model import decoder
+from ds_slm.recipe import schema
+from ds_slm.train import ds_config
+from ds_slm.train import engine as engines
+from ds_slm.train.checkpointing import State
+from ds_slm.train.interrupt import Interrupt
+from ds_slm.train.saving import Saver
+
+ROOT = Path(__file__).resolve().parents[1]
+SEQ_LEN = 64
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds of an action, the device's part included."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin_s = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin_s
+
+
+def main() -> int:
+    """Measure and tell."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="axiom-380m")
+    parser.add_argument("--ds-config", type=Path, default=ROOT / "ds_configs" / "zero1.json")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "saving")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rank, world_size, _ = engines.world_from_environment()
+    overrides = [f"data.seq_len={SEQ_LEN}", f"train.global_batch_tokens={SEQ_LEN * world_size}", "run.keep_last=1"]
+    recipe = schema.load(args.recipe, [*args.set, *overrides])
+    joined = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, engines.device_type(), 1)
+    control = engines.connect()
+    model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
+    rng = np.random.default_rng(rank)
+    rows = Rows(rng.integers(0, recipe.model.vocab_size, (1, SEQ_LEN + 1)), np.ones((1, SEQ_LEN), dtype=np.float32))
+    steps_s, waits_s, saves_s = [], [], []
+    with Interrupt(control, grace_s=60) as interrupt:
+        engine = engines.Engine(recipe, joined, model, control, interrupt)
+        saver = Saver(engine, args.out, [0], {}, lambda line: None)
+        for step in range(1, args.rounds + 2):  # the first makes the optimiser's state
+            engine.forward_backward([rows])
+            steps_s.append(timed(lambda: engine.step(1e-4)))
+            begin_s = time.perf_counter()
+            waits_s.append(timed(lambda step=step: saver.begin(State(step=step), is_best=False)))
+            if problems := saver.finish():
+                raise DataError(problems)
+            saves_s.append(time.perf_counter() - begin_s)
+    if rank == 0:
+        step_s, wait_s, save_s = (statistics.median(times[1:]) for times in (steps_s, waits_s, saves_s))
+        print(
+            f"{args.recipe}, {world_size} ranks, {recipe.optimizer.name}: optimiser step {step_s:.2f} s; a save keeps "
+            f"training waiting {wait_s:.2f} s ({wait_s / step_s:.2f} x) and is durable after {save_s:.1f} s "
+            f"(medians of {args.rounds})"
+        )
+        shutil.rmtree(args.out)
+    engines.disconnect()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,92 @@
+"""Is a run that was killed and resumed the run that was not? Shown on the user's own machine and recipe.
+
+    RUN/recipe.toml --deepspeed--> SCRATCH/whole     STEPS steps
+                    --deepspeed--> SCRATCH/resumed   killed with SIGKILL once step STEPS / 2 is saved; launched again
+    both --> losses, gradient norms, ledgers, and every tensor of the last checkpoint: bit for bit
+
+RUN itself is only read.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.cluster import launch
+from ds_slm.errors import CheckpointError
+from ds_slm.recipe import schema
+
+STEPS = 4
+CHECKOUT = Path(__file__).resolve().parents[2]
+COMPARED = ("step", "tokens", "loss", "z_loss", "lr", "grad_norm", "ledger")
+
+
+def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], None]) -> list[str]:
+    """Train, kill, resume, compare; returns every difference found.
+
+    Args:
+        run: the run folder whose recipe and number of ranks are used.
+        flags: further flags of the training program, such as --ds-config, --data-root or --base.
+        scratch: a folder for both runs; emptied first.
+        say: takes a line.
+
+    Raises:
+        CheckpointError: not a run folder, or a launch that failed for another reason.
+    """
+    try:
+        recipe = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))
+        facts = json.loads((run / "env.json").read_text())
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; {run} is no run folder.") from error
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    copied = scratch / f"{facts['recipe_name']}.toml"  # prepared data are found by this name
+    shutil.copyfile(run / "recipe.toml", copied)
+    script = CHECKOUT / ("ds_slm/pretrain.py" if recipe.sft is None else "sft/train.py")
+    every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
+    shared = ["--recipe", str(copied), "--max-steps", str(STEPS), *flags]
+    shared += [word for key, value in every.items() for word in ("--set", f"run.{key}={value}")]
+    ranks = facts["world_size"]
+
+    def train(name: str, **environment: str) -> int:
+        arguments = [*shared, "--run-dir", str(scratch / name)]
+        command = launch.command(script, arguments, devices=ranks, launcher=["--quiet"])
+        cpu_ranks = ranks if facts["backend"] == "gloo" else None
+        return launch.run(command, {**launch.environment(os.environ, cpu_ranks), **environment})
+
+    say(f"{STEPS} steps without interruption, {ranks} ranks")
+    if train("whole"):
+        raise CheckpointError(f"the run without interruption failed: see above, and {scratch / 'whole' / 'logs'}.")
+    say(f"the same, killed once step {STEPS // 2} is saved")
+    if train("resumed", DS_SLM_DIE_AT=f"retained@{STEPS // 2}") == 0:
+        raise CheckpointError("the run that was to be killed was not.")
+    say("and resumed")
+    if train("resumed"):
+        raise CheckpointError(f"resuming failed: see above, and {scratch / 'resumed' / 'logs'}.")
+    return list(differences(scratch / "whole", scratch / "resumed"))
+
+
+def differences(whole: Path, resumed: Path) -> Iterator[str]:
+    """What is not the same, bit for bit."""
+    records = [_train_records(folder) for folder in (whole, resumed)]
+    for ours, theirs in zip(*records, strict=False):
+        for key in COMPARED:
+            if ours.get(key) != theirs.get(key):
+                yield f"step {ours['step']}: {key} {theirs.get(key)} after resuming, {ours.get(key)} without."
+    if len(records[0]) != len(records[1]):
+        yield f"{len(records[1])} steps after resuming, {len(records[0])} without."
+    files = []
+    for folder in (whole, resumed):
+        checkpoint = checkpoint_format.choose(folder)
+        manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
+        files.append({name: one["sha256"] for name, one in manifest["files"].items() if name.endswith(".safetensors")})
+    for name in sorted(files[0].keys() | files[1].keys()):
+        if files[0].get(name) != files[1].get(name):
+            yield f"{name} of the last checkpoint differs."
+
+
+def _train_records(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]

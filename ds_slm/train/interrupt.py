@@ -1,0 +1,120 @@
+"""Signals: SIGTERM and SIGINT stop a run, on all ranks after the same micro-batch; SIGUSR1 saves and goes on.
+
+    signal --wakeup pipe--> a thread notes the wish, and from the first stop on counts the seconds of grace
+    each micro-batch: every rank's wish --the largest, over gloo, behind the backward pass--> STOP: Stopped is raised
+    no more grace --> this process ends: with 75 where the last applied step is saved, else with 1
+
+The pipe is written in C, so a wish is noted also while Python waits for a compiler or a kernel. Further signals change
+nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a SIGTERM.
+
+Known gap: a wish that comes during the backward pass counts from the next micro-batch on.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, Stopped
+from ds_slm.train.control import Control
+
+PR_SET_PDEATHSIG = 1
+"""From Linux's prctl.h."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Wish(IntEnum):
+    """What a signal asks for; of several ranks' wishes the largest counts."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Interrupt:
+    """Within it signals are wishes; outside they do what they always did."""
+
+    def __init__(self, control: Control, grace_s: float) -> None:
+        self._control, self._grace_s = control, grace_s
+        self._wish = Wish.NOTHING
+        self.is_saved: Callable[[], bool] = lambda: False
+        """Whether a whole checkpoint of the last applied step lies on disk."""
+        self.save_wanted = False
+        """Whether all ranks agreed to save after this step."""
+
+    def __enter__(self) -> "Interrupt":
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        _stop_with_launcher()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        stopping = self._wish == Wish.STOP
+        for number, handler in self._handlers.items():
+            # a stopped rank waits for the others, and may be told once more meanwhile
+            signal.signal(number, signal.SIG_IGN if stopping else handler)
+        os.close(self._writer)
+
+    def _listen(self) -> None:
+        while number := os.read(self._reader, 1):
+            wish = Wish.SAVE if number[0] == signal.SIGUSR1 else Wish.STOP
+            if wish == Wish.STOP and self._wish != Wish.STOP:
+                watchdog = threading.Timer(self._grace_s, self._give_up)
+                watchdog.daemon = True
+                watchdog.start()
+            self._wish = max(self._wish, wish)
+        os.close(self._reader)
+
+    def _give_up(self) -> None:
+        saved = self.is_saved()
+        what = "the last step is saved" if saved else "the last step is not saved, earlier checkpoints are whole"
+        message = f"stopped: no more grace after {self._grace_s:g} s; {what}.\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        os._exit(EXIT_STOPPED if saved else EXIT_FAILURE)
+
+    def vote(self) -> Callable[[], None]:
+        """Begin to ask all ranks for their wish. Collective, and so is the answer: a function to be called later.
+
+        It raises Stopped, on all ranks, where any wants to stop.
+        """
+        wishes = torch.tensor([int(self._wish)])
+        pending: Any = None
+        if self._control.world_size > 1:
+            pending = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._control.group, async_op=True)
+
+        def answer() -> None:
+            if pending is not None:
+                pending.wait()
+            if int(wishes) == Wish.STOP:
+                raise Stopped
+            self.save_wanted |= int(wishes) == Wish.SAVE
+
+        return answer
+
+    def saved(self) -> None:
+        """What was wanted is done."""
+        self.save_wanted = False
+        if self._wish == Wish.SAVE:
+            self._wish = Wish.NOTHING
+
+
+def _stop_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when DeepSpeed's launcher dies: ranks alone would train on, unseen."""
+    parent = psutil.Process().parent()
+    if sys.platform == "linux" and parent and "deepspeed.launcher.launch" in parent.cmdline():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -1,0 +1,115 @@
+"""Helpers of the fault matrix: a tiny run on two ranks, broken somewhere, resumed, and held against one left alone."""
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from ds_slm.checkpoint import format as checkpoint_format
+from tests import runs
+
+STEPS, SAVE_EVERY = 12, 3
+RECIPE = (
+    runs.TINY.replace('name = "adamw"', 'name = "adamw8bit"')
+    .replace("steps = 20", f"steps = {STEPS}")
+    .replace('precision = "fp32"', 'precision = "bf16"')
+    .replace("save_every_steps = 10", f"save_every_steps = {SAVE_EVERY}")
+    .replace("eval_every_steps = 10", "eval_every_steps = 6")
+)
+"""8-bit states in bf16, saved at 3, 6, 9 and 12, evaluated at 6 and 12; 3 rows a rank and a filler every step."""
+
+
+def command(folder: Path, name: str, *flags: object) -> list[str]:
+    """The launch of one run; two micro-batches a step."""
+    arguments = ("--recipe", folder / "tiny.toml", "--run-dir", folder / name, "--data-root", folder / "data")
+    return runs.deepspeed_command(2, *arguments, "--micro-batch", 2, *flags)
+
+
+def launch(folder: Path, name: str, *flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, whatever that is."""
+    return runs.run(command(folder, name, *flags), cwd=folder, timeout_s=120, **environment)
+
+
+def begin(folder: Path) -> None:
+    """The recipe, and `whole`: the run nobody disturbs."""
+    runs.write_recipe(folder, text=RECIPE)
+    done = launch(folder, "whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_same_end(folder: Path, name: str) -> None:
+    """Resume, and compare with the run nobody disturbed: steps, ledger, every tensor of the last checkpoint."""
+    done = launch(folder, name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = (runs.records(folder / one) for one in (name, "whole"))
+    kept = ("step", "loss", "grad_norm", "ledger")
+    assert [[one[key] for key in kept] for one in found] == [[one[key] for key in kept] for one in expected]
+    assert tensors(folder / name) == tensors(folder / "whole")
+    assert (folder / name / "done.json").is_file()
+    assert not list((folder / name / "checkpoints").glob(".*.tmp-*"))
+
+
+def tensors(run: Path) -> dict[str, str]:
+    """File -> sha256 of the last checkpoint's tensors; it is whole."""
+    checkpoint = checkpoint_format.folder_of_step(run, STEPS)
+    assert checkpoint_format.verify(checkpoint) == []
+    files = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())["files"]
+    return {name: one["sha256"] for name, one in files.items() if name.endswith(".safetensors")}
+
+
+def check_whole_or_absent(run: Path, ends: tuple[int, ...] = ()) -> None:
+    """Every checkpoint that has its name verifies, and those of these steps are there."""
+    for step in checkpoint_format.steps(run):
+        assert checkpoint_format.verify(checkpoint_format.folder_of_step(run, step)) == []
+    assert set(ends) <= set(checkpoint_format.steps(run))
+
+
+def kill(folder: Path, name: str, who: str, after_s: float) -> None:
+    """Start a run and send SIGKILL `after_s` seconds after its first record: to `rank`, `all` or `launcher`."""
+    environment = runs.environment()
+    with subprocess.Popen(
+        command(folder, name), cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as runner:
+        records = folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (records.is_file() and records.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(after_s)
+        try:
+            everyone = psutil.Process(runner.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            everyone = []
+        ranks = [one for one in everyone if _is_rank(one)]
+        chosen = {"rank": ranks[-1:], "all": [*everyone], "launcher": [one for one in everyone if one not in ranks][:1]}
+        for process in chosen[who]:
+            _send(process, signal.SIGKILL)
+        if who == "all":
+            runner.kill()
+        runner.wait(timeout=90)
+        psutil.wait_procs(everyone, timeout=90)
+        assert not [one for one in everyone if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return any(part.endswith("pretrain.py") for part in process.cmdline()) and "--local_rank" in " ".join(
+            process.cmdline()
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def instants(seed: int, count: int) -> list[tuple[str, float]]:
+    """Who is killed, and how long after the first record: drawn from a seed."""
+    rng = random.Random(seed)
+    return [(rng.choice(["rank", "all", "launcher"]), round(rng.uniform(0, 1.0), 3)) for _ in range(count)]

@@ -1,0 +1,108 @@
+"""SIGKILL anywhere: at every write point of a save, at random instants, of one rank, of all, of the launcher.
+
+After each the same command goes on, and ends with the tensors and the ledger of the run that nobody disturbed.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from ds_slm.checkpoint.format import WRITE_POINTS
+from tests import runs
+from tests.faults import matrix
+
+SEED = 20_261_121
+QUICK = ("manifest", "renamed")
+POINTS = [
+    pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in WRITE_POINTS if one != "old-moved"
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    matrix.begin(folder)
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_a_write_point(folder: Path, point: str) -> None:
+    """Step 6 is being saved; step 3 is whole, and step 6 is whole or not there."""
+    name = f"point-{point}"
+    died = matrix.launch(folder, name, DS_SLM_DIE_AT=f"{point}@6")
+    assert died.returncode != 0
+    matrix.check_whole_or_absent(folder / name, (3,) if point not in ("latest", "best", "retained") else (3, 6))
+    matrix.check_same_end(folder, name)
+
+
+@pytest.mark.slow
+def test_killed_while_a_damaged_checkpoint_is_replaced(folder: Path) -> None:
+    """Step 6 is damaged, so the run goes on from 3 and saves 6 anew: killed between the two renames."""
+    name = "point-old-moved"
+    assert matrix.launch(folder, name, "--max-steps", 6).returncode == 0
+    state = folder / name / "checkpoints" / "step-00000006" / "state.json"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert matrix.launch(folder, name, DS_SLM_DIE_AT="old-moved@6").returncode != 0
+    matrix.check_whole_or_absent(folder / name, (3,))
+    matrix.check_same_end(folder, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "who", "after_s"), [(number, *one) for number, one in enumerate(matrix.instants(SEED, 10))]
+)
+def test_killed_at_a_random_instant(folder: Path, number: int, who: str, after_s: float) -> None:
+    """Seed 20261121; the instant counts from the first record on."""
+    name = f"instant-{number}"
+    matrix.kill(folder, name, who, after_s)
+    matrix.check_whole_or_absent(folder / name)
+    matrix.check_same_end(folder, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["rank", "all", "launcher"])
+def test_killed_after_the_first_save(folder: Path, who: str) -> None:
+    """One rank, all processes, the launcher alone: the ranks it leaves behind stop as if they were told to."""
+    name = f"kill-{who}"
+    matrix.kill(folder, name, who, 0.3)
+    matrix.check_whole_or_absent(folder / name)
+    matrix.check_same_end(folder, name)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_checkpoint_not_the_run(folder: Path, tmp_path: Path) -> None:
+    """A run folder on a small tmpfs with a large file in it: saving fails, is told, and training goes on to its end.
+
+    With the room back, the same command goes on from the newest whole checkpoint.
+    """
+    import subprocess
+
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        run = mount / "run"
+        stop = ["--run-dir", str(run), "--max-steps"]
+        assert matrix.launch(folder, "unused", *stop, "4").returncode == 0
+        free = mount / "filler"
+        with free.open("wb") as file:
+            try:
+                while True:
+                    file.write(b"\0" * 4096)
+            except OSError:
+                pass
+        with free.open("r+b") as file:
+            file.truncate(free.stat().st_size - 200_000)  # room for records, not for a checkpoint
+        full = matrix.launch(folder, "unused", *stop, "8")
+        assert full.returncode == 1
+        assert "COULD NOT BE SAVED" in full.stdout and "Training goes on" in full.stdout
+        assert runs.records(run)[-1]["step"] == 8
+        assert "Traceback" not in full.stdout + full.stderr
+        matrix.check_whole_or_absent(run, (4,))
+        free.unlink()
+        done = matrix.launch(folder, "unused", *stop, str(matrix.STEPS))
+        assert done.returncode == 0 and "resumed at step 4" in done.stdout
+        assert matrix.tensors(run) == matrix.tensors(folder / "whole")
+    finally:
+        subprocess.run(["umount", str(mount)], check=False)

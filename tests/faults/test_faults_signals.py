@@ -1,0 +1,85 @@
+"""Signals in every phase, through the real launcher: all ranks stop after the same micro-batch, and nothing is lost.
+
+The last rank gets the signal; the oracle is the run nobody disturbed.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_slm.checkpoint import format as checkpoint_format
+from tests import runs
+from tests.faults import matrix
+
+PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
+PHASES = {
+    "start": ("0.start.SIGTERM", 0),
+    "accumulation": ("4.forward.SIGTERM", 4),
+    "data": ("4.data.SIGTERM", 4),
+    "optimiser": ("4.optimiser.SIGINT", 5),
+    "evaluation": ("6.evaluation.SIGTERM", 6),
+    "saving": ("3.saving.SIGTERM", None),
+}
+"""Phase -> when and where the signal arrives, and the last step that is applied (None: 3 to 5, as it comes)."""
+QUICK = ("accumulation", "evaluation")
+CASES = [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in PHASES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    matrix.begin(folder)
+    return folder
+
+
+def case(folder: Path, name: str, settings: str):
+    """One launch of the test program."""
+    arguments = ["--recipe", folder / "tiny.toml", "--out", folder, f"{name}:{settings}"]
+    return runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=folder, timeout_s=120)
+
+
+@pytest.mark.parametrize("phase", CASES)
+def test_stopped_in_a_phase(folder: Path, phase: str) -> None:
+    """The step that had begun is discarded, the last applied one saved, the sign left, and the end is the same."""
+    when, last_step = PHASES[phase]
+    name = f"stopped-{phase}"
+    stopped = case(folder, name, f"signal_at={when}")
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    sign = json.loads((folder / name / "stopped.json").read_text())
+    assert sign["step"] in ((3, 4, 5) if last_step is None else (last_step,)) and sign["generation"] == 1
+    assert f"stopped by a signal: step {sign['step']} is saved" in stopped.stderr
+    assert "Traceback" not in stopped.stdout + stopped.stderr
+    matrix.check_whole_or_absent(folder / name, (sign["step"],))
+    matrix.check_same_end(folder, name)
+    assert not (folder / name / "stopped.json").exists()
+
+
+def test_sigusr1_saves_and_goes_on(folder: Path) -> None:
+    """Step 4 is no multiple of 3: it is saved because a rank was asked to, and the run ends as if nothing were."""
+    done = case(folder, "usr1", "signal_at=4.forward.SIGUSR1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 5: saved step-00000005" in done.stdout
+    assert matrix.tensors(folder / "usr1") == matrix.tensors(folder / "whole")
+
+
+@pytest.mark.slow
+def test_stopped_under_ds_slm_train(folder: Path) -> None:
+    """Exit code 75, which DeepSpeed's launcher turns into 1; SIGTERM to `ds-slm` itself reaches the ranks."""
+    import signal
+    import subprocess
+    import time
+
+    name = "ds-slm"
+    flags = ["--run-dir", folder / name, "--data-root", folder / "data", "--micro-batch", "2", "--devices", "2"]
+    flags += ["--set", "train.steps=100000", "--master_port", runs.free_port()]
+    command = [runs.BIN / "ds-slm", "train", folder / "tiny.toml", *flags]
+    with subprocess.Popen(list(map(str, command)), cwd=folder, env=runs.environment()) as process:
+        records = folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (records.is_file() and records.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=90) == 75
+    sign = json.loads((folder / name / "stopped.json").read_text())
+    assert checkpoint_format.verify(checkpoint_format.folder_of_step(folder / name, sign["step"])) == []

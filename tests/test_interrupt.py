@@ -1,0 +1,84 @@
+"""Signals as wishes, in one process; the launcher's side is in tests/faults."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, Stopped
+from ds_slm.train.interrupt import Interrupt, Wish
+
+PROGRAM = """
+import os, signal, sys, time
+from ds_slm.train.interrupt import Interrupt
+class Alone:
+    world_size = 1
+with Interrupt(Alone(), grace_s=0.2) as interrupt:
+    interrupt.is_saved = lambda: sys.argv[1] == "saved"
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+class Alone:
+    """A control of one rank."""
+
+    world_size = 1
+
+
+def control() -> Any:
+    return Alone()
+
+
+def wait_for(interrupt: Interrupt, wish: Wish) -> None:
+    """Until the listening thread has noted it."""
+    deadline = time.monotonic() + 10
+    while interrupt._wish != wish and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert interrupt._wish == wish
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_raised_by_the_next_answer(number: signal.Signals) -> None:
+    """Oracle: no exception where the signal arrives, Stopped at the vote behind it; the old handlers come back."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with Interrupt(control(), grace_s=60) as interrupt:
+        interrupt.vote()()
+        os.kill(os.getpid(), number)
+        wait_for(interrupt, Wish.STOP)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Stopped):
+            interrupt.vote()()
+    assert signal.getsignal(number) == signal.SIG_IGN  # the launcher may tell us again
+    for known, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+        signal.signal(known, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_wish_to_save_lasts_until_it_is_done() -> None:
+    """Oracle: wanted after the vote, not before it, and not after the save."""
+    with Interrupt(control(), grace_s=60) as interrupt:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(interrupt, Wish.SAVE)
+        assert not interrupt.save_wanted
+        interrupt.vote()()
+        assert interrupt.save_wanted
+        interrupt.saved()
+        interrupt.vote()()
+        assert not interrupt.save_wanted
+    assert not [one for one in threading.enumerate() if one.name == "signals" and one.is_alive() and one.join(5)]
+
+
+@pytest.mark.parametrize(("state", "code"), [("saved", EXIT_STOPPED), ("lost", EXIT_FAILURE)])
+def test_without_grace_the_process_ends(state: str, code: int) -> None:
+    """Oracle: a process that sleeps for a minute ends at once: with 75 where the last step is saved, else with 1."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, state], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code
+    assert "no more grace after 0.2 s" in done.stderr

@@ -1,0 +1,71 @@
+"""Checkpoints move: other numbers of ranks, ZeRO stages and optimisers. Through the real `deepspeed` command.
+
+The oracle is a run of the destination's topology that never moved: equal ledgers, losses within a bound.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import topologies
+from benchmarks.topologies import PROGRAM, TOPOLOGIES
+from tests import runs
+
+ROUTE = ((1, 5), (2, 10), (3, 15), (1, 65))
+"""Ranks, and the step up to which they train."""
+VARIANTS = {
+    "fp32-adamw": (1e-5, "set=train.precision=fp32"),
+    "bf16-adamw": (1e-3, "set=train.precision=bf16"),
+    "bf16-adamw8bit": (2e-3, "set=train.precision=bf16,set=optimizer.name=adamw8bit"),
+}
+"""Bound on the relative difference of a loss over 50 steps. The 8-bit one is measured, with a factor to spare: block
+borders move with the world size, so every move rounds the moments again."""
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`moved-V` went 1 -> 2 -> 3 -> 1 ranks, `whole-V` stayed on one."""
+    folder = tmp_path_factory.mktemp("moved")
+    runs.write_recipe(folder)
+
+    def launch(ranks: int, name: str, last_step: int) -> None:
+        quiet = "set=train.steps=65,set=run.eval_every_steps=1000,set=run.save_every_steps=1000"
+        cases = [f"{name}-{one}:{settings},{quiet},max_steps={last_step}" for one, (_, settings) in VARIANTS.items()]
+        topologies.launch(folder, ranks, cases)
+
+    launch(1, "whole", 65)
+    for ranks, last_step in ROUTE:
+        launch(ranks, "moved", last_step)
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_from_one_rank_to_two_to_three_and_back(moved: Path, variant: str) -> None:
+    """Same rows at every step; the 50 steps after the last move lie within the bound."""
+    bound, _ = VARIANTS[variant]
+    found, whole = (runs.records(moved / f"{name}-{variant}") for name in ("moved", "whole"))
+    assert [one["ledger"] for one in found] == [one["ledger"] for one in whole]
+    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found[15:], whole[15:], strict=True))
+    assert worst < bound, worst
+
+
+def test_every_writer_is_read_by_every_reader(tmp_path: Path) -> None:
+    """Three of the eight topologies in fp32, with both optimisers: 32-bit moments stay within 1e-5.
+
+    Where the reader or the writer rounds the moments to 8 bits the bound is measured.
+    """
+    chosen = [TOPOLOGIES[0], TOPOLOGIES[1], TOPOLOGIES[5]]
+    found = topologies.measure(tmp_path, "fp32", chosen)
+    for reader in chosen:
+        for writer in chosen:
+            both_32 = {reader.optimizer, writer.optimizer} == {"adamw"}
+            assert found[reader.name][writer.name] < (1e-5 if both_32 else 2e-2), (writer.name, reader.name)
+
+
+def test_launches_that_fail_are_told(tmp_path: Path) -> None:
+    """Oracle: the program's own message."""
+    from ds_slm.errors import DataError
+
+    with pytest.raises(DataError, match="1 ranks failed"):
+        topologies.launch(tmp_path, 1, ["case:"])
+    assert PROGRAM.is_file()

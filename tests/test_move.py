@@ -16,10 +16,10 @@ ROUTE = ((1, 5), (2, 10), (3, 15), (1, 65))
 VARIANTS = {
     "fp32-adamw": (1e-5, "set=train.precision=fp32"),
     "bf16-adamw": (1e-3, "set=train.precision=bf16"),
-    "bf16-adamw8bit": (2e-3, "set=train.precision=bf16,set=optimizer.name=adamw8bit"),
+    "bf16-adamw8bit": (1e-3, "set=train.precision=bf16,set=optimizer.name=adamw8bit"),
 }
-"""Bound on the relative difference of a loss over 50 steps. The 8-bit one is measured, with a factor to spare: block
-borders move with the world size, so every move rounds the moments again."""
+"""Bound on the relative difference of a loss over 50 steps. Moments in 8 bits are rounded again by every move, for block
+borders move with the world size: their bound is measured (2e-4 over 20 steps in the README's table), with room."""
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +49,18 @@ def test_from_one_rank_to_two_to_three_and_back(moved: Path, variant: str) -> No
     assert worst < bound, worst
 
 
+@pytest.mark.slow
 def test_every_writer_is_read_by_every_reader(tmp_path: Path) -> None:
     """Three of the eight topologies in fp32, with both optimisers: 32-bit moments stay within 1e-5.
 
-    Where the reader or the writer rounds the moments to 8 bits the bound is measured.
+    Where the reader or the writer rounds the moments to 8 bits the bound is measured, as above.
     """
     chosen = [TOPOLOGIES[0], TOPOLOGIES[1], TOPOLOGIES[5]]
     found = topologies.measure(tmp_path, "fp32", chosen)
     for reader in chosen:
         for writer in chosen:
             both_32 = {reader.optimizer, writer.optimizer} == {"adamw"}
-            assert found[reader.name][writer.name] < (1e-5 if both_32 else 2e-2), (writer.name, reader.name)
+            assert found[reader.name][writer.name] < (1e-5 if both_32 else 2e-3), (writer.name, reader.name)
 
 
 def test_launches_that_fail_are_told(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests import runs
 from tests.faults import matrix
 
 SEED = 20_261_121
-QUICK = ("manifest", "renamed")
+QUICK = ("manifest",)
 POINTS = [
     pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in WRITE_POINTS if one != "old-moved"
 ]

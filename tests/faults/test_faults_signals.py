@@ -22,7 +22,7 @@ PHASES = {
     "saving": ("3.saving.SIGTERM", None),
 }
 """Phase -> when and where the signal arrives, and the last step that is applied (None: 3 to 5, as it comes)."""
-QUICK = ("accumulation", "evaluation")
+QUICK = ("accumulation",)
 CASES = [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in PHASES]
 
 

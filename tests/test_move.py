@@ -18,8 +18,8 @@ VARIANTS = {
     "bf16-adamw": (1e-3, "set=train.precision=bf16"),
     "bf16-adamw8bit": (1e-3, "set=train.precision=bf16,set=optimizer.name=adamw8bit"),
 }
-"""Bound on the relative difference of a loss over 50 steps. Moments in 8 bits are rounded again by every move, for block
-borders move with the world size: their bound is measured (2e-4 over 20 steps in the README's table), with room."""
+"""Bound on the relative difference of a loss over 50 steps. Moments in 8 bits are rounded again by every move, because
+block borders move with the world size: their bound is measured, with room (2e-4 over 20 steps in the README)."""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+"""`ds-slm verify RUN --resume` and `--replay STEP`, as a user types them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ds_slm.cluster import prove_resume
+from tests import runs
+from tests.faults import matrix
+from tests.test_cli import ds_slm
+
+PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("proof")
+    matrix.begin(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_shown_to_be_the_same(folder: Path) -> None:
+    """Oracle: exit code 0 and the sentence; the run itself is as it was, and nothing is left."""
+    before = sorted(path.name for path in folder.rglob("*") if "data" not in path.parts)
+    flags = ["--data-root", str(folder / "data"), "--micro-batch", "2"]
+    command = [str(runs.BIN / "ds-slm"), "verify", str(folder / "whole"), "--resume", *flags]
+    shown = runs.run(command, cwd=folder, timeout_s=300)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "killed and resumed is the same run" in shown.stdout
+    assert sorted(path.name for path in folder.rglob("*") if "data" not in path.parts) == before
+
+
+@pytest.mark.slow
+def test_every_difference_is_told(folder: Path) -> None:
+    """Oracle: by hand: a loss, a step that is missing, and a tensor changed in a copy of the run."""
+    copy = folder / "copy"
+    shutil.copytree(folder / "whole", copy)
+    assert list(prove_resume.differences(folder / "whole", copy)) == []
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if '"train"' in line)
+    last = max(number for number, line in enumerate(lines) if '"train"' in line)
+    lines[first] = json.dumps({**json.loads(lines[first]), "loss": 9.0})
+    (copy / "metrics.jsonl").write_text("\n".join(line for number, line in enumerate(lines) if number != last) + "\n")
+    shutil.rmtree(copy / "checkpoints" / f"step-{matrix.STEPS:08d}")
+    told = "\n".join(prove_resume.differences(folder / "whole", copy))
+    assert "step 1: loss 9.0 after resuming" in told and f"{matrix.STEPS - 1} steps after resuming" in told
+    assert "model.safetensors of the last checkpoint differs." in told
+
+
+@pytest.mark.slow
+def test_a_bad_step_is_dumped_replayed_and_skipped(folder: Path) -> None:
+    """A weight becomes NaN on one rank after step 4: step 5 is refused, its rows are innocent, and can be left out.
+
+    Oracle: the dump's positions are those of step 5 (28 to 34); the run that skips them draws none of them.
+    """
+    arguments = ["--recipe", folder / "tiny.toml", "--out", folder, "poisoned:poison_at=4"]
+    refused = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=folder, timeout_s=120)
+    assert refused.returncode == 1 and "--replay 5" in refused.stderr and "--skip-rows 28:35" in refused.stderr
+    what = json.loads((folder / "poisoned" / "bad-steps" / "step-00000005" / "what.json").read_text())
+    assert (what["position"], len(what["rows"])) == (28, 7)
+    replayed = ds_slm("verify", folder / "poisoned", "--replay", 5)
+    assert replayed.returncode == 0 and replayed.stdout.count("all finite") == 7
+    assert "not the rows, but a copy of the weights or a device was damaged" in replayed.stdout
+    matrix.check_whole_or_absent(folder / "poisoned", (3,))
+    done = matrix.launch(folder, "poisoned", "--skip-rows", "28:35")
+    assert done.returncode == 0, done.stdout + done.stderr
+    changes = [json.loads(line) for line in (folder / "poisoned" / "changes.jsonl").read_text().splitlines()]
+    assert changes[-1]["skipped_rows"] == [28, 35]
+    state = json.loads((folder / "poisoned" / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert state["position"] == (matrix.STEPS + 1) * 7  # twelve steps were taken, one step's rows were not

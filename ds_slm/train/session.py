@@ -201,6 +201,7 @@ def _train(
         control.barrier()  # whoever leaves first has the others ended
         raise
     finally:
+        saver.finish()  # before the process group is gone
         report.close()
 
 

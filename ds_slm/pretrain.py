@@ -44,7 +44,12 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     )
     parser.add_argument("--profile", type=_steps, metavar="A:B", help="tell where the time of steps A to B goes")
     parser.add_argument(
-        "--skip-rows", type=_rows, metavar="A:B", help="leave out the rows at global positions A to B - 1"
+        "--skip-rows",
+        type=_rows,
+        action="append",
+        default=[],
+        metavar="A:B",
+        help="leave out the rows at global positions A to B - 1; may come more than once",
     )
     parser.add_argument(
         "--grace", type=float, default=25.0, metavar="S", help="seconds from a stopping signal to the end (default 25)"
@@ -88,7 +93,7 @@ def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
         micro_batch=args.micro_batch,
         allow_change=args.allow_change,
         profile=args.profile,
-        skip_rows=args.skip_rows,
+        skip_rows=tuple(args.skip_rows),
         grace_s=args.grace,
     )
 

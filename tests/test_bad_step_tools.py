@@ -1,6 +1,7 @@
 """A bad step's dump, its replay, rows that are skipped, and loss spikes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 from ds_slm.data.order import RowId
-from ds_slm.data.rows import Rows, Without
+from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
-from ds_slm.train import bad_steps
+from ds_slm.train import bad_steps, loop
 from tests import runs
 
 
@@ -31,7 +32,8 @@ def dump(run: Path, change: dict[str, float] | None = None) -> None:
         weights[name].view(-1)[0] = value
     ids = np.arange(2 * 33, dtype=np.int64).reshape(2, 33)
     rows = Rows(ids, np.ones((2, 32), dtype=np.float32))
-    what = {"step": 14, "why": "the loss is not finite", "position": 91, "rows": [(0, 0, 5), (0, 0, 9)]}
+    described = [{"position": 91, "source_epoch_row": (0, 0, 5)}, {"position": 95, "source_epoch_row": (0, 0, 9)}]
+    what = {"step": 14, "why": "the loss is not finite", "rows": described}
     bad_steps.dump(bad_steps.folder_of(run, 14), rows, weights, what)
 
 
@@ -41,7 +43,7 @@ def test_replay_names_the_first_layer(run: Path) -> None:
     said = list(bad_steps.replay(run, 14))
     assert said[0].startswith("step 14: the loss is not finite; 2 rows again")
     assert said[1].startswith("row (0, 0, 5), position 91: the output of model.layers.1.mlp.") and len(said) == 3
-    assert "position 92" in said[2]
+    assert "row (0, 0, 9), position 95" in said[2]
 
 
 def test_replay_names_a_gradient(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,19 +79,19 @@ def test_a_step_without_a_dump(run: Path) -> None:
 
 
 def test_rows_are_left_out_by_position() -> None:
-    """Oracle: by hand: positions 3 to 8 of a source with four rows a step."""
+    """Oracle: by hand: positions 3 to 8 and 13 of a source with four rows a step; a step is never empty."""
 
     class Four:
-        measures = "its own"
-
         def row_ids(self, position: int) -> list[RowId]:
             return [RowId(0, 0, 100 + place) for place in range(position, position + 4)]
 
-    rows: Any = Without(Four(), range(3, 9))
-    assert [[row.row - 100 for row in rows.row_ids(position)] for position in (0, 4, 8, 12)] == [
-        [0, 1, 2], [], [9, 10, 11], [12, 13, 14, 15],
-    ]  # fmt: skip
-    assert rows.measures == "its own"
+        def next_position(self, position: int) -> int:
+            return position + 4
+
+    run: Any = SimpleNamespace(rows=Four(), skipped=(range(3, 9), range(13, 14)))
+    drawn = [loop.draw(run, position) for position in (0, 4, 12)]
+    assert [list(rows) for rows in drawn] == [[0, 1, 2], [9, 10, 11], [12, 14, 15]]
+    assert all(row.row == 100 + place for rows in drawn for place, row in rows.items())
 
 
 def test_a_spike_stands_out_from_the_steps_before() -> None:

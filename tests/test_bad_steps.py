@@ -38,6 +38,21 @@ def test_an_fp16_overflow_retries_the_same_rows(recipe: Path) -> None:
     assert stored["cur_scale"] == scales[-1]  # also after resuming at step 12: a new scaler would be back at 2^24
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_gradient_that_stays_infinite_stops_the_run(recipe: Path, precision: str) -> None:
+    """In fp16 after the smallest scale was tried, in bf16 at once: exit code 1, a sentence, and the step's rows."""
+    out = recipe.parent / f"burst-{precision}"
+    case = f"burst:zero=2,set=train.precision={precision},scale_power=2,burst_at=3"
+    arguments = ["--allow-fp16", "--recipe", recipe, "--out", out, case]
+    done = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=out.parent)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    at = " at the smallest loss scale, 1" if precision == "fp16" else ""
+    assert f"stopped: step 4: a gradient is not finite{at}. The step was not taken" in done.stderr
+    assert done.stdout.count("overflow, loss scale now") == (2 if precision == "fp16" else 0)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (out / "burst" / "bad-steps" / "step-00000004" / "what.json").is_file()
+
+
 def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
     """A row that rank 1 alone draws, in step 3, holds an id beyond the vocabulary: both leave, with exit code 2."""
     folder = recipe.parent / "bad_rows"

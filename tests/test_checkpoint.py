@@ -158,3 +158,16 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     manifest["files"]["../../outside"] = {"bytes": 1, "sha256": "0"}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     assert any("outside: missing" in problem for problem in checkpoint_format.verify(checkpoint))
+
+
+def test_a_checkpoint_moved_away_in_vain_comes_back(tmp_path: Path) -> None:
+    """A writer killed between its two renames: what it moved is whole, and has its name again; one replaced has not."""
+    whole = write(tmp_path, 4)
+    moved = whole.with_name(f".{whole.name}.tmp-host-1{checkpoint_format.REPLACED}")
+    whole.rename(moved)
+    assert checkpoint_format.newest_whole(tmp_path) is None
+    checkpoint_format.put_back(tmp_path)
+    assert checkpoint_format.newest_whole(tmp_path) == whole
+    shutil.copytree(whole, moved)
+    checkpoint_format.put_back(tmp_path)
+    assert moved.is_dir() and checkpoint_format.verify(whole) == []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from ds_slm.train.interrupt import Interrupt
 class Alone:
     world_size = 1
 with Interrupt(Alone(), grace_s=0.2) as interrupt:
-    interrupt.is_saved = lambda: sys.argv[1] == "saved"
+    interrupt.sign_off = lambda: sys.argv[1] == "saved"
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
@@ -58,6 +59,39 @@ def test_a_stop_is_raised_by_the_next_answer(number: signal.Signals) -> None:
     for known, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
         signal.signal(known, handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_run_that_ends_by_itself_needs_no_grace() -> None:
+    """Oracle: this process is alive long after the grace: the wish came when there was nothing left to stop."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with Interrupt(control(), grace_s=0.05) as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(interrupt, Wish.STOP)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert interrupt._watchdog is not None
+    interrupt._watchdog.join(10)
+    assert interrupt._watchdog.finished.is_set()
+
+
+def test_a_stop_that_others_wanted_starts_the_time_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a vote that says STOP on a rank no signal came to: its own watchdog runs from then on."""
+    import torch.distributed as dist
+
+    class Two:
+        world_size, group = 2, None
+
+    def all_reduce(wishes: Any, *_: Any, **__: Any) -> Any:
+        wishes.fill_(int(Wish.STOP))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    two: Any = Two()
+    interrupt = Interrupt(two, grace_s=60)
+    with pytest.raises(Stopped):
+        interrupt.vote()()
+    assert interrupt._watchdog is not None
+    interrupt._watchdog.cancel()
 
 
 def test_a_wish_to_save_lasts_until_it_is_done() -> None:

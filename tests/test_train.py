@@ -1,7 +1,9 @@
 """The parts of the train room that need no process group."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from ds_slm.data.rows import Rows
 from ds_slm.errors import ConfigError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
-from ds_slm.train import ds_config, optim, run_folder, zero_state
+from ds_slm.train import checkpointing, ds_config, loop, optim, run_folder, zero_state
 from ds_slm.train.report import Report
 from tests import runs
 
@@ -180,3 +182,39 @@ def test_pieces_take_the_same_step_as_the_whole(bits: int, monkeypatch: pytest.M
     ]
     assert states[0].keys() == states[1].keys() and (("absmax1" in states[0]) == (bits == 8))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_failed_save_leaves_the_best_what_it_was() -> None:
+    """Oracle: by hand: 2.0 at step 10 is durable, 1.5 at step 20 was not saved: 1.8 at step 30 is the best."""
+    outcomes: list[list[str]] = [[], ["host: the disk is full"], []]
+    begun: list[tuple[int, bool]] = []
+    saver = SimpleNamespace(
+        finish=lambda: outcomes.pop(0) if begun else [],
+        begin=lambda state, is_best: begun.append((state.step, is_best)),
+    )
+    quiet = SimpleNamespace(record=lambda *_: None)
+    run: Any = SimpleNamespace(
+        saver=saver, report=quiet, engine=SimpleNamespace(interrupt=SimpleNamespace(saved=lambda: None)),
+        saved=None, best_on_disk=(None, -1), state=checkpointing.State(), val_loss=0.0,
+    )  # fmt: skip
+    for step, loss in ((10, 2.0), (20, 1.5), (30, 1.8)):
+        run.state = replace(run.state, step=step, evaluated_step=step)
+        run.val_loss = loss
+        loop.save(run)
+    loop.settle(run)
+    assert begun == [(10, True), (20, True), (30, True)]
+    assert (run.state.best_val_loss, run.state.best_step, run.best_on_disk) == (1.8, 30, (1.8, 30))
+
+
+def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
+    """Oracle: /dev/full refuses every write: told once, no error."""
+    with (tmp_path / "terminal.txt").open("w+") as terminal:
+        report = Report(tmp_path, terminal, active=True, total_steps=3)
+        report.metrics.close()
+        report.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by the report
+        for step in (1, 2, 3):
+            report.record("train", step, {"loss": 1.0, "tokens_per_s": 1.0, "step_s": 1.0})
+        report.close()
+        terminal.seek(0)
+        said = terminal.read()
+    assert said.count("RECORDS ARE LOST") == 1 and "step 3/3" in said

@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
 FORMAT_VERSION = 1
+REPLACED = "-replaced"
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -88,11 +89,15 @@ class Writer:
         die_at("manifest", self.step)
         fsync(self.folder)
         die_at("manifest-synced", self.step)
-        replaced = self.folder.with_name(f"{self.folder.name}-replaced")
+        replaced = self.folder.with_name(f"{self.folder.name}{REPLACED}")
         if self.final.exists():  # of this very step: a damaged one, or one from before the run was resumed further back
             os.rename(self.final, replaced)
             die_at("old-moved", self.step)
-        os.rename(self.folder, self.final)
+        try:
+            os.rename(self.folder, self.final)
+        except OSError:
+            put_back(self.final.parents[1])
+            raise
         die_at("renamed", self.step)
         fsync(self.final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -103,6 +108,15 @@ class Writer:
     def abandon(self) -> None:
         """Remove what was written: it will not become a checkpoint."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def put_back(run: Path) -> None:
+    """Give a checkpoint its name back that was moved away for one which never came."""
+    for moved in sorted(checkpoints_folder(run).glob(f".step-*{REPLACED}")):
+        final = moved.with_name(moved.name[1:].partition(".")[0])
+        if not final.exists():
+            with contextlib.suppress(OSError):  # where hosts share a disk another one was first
+                os.rename(moved, final)
 
 
 def mark_best(checkpoint: Path) -> None:

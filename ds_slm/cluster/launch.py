@@ -8,6 +8,7 @@ Where this machine has no CUDA device and no hostfile names others, the ranks ru
 Known gaps: nothing is restarted, and a run that hangs is waited for.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -94,7 +95,7 @@ def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
     child = subprocess.Popen([program, *command[1:]], env=environ)
     told: list[psutil.Process] = []
     try:
-        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: told.extend(_launch_of(child.pid)))
         signal.signal(signal.SIGTERM, lambda *_: told.extend(_terminate(child.pid)))
         code = child.wait()
         psutil.wait_procs(told)  # the runner dies at once, its ranks save first
@@ -104,17 +105,23 @@ def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
     return code if code >= 0 else EXIT_FAILURE
 
 
+def _launch_of(pid: int) -> list[psutil.Process]:
+    """A launch's runner and all below it on this machine."""
+    try:
+        runner = psutil.Process(pid)
+        return [runner, *runner.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _terminate(pid: int) -> list[psutil.Process]:
     """End a launch; returns all its processes.
 
     On one host DeepSpeed's runner dies of SIGTERM without telling the launcher below it, which ends the ranks.
     """
-    everyone: list[psutil.Process] = []
-    try:
-        runner = psutil.Process(pid)
-        everyone = [runner, *runner.children(recursive=True)]
-        for process in [*runner.children(), runner]:
-            process.terminate()
-    except psutil.NoSuchProcess:
-        pass
+    everyone = _launch_of(pid)
+    for process in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid == pid or process.ppid() == pid:
+                process.terminate()
     return everyone

@@ -38,20 +38,33 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     try:
         recipe = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))
         facts = json.loads((run / "env.json").read_text())
+        joined = json.loads((run / "ds_config.json").read_text())
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; {run} is no run folder.") from error
+    if not facts.get("recipe_name"):
+        raise CheckpointError(f"{run} does not say what its data are called: launch it once more, then prove it.")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     copied = scratch / f"{facts['recipe_name']}.toml"  # prepared data are found by this name
     shutil.copyfile(run / "recipe.toml", copied)
     script = CHECKOUT / ("ds_slm/pretrain.py" if recipe.sft is None else "sft/train.py")
     every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
-    shared = ["--recipe", str(copied), "--max-steps", str(STEPS), *flags]
+    same = {key: joined[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
+    (scratch / "ds_config.json").write_text(json.dumps(same))
+    shared = [
+        "--recipe",
+        str(copied),
+        "--max-steps",
+        str(STEPS),
+        "--ds-config",
+        str(scratch / "ds_config.json"),
+        *flags,
+    ]
     shared += [word for key, value in every.items() for word in ("--set", f"run.{key}={value}")]
     ranks = facts["world_size"]
 
-    def train(name: str, **environment: str) -> int:
-        arguments = [*shared, "--run-dir", str(scratch / name)]
+    def train(name: str, resume: str = "never", **environment: str) -> int:
+        arguments = [*shared, "--run-dir", str(scratch / name), "--resume", resume]
         command = launch.command(script, arguments, devices=ranks, launcher=["--quiet"])
         cpu_ranks = ranks if facts["backend"] == "gloo" else None
         return launch.run(command, {**launch.environment(os.environ, cpu_ranks), **environment})
@@ -63,7 +76,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     if train("resumed", DS_SLM_DIE_AT=f"retained@{STEPS // 2}") == 0:
         raise CheckpointError("the run that was to be killed was not.")
     say("and resumed")
-    if train("resumed"):
+    if train("resumed", resume="must"):
         raise CheckpointError(f"resuming failed: see above, and {scratch / 'resumed' / 'logs'}.")
     return list(differences(scratch / "whole", scratch / "resumed"))
 

@@ -170,18 +170,3 @@ def share(row_ids: Sequence[RowId], rank: int, world_size: int, micro_batch: int
     mine: list[RowId | None] = list(row_ids[rank::world_size])
     mine += [None] * (count * size - len(mine))
     return [mine[begin : begin + size] for begin in range(0, len(mine), size)]
-
-
-class Without:
-    """A source of rows that leaves out those at some global positions: their steps are shorter, or empty."""
-
-    def __init__(self, rows: Any, skipped: range) -> None:
-        self._rows, self._skipped = rows, skipped
-
-    def row_ids(self, position: int) -> list[RowId]:
-        """The rows that are left of the step that begins at a global position."""
-        return [row for place, row in enumerate(self._rows.row_ids(position), position) if place not in self._skipped]
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the source's own."""
-        return getattr(self._rows, name)

@@ -40,6 +40,8 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 def compiler(device_type: str) -> str | None:
     """The compiler that torch.compile calls: of C++ for a CPU, of C for Triton on a GPU; None where it is missing."""
+    if device_type == "cuda" and torch.cuda.get_device_capability() < (7, 0):
+        return None  # Triton has no code for it
     names = ("g++", "clang++") if device_type == "cpu" else ("gcc", "clang")
     wanted = [os.environ.get("CXX" if device_type == "cpu" else "CC"), *names]
     return next((found for name in wanted if name and (found := shutil.which(name))), None)

@@ -79,11 +79,12 @@ def replay(run: Path, step: int) -> Iterator[str]:
     for place in range(count):
         one = {name: tensor[place : place + 1] for name, tensor in rows.items()}
         first, loss = _first_wrong(model, one, recipe.train.z_loss)
-        if first is not None:
-            culprits += 1
-            yield f"row {tuple(what['rows'][place])}, position {what['position'] + place}: {first}"
-        else:
-            yield f"row {tuple(what['rows'][place])}, position {what['position'] + place}: loss {loss:.4f}, all finite"
+        described = what["rows"][place]
+        culprits += first is not None
+        yield (
+            f"row {tuple(described['source_epoch_row'])}, position {described['position']}: "
+            + (first or f"loss {loss:.4f}, all finite")
+        )
     if not culprits and not wrong_weights:
         yield "nothing goes wrong here: not the rows, but a copy of the weights or a device was damaged"
 

@@ -35,6 +35,7 @@ class State:
     ledger: str = ""
     """Hash chain: the data's hash, then the row ids of each step."""
     best_val_loss: float | None = None
+    best_step: int = -1
     evaluated_step: int = -1
     """The last step whose evaluation was finished."""
 
@@ -61,11 +62,13 @@ class Found:
 
 
 def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
-    """The newest whole checkpoint of any host, or None. Collective; reads only.
+    """The newest whole checkpoint of any host, or None. Collective.
 
     Raises:
         CheckpointError: on every rank, where it was made from other data or another tokenizer.
     """
+    if control.leads_host:
+        checkpoint_format.put_back(run)
     own = checkpoint_format.newest_whole(run) if control.leads_host else None
     offers = control.gather(checkpoint_format.read_state(own)["step"] if own else -1)
     source = offers.index(max(offers))

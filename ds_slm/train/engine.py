@@ -166,6 +166,8 @@ class Engine:
             model.compile_parts()
         self.device = torch.device(self.deepspeed.device)
         self.dtype = DTYPES[recipe.train.precision]
+        if self.loss_scaler:
+            self.loss_scaler.raise_error_at_min_scale = False  # the loop tells it, with the rows
 
     def agree(self, problems: Sequence[str]) -> None:
         """Raise every rank's problems on all ranks: one that left alone would keep the others waiting. Collective."""

@@ -45,13 +45,15 @@ class Interrupt:
 
     def __init__(self, control: Control, grace_s: float) -> None:
         self._control, self._grace_s = control, grace_s
-        self._wish = Wish.NOTHING
-        self.is_saved: Callable[[], bool] = lambda: False
-        """Whether a whole checkpoint of the last applied step lies on disk."""
+        self._wish, self._lock = Wish.NOTHING, threading.Lock()
+        self._watchdog: threading.Timer | None = None
+        self.sign_off: Callable[[], bool] = lambda: False
+        """Whether a whole checkpoint of the last applied step lies on disk; leaves the sign of it, too."""
         self.save_wanted = False
         """Whether all ranks agreed to save after this step."""
 
     def __enter__(self) -> "Interrupt":
+        self._terminal = os.dup(2)  # what is printed later goes to a log
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -69,22 +71,28 @@ class Interrupt:
             # a stopped rank waits for the others, and may be told once more meanwhile
             signal.signal(number, signal.SIG_IGN if stopping else handler)
         os.close(self._writer)
+        if self._watchdog and not isinstance(error, Stopped):  # the run came to its end before the wish counted
+            self._watchdog.cancel()
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1):
-            wish = Wish.SAVE if number[0] == signal.SIGUSR1 else Wish.STOP
-            if wish == Wish.STOP and self._wish != Wish.STOP:
-                watchdog = threading.Timer(self._grace_s, self._give_up)
-                watchdog.daemon = True
-                watchdog.start()
-            self._wish = max(self._wish, wish)
+            self._note(Wish.SAVE if number[0] == signal.SIGUSR1 else Wish.STOP)
         os.close(self._reader)
 
+    def _note(self, wish: Wish) -> None:
+        """Remember a wish; from the first stop on the time runs."""
+        with self._lock:
+            if wish == Wish.STOP and self._watchdog is None:
+                self._watchdog = threading.Timer(self._grace_s, self._give_up)
+                self._watchdog.daemon = True
+                self._watchdog.start()
+            self._wish = max(self._wish, wish)
+
     def _give_up(self) -> None:
-        saved = self.is_saved()
+        saved = self.sign_off()
         what = "the last step is saved" if saved else "the last step is not saved, earlier checkpoints are whole"
         message = f"stopped: no more grace after {self._grace_s:g} s; {what}.\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        os.write(self._terminal, message.encode())
         os._exit(EXIT_STOPPED if saved else EXIT_FAILURE)
 
     def vote(self) -> Callable[[], None]:
@@ -101,6 +109,7 @@ class Interrupt:
             if pending is not None:
                 pending.wait()
             if int(wishes) == Wish.STOP:
+                self._note(Wish.STOP)  # on the ranks that no signal came to, too
                 raise Stopped
             self.save_wanted |= int(wishes) == Wish.SAVE
 
@@ -109,8 +118,9 @@ class Interrupt:
     def saved(self) -> None:
         """What was wanted is done."""
         self.save_wanted = False
-        if self._wish == Wish.SAVE:
-            self._wish = Wish.NOTHING
+        with self._lock:
+            if self._wish == Wish.SAVE:
+                self._wish = Wish.NOTHING
 
 
 def _stop_with_launcher() -> None:

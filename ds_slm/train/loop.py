@@ -95,6 +95,10 @@ class Run:
     val_loss: float = math.inf
     """Of the last evaluation."""
     profile: Profile | None = None
+    skipped: tuple[range, ...] = ()
+    """Global positions of rows that are left out."""
+    best_on_disk: tuple[float | None, int] = (None, -1)
+    """Held-out loss and step of the best checkpoint that is durable."""
     spikes: bad_steps.Spikes = field(default_factory=bad_steps.Spikes)
 
 
@@ -107,7 +111,7 @@ def train(run: Run) -> None:
         train_on(run)
     except Stopped as stopped:
         leave(run)
-        run.saver.tell_stopped(run.state.step)
+        run.saver.sign_off(run.state.step)
         raise Stopped(f"step {run.state.step} is saved; the same command goes on from there.") from stopped
 
 
@@ -141,9 +145,11 @@ def after_step(run: Run) -> None:
 
 def leave(run: Run) -> None:
     """Do not leave before the last applied step is saved. Raises TrainingError where it cannot be."""
-    if run.saved != run.state:
-        save(run)
     settle(run)
+    for _ in range(2):  # a disk may have been full for a moment
+        if run.saved != run.state:
+            save(run)
+            settle(run)
     if run.saved != run.state:
         raise TrainingError(f"step {run.state.step} could not be saved; earlier checkpoints in {run.folder} are whole.")
 
@@ -151,21 +157,33 @@ def leave(run: Run) -> None:
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
-    while not (row_ids := run.rows.row_ids(state.position)):  # every row of it is to be skipped
-        state = replace(state, position=run.rows.next_position(state.position))
+    rows = draw(run, state.position)
+    row_ids = list(rows.values())
     micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
     while True:
         scale = scaler.cur_scale if scaler else None
         sums = engine.forward_backward(micro_batches)
-        refuse_nonfinite(run, sums, row_ids)
+        refuse_nonfinite(run, sums, rows)
         if engine.step(rate):
             break
-        refuse_lost_step(run, scale, row_ids)
-    run.state = state.after(
-        run.rows.next_position(state.position), int(sums.count), extend_ledger(state.ledger, row_ids)
-    )
+        refuse_lost_step(run, scale, rows)
+    position = run.rows.next_position(min(rows))
+    run.state = state.after(position, int(sums.count), extend_ledger(state.ledger, row_ids))
     record_step(run, sums, rate, clock.elapsed_s(), run.rows.describe(row_ids))
+
+
+def draw(run: Run, position: int) -> dict[int, RowId]:
+    """The next step's rows by global position: without those to be skipped, and never none."""
+    while True:
+        rows = {
+            place: row
+            for place, row in enumerate(run.rows.row_ids(position), position)
+            if not any(place in some for some in run.skipped)
+        }
+        if rows:
+            return rows
+        position = run.rows.next_position(position)
 
 
 def read_share(run: Run, row_ids: list[RowId], split: Split, count: int = 0) -> list[Rows]:
@@ -181,41 +199,41 @@ def read_share(run: Run, row_ids: list[RowId], split: Split, count: int = 0) -> 
     return micro_batches
 
 
-def refuse_nonfinite(run: Run, sums: Sums, row_ids: list[RowId]) -> None:
+def refuse_nonfinite(run: Run, sums: Sums, rows: dict[int, RowId]) -> None:
     """Stop before the optimiser step where a loss is not finite."""
     if not sums.nonfinite_ranks:
         return
-    control, micro_batch = run.engine.control, run.engine.joined.micro_batch
-    rows = {
+    control, micro_batch, row_ids = run.engine.control, run.engine.joined.micro_batch, list(rows.values())
+    theirs = {
         rank: [tuple(row) for ids in share(row_ids, rank, control.world_size, micro_batch) for row in ids if row]
         for rank in sums.nonfinite_ranks
     }
-    found = "; ".join(f"on rank {rank}, rows (source, epoch, row) {ids}" for rank, ids in rows.items())
-    refuse(run, row_ids, f"the loss is not finite {found}")
+    found = "; ".join(f"on rank {rank}, rows (source, epoch, row) {ids}" for rank, ids in theirs.items())
+    refuse(run, rows, f"the loss is not finite {found}")
 
 
-def refuse_lost_step(run: Run, scale: float | None, row_ids: list[RowId]) -> None:
+def refuse_lost_step(run: Run, scale: float | None, rows: dict[int, RowId]) -> None:
     """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
     scaler = run.engine.loss_scaler
     if scaler is None or scale is None or scale <= scaler.min_scale:
         at = "" if scale is None else f" at the smallest loss scale, {scale:g}"
-        refuse(run, row_ids, f"a gradient is not finite{at}")
+        refuse(run, rows, f"a gradient is not finite{at}")
     run.report.say(f"step {run.state.step + 1}: overflow, loss scale now {scaler.cur_scale:g}, same rows again")
 
 
-def refuse(run: Run, row_ids: list[RowId], why: str) -> NoReturn:
+def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
     """Dump the step's rows and the weights they met, and stop. Collective."""
     settle(run)
-    step, begin = run.state.step + 1, run.state.position
+    step = run.state.step + 1
     weights = run.saver.weights()
-    folder = bad_steps.folder_of(run.folder, step)
     if weights is not None:
-        what = {"step": step, "why": why, "position": begin, "rows": [tuple(row) for row in row_ids]}
-        bad_steps.dump(folder, run.rows.read(row_ids), weights, what)
+        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.items()]
+        what = {"step": step, "why": why, "rows": described}
+        bad_steps.dump(bad_steps.folder_of(run.folder, step), run.rows.read(list(rows.values())), weights, what)
     raise TrainingError(
         f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
         f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
-        f"--skip-rows {begin}:{run.rows.next_position(begin)} goes on without these rows."
+        f"--skip-rows {min(rows)}:{max(rows) + 1} goes on without these rows."
     )
 
 
@@ -275,7 +293,7 @@ def save(run: Run) -> None:
     best = math.inf if run.state.best_val_loss is None else run.state.best_val_loss
     is_best = run.state.evaluated_step == run.state.step and run.val_loss < best
     if is_best:
-        run.state = replace(run.state, best_val_loss=run.val_loss)
+        run.state = replace(run.state, best_val_loss=run.val_loss, best_step=run.state.step)
     run.saver.begin(run.state, is_best)
     run.saved = run.state
     run.engine.interrupt.saved()
@@ -283,18 +301,21 @@ def save(run: Run) -> None:
 
 
 def settle(run: Run) -> None:
-    """Wait for the save in flight; one that failed counts as never begun, and the next best is better than none."""
+    """Wait for the save in flight; one that failed counts as never begun."""
     problems = run.saver.finish()
     if any(SUPERSEDED in one for one in problems):
         raise TrainingError(f"{'; '.join(problems)}: this one ends, and leaves the folder alone.")
     if problems:
-        run.saved, run.state = None, replace(run.state, best_val_loss=None)
+        loss, step = run.best_on_disk
+        run.saved, run.state = None, replace(run.state, best_val_loss=loss, best_step=step)
+    elif run.saved:
+        run.best_on_disk = run.saved.best_val_loss, run.saved.best_step
 
 
 def finish(run: Run) -> None:
     """Evaluate, save, and write the loss on all held-out rows into done.json on every host that keeps checkpoints."""
-    evaluate(run)
-    save(run)
+    if run.state.evaluated_step != run.state.step:
+        evaluate(run)
     leave(run)
     values = held_out(run, limit=None)
     run.report.record("eval", run.state.step, values)

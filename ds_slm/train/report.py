@@ -79,6 +79,7 @@ class Report:
 
     def __init__(self, folder: Path, terminal: TextIO, active: bool, total_steps: int, first_step: int = 0) -> None:
         self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
+        self._lost_records = False
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
         if not active:
             return
@@ -122,22 +123,34 @@ class Report:
     def text(self, tag: str, text: str, step: int) -> None:
         """A text in TensorBoard."""
         if self.active:
-            self.tensorboard.add_text(tag, text, step)
+            with self._disk():
+                self.tensorboard.add_text(tag, text, step)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any], log: bool = True) -> None:
         """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
         if not self.active:
             return
         if log:
-            self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            for field, tag in TAGS[kind].items():
-                if values.get(field) is not None:
-                    self.tensorboard.add_scalar(tag, values[field], step)
+            with self._disk():
+                self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                for field, tag in TAGS[kind].items():
+                    if values.get(field) is not None:
+                        self.tensorboard.add_scalar(tag, values[field], step)
         if kind == "train":
             self._progress(step, values)
         elif kind != "save":
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
             self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A full disk costs records, not the run; it is told once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost_records:
+                self.say(f"RECORDS ARE LOST: {self.folder}: {error}. Training goes on.")
+            self._lost_records = True
 
     def _progress(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
@@ -156,8 +169,9 @@ class Report:
         if self.active:
             if self.bar:
                 self.bar.stop()
-            self.metrics.close()
-            self.tensorboard.close()
+            for file in (self.metrics, self.tensorboard):
+                with self._disk():
+                    file.close()
 
 
 def _step_of(line: str) -> float:

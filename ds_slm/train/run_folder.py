@@ -55,6 +55,11 @@ def finished(run: Path) -> dict[str, Any]:
     return _read(run / "done.json")
 
 
+def tell_stopped(run: Path, step: int) -> None:
+    """Leave the sign that a signal ended the run, with a whole checkpoint of this step."""
+    write_json(run / STOPPED, {"step": step, "generation": generation(run)})
+
+
 def stopped(run: Path) -> dict[str, Any]:
     """What a run left that a signal ended, and that was not launched again."""
     return _read(run / STOPPED)

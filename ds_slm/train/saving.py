@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.files import write_json
 from ds_slm.train import run_folder, zero_state
 from ds_slm.train.checkpointing import ABSMAX, State, file_of_kind, scaler_state
 from ds_slm.train.control import Control
@@ -55,6 +54,7 @@ class Saver:
     def begin(self, state: State, is_best: bool) -> None:
         """Copy this rank's part, and write it behind the caller's back. Wait for the one before with `finish`."""
         assert self._thread is None, "one save at a time"
+        self._problems = ["the save did not come to its end"]
         content = {**asdict(state), **self._identity, "loss_scaler": scaler_state(self._engine)}
         arguments = zero_state.snapshot(self._engine.deepspeed), content, is_best
         self._thread = threading.Thread(target=self._save, args=arguments, name="saving")
@@ -72,10 +72,16 @@ class Saver:
         """The fp32 weights of the last applied step on the ranks that keep checkpoints; None elsewhere. Collective."""
         return zero_state.gather(zero_state.snapshot(self._engine.deepspeed), "model", self._writers, self._control)
 
-    def tell_stopped(self, step: int) -> None:
+    def sign_off(self, step: int) -> None:
         """Leave a sign that a signal ended the run with a whole checkpoint: exit codes do not outlive the launcher."""
         if self.writes:
-            write_json(self._run / run_folder.STOPPED, {"step": step, "generation": run_folder.generation(self._run)})
+            run_folder.tell_stopped(self._run, step)
+
+    def set_pointers(self, state: State) -> None:
+        """Let `best` name what a resumed run calls its best: a writer may have been killed before it could."""
+        best = checkpoint_format.folder_of_step(self._run, state.best_step)
+        if self.writes and best.is_dir():
+            checkpoint_format.mark_best(best)
 
     def _save(self, own: Snapshot, content: dict[str, Any], is_best: bool) -> None:
         problem = None
@@ -99,6 +105,7 @@ class Saver:
             tensors = zero_state.gather(own, kind, self._writers, self._control)
             if writer and tensors is not None:
                 writer.add(file_of_kind(kind), tensors)
+            del tensors  # before the next kind's
         notes = _gather_notes(own, self._control)
         if writer is None:
             return None
@@ -106,7 +113,17 @@ class Saver:
             writer.add(ABSMAX, notes)
         settings = self._engine.recipe.run
         content = {**content, "optimizer_steps": own.optimizer_steps, "topology": own.topology}
-        return writer.end(content, is_best, settings.keep_last, settings.keep_best)
+        problem = writer.end(content)
+        if problem is None:
+            try:
+                if is_best:
+                    checkpoint_format.mark_best(checkpoint_format.folder_of_step(self._run, content["step"]))
+                    checkpoint_format.die_at("best", content["step"])
+                checkpoint_format.retain(self._run, settings.keep_last, settings.keep_best)
+                checkpoint_format.die_at("retained", content["step"])
+            except OSError as error:  # the checkpoint itself is durable
+                self._say(f"step {content['step']}: older checkpoints could not be put in order: {error}")
+        return problem
 
 
 class _Attempt:
@@ -122,8 +139,8 @@ class _Attempt:
         if self.problem is None:
             try:
                 action()
-            except (OSError, SafetensorError) as error:
-                self.problem = str(error)
+            except Exception as error:  # also what is no disk's fault: the others wait for this rank's next message
+                self.problem = str(error) if isinstance(error, OSError | SafetensorError) else repr(error)
                 if self._writer:
                     self._writer.abandon()
 
@@ -131,19 +148,14 @@ class _Attempt:
         """One safetensors file."""
         self._try(lambda: self._writer and self._writer.add_tensors(file_name, tensors))
 
-    def end(self, content: dict[str, Any], is_best: bool, keep_last: int, keep_best: bool) -> str | None:
-        """Give it its name and delete older ones; returns what failed on the way."""
+    def end(self, content: dict[str, Any]) -> str | None:
+        """Give it its name; returns what failed on the way."""
 
         def commit() -> None:
             assert self._writer is not None
             if run_folder.generation(self._run) != self._generation:
                 raise OSError(f"{SUPERSEDED} {self._run}")
-            checkpoint = self._writer.commit(content)
-            if is_best:
-                checkpoint_format.mark_best(checkpoint)
-                checkpoint_format.die_at("best", content["step"])
-            checkpoint_format.retain(self._run, keep_last, keep_best)
-            checkpoint_format.die_at("retained", content["step"])
+            self._writer.commit(content)
 
         self._try(commit)
         return self.problem

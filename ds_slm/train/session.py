@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol, TextIO, TypeVar
 import torch
 from torch import nn
 
-from ds_slm.data.rows import Without
 from ds_slm.errors import CheckpointError, DataError, Stopped, UserError
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
@@ -67,7 +66,7 @@ class Options:
     allow_change: bool = False
     profile: range | None = None
     """Steps whose time is told apart."""
-    skip_rows: range | None = None
+    skip_rows: tuple[range, ...] = ()
     """Global positions of rows that are left out."""
     grace_s: float = 25.0
     """From a signal that stops the run to the end of its processes."""
@@ -158,10 +157,10 @@ def _train(
     if control.rank in writers:
         run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
         if options.skip_rows:
-            skipped = [options.skip_rows.start, options.skip_rows.stop]
-            run_folder.record_change(options.run_dir, facts["generation"], {"skipped_rows": skipped})
+            run_folder.record_change(options.run_dir, facts["generation"], {"skipped_rows": facts["skipped_rows"]})
     if control.rank == 0:
         _announce(facts, options, rows.warnings(), terminal)
+    interrupt.sign_off = lambda: found is not None  # nothing was applied since
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     if found is None:
         task.begin(model)
@@ -175,12 +174,14 @@ def _train(
             report.say(f"--max-steps {stop_at_step}: nothing to do")
     saver = Saver(engine, options.run_dir, writers, identity, report.say)
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
-    drawn: Any = Without(rows, options.skip_rows) if options.skip_rows else rows
+    saver.set_pointers(state)
     run = loop.Run(
         folder=options.run_dir,
         recipe=recipe,
         engine=engine,
-        rows=drawn,
+        rows=rows,
+        skipped=options.skip_rows,
+        best_on_disk=(state.best_val_loss, state.best_step),
         report=report,
         state=state,
         saver=saver,
@@ -193,7 +194,14 @@ def _train(
         evaluate_first=task.evaluate_first,
         profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
     )
-    interrupt.is_saved = lambda: run.state.step in (saver.durable_step, found and found.content["step"])
+
+    def sign_off() -> bool:
+        if run.state.step not in (saver.durable_step, found and found.content["step"]):
+            return False
+        saver.sign_off(run.state.step)
+        return True
+
+    interrupt.sign_off = sign_off
     try:
         loop.train(run)
         control.barrier()
@@ -294,7 +302,7 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "micro_batch_rows": joined.micro_batch,
         "accumulation_steps": joined.accumulation_steps,
         "filler_rows_per_step": joined.filler_rows,
-        "skipped_rows": [options.skip_rows.start, options.skip_rows.stop] if options.skip_rows else None,
+        "skipped_rows": [[some.start, some.stop] for some in options.skip_rows],
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }
 

@@ -13,7 +13,7 @@ import psutil
 from ds_slm.checkpoint import format as checkpoint_format
 from tests import runs
 
-STEPS, SAVE_EVERY = 12, 3
+STEPS, SAVE_EVERY = 30, 3
 RECIPE = (
     runs.TINY.replace('name = "adamw"', 'name = "adamw8bit"')
     .replace("steps = 20", f"steps = {STEPS}")
@@ -21,7 +21,7 @@ RECIPE = (
     .replace("save_every_steps = 10", f"save_every_steps = {SAVE_EVERY}")
     .replace("eval_every_steps = 10", "eval_every_steps = 6")
 )
-"""8-bit states in bf16, saved at 3, 6, 9 and 12, evaluated at 6 and 12; 3 rows a rank and a filler every step."""
+"""8-bit states in bf16, saved at every third step, evaluated at every sixth; 3 rows a rank and a filler every step."""
 
 
 def command(folder: Path, name: str, *flags: object) -> list[str]:
@@ -51,6 +51,9 @@ def check_same_end(folder: Path, name: str) -> None:
     assert [[one[key] for key in kept] for one in found] == [[one[key] for key in kept] for one in expected]
     assert tensors(folder / name) == tensors(folder / "whole")
     assert (folder / name / "done.json").is_file()
+    for pointer in ("latest", "best"):
+        theirs, ours = ((folder / one / "checkpoints" / pointer).read_text() for one in (name, "whole"))
+        assert theirs == ours, pointer
     assert not list((folder / name / "checkpoints").glob(".*.tmp-*"))
 
 
@@ -69,17 +72,18 @@ def check_whole_or_absent(run: Path, ends: tuple[int, ...] = ()) -> None:
     assert set(ends) <= set(checkpoint_format.steps(run))
 
 
-def kill(folder: Path, name: str, who: str, after_s: float) -> None:
-    """Start a run and send SIGKILL `after_s` seconds after its first record: to `rank`, `all` or `launcher`."""
+def kill(folder: Path, name: str, who: str, after_s: float, begun: str = "metrics.jsonl") -> None:
+    """Start a run and send SIGKILL to `rank`, `all` or `launcher`, `after_s` seconds after a file of it has content."""
     environment = runs.environment()
     with subprocess.Popen(
         command(folder, name), cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as runner:
-        records = folder / name / "metrics.jsonl"
+        sign = folder / name / begun
         deadline = time.monotonic() + 90
-        while not (records.is_file() and records.stat().st_size) and time.monotonic() < deadline:
+        while not (sign.is_file() and sign.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(after_s)
+        assert not (folder / name / "done.json").exists(), "it was finished before it was killed"
         try:
             everyone = psutil.Process(runner.pid).children(recursive=True)
         except psutil.NoSuchProcess:

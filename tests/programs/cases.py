@@ -4,9 +4,9 @@
 
 Keys: zero (stage, or the rest of a ds_configs file's name), max_steps, micro_batch, set (recipe override, repeatable as
 set=a.b=c), broken (a deliberate mistake to be found by the tests), kill_at (SIGKILL of this rank after that step),
-poison_at (the last rank's weights turn into NaN after that step), scale_power (fp16's first loss scale), compiled
-(blocks and loss, however short the run), signal_at (STEP.PHASE.NAME: the last rank gets that signal in that phase, the
-first time it comes up after that step), grace (seconds).
+poison_at (the last rank's weights turn into NaN after that step), burst_at (its gradients become infinite), scale_power
+(fp16's first loss scale), compiled (blocks and loss, however short the run), signal_at (STEP.PHASE.NAME: the last rank
+gets that signal in that phase, the first time it comes up after that step), grace (seconds).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -57,6 +57,8 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         loop.record_step = after_step(int(single["kill_at"]), die)
     if "poison_at" in single:
         loop.record_step = after_step(int(single["poison_at"]), poison)
+    if "burst_at" in single:
+        loop.record_step = after_step(int(single["burst_at"]), burst)
     if "scale_power" in single:
         ds_config._deepspeed = scaled(int(single["scale_power"]))
     undo = signal_in_phase(*single["signal_at"].split(".")) if "signal_at" in single else lambda: None
@@ -142,6 +144,12 @@ def poison(run: loop.Run) -> None:
     """NaN in the last rank's copy of a weight."""
     if run.engine.control.rank == run.engine.control.world_size - 1:
         run.engine.deepspeed.module.model.norm.weight.data[0] = float("nan")
+
+
+def burst(run: loop.Run) -> None:
+    """From now on the last rank's gradient of a weight is infinite, its loss is not."""
+    if is_last_rank():
+        run.engine.deepspeed.module.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
 
 
 def scaled(power: int):

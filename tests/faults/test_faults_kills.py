@@ -3,6 +3,9 @@
 After each the same command goes on, and ends with the tensors and the ledger of the run that nobody disturbed.
 """
 
+import contextlib
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,32 +78,26 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(folder: Path, tmp_path: Path
 
     With the room back, the same command goes on from the newest whole checkpoint.
     """
-    import subprocess
-
     mount = tmp_path / "small"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(mount)], check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
         run = mount / "run"
         stop = ["--run-dir", str(run), "--max-steps"]
         assert matrix.launch(folder, "unused", *stop, "4").returncode == 0
-        free = mount / "filler"
-        with free.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"\0" * 4096)
-            except OSError:
-                pass
-        with free.open("r+b") as file:
-            file.truncate(free.stat().st_size - 300_000)  # room for a launch and some records, not for a checkpoint
+        filler = mount / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        os.truncate(filler, filler.stat().st_size - 300_000)  # room for a launch and some records, not for a checkpoint
         full = matrix.launch(folder, "unused", *stop, "8")
         assert full.returncode == 1, full.stdout + full.stderr
         assert "COULD NOT BE SAVED" in full.stdout and "Training goes on" in full.stdout
         assert "step 8/" in full.stdout
         assert "Traceback" not in full.stdout + full.stderr
         matrix.check_whole_or_absent(run, (4,))
-        free.unlink()
+        filler.unlink()
         done = matrix.launch(folder, "unused", *stop, str(matrix.STEPS))
         assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stdout + done.stderr
         assert matrix.tensors(run) == matrix.tensors(folder / "whole")

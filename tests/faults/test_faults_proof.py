@@ -68,6 +68,6 @@ def test_a_bad_step_is_dumped_replayed_and_skipped(folder: Path) -> None:
     done = matrix.launch(folder, "poisoned", "--skip-rows", "28:35")
     assert done.returncode == 0, done.stdout + done.stderr
     changes = [json.loads(line) for line in (folder / "poisoned" / "changes.jsonl").read_text().splitlines()]
-    assert changes[-1]["skipped_rows"] == [28, 35]
+    assert changes[-1]["skipped_rows"] == [[28, 35]]
     state = json.loads((folder / "poisoned" / "checkpoints" / f"step-{matrix.STEPS:08d}" / "state.json").read_text())
     assert state["position"] == (matrix.STEPS + 1) * 7  # every step was taken, one step's rows were not

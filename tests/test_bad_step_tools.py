@@ -90,8 +90,8 @@ def test_rows_are_left_out_by_position() -> None:
 
     run: Any = SimpleNamespace(rows=Four(), skipped=(range(3, 9), range(13, 14)))
     drawn = [loop.draw(run, position) for position in (0, 4, 12)]
-    assert [list(rows) for rows in drawn] == [[0, 1, 2], [9, 10, 11], [12, 14, 15]]
-    assert all(row.row == 100 + place for rows in drawn for place, row in rows.items())
+    assert [(begin, list(rows)) for begin, rows in drawn] == [(0, [0, 1, 2]), (8, [9, 10, 11]), (12, [12, 14, 15])]
+    assert all(row.row == 100 + place for _, rows in drawn for place, row in rows.items())
 
 
 def test_a_spike_stands_out_from_the_steps_before() -> None:

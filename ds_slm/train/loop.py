@@ -157,7 +157,7 @@ def leave(run: Run) -> None:
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
-    rows = draw(run, state.position)
+    begin, rows = draw(run, state.position)
     row_ids = list(rows.values())
     micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
@@ -168,13 +168,12 @@ def take_step(run: Run) -> None:
         if engine.step(rate):
             break
         refuse_lost_step(run, scale, rows)
-    position = run.rows.next_position(min(rows))
-    run.state = state.after(position, int(sums.count), extend_ledger(state.ledger, row_ids))
+    run.state = state.after(run.rows.next_position(begin), int(sums.count), extend_ledger(state.ledger, row_ids))
     record_step(run, sums, rate, clock.elapsed_s(), run.rows.describe(row_ids))
 
 
-def draw(run: Run, position: int) -> dict[int, RowId]:
-    """The next step's rows by global position: without those to be skipped, and never none."""
+def draw(run: Run, position: int) -> tuple[int, dict[int, RowId]]:
+    """Where the next step begins, and its rows by global position: without those to be skipped, and never none."""
     while True:
         rows = {
             place: row
@@ -182,7 +181,7 @@ def draw(run: Run, position: int) -> dict[int, RowId]:
             if not any(place in some for some in run.skipped)
         }
         if rows:
-            return rows
+            return position, rows
         position = run.rows.next_position(position)
 
 

@@ -65,9 +65,9 @@ def test_a_bad_step_is_dumped_replayed_and_skipped(folder: Path) -> None:
     assert replayed.returncode == 0 and replayed.stdout.count("all finite") == 7
     assert "not the rows, but a copy of the weights or a device was damaged" in replayed.stdout
     matrix.check_whole_or_absent(folder / "poisoned", (3,))
-    done = matrix.launch(folder, "poisoned", "--skip-rows", "28:35")
+    done = matrix.launch(folder, "poisoned", "--skip-rows", "28:35", "--skip-rows", "35:36")
     assert done.returncode == 0, done.stdout + done.stderr
     changes = [json.loads(line) for line in (folder / "poisoned" / "changes.jsonl").read_text().splitlines()]
-    assert changes[-1]["skipped_rows"] == [[28, 35]]
+    assert changes[-1]["skipped_rows"] == [[28, 35], [35, 36]]
     state = json.loads((folder / "poisoned" / "checkpoints" / f"step-{matrix.STEPS:08d}" / "state.json").read_text())
-    assert state["position"] == (matrix.STEPS + 1) * 7  # every step was taken, one step's rows were not
+    assert state["position"] == (matrix.STEPS + 1) * 7  # one step's rows were not drawn, the next step was shorter

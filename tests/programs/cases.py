@@ -6,7 +6,8 @@ Keys: zero (stage, or the rest of a ds_configs file's name), max_steps, micro_ba
 set=a.b=c), broken (a deliberate mistake to be found by the tests), kill_at (SIGKILL of this rank after that step),
 poison_at (the last rank's weights turn into NaN after that step), burst_at (its gradients become infinite), scale_power
 (fp16's first loss scale), compiled (blocks and loss, however short the run), signal_at (STEP.PHASE.NAME: the last rank
-gets that signal in that phase, the first time it comes up after that step), grace (seconds).
+gets that signal in that phase, the first time it comes up after that step), grace (seconds), resave (what was loaded is
+saved into that folder, and nothing trained).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -49,6 +50,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     single = {key: value for key, value in pairs if key != "set"}
     recipe = schema.load(str(recipe_path), [value for key, value in pairs if key == "set"])
     originals = engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed, ds_config.COMPILE_FLOPS
+    train_on = loop.train_on
     if "compiled" in single:
         ds_config.COMPILE_FLOPS = {"cpu": 0.0, "cuda": 0.0}
     if single.get("broken") == "mean_of_means":
@@ -59,6 +61,8 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         loop.record_step = after_step(int(single["poison_at"]), poison)
     if "burst_at" in single:
         loop.record_step = after_step(int(single["burst_at"]), burst)
+    if "resave" in single:
+        loop.train_on = resave_into(out / single["resave"])
     if "scale_power" in single:
         ds_config._deepspeed = scaled(int(single["scale_power"]))
     undo = signal_in_phase(*single["signal_at"].split(".")) if "signal_at" in single else lambda: None
@@ -74,6 +78,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         session.run(recipe, options, task(recipe, recipe_path.stem, recipe_path.parent / "data"))
     finally:
         undo()
+        loop.train_on = train_on
         (
             engine.Engine._sum_over_ranks,
             loop.record_step,
@@ -144,6 +149,19 @@ def poison(run: loop.Run) -> None:
     """NaN in the last rank's copy of a weight."""
     if run.engine.control.rank == run.engine.control.world_size - 1:
         run.engine.deepspeed.module.model.norm.weight.data[0] = float("nan")
+
+
+def resave_into(folder: Path) -> Callable[[loop.Run], None]:
+    """Instead of training: save what was loaded into another folder, as it is."""
+
+    def train_on(run: loop.Run) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "env.json").write_text((run.folder / "env.json").read_text())
+        run.saver._run = folder
+        run.saver.begin(run.state, is_best=False)
+        assert run.saver.finish() == []
+
+    return train_on
 
 
 def burst(run: loop.Run) -> None:

@@ -1,7 +1,7 @@
 """What only a GPU can show: numerics against fp32 first, then speed and memory beside what was promised.
 
     every case: its model in fp32, eager --> the same in the case's precision, compiled: loss, direction of the gradient
-                one that differs --> nothing is timed, exit code 1
+                one that differs --> nothing is timed, exit code 2
     every case: micro-batches tried --> the best, ROUNDS times (benchmarks/train.py) --> OUT/result.json and a table
 
 python benchmarks/gpu.py [--cases NAME...] [--rounds 3] [--rehearse]

@@ -46,7 +46,7 @@ def wait_for(interrupt: Interrupt, wish: Wish) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_raised_by_the_next_answer(number: signal.Signals) -> None:
-    """Oracle: no exception where the signal arrives, Stopped at the vote behind it; the old handlers come back."""
+    """Oracle: no exception where the signal arrives, Stopped at the vote behind it; afterwards signals are ignored."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     with Interrupt(control(), grace_s=60) as interrupt:
         interrupt.vote()()

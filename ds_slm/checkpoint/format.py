@@ -57,7 +57,7 @@ WRITE_POINTS = (
     "begun", MODEL, f"{MODEL}-synced", "optimizer-exp_avg.safetensors", "optimizer-exp_avg_sq.safetensors-synced",
     "state", "manifest", "manifest-synced", "old-moved", "renamed", "latest", "best", "retained",
 )  # fmt: skip
-"""Where a writer can be killed between two changes of what lies on disk (see `die_at`)."""
+"""Where tests kill a writer; `die_at` has four more, after other tensor files and their fsyncs."""
 
 
 class Writer:

@@ -239,7 +239,7 @@ def _launch(
     sign, before = run_folder / "stopped.json", _content(run_folder / "stopped.json")
     code = launch.run(command, launch.environment(os.environ, cpu_ranks))
     if code and _content(sign) not in (None, before):
-        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher knows only 0 and 1
+        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
     if code == 0 and hostfile is None and args.max_steps is None and not (run_folder / "done.json").is_file():
         raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
     raise typer.Exit(code)

@@ -60,11 +60,6 @@ def tell_stopped(run: Path, step: int) -> None:
     write_json(run / STOPPED, {"step": step, "generation": generation(run)})
 
 
-def stopped(run: Path) -> dict[str, Any]:
-    """What a run left that a signal ended, and that was not launched again."""
-    return _read(run / STOPPED)
-
-
 def generation(run: Path) -> int:
     """Number of launches that wrote into this folder."""
     return _read(run / "env.json").get("generation", 0)

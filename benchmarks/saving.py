@@ -1,6 +1,6 @@
-"""How long a save keeps training waiting, beside one optimiser step; and how long the save itself takes behind it.
+"""How long a save keeps training waiting, beside one optimiser step; and what it costs a step that it runs behind.
 
-    a model in the recipe's shape, one short row --> forward, backward, step (timed) --> save begun (timed) --> finished
+    a model in the recipe's shape, one short row --> a step alone (timed) --> save begun (timed) --> a step beside it
 
 deepspeed --num_accelerators 2 benchmarks/saving.py [--recipe axiom-380m] [--rounds 3]
 python benchmarks/saving.py                                       one process, all threads
@@ -63,24 +63,29 @@ def main() -> int:
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     rng = np.random.default_rng(rank)
     rows = Rows(rng.integers(0, recipe.model.vocab_size, (1, SEQ_LEN + 1)), np.ones((1, SEQ_LEN), dtype=np.float32))
-    steps_s, waits_s, saves_s = [], [], []
+    optimiser_s, alone_s, waits_s, beside_s, saves_s = [], [], [], [], []
     with Interrupt(control, grace_s=60) as interrupt:
         engine = engines.Engine(recipe, joined, model, control, interrupt)
         saver = Saver(engine, args.out, [0], {}, lambda line: None)
         for step in range(1, args.rounds + 2):  # the first makes the optimiser's state
-            engine.forward_backward([rows])
-            steps_s.append(timed(lambda: engine.step(1e-4)))
+            passes_s = timed(lambda: engine.forward_backward([rows]))
+            optimiser_s.append(timed(lambda: engine.step(1e-4)))
+            alone_s.append(passes_s + optimiser_s[-1])
             begin_s = time.perf_counter()
             waits_s.append(timed(lambda step=step: saver.begin(State(step=step), is_best=False)))
+            passes_s = timed(lambda: engine.forward_backward([rows]))
+            beside_s.append(passes_s + timed(lambda: engine.step(1e-4)))
             if problems := saver.finish():
                 raise DataError(problems)
             saves_s.append(time.perf_counter() - begin_s)
     if rank == 0:
-        step_s, wait_s, save_s = (statistics.median(times[1:]) for times in (steps_s, waits_s, saves_s))
+        measured = optimiser_s, alone_s, waits_s, beside_s, saves_s
+        step_s, whole_s, wait_s, with_save_s, save_s = (statistics.median(times[1:]) for times in measured)
         print(
-            f"{args.recipe}, {world_size} ranks, {recipe.optimizer.name}: optimiser step {step_s:.2f} s; a save keeps "
-            f"training waiting {wait_s:.2f} s ({wait_s / step_s:.2f} x) and is durable after {save_s:.1f} s "
-            f"(medians of {args.rounds})"
+            f"{args.recipe}, {world_size} ranks, {recipe.optimizer.name}, medians of {args.rounds}: optimiser step "
+            f"{step_s:.2f} s; a save keeps training waiting {wait_s:.2f} s ({wait_s / step_s:.2f} x) and is durable "
+            f"after {save_s:.1f} s; a step of {SEQ_LEN} tokens a rank takes {with_save_s:.2f} s beside it, "
+            f"{whole_s:.2f} s alone"
         )
         shutil.rmtree(args.out)
     engines.disconnect()

@@ -88,6 +88,10 @@ def write_recipe(folder: Path, name: str = "tiny", text: str = TINY) -> Path:
     return recipe
 
 
+SHORT_EPOCH = 17
+"""Documents of a corpus whose first epoch ends within the tiny recipe's step 7, and the second within step 13."""
+
+
 def hide_change(shard: Path) -> None:
     """Let a shard pass for one that was found right as it is: bits that change by themselves leave no trace."""
     path = shard.parents[1] / shards.STAMPS

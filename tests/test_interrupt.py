@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, Stopped
-from ds_slm.train.interrupt import Interrupt, Wish
+from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, Stopped, Superseded
+from ds_slm.train.interrupt import SIGNALS, Interrupt, Wish
 
 PROGRAM = """
 import os, signal, sys, time
@@ -36,6 +37,15 @@ def control() -> Any:
     return Alone()
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """What a run that stopped leaves ignored is heard again."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def wait_for(interrupt: Interrupt, wish: Wish) -> None:
     """Until the listening thread has noted it."""
     deadline = time.monotonic() + 10
@@ -47,7 +57,6 @@ def wait_for(interrupt: Interrupt, wish: Wish) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_raised_by_the_next_answer(number: signal.Signals) -> None:
     """Oracle: no exception where the signal arrives, Stopped at the vote behind it; afterwards signals are ignored."""
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     with Interrupt(control(), grace_s=60) as interrupt:
         interrupt.vote()()
         os.kill(os.getpid(), number)
@@ -56,22 +65,16 @@ def test_a_stop_is_raised_by_the_next_answer(number: signal.Signals) -> None:
         with pytest.raises(Stopped):
             interrupt.vote()()
     assert signal.getsignal(number) == signal.SIG_IGN  # the launcher may tell us again
-    for known, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
-        signal.signal(known, handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_run_that_ends_by_itself_needs_no_grace() -> None:
     """Oracle: this process is alive long after the grace: the wish came when there was nothing left to stop."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with Interrupt(control(), grace_s=0.05) as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(interrupt, Wish.STOP)
-    for number, handler in before.items():
-        signal.signal(number, handler)
     assert interrupt._watchdog is not None
     interrupt._watchdog.join(10)
-    assert interrupt._watchdog.finished.is_set()
+    assert not interrupt._watchdog.is_alive()
 
 
 def test_a_stop_that_others_wanted_starts_the_time_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +94,32 @@ def test_a_stop_that_others_wanted_starts_the_time_here(monkeypatch: pytest.Monk
     with pytest.raises(Stopped):
         interrupt.vote()()
     assert interrupt._watchdog is not None
-    interrupt._watchdog.cancel()
+    interrupt._ended.set()
+
+
+def test_giving_way_is_stronger_than_stopping() -> None:
+    """Oracle: Superseded, which saves nothing, though a signal asks for the end, too."""
+    with Interrupt(control(), grace_s=60) as interrupt:
+        interrupt.give_way()
+        interrupt._note(Wish.STOP)
+        with pytest.raises(Superseded):
+            interrupt.vote()()
+    assert interrupt._watchdog is not None
+    interrupt._ended.set()
+
+
+def test_compilers_may_fail_once_a_signal_came() -> None:
+    """Oracle: torch's own switch, off before a stop and after it is over, on in between; not for SIGUSR1."""
+    from torch._dynamo import config
+
+    with Interrupt(control(), grace_s=60) as interrupt:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(interrupt, Wish.SAVE)
+        assert not config.suppress_errors
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(interrupt, Wish.STOP)
+        assert config.suppress_errors
+    assert not config.suppress_errors
 
 
 def test_a_wish_to_save_lasts_until_it_is_done() -> None:

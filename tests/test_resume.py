@@ -1,7 +1,7 @@
 """A run that was killed and resumed is the run that was not: through the real `deepspeed` command, on two ranks.
 
 Three launches train all cases: without interruption; stopped, and the last case killed with SIGKILL; resumed. The
-oracle is the uninterrupted run, bit for bit.
+oracle is the uninterrupted run, bit for bit. An epoch ends within the step at which they stop, and later ones follow.
 """
 
 import json
@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data import shards
+from ds_slm.data.rows import PretrainRows
+from ds_slm.recipe import schema
 from tests import runs
 
 PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
@@ -31,6 +34,7 @@ SHARED = (f"set=train.steps={STEPS}", f"set=run.save_every_steps={SAVE_EVERY}", 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds `whole`, the uninterrupted runs, and `resumed`."""
     folder = tmp_path_factory.mktemp("resume")
+    runs.write_corpus(folder / "corpus.jsonl", documents=runs.SHORT_EPOCH)
     recipe = runs.write_recipe(folder)
 
     def launch(out: str, **extra: str) -> int:
@@ -64,6 +68,15 @@ def test_resuming_is_bit_exact(folder: Path, name: str) -> None:
         file: content for file, content in files[1].items() if file.endswith(".safetensors")
     }
     assert ("optimizer-absmax.safetensors" in files[0]) == name.endswith("8bit")
+
+
+def test_an_epoch_ends_where_they_stop(folder: Path) -> None:
+    """Oracle: the order of rows itself; the killed case takes this step twice, the others go on right behind it."""
+    recipe = schema.load(str(folder / "tiny.toml"))
+    rows = PretrainRows(recipe, shards.open_prepared(recipe, "tiny", folder / "data"))
+    epochs = [{row.epoch for row in rows.row_ids(step * recipe.rows_per_step)} for step in range(STEPS)]
+    assert epochs[STOP_AT - 2 : STOP_AT + 1] == [{0}, {0, 1}, {1}]
+    assert max(epochs[-1]) > 2
 
 
 @pytest.mark.parametrize("name", CASES)

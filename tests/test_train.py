@@ -130,6 +130,19 @@ def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
     assert [(record["step"], record["loss"]) for record in runs.records(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_an_older_launch_records_nothing(tmp_path: Path) -> None:
+    """A newer launch has its number in env.json: the older one's records stay out, the newer one's go in."""
+    with (tmp_path / "terminal.txt").open("w") as terminal:
+        reports = []
+        for generation in (1, 2):
+            (tmp_path / "env.json").write_text(json.dumps({"generation": generation}))
+            reports.append(Report(tmp_path, terminal, active=True, total_steps=3))
+        for number, report in enumerate(reports, start=1):
+            report.record("train", number, {"loss": float(number), "tokens_per_s": 1.0, "step_s": 1.0})
+            report.close()
+    assert [record["loss"] for record in runs.records(tmp_path)] == [2.0]
+
+
 def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema.Recipe) -> None:
     """What may change does, and is written down with the launch's number."""
     (tmp_path / "tokenizer").mkdir()

@@ -8,14 +8,14 @@ code 2.
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ds_slm.errors import EXIT_STOPPED, CheckpointError, ConfigError, DataError, TrainingError, run_program
+from ds_slm.cli.output import print_json, report_to
+from ds_slm.errors import EXIT_STOPPED, ConfigError, DataError, TrainingError, run_program
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -69,7 +69,7 @@ def recipes(as_json: AsJson = False) -> None:
             }
         )
     if as_json:
-        _print_json({"recipes": rows})
+        print_json({"recipes": rows})
     else:
         tables.show_recipes(rows)
 
@@ -111,7 +111,7 @@ def plan_recipe(
         world_size = host_count * (gpus_per_node or 1)
     found = plan.plan(recipe, name, ds_configs.read(ds_config), world_size, host_count, network)
     if as_json:
-        _print_json({**asdict(found), "memory": {**asdict(found.memory), "device_bytes": found.memory.device_bytes}})
+        print_json({**asdict(found), "memory": {**asdict(found.memory), "device_bytes": found.memory.device_bytes}})
     else:
         tables.show_plan(found)
 
@@ -142,9 +142,9 @@ def prepare(
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
         shards.verify(prepared)
-        _report_to(as_json)("every byte of every shard is as its manifest says")
+        report_to(as_json)("every byte of every shard is as its manifest says")
     else:
-        prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, _report_to(as_json))
+        prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, report_to(as_json))
     summary = {
         "folder": str(prepared.folder),
         "train_tokens": prepared.train_tokens,
@@ -155,7 +155,7 @@ def prepare(
         "verified": verify,
     }
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         print(
             "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}".format(**summary)
@@ -224,6 +224,7 @@ def _launch(
     """Run a training program under DeepSpeed, and end with its exit code."""
     from ds_slm.cluster import launch
     from ds_slm.recipe import schema
+    from ds_slm.train.run_folder import STOPPED
 
     args = _flags(parser, name, arguments)
     schema.load(name, args.set)
@@ -236,7 +237,8 @@ def _launch(
             cpu_ranks = devices = devices or 1
     command = launch.command(script, ["--recipe", name, *scripts], hostfile, devices, launchers)
     run_folder = args.run_dir or Path("runs") / schema.recipe_path(name).stem
-    sign, before = run_folder / "stopped.json", _content(run_folder / "stopped.json")
+    sign = run_folder / STOPPED
+    before = _content(sign)
     code = launch.run(command, launch.environment(os.environ, cpu_ranks))
     if code and _content(sign) not in (None, before):
         raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
@@ -297,69 +299,19 @@ def verify_run(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every checkpoint: whole or not, and why. With --rows or --against: the ledger of rows."""
+    """Every checkpoint: whole or not, and why. With a flag: the ledger of rows, a bad step, or resuming itself."""
+    from ds_slm.cli import verify
+
     if context.args and not resume:
         raise ConfigError(f"unknown: {' '.join(context.args)}; only --resume takes the training program's flags.")
     if resume:
-        _prove_resume(run_folder, context.args)
-        return
-    if replay is not None:
-        from ds_slm.train import bad_steps
-
-        for line in bad_steps.replay(run_folder, replay):
-            print(line)
-        return
-    if rows or against:
-        _verify_rows(run_folder, against, as_json)
-        return
-    from ds_slm.checkpoint import format as checkpoint_format
-
-    folders = [checkpoint_format.folder_of_step(run_folder, step) for step in checkpoint_format.steps(run_folder)]
-    if not folders:
-        raise CheckpointError(f"{run_folder} holds no checkpoint: name the folder of a run that has saved one.")
-    found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
-    if as_json:
-        _print_json({"checkpoints": found})
+        verify.resuming(run_folder, context.args, as_json)
+    elif replay is not None:
+        verify.bad_step(run_folder, replay, as_json)
+    elif rows or against:
+        verify.rows(run_folder, against, as_json)
     else:
-        print("\n".join(f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()))
-    if damaged := [name for name, problems in found.items() if problems]:
-        raise CheckpointError(f"{run_folder}: {', '.join(damaged)} damaged; resuming and exporting pass over these.")
-
-
-def _prove_resume(run_folder: Path, flags: list[str]) -> None:
-    from ds_slm.cluster.prove_resume import prove
-
-    scratch = run_folder.with_name(f"{run_folder.name}.verify-resume")
-    problems = prove(run_folder, flags, scratch, _report_to(as_json=False))
-    if problems:
-        raise CheckpointError([f"{run_folder}: a killed and resumed run is another one ({scratch}):", *problems])
-    print("killed and resumed is the same run: losses, gradient norms, rows and every tensor, bit for bit")
-    shutil.rmtree(scratch)
-
-
-def _verify_rows(run_folder: Path, against: Path | None, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from ds_slm.train import ledger
-
-    ours = ledger.read(run_folder)
-    if against is None:
-        if as_json:
-            _print_json({"ledger": ours})
-        else:
-            print("\n".join(f"{step} {link}" for step, link in ours.items()))
-        return
-    compared = ledger.compare(ours, ledger.read(against))
-    if as_json:
-        _print_json(asdict(compared))
-    if compared.differ_at_step is not None:
-        raise DataError(
-            f"{run_folder} and {against} drew the same rows up to step {compared.same_until_step} and others by step "
-            f"{compared.differ_at_step}: compare their recipe.toml and the data_sha256 in their env.json (other data "
-            "give other ledgers from the first step on)."
-        )
-    if not as_json:
-        print(f"{run_folder} and {against} drew the same rows in the same order up to step {compared.same_until_step}")
+        verify.checkpoints(run_folder, as_json)
 
 
 @app.command()
@@ -377,19 +329,6 @@ def export(
         raise ConfigError("--step and --best name two checkpoints: choose one.")
     exported = export_run(run_folder, out, step=step, best=best)
     if as_json:
-        _print_json(exported)
+        print_json(exported)
     else:
         print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
-
-
-def _report_to(as_json: bool) -> Any:
-    """Where progress is told: stdout belongs to the JSON object where there is one."""
-    return (
-        (lambda line: print(line, file=sys.stderr, flush=True)) if as_json else (lambda line: print(line, flush=True))
-    )
-
-
-def _print_json(content: Any) -> None:
-    import json
-
-    print(json.dumps(content, indent=2, default=str))

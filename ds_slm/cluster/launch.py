@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -80,8 +81,10 @@ def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str
     return found
 
 
-def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
+def run(command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | None = None) -> int:
     """Run a launch to its end; returns its exit code, 1 where a signal ended it.
+
+    What it prints goes to `stdout`, or where this process's own output goes.
 
     SIGTERM goes on to the launch. Of SIGINT a terminal tells every process itself.
 
@@ -92,7 +95,7 @@ def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
     if program is None:
         raise ConfigError(f"there is no {command[0]!r} on the PATH: install the project with `make setup`.")
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    child = subprocess.Popen([program, *command[1:]], env=environ)
+    child = subprocess.Popen([program, *command[1:]], env=environ, stdout=stdout)
     told: list[psutil.Process] = []
     try:
         signal.signal(signal.SIGINT, lambda *_: told.extend(_launch_of(child.pid)))

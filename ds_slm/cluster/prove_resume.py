@@ -10,6 +10,7 @@ RUN itself is only read.
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         arguments = [*shared, "--run-dir", str(scratch / name), "--resume", resume]
         command = launch.command(script, arguments, devices=ranks, launcher=["--quiet"])
         cpu_ranks = ranks if facts["backend"] == "gloo" else None
-        return launch.run(command, {**launch.environment(os.environ, cpu_ranks), **environment})
+        environ = {**launch.environment(os.environ, cpu_ranks), **environment}
+        return launch.run(command, environ, stdout=sys.stderr)  # stdout is the proof's own
 
     say(f"{STEPS} steps without interruption, {ranks} ranks")
     if train("whole"):

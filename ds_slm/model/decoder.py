@@ -258,6 +258,10 @@ class Decoder(nn.Module):
 
         Blocks share one graph. Batches should keep their shape: each new one is compiled anew, for seconds to minutes.
         """
+        from torch._functorch import config
+
+        # both passes at the first forward, where one whose compiler was ended can still run eagerly
+        config.force_non_lazy_backward_lowering = True
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.compiled = True

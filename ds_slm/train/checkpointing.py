@@ -19,8 +19,6 @@ from ds_slm.train import zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.engine import Engine
 
-ABSMAX = "optimizer-absmax.safetensors"
-
 
 @dataclass(frozen=True)
 class State:
@@ -115,8 +113,8 @@ def load(engine: Engine, found: Found) -> State:
 
 def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> dict[str, Tensor]:
     control, own = engine.control, {}
-    if checkpoint and (checkpoint / ABSMAX).is_file():
-        with checkpoint_format.open_tensors(checkpoint / ABSMAX) as stored:
+    if checkpoint and (checkpoint / checkpoint_format.ABSMAX).is_file():
+        with checkpoint_format.open_tensors(checkpoint / checkpoint_format.ABSMAX) as stored:
             own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
     sizes = control.broadcast({name: note.numel() for name, note in own.items()}, source)
     return {

@@ -2,7 +2,9 @@
 
     signal --wakeup pipe--> a thread notes the wish, and from the first stop on counts the seconds of grace
     each micro-batch: every rank's wish --the largest, over gloo, behind the backward pass--> STOP: Stopped is raised
+    a newer launch writes into the run folder --a wish, too, and the largest--> Superseded is raised
     no more grace --> this process ends: with 75 where the last applied step is saved, else with 1
+    a compiler that runs then --> is ended: what it leaves undone runs eagerly, so that the vote comes in time
 
 The pipe is written in C, so a wish is noted also while Python waits for a compiler or a kernel. Further signals change
 nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a SIGTERM.
@@ -10,11 +12,13 @@ nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left.
 Known gap: a wish that comes during the backward pass counts from the next micro-batch on.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from types import TracebackType
@@ -24,20 +28,23 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, Stopped
+from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, Stopped, Superseded
 from ds_slm.train.control import Control
 
 PR_SET_PDEATHSIG = 1
 """From Linux's prctl.h."""
+LOOK_EVERY_S = 0.1
+"""So often a rank that is to stop looks for compilers that keep it from stopping."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Wish(IntEnum):
-    """What a signal asks for; of several ranks' wishes the largest counts."""
+    """What a rank asks for; of several ranks' wishes the largest counts."""
 
     NOTHING = 0
     SAVE = 1
     STOP = 2
+    GIVE_WAY = 3
 
 
 class Interrupt:
@@ -46,7 +53,8 @@ class Interrupt:
     def __init__(self, control: Control, grace_s: float) -> None:
         self._control, self._grace_s = control, grace_s
         self._wish, self._lock = Wish.NOTHING, threading.Lock()
-        self._watchdog: threading.Timer | None = None
+        self._watchdog: threading.Thread | None = None
+        self._ended = threading.Event()
         self.sign_off: Callable[[], bool] = lambda: False
         """Whether a whole checkpoint of the last applied step lies on disk; leaves the sign of it, too."""
         self.save_wanted = False
@@ -56,7 +64,7 @@ class Interrupt:
         self._terminal = os.dup(2)  # what is printed later goes to a log
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, _expect_dead_compilers) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         _stop_with_launcher()
@@ -66,27 +74,37 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        stopping = self._wish == Wish.STOP
+        stopping = self._wish >= Wish.STOP
+        _let_compiling_fail(False)
         for number, handler in self._handlers.items():
             # a stopped rank waits for the others, and may be told once more meanwhile
             signal.signal(number, signal.SIG_IGN if stopping else handler)
         os.close(self._writer)
-        if self._watchdog and not isinstance(error, Stopped):  # the run came to its end before the wish counted
-            self._watchdog.cancel()
+        if not isinstance(error, Stopped):  # the run came to its end before the wish counted
+            self._ended.set()
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1):
-            self._note(Wish.SAVE if number[0] == signal.SIGUSR1 else Wish.STOP)
+            wish = Wish.SAVE if number[0] == signal.SIGUSR1 else Wish.STOP
+            if wish == Wish.STOP and self._wish < Wish.STOP:
+                _tell_siblings()
+            self._note(wish)
         os.close(self._reader)
 
     def _note(self, wish: Wish) -> None:
         """Remember a wish; from the first stop on the time runs."""
         with self._lock:
             if wish == Wish.STOP and self._watchdog is None:
-                self._watchdog = threading.Timer(self._grace_s, self._give_up)
-                self._watchdog.daemon = True
+                self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
                 self._watchdog.start()
             self._wish = max(self._wish, wish)
+
+    def _watch(self) -> None:
+        deadline_s = time.monotonic() + self._grace_s
+        while not self._ended.wait(min(LOOK_EVERY_S, max(deadline_s - time.monotonic(), 0))):
+            _end_compilers()
+            if time.monotonic() >= deadline_s:
+                self._give_up()
 
     def _give_up(self) -> None:
         saved = self.sign_off()
@@ -98,7 +116,7 @@ class Interrupt:
     def vote(self) -> Callable[[], None]:
         """Begin to ask all ranks for their wish. Collective, and so is the answer: a function to be called later.
 
-        It raises Stopped, on all ranks, where any wants to stop.
+        It raises Stopped or Superseded, on all ranks, where any wants to stop or to give way.
         """
         wishes = torch.tensor([int(self._wish)])
         pending: Any = None
@@ -108,12 +126,18 @@ class Interrupt:
         def answer() -> None:
             if pending is not None:
                 pending.wait()
+            if int(wishes) == Wish.GIVE_WAY:
+                raise Superseded
             if int(wishes) == Wish.STOP:
                 self._note(Wish.STOP)  # on the ranks that no signal came to, too
                 raise Stopped
             self.save_wanted |= int(wishes) == Wish.SAVE
 
         return answer
+
+    def give_way(self) -> None:
+        """Wish that all ranks leave the run folder to a newer launch."""
+        self._note(Wish.GIVE_WAY)
 
     def saved(self) -> None:
         """What was wanted is done."""
@@ -123,8 +147,42 @@ class Interrupt:
                 self._wish = Wish.NOTHING
 
 
+def _expect_dead_compilers(number: int, frame: Any) -> None:
+    """Python's handler, in the main thread: torch's switches are each thread's own."""
+    if number != signal.SIGUSR1:
+        _let_compiling_fail(True)
+
+
+def _let_compiling_fail(may: bool) -> None:
+    dynamo = sys.modules.get("torch._dynamo")  # not there where nothing was compiled
+    if dynamo:
+        dynamo.config.suppress_errors = may
+
+
+def _end_compilers() -> None:
+    """End what this process started and what is no Python: compilers, and what they call."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not child.name().startswith("python"):
+                child.terminate()
+
+
+def _launcher() -> psutil.Process | None:
+    """DeepSpeed's launcher on this host, where it started this process."""
+    parent = psutil.Process().parent()
+    return parent if parent and "deepspeed.launcher.launch" in parent.cmdline() else None
+
+
+def _tell_siblings() -> None:
+    """The launcher tells its ranks one after another and waits for each: one that compiles would keep it waiting."""
+    launcher, own = _launcher(), os.getpid()
+    for sibling in launcher.children() if launcher else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if sibling.pid != own:
+                sibling.terminate()
+
+
 def _stop_with_launcher() -> None:
     """Ask the kernel for a SIGTERM when DeepSpeed's launcher dies: ranks alone would train on, unseen."""
-    parent = psutil.Process().parent()
-    if sys.platform == "linux" and parent and "deepspeed.launcher.launch" in parent.cmdline():
+    if sys.platform == "linux" and _launcher():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -18,7 +18,7 @@ from torch import nn
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.order import RowId, extend_ledger
 from ds_slm.data.rows import Rows, Split, share
-from ds_slm.errors import DataError, Stopped, TrainingError
+from ds_slm.errors import SUPERSEDED, DataError, Stopped, Superseded, TrainingError
 from ds_slm.files import write_json
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
@@ -29,7 +29,7 @@ from ds_slm.train.engine import Engine, Sums
 from ds_slm.train.measure import StepClock, peak_memory_bytes
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report
-from ds_slm.train.saving import SUPERSEDED, Saver
+from ds_slm.train.saving import Saver
 
 
 class RowSource(Protocol):
@@ -105,7 +105,8 @@ class Run:
 def train(run: Run) -> None:
     """Train until the recipe's last step, or `stop_at_step`.
 
-    Raises Stopped where a signal ended it, once the last applied step is saved.
+    Raises Stopped where a signal ended it, once the last applied step is saved, and Superseded where a newer launch
+    writes into the run folder.
     """
     try:
         train_on(run)
@@ -157,6 +158,8 @@ def leave(run: Run) -> None:
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
+    if run.saver.superseded:
+        engine.interrupt.give_way()
     begin, rows = draw(run, state.position)
     row_ids = list(rows.values())
     micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
@@ -225,7 +228,7 @@ def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
     settle(run)
     step = run.state.step + 1
     weights = run.saver.weights()
-    if weights is not None:
+    if weights is not None and not run.saver.superseded:
         described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.items()]
         what = {"step": step, "why": why, "rows": described}
         bad_steps.dump(bad_steps.folder_of(run.folder, step), run.rows.read(list(rows.values())), weights, what)
@@ -303,7 +306,7 @@ def settle(run: Run) -> None:
     """Wait for the save in flight; one that failed counts as never begun."""
     problems = run.saver.finish()
     if any(SUPERSEDED in one for one in problems):
-        raise TrainingError(f"{'; '.join(problems)}: this one ends, and leaves the folder alone.")
+        raise Superseded
     if problems:
         loss, step = run.best_on_disk
         run.saved, run.state = None, replace(run.state, best_val_loss=loss, best_step=step)
@@ -318,7 +321,7 @@ def finish(run: Run) -> None:
     leave(run)
     values = held_out(run, limit=None)
     run.report.record("eval", run.state.step, values)
-    if not run.saver.writes:
+    if not run.saver.writes or run.saver.superseded:
         return
     checkpoint = checkpoint_format.folder_of_step(run.folder, run.state.step)
     done = {

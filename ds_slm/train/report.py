@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ds_slm.files import replace_text
+from ds_slm.train import run_folder
 
 TAGS = {
     "train": {
@@ -79,6 +80,7 @@ class Report:
 
     def __init__(self, folder: Path, terminal: TextIO, active: bool, total_steps: int, first_step: int = 0) -> None:
         self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
+        self._generation = run_folder.generation(folder)
         self._lost_records = False
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
         if not active:
@@ -130,7 +132,7 @@ class Report:
         """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
         if not self.active:
             return
-        if log:
+        if log and run_folder.generation(self.folder) == self._generation:  # else a newer launch writes here
             with self._disk():
                 self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
                 for field, tag in TAGS[kind].items():

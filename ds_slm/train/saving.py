@@ -22,13 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.errors import SUPERSEDED
 from ds_slm.train import run_folder, zero_state
-from ds_slm.train.checkpointing import ABSMAX, State, file_of_kind, scaler_state
+from ds_slm.train.checkpointing import State, file_of_kind, scaler_state
 from ds_slm.train.control import Control
 from ds_slm.train.engine import Engine
 from ds_slm.train.zero_state import Snapshot
-
-SUPERSEDED = "a newer launch writes into"
 
 
 class Saver:
@@ -50,6 +49,11 @@ class Saver:
     def writes(self) -> bool:
         """Whether this rank keeps checkpoints."""
         return self._control.rank in self._writers
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer launch writes into this host's run folder."""
+        return self.writes and run_folder.generation(self._run) != self._generation
 
     def begin(self, state: State, is_best: bool) -> None:
         """Copy this rank's part, and write it behind the caller's back. Wait for the one before with `finish`."""
@@ -74,7 +78,7 @@ class Saver:
 
     def sign_off(self, step: int) -> None:
         """Leave a sign that a signal ended the run with a whole checkpoint: exit codes do not outlive the launcher."""
-        if self.writes:
+        if self.writes and not self.superseded:
             run_folder.tell_stopped(self._run, step)
 
     def set_pointers(self, state: State) -> None:
@@ -110,7 +114,7 @@ class Saver:
         if writer is None:
             return None
         if notes:
-            writer.add(ABSMAX, notes)
+            writer.add(checkpoint_format.ABSMAX, notes)
         settings = self._engine.recipe.run
         content = {**content, "optimizer_steps": own.optimizer_steps, "topology": own.topology}
         problem = writer.end(content)
@@ -154,7 +158,7 @@ class _Attempt:
         def commit() -> None:
             assert self._writer is not None
             if run_folder.generation(self._run) != self._generation:
-                raise OSError(f"{SUPERSEDED} {self._run}")
+                raise OSError(SUPERSEDED)
             self._writer.commit(content)
 
         self._try(commit)

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ RECIPE = (
     .replace("save_every_steps = 10", f"save_every_steps = {SAVE_EVERY}")
     .replace("eval_every_steps = 10", "eval_every_steps = 6")
 )
-"""8-bit states in bf16, saved at every third step, evaluated at every sixth; 3 rows a rank and a filler every step."""
+"""8-bit states in bf16; saved at every third step, evaluated at every sixth; four epochs end; a filler row a step."""
 
 
 def command(folder: Path, name: str, *flags: object) -> list[str]:
@@ -37,6 +38,7 @@ def launch(folder: Path, name: str, *flags: object, **environment: str) -> subpr
 
 def begin(folder: Path) -> None:
     """The recipe, and `whole`: the run nobody disturbs."""
+    runs.write_corpus(folder / "corpus.jsonl", documents=runs.SHORT_EPOCH)
     runs.write_recipe(folder, text=RECIPE)
     done = launch(folder, "whole")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,9 +81,7 @@ def kill(folder: Path, name: str, who: str, after_s: float, begun: str = "metric
         command(folder, name), cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as runner:
         sign = folder / name / begun
-        deadline = time.monotonic() + 90
-        while not (sign.is_file() and sign.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: sign.is_file() and sign.stat().st_size)
         time.sleep(after_s)
         assert not (folder / name / "done.json").exists(), "it was finished before it was killed"
         try:
@@ -97,6 +97,29 @@ def kill(folder: Path, name: str, who: str, after_s: float, begun: str = "metric
         runner.wait(timeout=90)
         psutil.wait_procs(everyone, timeout=90)
         assert not [one for one in everyone if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def below(pid: int, word: str) -> list[psutil.Process]:
+    """The processes below one whose command line holds a word."""
+
+    def has_word(process: psutil.Process) -> bool:
+        try:
+            return any(word in part for part in process.cmdline())
+        except psutil.NoSuchProcess:
+            return False
+
+    try:
+        return [one for one in psutil.Process(pid).children(recursive=True) if has_word(one)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for(sign: Callable[[], object], timeout_s: float = 90) -> None:
+    """Until a sign is true, looked at a hundred times a second."""
+    deadline = time.monotonic() + timeout_s
+    while not (seen := sign()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seen
 
 
 def _is_rank(process: psutil.Process) -> bool:

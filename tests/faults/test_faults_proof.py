@@ -23,13 +23,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_shown_to_be_the_same(folder: Path) -> None:
-    """Oracle: exit code 0 and the sentence; the run itself is as it was, and nothing is left."""
+    """Oracle: exit code 0, and one object alone on stdout; the run itself is as it was, and nothing is left."""
     before = sorted(path.name for path in folder.rglob("*") if "data" not in path.parts)
     flags = ["--data-root", str(folder / "data"), "--micro-batch", "2"]
-    command = [str(runs.BIN / "ds-slm"), "verify", str(folder / "whole"), "--resume", *flags]
+    command = [str(runs.BIN / "ds-slm"), "verify", str(folder / "whole"), "--resume", "--json", *flags]
     shown = runs.run(command, cwd=folder, timeout_s=300)
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert "killed and resumed is the same run" in shown.stdout
+    assert json.loads(shown.stdout) == {"same": True, "differences": []}
     assert sorted(path.name for path in folder.rglob("*") if "data" not in path.parts) == before
 
 
@@ -71,3 +71,17 @@ def test_a_bad_step_is_dumped_replayed_and_skipped(folder: Path) -> None:
     assert changes[-1]["skipped_rows"] == [[28, 35], [35, 36]]
     state = json.loads((folder / "poisoned" / "checkpoints" / f"step-{matrix.STEPS:08d}" / "state.json").read_text())
     assert state["position"] == (matrix.STEPS + 1) * 7  # one step's rows were not drawn, the next step was shorter
+
+
+@pytest.mark.slow
+def test_an_older_launch_leaves_the_folder_alone(folder: Path) -> None:
+    """A newer launch's number appears while step 4 is recorded: all ranks end within step 5, and write nothing more."""
+    arguments = ["--recipe", folder / "tiny.toml", "--out", folder, "older:supersede_at=4"]
+    ended = runs.run(runs.deepspeed_command(2, *arguments, script=PROGRAM), cwd=folder, timeout_s=120)
+    assert ended.returncode == 1 and "a newer launch writes into this run folder" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [record["step"] for record in runs.records(folder / "older")] == [1, 2, 3, 4]
+    assert not (folder / "older" / "stopped.json").exists() and not (folder / "older" / "done.json").exists()
+    matrix.check_whole_or_absent(folder / "older", (3,))
+    assert matrix.checkpoint_format.steps(folder / "older") == [3]
+    matrix.check_same_end(folder, "older")

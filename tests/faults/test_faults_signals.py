@@ -4,6 +4,8 @@ The last rank gets the signal; the oracle is the run nobody disturbed.
 """
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,20 +68,41 @@ def test_sigusr1_saves_and_goes_on(folder: Path) -> None:
 @pytest.mark.slow
 def test_stopped_under_ds_slm_train(folder: Path) -> None:
     """Exit code 75, which DeepSpeed's launcher turns into 1; SIGTERM to `ds-slm` itself reaches the ranks."""
-    import signal
-    import subprocess
-    import time
-
     name = "ds-slm"
     flags = ["--run-dir", folder / name, "--data-root", folder / "data", "--micro-batch", "2", "--devices", "2"]
     flags += ["--set", "train.steps=100000", "--master_port", runs.free_port()]
     command = [runs.BIN / "ds-slm", "train", folder / "tiny.toml", *flags]
     with subprocess.Popen(list(map(str, command)), cwd=folder, env=runs.environment()) as process:
         records = folder / name / "metrics.jsonl"
-        deadline = time.monotonic() + 90
-        while not (records.is_file() and records.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        matrix.wait_for(lambda: records.is_file() and records.stat().st_size)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=90) == 75
     sign = json.loads((folder / name / "stopped.json").read_text())
     assert checkpoint_format.verify(checkpoint_format.folder_of_step(folder / name, sign["step"])) == []
+
+
+@pytest.mark.slow
+def test_stopped_while_compiling(folder: Path, tmp_path: Path) -> None:
+    """SIGTERM to DeepSpeed's launcher, which ends all below it, the C++ compiler of a rank too, with nothing trained.
+
+    Oracle: step 0 is saved all the same, the sign left, and the run that goes on from it is the one nobody disturbed.
+    """
+    name = "stopped-compiling"
+    config = tmp_path / "compiled.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}, "compile_blocks": True}))
+    environment = runs.environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cold"))
+    with subprocess.Popen(
+        matrix.command(folder, name, "--ds-config", config),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as runner:
+        matrix.wait_for(lambda: matrix.below(runner.pid, "cc1plus"))
+        matrix.below(runner.pid, "deepspeed.launcher.launch")[0].send_signal(signal.SIGTERM)
+        told, _ = runner.communicate(timeout=90)
+    sign = folder / name / "stopped.json"
+    assert sign.is_file() and json.loads(sign.read_text())["step"] == 0, told
+    matrix.check_whole_or_absent(folder / name, (0,))
+    matrix.check_same_end(folder, name)

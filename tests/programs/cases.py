@@ -4,14 +4,15 @@
 
 Keys: zero (stage, or the rest of a ds_configs file's name), max_steps, micro_batch, set (recipe override, repeatable as
 set=a.b=c), broken (a deliberate mistake to be found by the tests), kill_at (SIGKILL of this rank after that step),
-poison_at (the last rank's weights turn into NaN after that step), burst_at (its gradients become infinite), scale_power
-(fp16's first loss scale), compiled (blocks and loss, however short the run), signal_at (STEP.PHASE.NAME: the last rank
-gets that signal in that phase, the first time it comes up after that step), grace (seconds), resave (what was loaded is
-saved into that folder, and nothing trained).
+poison_at (the last rank's weights turn into NaN after that step), burst_at (its gradients become infinite),
+supersede_at (a newer launch takes the run folder), scale_power (fp16's first loss scale), compiled (blocks and loss,
+however short the run), signal_at (STEP.PHASE.NAME: the last rank gets that signal in that phase, the first time it
+comes up after that step), grace (seconds), resave (what was loaded is saved into that folder, and nothing trained).
 One launch costs many seconds of imports; a case costs few.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         loop.record_step = after_step(int(single["poison_at"]), poison)
     if "burst_at" in single:
         loop.record_step = after_step(int(single["burst_at"]), burst)
+    if "supersede_at" in single:
+        loop.record_step = after_step(int(single["supersede_at"]), supersede)
     if "resave" in single:
         loop.train_on = resave_into(out / single["resave"])
     if "scale_power" in single:
@@ -149,6 +152,13 @@ def poison(run: loop.Run) -> None:
     """NaN in the last rank's copy of a weight."""
     if run.engine.control.rank == run.engine.control.world_size - 1:
         run.engine.deepspeed.module.model.norm.weight.data[0] = float("nan")
+
+
+def supersede(run: loop.Run) -> None:
+    """What a newer launch writes first."""
+    if run.engine.control.rank == 0:
+        environment = json.loads((run.folder / "env.json").read_text())
+        (run.folder / "env.json").write_text(json.dumps({**environment, "generation": environment["generation"] + 1}))
 
 
 def resave_into(folder: Path) -> Callable[[loop.Run], None]:

@@ -1,0 +1,16 @@
+"""What every verb prints with: one JSON object on stdout, or text; progress beside it."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def report_to(as_json: bool) -> Callable[[str], None]:
+    """Where progress is told: stdout belongs to the JSON object where there is one."""
+    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def print_json(content: Any) -> None:
+    """The one object on stdout."""
+    print(json.dumps(content, indent=2, default=str))

@@ -1,0 +1,79 @@
+"""What `ds-slm verify RUN` looks at: its checkpoints, its ledger of rows, a bad step, or resuming itself.
+
+Each prints its answer, or with `as_json` one object, and raises what a user should know.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ds_slm.cli.output import print_json, report_to
+from ds_slm.errors import CheckpointError, DataError
+
+
+def checkpoints(run: Path, as_json: bool) -> None:
+    """Every checkpoint: whole or not, and why. Raises CheckpointError where there is none, or a damaged one."""
+    from ds_slm.checkpoint import format as checkpoint_format
+
+    folders = [checkpoint_format.folder_of_step(run, step) for step in checkpoint_format.steps(run)]
+    if not folders:
+        raise CheckpointError(f"{run} holds no checkpoint: name the folder of a run that has saved one.")
+    found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
+    if as_json:
+        print_json({"checkpoints": found})
+    else:
+        print("\n".join(f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()))
+    if damaged := [name for name, problems in found.items() if problems]:
+        raise CheckpointError(f"{run}: {', '.join(damaged)} damaged; resuming and exporting pass over these.")
+
+
+def resuming(run: Path, flags: Sequence[str], as_json: bool) -> None:
+    """Train a few steps, kill, resume, compare. Raises CheckpointError where the two runs differ."""
+    from ds_slm.cluster.prove_resume import prove
+
+    scratch = run.with_name(f"{run.name}.verify-resume")
+    problems = prove(run, flags, scratch, report_to(as_json))
+    if as_json:
+        print_json({"same": not problems, "differences": problems})
+    if problems:
+        raise CheckpointError([f"{run}: a killed and resumed run is another one ({scratch}):", *problems])
+    if not as_json:
+        print("killed and resumed is the same run: losses, gradient norms, rows and every tensor, bit for bit")
+    shutil.rmtree(scratch)
+
+
+def bad_step(run: Path, step: int, as_json: bool) -> None:
+    """Run a refused step's rows again, one by one. Raises CheckpointError where no such step was refused."""
+    from ds_slm.train import bad_steps
+
+    found = bad_steps.replay(run, step)
+    if as_json:
+        print_json({"step": step, "found": list(found)})
+    else:
+        for line in found:
+            print(line, flush=True)
+
+
+def rows(run: Path, against: Path | None, as_json: bool) -> None:
+    """The ledger of rows, or whether another run drew the same. Raises DataError where it did not."""
+    from ds_slm.train import ledger
+
+    ours = ledger.read(run)
+    if against is None:
+        if as_json:
+            print_json({"ledger": ours})
+        else:
+            print("\n".join(f"{step} {link}" for step, link in ours.items()))
+        return
+    compared = ledger.compare(ours, ledger.read(against))
+    if as_json:
+        print_json(asdict(compared))
+    if compared.differ_at_step is not None:
+        raise DataError(
+            f"{run} and {against} drew the same rows up to step {compared.same_until_step} and others by step "
+            f"{compared.differ_at_step}: compare their recipe.toml and the data_sha256 in their env.json (other data "
+            "give other ledgers from the first step on)."
+        )
+    if not as_json:
+        print(f"{run} and {against} drew the same rows in the same order up to step {compared.same_until_step}")

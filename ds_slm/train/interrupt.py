@@ -86,9 +86,10 @@ class Interrupt:
     def _listen(self) -> None:
         while number := os.read(self._reader, 1):
             wish = Wish.SAVE if number[0] == signal.SIGUSR1 else Wish.STOP
-            if wish == Wish.STOP and self._wish < Wish.STOP:
-                _tell_siblings()
+            is_first_stop = wish == Wish.STOP > self._wish
             self._note(wish)
+            if is_first_stop:
+                _tell_siblings()
         os.close(self._reader)
 
     def _note(self, wish: Wish) -> None:
@@ -161,24 +162,27 @@ def _let_compiling_fail(may: bool) -> None:
 
 def _end_compilers() -> None:
     """End what this process started and what is no Python: compilers, and what they call."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error):  # what ended meanwhile; the next look is soon
+        for child in psutil.Process().children(recursive=True):
             if not child.name().startswith("python"):
                 child.terminate()
 
 
 def _launcher() -> psutil.Process | None:
     """DeepSpeed's launcher on this host, where it started this process."""
-    parent = psutil.Process().parent()
-    return parent if parent and "deepspeed.launcher.launch" in parent.cmdline() else None
+    with contextlib.suppress(psutil.Error):  # it may be ending
+        parent = psutil.Process().parent()
+        return parent if parent and "deepspeed.launcher.launch" in parent.cmdline() else None
 
 
 def _tell_siblings() -> None:
     """The launcher tells its ranks one after another and waits for each: one that compiles would keep it waiting."""
-    launcher, own = _launcher(), os.getpid()
-    for sibling in launcher.children() if launcher else []:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if sibling.pid != own:
+    launcher, siblings = _launcher(), []
+    with contextlib.suppress(psutil.Error):
+        siblings = launcher.children() if launcher else []
+    for sibling in siblings:
+        with contextlib.suppress(psutil.Error):
+            if sibling.pid != os.getpid():
                 sibling.terminate()
 
 

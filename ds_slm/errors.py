@@ -3,9 +3,10 @@
 Every error lists all the problems found, each as: what was got, what was expected, the way out.
 
 Exit codes: 0 done; 2 the user's mistake, told in one paragraph; 75 stopped by a signal with a whole checkpoint saved;
-130 interrupted from the keyboard; 1 anything else.
+130 interrupted before training began; 1 anything else.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,8 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "interrupted: the same command goes on from what was saved last."
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -81,11 +84,11 @@ def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
     except UserError as error:
         message, code = "error: " + "\n  ".join(error.problems), EXIT_USER_ERROR
     except KeyboardInterrupt:
-        message, code = "interrupted: the same command goes on from what was saved last.", EXIT_INTERRUPTED
+        message, code = INTERRUPTED, EXIT_INTERRUPTED
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        message, code = f"error: {error.filename}: {error.strerror}.", EXIT_USER_ERROR
+        message, code = f"error: {error.filename or 'a disk'}: {error.strerror}.", EXIT_USER_ERROR
     except Stopped as stopped:
         message, code = f"stopped by a signal: {stopped}", EXIT_STOPPED
     except TrainingError as error:

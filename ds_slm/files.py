@@ -14,9 +14,13 @@ from typing import Any
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one atomic step."""
     temporary = path.with_name(f".{path.name}.tmp-{writer_name()}")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        fsync(temporary)
+        os.replace(temporary, path)
+    except OSError:  # a disk that is full
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 

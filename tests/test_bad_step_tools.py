@@ -42,8 +42,8 @@ def test_replay_names_the_first_layer(run: Path) -> None:
     dump(run, {"model.layers.1.mlp.up_proj.weight": 3e38, "model.layers.1.mlp.gate_proj.weight": 3e38})
     said = list(bad_steps.replay(run, 14))
     assert said[0].startswith("step 14: the loss is not finite; 2 rows again")
-    assert said[1].startswith("row (0, 0, 5), position 91: the output of model.layers.1.mlp.") and len(said) == 3
-    assert "row (0, 0, 9), position 95" in said[2]
+    assert said[1].startswith("row (0, 0, 5), position 91: the output of model.layers.1.mlp.") and len(said) == 4
+    assert "row (0, 0, 9), position 95" in said[2] and said[3].startswith("every row goes wrong: rather the weights")
 
 
 def test_replay_names_a_gradient(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

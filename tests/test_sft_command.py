@@ -99,7 +99,7 @@ def test_sigterm_ends_the_launcher_below_the_runner(tmp_path: Path) -> None:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "ranks ended\n"
-    assert process.returncode == 1
+    assert process.returncode == 130
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The parts of the train room that need no process group."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from ds_slm import files
 from ds_slm.data.rows import Rows
-from ds_slm.errors import ConfigError
+from ds_slm.errors import CheckpointError, ConfigError, run_program
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
 from ds_slm.train import checkpointing, ds_config, loop, optim, run_folder, zero_state
@@ -141,6 +143,34 @@ def test_an_older_launch_records_nothing(tmp_path: Path) -> None:
             report.record("train", number, {"loss": float(number), "tokens_per_s": 1.0, "step_s": 1.0})
             report.close()
     assert [record["loss"] for record in runs.records(tmp_path)] == [2.0]
+
+
+def test_a_full_disk_leaves_no_rest_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk without room fails while a small file is replaced, and does not say which file it was.
+
+    Oracle: the old file as it was, nothing beside it; exit code 2 and a sentence.
+    """
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "env.json").write_text("old")
+    monkeypatch.setattr(files, "fsync", full)
+    assert run_program(lambda: files.replace_text(tmp_path / "env.json", "new")) == 2
+    assert capsys.readouterr().err == "error: a disk: No space left on device.\n"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
+    """Oracle: refused with the steps there are; where there are none at all, the run is simply new."""
+    alone: Any = SimpleNamespace(leads_host=True, rank=0, gather=lambda value: [value])
+    assert checkpointing.find(alone, tmp_path, {}) is None
+    for step in (10, 20):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="steps 10, 20, none of them whole"):
+        checkpointing.find(alone, tmp_path, {})
 
 
 def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema.Recipe) -> None:

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ds_slm.cli.output import print_json, report_to
-from ds_slm.errors import EXIT_STOPPED, ConfigError, DataError, TrainingError, run_program
+from ds_slm.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    INTERRUPTED,
+    ConfigError,
+    DataError,
+    TrainingError,
+    run_program,
+)
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -242,6 +250,8 @@ def _launch(
     code = launch.run(command, launch.environment(os.environ, cpu_ranks))
     if code and _content(sign) not in (None, before):
         raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
+    if code == EXIT_INTERRUPTED:
+        print(INTERRUPTED, file=sys.stderr)
     if code == 0 and hostfile is None and args.max_steps is None and not (run_folder / "done.json").is_file():
         raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
     raise typer.Exit(code)
@@ -292,7 +302,11 @@ def verify_run(
     ] = False,
     against: Annotated[Path | None, typer.Option(metavar="RUN", help="Did this run draw the same rows?")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Train a few steps, kill, resume: the same, bit for bit? Flags follow.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Train a few steps, kill, resume, with as many ranks: the same? The training program's flags follow.",
+        ),
     ] = False,
     replay: Annotated[
         int | None, typer.Option(metavar="STEP", help="Run a refused step's rows again: which layer went wrong?")

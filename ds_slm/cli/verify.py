@@ -21,7 +21,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
         raise CheckpointError(f"{run} holds no checkpoint: name the folder of a run that has saved one.")
     found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
     if as_json:
-        print_json({"checkpoints": found})
+        print_json({"whole": not any(found.values()), "checkpoints": found})
     else:
         print("\n".join(f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()))
     if damaged := [name for name, problems in found.items() if problems]:

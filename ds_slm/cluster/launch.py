@@ -21,7 +21,7 @@ from typing import TextIO
 import psutil
 
 from ds_slm.cluster.hostfile import RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_hostfile
-from ds_slm.errors import EXIT_FAILURE, ConfigError
+from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 
 _VALUE_OPTIONS = {name for names in RUNNER_VALUE_OPTIONS for name in names}
 _FLAGS = {name for names in RUNNER_FLAGS for name in names}
@@ -82,11 +82,11 @@ def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str
 
 
 def run(command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | None = None) -> int:
-    """Run a launch to its end; returns its exit code, 1 where a signal ended it.
+    """Run a launch to its end; returns its exit code, 1 where a signal ended it, 130 where one was sent to us.
 
     What it prints goes to `stdout`, or where this process's own output goes.
 
-    SIGTERM goes on to the launch. Of SIGINT a terminal tells every process itself.
+    SIGTERM and SIGINT go on to the launch, as SIGTERM; a rank that a terminal told, too, heeds the first.
 
     Raises:
         ConfigError: there is no such program.
@@ -98,33 +98,29 @@ def run(command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | Non
     child = subprocess.Popen([program, *command[1:]], env=environ, stdout=stdout)
     told: list[psutil.Process] = []
     try:
-        signal.signal(signal.SIGINT, lambda *_: told.extend(_launch_of(child.pid)))
-        signal.signal(signal.SIGTERM, lambda *_: told.extend(_terminate(child.pid)))
+        for number in ours:
+            signal.signal(number, lambda *_: told.extend(_terminate(child.pid)))
         code = child.wait()
         psutil.wait_procs(told)  # the runner dies at once, its ranks save first
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+    if code and told and code != EXIT_STOPPED:
+        return EXIT_INTERRUPTED
     return code if code >= 0 else EXIT_FAILURE
 
 
-def _launch_of(pid: int) -> list[psutil.Process]:
-    """A launch's runner and all below it on this machine."""
-    try:
-        runner = psutil.Process(pid)
-        return [runner, *runner.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def _terminate(pid: int) -> list[psutil.Process]:
-    """End a launch; returns all its processes.
+    """End a launch; returns all its processes on this machine.
 
     On one host DeepSpeed's runner dies of SIGTERM without telling the launcher below it, which ends the ranks.
     """
-    everyone = _launch_of(pid)
-    for process in everyone:
+    try:
+        runner = psutil.Process(pid)
+        launchers, everyone = runner.children(), runner.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    for process in [*launchers, runner]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.pid == pid or process.ppid() == pid:
-                process.terminate()
-    return everyone
+            process.terminate()
+    return [runner, *everyone]

@@ -85,6 +85,8 @@ def replay(run: Path, step: int) -> Iterator[str]:
             f"row {tuple(described['source_epoch_row'])}, position {described['position']}: "
             + (first or f"loss {loss:.4f}, all finite")
         )
+    if culprits == count > 1:
+        yield "every row goes wrong: rather the weights than the rows; lower the learning rate, or begin further back"
     if not culprits and not wrong_weights:
         yield "nothing goes wrong here: not the rows, but a copy of the weights or a device was damaged"
 

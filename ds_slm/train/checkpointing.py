@@ -63,7 +63,8 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     """The newest whole checkpoint of any host, or None. Collective.
 
     Raises:
-        CheckpointError: on every rank, where it was made from other data or another tokenizer.
+        CheckpointError: on every rank, where it was made from other data or another tokenizer, or where all there are
+            are damaged.
     """
     if control.leads_host:
         checkpoint_format.put_back(run)
@@ -71,6 +72,12 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     offers = control.gather(checkpoint_format.read_state(own)["step"] if own else -1)
     source = offers.index(max(offers))
     if offers[source] < 0:
+        there = sorted({step for steps in control.gather(checkpoint_format.steps(run)) for step in steps})
+        if there:
+            raise CheckpointError(
+                f"{run} holds checkpoints of steps {', '.join(map(str, there))}, none of them whole "
+                f"(`ds-slm verify {run}` says why): restore one from a copy, or remove them all to begin anew."
+            )
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)

@@ -134,7 +134,7 @@ def _wait_for_all_ranks() -> dist.Store:
         if "EADDRINUSE" in reason:
             raise DeviceError(
                 f"{place} is in use, perhaps by another launch on this machine: give deepspeed another port, "
-                "--master_port 29501 before the script."
+                "--master_port 29501 (before the script)."
             ) from error
         raise DeviceError(
             f"the {world_size} ranks did not meet at {place} ({reason}): look into the other hosts' output, and "

@@ -7,7 +7,8 @@
     a compiler that runs then --> is ended: what it leaves undone runs eagerly, so that the vote comes in time
 
 The pipe is written in C, so a wish is noted also while Python waits for a compiler or a kernel. Further signals change
-nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a SIGTERM.
+nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a SIGTERM,
+and so does that of the `deepspeed` command above it.
 
 Known gap: a wish that comes during the backward pass counts from the next micro-batch on.
 """
@@ -35,6 +36,8 @@ PR_SET_PDEATHSIG = 1
 """From Linux's prctl.h."""
 LOOK_EVERY_S = 0.1
 """So often a rank that is to stop looks for compilers that keep it from stopping."""
+RUNNER_EVERY_S = 1.0
+"""So often a rank looks whether the command that started its launcher is still there."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -68,6 +71,8 @@ class Interrupt:
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         _stop_with_launcher()
+        if launcher := _launcher():
+            threading.Thread(target=self._stop_with_runner, args=(launcher,), name="runner", daemon=True).start()
         return self
 
     def __exit__(
@@ -91,6 +96,15 @@ class Interrupt:
             if is_first_stop:
                 _tell_siblings()
         os.close(self._reader)
+
+    def _stop_with_runner(self, launcher: psutil.Process) -> None:
+        """SIGTERM to `deepspeed` ends that process alone: its launcher and the ranks would train on, unseen."""
+        with contextlib.suppress(psutil.Error):
+            runner = launcher.ppid()
+            while not self._ended.wait(RUNNER_EVERY_S):
+                if launcher.ppid() != runner:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
 
     def _note(self, wish: Wish) -> None:
         """Remember a wish; from the first stop on the time runs."""

@@ -232,10 +232,11 @@ def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
         described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.items()]
         what = {"step": step, "why": why, "rows": described}
         bad_steps.dump(bad_steps.folder_of(run.folder, step), run.rows.read(list(rows.values())), weights, what)
+    skipped = [*((some.start, some.stop) for some in run.skipped), (min(rows), max(rows) + 1)]
     raise TrainingError(
         f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
         f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
-        f"--skip-rows {min(rows)}:{max(rows) + 1} goes on without these rows."
+        f"{' '.join(f'--skip-rows {first}:{end}' for first, end in skipped)} goes on without these rows."
     )
 
 

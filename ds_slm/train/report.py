@@ -64,11 +64,13 @@ def captured_output(log: Path) -> Iterator[TextIO]:
         try:
             yield terminal
         except BaseException:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                traceback.print_exc()
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             for number, descriptor in enumerate(saved, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)

@@ -88,6 +88,8 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
         changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()}
         if changed:
             record_change(run, facts["generation"], {"changes": changed})
+    if facts.get("skipped_rows"):
+        record_change(run, facts["generation"], {"skipped_rows": facts["skipped_rows"]})
     replace_text(recorded, schema.to_toml(recipe))
     write_json(run / "ds_config.json", deepspeed)
     write_json(run / "env.json", {**facts, **_software()})

@@ -97,7 +97,7 @@ class Saver:
         self._problems = [one for one in self._control.gather(problem and f"{host}: {problem}") if one]
         if self._problems:
             told = "; ".join(self._problems)
-            self._say(f"step {step} COULD NOT BE SAVED: {told}. Training goes on; the next save tries again.")
+            self._say(f"step {step} COULD NOT BE SAVED: {told}. The next save tries again.")
         else:
             self.durable_step = step
             self._say(f"step {step}: saved {checkpoint_format.folder_of_step(self._run, step).name}")

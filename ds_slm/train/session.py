@@ -154,10 +154,14 @@ def _train(
 ) -> None:
     facts = {**_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
     writers = control.writers(options.run_dir)
+    problems: list[str] = []
     if control.rank in writers:
-        run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
-        if options.skip_rows:
-            run_folder.record_change(options.run_dir, facts["generation"], {"skipped_rows": facts["skipped_rows"]})
+        _attempt(
+            problems,
+            lambda: run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder),
+            f"--run-dir {options.run_dir}",
+        )
+    _agree(control, problems)
     if control.rank == 0:
         _announce(facts, options, rows.warnings(), terminal)
     interrupt.sign_off = lambda: found is not None  # nothing was applied since
@@ -229,14 +233,14 @@ def _fastest_micro_batch(recipe: Recipe, joined: ds_config.Joined, control: Cont
     return micro_batch.choose(recipe, zero, control, device, name, dtype, say)
 
 
-def _attempt(problems: list[str], action: Callable[[], Result]) -> Result | None:
-    """The action's result; or None, and what was wrong added to the problems."""
+def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:
+    """The action's result; or None, and what was wrong, in `place` where it is not said, added to the problems."""
     try:
         return action()
     except UserError as error:
         problems += error.problems
     except OSError as error:
-        problems.append(f"{error.filename or 'a file'}: {error.strerror or error}.")
+        problems.append(f"{error.filename or place}: {error.strerror or error}.")
     return None
 
 

@@ -93,7 +93,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(folder: Path, tmp_path: Path
         os.truncate(filler, filler.stat().st_size - 300_000)  # room for a launch and some records, not for a checkpoint
         full = matrix.launch(folder, "unused", *stop, "8")
         assert full.returncode == 1, full.stdout + full.stderr
-        assert "COULD NOT BE SAVED" in full.stdout and "Training goes on" in full.stdout
+        assert "COULD NOT BE SAVED" in full.stdout and "The next save tries again" in full.stdout
         assert "step 8/" in full.stdout
         assert "Traceback" not in full.stdout + full.stderr
         matrix.check_whole_or_absent(run, (4,))

@@ -66,17 +66,26 @@ def test_sigusr1_saves_and_goes_on(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_under_ds_slm_train(folder: Path) -> None:
-    """Exit code 75, which DeepSpeed's launcher turns into 1; SIGTERM to `ds-slm` itself reaches the ranks."""
-    name = "ds-slm"
-    flags = ["--run-dir", folder / name, "--data-root", folder / "data", "--micro-batch", "2", "--devices", "2"]
-    flags += ["--set", "train.steps=100000", "--master_port", runs.free_port()]
-    command = [runs.BIN / "ds-slm", "train", folder / "tiny.toml", *flags]
+@pytest.mark.parametrize(
+    ("program", "number", "code"),
+    [("ds-slm", signal.SIGTERM, 75), ("ds-slm", signal.SIGINT, 75), ("deepspeed", signal.SIGTERM, -signal.SIGTERM)],
+)
+def test_stopped_through_the_command(folder: Path, program: str, number: signal.Signals, code: int) -> None:
+    """A signal to that one process reaches the ranks: `ds-slm` waits for them; `deepspeed` dies, and they notice."""
+    name = f"{program}-{number.name}"
+    flags = ["--run-dir", folder / name, "--data-root", folder / "data", "--micro-batch", "2"]
+    flags += ["--set", "train.steps=100000"]
+    command = [runs.BIN / "ds-slm", "train", folder / "tiny.toml", *flags, "--devices", 2]
+    command += ["--master_port", runs.free_port()]
+    if program == "deepspeed":
+        command = runs.deepspeed_command(2, "--recipe", folder / "tiny.toml", *flags)
     with subprocess.Popen(list(map(str, command)), cwd=folder, env=runs.environment()) as process:
         records = folder / name / "metrics.jsonl"
         matrix.wait_for(lambda: records.is_file() and records.stat().st_size)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=90) == 75
+        ranks = matrix.below(process.pid, "pretrain.py")
+        process.send_signal(number)
+        assert process.wait(timeout=90) == code
+        matrix.wait_for(lambda: not any(one.is_running() for one in ranks))
     sign = json.loads((folder / name / "stopped.json").read_text())
     assert checkpoint_format.verify(checkpoint_format.folder_of_step(folder / name, sign["step"])) == []
 

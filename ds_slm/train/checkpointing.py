@@ -63,8 +63,8 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     """The newest whole checkpoint of any host, or None. Collective.
 
     Raises:
-        CheckpointError: on every rank, where it was made from other data or another tokenizer, or where all there are
-            are damaged.
+        CheckpointError: on every rank, where it was made from other data or another tokenizer, or where none of those
+            that are there is whole.
     """
     if control.leads_host:
         checkpoint_format.put_back(run)

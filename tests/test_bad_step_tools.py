@@ -1,5 +1,6 @@
 """A bad step's dump, its replay, rows that are skipped, and loss spikes."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ds_slm.cli import verify
 from ds_slm.data.order import RowId
 from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError
@@ -69,6 +71,13 @@ def test_replay_of_what_is_fine_says_so(run: Path) -> None:
     assert "loss 5." in said[1] and said[-1].startswith("nothing goes wrong here")
     dump(run, {"model.norm.weight": float("nan")})
     assert "the weights themselves are not finite: model.norm.weight" in list(bad_steps.replay(run, 14))[1]
+
+
+def test_replay_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: one object alone on stdout, with the lines that are told without --json."""
+    dump(run)
+    verify.bad_step(run, 14, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"step": 14, "found": list(bad_steps.replay(run, 14))}
 
 
 def test_a_step_without_a_dump(run: Path) -> None:

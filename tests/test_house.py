@@ -28,7 +28,7 @@ ALLOWED = {
     "sft.train": {"recipe", "data", "model", "checkpoint", "train", "pretrain", "sft", "publish", "cluster.hostfile"},
     "cli": {*ROOMS, "pretrain", "sft", "cli"},
 }
-"""What each room may import besides itself, errors and files, as docs/design.md draws it."""
+"""What each room may import besides itself, errors and files, as docs/architecture.md draws it."""
 
 HEAVY = {"torch", "deepspeed", "transformers", "numpy", "datasets", "bitsandbytes"}
 HOME = re.compile(r"(?<![\w.])/(?:home|root|Users)/")
@@ -133,6 +133,23 @@ def test_code_lines_are_counted(tmp_path: Path) -> None:
         '"""Two\nlines."""\n\nx = """three\nlines\nof text"""  # one\n# none\ndef f():\n    """None."""\n    return x\n'
     )
     assert code_lines(path) == 5
+
+
+def test_documents_fit_the_screen() -> None:
+    """Oracle: 120 characters a line, tables aside; the README is a door, of 120 lines of 100 characters."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(readme) <= 120
+    assert not [line for line in readme if len(line) > 100]
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        lines = document.read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if len(line) > 120 and not line.startswith("|")], document.name
+
+
+def test_documents_link_to_what_is_there() -> None:
+    """Oracle: every relative link of a document names a file of the project."""
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def test_modules_say_what_they_do() -> None:

@@ -1,25 +1,55 @@
-"""Files that are there whole, or not at all: durable writes and atomic replacement. Every room may use this one.
+"""Files that are there whole, or not at all: durable writes, atomic replacement, locks. Every room may use this one.
 
 content --> .NAME.tmp-HOST-PID --> fsync --> rename over NAME --> fsync of the folder
+
+File systems differ. What one cannot do (fsync of a folder, locks) is told once and done without where that is safe.
+Links are followed where a user may have put one, never where this program makes a file of its own: temporary files and
+locks are opened with O_NOFOLLOW, and a temporary is always a new file.
 """
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import shutil
 import socket
-from collections.abc import Mapping
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ds_slm.errors import UserError
+
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+"""What file systems answer that have no fsync for a folder: some network and FUSE ones."""
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""What file systems answer that have no flock."""
+CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a file system or folder answers in which this user may not write."""
 
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one atomic step."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replace a small file in one atomic step."""
     temporary = path.with_name(f".{path.name}.tmp-{writer_name()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.unlink(missing_ok=True)  # of a killed writer that had the same number, or a link laid there
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+            file.write(content)
         fsync(temporary)
         os.replace(temporary, path)
     except OSError:  # a disk that is full
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
     fsync(path.parent)
 
@@ -29,13 +59,135 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     replace_text(path, json.dumps(content, indent=1, sort_keys=True))  # no line end: cut by one byte it is no JSON
 
 
-def fsync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None where the file is missing, cannot be read, or holds no object."""
     try:
-        os.fsync(descriptor)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # not UTF-8 is a ValueError as well
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk.
+
+    A folder whose file system cannot do this is told of once: after a power failure a name in it may be an older one.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC or not path.is_dir():
+            raise
+        _tell_once(
+            f"warning: {path}: its file system cannot sync folders ({error.strerror}): after a power failure the last "
+            "save may be missing; earlier ones are whole."
+        )
+
+
+def new_folder(path: Path) -> None:
+    """Make an empty folder for temporary files; whatever has its name, a link or a killed writer's rest, is removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a file's name, read from some manifest, names a file beside that manifest and nothing else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why a folder can neither be used nor made, with the way out; None where nothing is in its way."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            return None
+        if place.is_symlink():
+            return f"{folder}: {place} is a link to nothing: mend or remove it."
+        if place.exists():
+            return f"{folder}: {place} is a file, expected a folder: name another place."
+    return None
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise OSError, with the place and the reason, where no file can be made in a folder, or the folder not made.
+
+    Leaves nothing behind. Permission bits say too little: they do not bind root, and a mount may be read-only.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One process of this host at a time; the lock goes with the process that holds it.
+
+    Where the folder's file system has no locks, a file in this machine's own temporary folder stands in for it.
+
+    Args:
+        folder: is made where it is missing.
+        say: takes a line where another process holds the lock, or the file system has none.
+
+    Raises:
+        UserError: where something else than a file of ours has the lock's name.
+        OSError: where the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _open_lock(folder / ".lock")
+    try:
+        try:
+            _wait_for_lock(descriptor, folder, say)
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+            say(
+                f"warning: {folder}: its file system has no locks ({error.strerror}): processes of this host wait for "
+                "each other; do not prepare there from two hosts at once."
+            )
+            os.close(descriptor)
+            name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+            descriptor = _open_lock(Path(tempfile.gettempdir()) / f"ds_slm-{os.getuid()}-{name}.lock")
+            _wait_for_lock(descriptor, folder, say)
+        yield
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is a link or a folder, expected a file that this program makes: remove it.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is a pipe or a device, expected a file that this program makes: remove it.")
+    return descriptor
+
+
+def _wait_for_lock(descriptor: int, folder: Path, say: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):  # some network file systems answer the second
+            raise
+        say(f"{folder}: another process prepares or checks it, waiting")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+@cache
+def _tell_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def writer_name() -> str:

@@ -4,13 +4,16 @@ recipe --source_identity, tokenizer_identity--> plain data, kept in each manifes
 folder + recipe --conflicts--> a problem for each part that something else has made
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator
 
 from ds_slm.data import corpus
 from ds_slm.errors import DataError
+from ds_slm.files import is_plain_name, read_json
+from ds_slm.recipe.problems import sentences
 from ds_slm.recipe.schema import Recipe, Source
 
 FORMAT = 3
@@ -18,17 +21,67 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
 
+class _Shard(BaseModel):
+    """What a manifest must say of a shard."""
+
+    file: str
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str
+
+    @field_validator("file")
+    @classmethod
+    def _beside_the_manifest(cls, name: str) -> str:
+        if not is_plain_name(name):
+            raise ValueError(f"{name!r} is a path, expected the name of a file beside the manifest")
+        return name
+
+
+class _Source(BaseModel):
+    """What the manifest of a source must say; it may say more."""
+
+    identity: dict[str, Any]
+    replaced: bool
+    files: list[tuple[str, int]]
+    newest_change_ns: int
+    tokenizer_sha256: str
+    dtype: Literal["uint16", "uint32"]
+    shards: dict[Literal["train", "val"], list[_Shard]] = Field(min_length=2)
+    bytes: dict[Literal["train", "val"], int | None] = Field(min_length=2)
+    skipped: dict[str, int]
+    whole: bool
+
+
+class _Tokenizer(BaseModel):
+    """What the manifest of a tokenizer must say; it may say more."""
+
+    identity: dict[str, Any]
+    sha256: str
+    vocab_size: NonNegativeInt
+    eos_id: NonNegativeInt
+    pad_id: NonNegativeInt
+    cut_at_bytes: dict[str, float]
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared tokenizer or source; None where there is none yet."""
+    """The manifest of a prepared tokenizer or source; None where there is none yet.
+
+    Raises:
+        DataError: for one that is damaged, of another format, or names files that are not beside it.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): remove {folder} and prepare again.") from error
+    way_out = f"remove {folder} and prepare again"
+    manifest = read_json(path)
+    if manifest is None:
+        raise DataError(f"{path} is damaged (it holds no JSON object): {way_out}.")
     if (found := manifest.get("format")) != FORMAT:
-        raise DataError(f"{path} has format {found}, this version reads {FORMAT}: remove {folder} and prepare again.")
+        raise DataError(f"{path} has format {found}, this version reads {FORMAT}: {way_out}.")
+    try:
+        (_Tokenizer if folder.name == TOKENIZER else _Source).model_validate(manifest)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged ({'; '.join(sentences(error))}): {way_out}.") from error
     return manifest
 
 

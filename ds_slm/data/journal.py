@@ -10,7 +10,6 @@ from its beginning. The hash of the content is a chain over documents: a running
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from ds_slm.errors import DataError
-from ds_slm.files import write_json
+from ds_slm.files import is_plain_name, read_json, write_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -72,7 +71,8 @@ class _Part:
         """Goes on behind the first `tokens` ids of the part; raises OSError or EOFError where they are not there."""
         self.path, self.tokens, self._dtype = path, tokens, dtype
         self._sha256 = hashlib.sha256()
-        self._file: BinaryIO = path.open("r+b" if tokens else "wb")
+        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if tokens else os.O_CREAT | os.O_TRUNC)
+        self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o666), "r+b")
         left = tokens * dtype.itemsize
         while left:
             block = self._file.read(min(left, 1 << 24))
@@ -183,9 +183,12 @@ class ShardsInProgress:
 
     def _resumed(self) -> bool:
         try:
-            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
-            if journal["key"] != self._key:
+            journal = read_json(self.folder / JOURNAL)
+            if journal is None or journal["key"] != self._key:
                 return False
+            if not all(is_plain_name(shard["file"]) for shards in journal["closed"].values() for shard in shards):
+                return False
+            totals, position = Totals(**journal["totals"]), dict(journal["position"])
             for named in self.folder.glob("*.bin"):  # the kill came while shards were getting their names
                 named.rename(named.with_name(named.name + PART))
             for shard in (shard for shards in journal["closed"].values() for shard in shards):
@@ -198,8 +201,7 @@ class ShardsInProgress:
             }
             if any(parts[split].sha256 != sha256 for split, (_, sha256) in journal["open"].items()):
                 return False
-        except (OSError, EOFError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
             return False
-        self._parts, self._closed = parts, journal["closed"]
-        self.totals, self.position = Totals(**journal["totals"]), journal["position"]
+        self._parts, self._closed, self.totals, self.position = parts, journal["closed"], totals, position
         return True

@@ -2,8 +2,9 @@
 
     recipe --prepare--> tokenizer/, then for each source: shards, then manifest.json --open_prepared--> Prepared
 
-One process of a host prepares, under a lock; the others wait and find the work done. The same text gives the same
-bytes, however often preparing was interrupted; a source goes on where its journal says.
+One process of a host prepares, under a lock; the others wait and find the work done. Data that are whole are only read:
+that takes no lock and writes nothing, so they may lie on a read-only mount. The same text gives the same bytes, however
+often preparing was interrupted; a source goes on where its journal says.
 
 Held out are the documents whose keyed hash falls below `data.val_fraction`; of a source that is one single document,
 and of ready-made token files, the last `data.val_fraction`. Train and validation share no document.
@@ -13,11 +14,10 @@ of the data's identity, so a longer run finds the same shards and repeats them; 
 """
 
 import errno
-import fcntl
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from ds_slm.data.shards import Prepared, open_prepared, refuse, stamp_written
 from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
 from ds_slm.data.writer import TEXT, Form, split_documents, write_documents, write_token_files
 from ds_slm.errors import DataError
-from ds_slm.files import fsync, write_json
+from ds_slm.files import CANNOT_WRITE, fsync, locked, new_folder, obstacle, write_json
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe, Source
 
@@ -85,25 +85,39 @@ def prepare(
             [f"--source {name}: the recipe has no such source{nearest(name, known) or there}." for name in unknown]
         )
     folder = Path(data_root) / name
-    with _locked(folder, report), _room_on_disk(folder):
-        if tokenizer_from is None:
-            _drop_lonely_tokenizer(recipe, folder, replacements)
+    if in_the_way := obstacle(folder):
+        raise DataError(f"--data-root: {in_the_way}")
+    if _missing(recipe, folder):
+        with _locked(recipe, folder, report), _room_on_disk(folder):
+            if tokenizer_from is None:
+                _drop_lonely_tokenizer(recipe, folder, replacements)
+            refuse(conflicts(recipe, folder, replacements, form.identity))
+            places = _places(recipe, folder, replacements, report)
+            if _missing(recipe, folder):  # nobody has prepared it meanwhile
+                limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
+                if form.as_json and max_tokens is None:  # conversations are few, and an epoch holds all of them
+                    limits = dict.fromkeys(limits, math.inf)
+                tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report, tokenizer_from)
+                for source in recipe.data.source:
+                    if place := places.get(source.name):
+                        replacement = replacements.get(source.name)
+                        limit = limits[source.name]
+                        _prepare_source(recipe, source, replacement, place, folder, tokenizer, limit, report, form)
+    else:
         refuse(conflicts(recipe, folder, replacements, form.identity))
-        places = _places(recipe, folder, replacements, report)
-        if places or not (folder / TOKENIZER).exists():
-            limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
-            if form.as_json and max_tokens is None:  # conversations are few, and an epoch holds all of them
-                limits = dict.fromkeys(limits, math.inf)
-            tokenizer = _prepare_tokenizer(recipe, folder, replacements, limits, report, tokenizer_from)
-            for source in recipe.data.source:
-                if place := places.get(source.name):
-                    replacement = replacements.get(source.name)
-                    limit = limits[source.name]
-                    _prepare_source(recipe, source, replacement, place, folder, tokenizer, limit, report, form)
-        prepared = open_prepared(recipe, name, data_root, form.identity)
+    for source in recipe.data.source:
+        with suppress(OSError):  # a kill came right after the manifest; of no use, and no harm on a read-only mount
+            (folder / source.name / JOURNAL).unlink(missing_ok=True)
+    prepared = open_prepared(recipe, name, data_root, form.identity, report)
     for line in _notes(recipe, prepared, replacements, max_tokens):
         report(line)
     return prepared
+
+
+def _missing(recipe: Recipe, folder: Path) -> list[str]:
+    """The parts of a recipe's data that are not there yet: of what is whole, the manifest was written last."""
+    parts = [TOKENIZER, *(source.name for source in recipe.data.source)]
+    return [part for part in parts if not (folder / part / MANIFEST).exists()]
 
 
 def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
@@ -132,9 +146,7 @@ def _places(
     """Where to read each source that has no shards yet. Raises DataError with every path that is wrong."""
     places, problems = {}, []
     for source in recipe.data.source:
-        if (folder / source.name / MANIFEST).exists():
-            (folder / source.name / JOURNAL).unlink(missing_ok=True)  # a kill came right after the manifest
-        else:
+        if not (folder / source.name / MANIFEST).exists():
             try:
                 places[source.name] = corpus.locate(source, replacements.get(source.name), report)
             except DataError as error:
@@ -184,7 +196,7 @@ def _prepare_tokenizer(
         report(f"{TOKENIZER}: that of {tokenizer_from}")
         tokenizer = existing_tokenizer(tokenizer_from, recipe.tokenizer)
     temporary = folder / f"{TOKENIZER}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    new_folder(temporary)
     tokenizer.save(temporary)
     manifest = {
         "format": FORMAT,
@@ -294,26 +306,19 @@ def _room_on_disk(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """One process of this host at a time; the lock goes with the process that holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except PermissionError:
-        lock = None
-    except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        lock = None
-    if lock is None:  # nobody of this host can write there: what is prepared can be read, and nothing else
-        yield
-        return
-    with lock:
+def _locked(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """The folder's lock. Raises DataError where this user cannot write there what is missing."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"{folder}: another process prepares it, waiting")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.enter_context(locked(folder, report))
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            raise DataError(
+                f"{folder} lacks {', '.join(_missing(recipe, folder))}, and nothing can be written there "
+                f"({error.filename or folder}: {error.strerror}): name another --data-root, or prepare the data where "
+                "they can be written."
+            ) from error
         yield
 
 

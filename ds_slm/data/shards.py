@@ -9,14 +9,15 @@ whole.
 
 Opening reads manifests, file sizes and the tokenizer. A shard whose size, times of change and inode are not those under
 which it was last found right (.verified.json, as git's index does it) is read and compared with its hash: one that was
-edited is refused, one that came from another host is checked once.
+edited is refused, one that came from another host is checked once, by one process while the others of its host wait.
+Data that are found right take no lock. Where nothing can be written, they are checked at every launch, which is told.
 """
 
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +30,7 @@ from ds_slm.data.journal import SPLITS, Split
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.data.writer import decode_documents
 from ds_slm.errors import DataError
-from ds_slm.files import write_json
+from ds_slm.files import locked, read_json, write_json
 from ds_slm.recipe.schema import Recipe
 
 STAMPS = ".verified.json"
@@ -150,8 +151,25 @@ class Prepared:
                 yield from ((self.folder / name / shard["file"], shard) for shard in manifest["shards"][split])
 
 
-def open_prepared(recipe: Recipe, name: str, data_root: Path, encoding: Mapping[str, Any] | None = None) -> Prepared:
+def _quiet(line: str) -> None:
+    """The report that nobody reads."""
+
+
+def open_prepared(
+    recipe: Recipe,
+    name: str,
+    data_root: Path,
+    encoding: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] = _quiet,
+) -> Prepared:
     """Open what `prepare` has made, reading no more than manifests, file sizes and the tokenizer.
+
+    Args:
+        recipe: what was prepared.
+        name: of the folder in `data_root`.
+        data_root: where prepared data live.
+        encoding: what decided the encoding beside the recipe.
+        report: takes a line where shards are checked at every launch.
 
     Raises:
         DataError: where data are missing, cut short, of another recipe or another tokenizer.
@@ -163,24 +181,33 @@ def open_prepared(recipe: Recipe, name: str, data_root: Path, encoding: Mapping[
         raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {name}.")
     refuse(conflicts(recipe, folder, {}, encoding or {}))
     prepared = Prepared(folder, tokenizer_manifest=manifests.pop(TOKENIZER), manifests=manifests)
-    refuse([*_tokenizer_problems(prepared), *(_size_problems(prepared) or _changed_shards(prepared))])
+    refuse([*_tokenizer_problems(prepared), *(_size_problems(prepared) or _changed_shards(prepared, report))])
     return prepared
 
 
 def verify(prepared: Prepared) -> None:
     """Read every shard and compare its hash with the manifest. Raises DataError naming all that differ."""
-    refuse(_size_problems(prepared) or _changed_shards(prepared, trusted={}))
+    refuse(_size_problems(prepared) or _differing(prepared, {}, _quiet))
 
 
-def _changed_shards(prepared: Prepared, trusted: dict[str, Any] | None = None) -> list[str]:
-    """Reads the shards that are not `trusted`: by default those that changed since they were last found right."""
-    stamps = _read_stamps(prepared.folder) if trusted is None else trusted
+def _changed_shards(prepared: Prepared, report: Callable[[str], None]) -> list[str]:
+    """Read the shards that changed since they were last found right; a problem for each that is not."""
+    stamps = _read_stamps(prepared.folder)
+    if all(stamps.get(name) == _stamp(path, shard["sha256"]) for name, path, shard in _named_shards(prepared)):
+        return []
+    with ExitStack() as held:
+        with suppress(OSError):  # where nothing can be written every process reads for itself
+            held.enter_context(locked(prepared.folder, report))
+        return _differing(prepared, _read_stamps(prepared.folder), report)
+
+
+def _differing(prepared: Prepared, trusted: Mapping[str, Any], report: Callable[[str], None]) -> list[str]:
+    """Read all shards but the trusted ones; a problem for each that its manifest does not describe."""
     problems = []
     found_right = {}
-    for path, shard in prepared.shard_files():
-        name = str(path.relative_to(prepared.folder))
+    for name, path, shard in _named_shards(prepared):
         found_right[name] = _stamp(path, shard["sha256"])
-        if stamps.get(name) == found_right[name]:
+        if trusted.get(name) == found_right[name]:
             continue
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -189,9 +216,19 @@ def _changed_shards(prepared: Prepared, trusted: dict[str, Any] | None = None) -
             problems.append(
                 f"{path} was changed: sha256 {found}, its manifest says {shard['sha256']}: {_again(path.parent)}."
             )
-    if found_right != stamps:
-        _write_stamps(prepared.folder, found_right)
+    if found_right != trusted and (unwritten := _write_stamps(prepared.folder, found_right)):
+        size_gb = sum(shard["bytes"] for _, shard in prepared.shard_files()) / 1e9
+        report(
+            f"warning: {prepared.folder} cannot be written to ({unwritten}): its shards, {size_gb:.2g} GB, are read "
+            "and compared with their hashes at every launch"
+        )
     return problems
+
+
+def _named_shards(prepared: Prepared) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Every shard with its name among the stamps."""
+    for path, shard in prepared.shard_files():
+        yield str(path.relative_to(prepared.folder)), path, shard
 
 
 def _stamp(path: Path, sha256: str) -> list[Any]:
@@ -200,15 +237,16 @@ def _stamp(path: Path, sha256: str) -> list[Any]:
 
 
 def _read_stamps(folder: Path) -> dict[str, Any]:
+    return read_json(folder / STAMPS) or {}
+
+
+def _write_stamps(folder: Path, stamps: dict[str, Any]) -> str | None:
+    """Returns why they could not be written: then the shards are read again the next time."""
     try:
-        return json.loads((folder / STAMPS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_stamps(folder: Path, stamps: dict[str, Any]) -> None:
-    with suppress(OSError):  # data may lie on a disk that only others write to: then they are read again the next time
         write_json(folder / STAMPS, stamps)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def stamp_written(folder: Path, name: str, manifest: dict[str, Any]) -> None:
@@ -234,6 +272,12 @@ def _again(folder: Path) -> str:
 def _size_problems(prepared: Prepared) -> list[str]:
     problems = []
     for path, shard in prepared.shard_files():
+        if path.is_symlink():
+            problems.append(
+                f"{path} is a link, expected the shard itself: copy what it leads to in its place, or let the whole "
+                f"folder {path.parent} be a link."
+            )
+            continue
         size_bytes = path.stat().st_size if path.is_file() else 0
         if size_bytes != shard["bytes"]:
             state = "was cut short" if size_bytes < shard["bytes"] else "has grown"

@@ -18,7 +18,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -193,3 +193,19 @@ def _tell_once(text: str) -> None:
 def writer_name() -> str:
     """Tells writers of several hosts apart where they share a disk."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+NAMES_TOLD = 5
+"""Files that a message names one by one."""
+
+
+def printable(name: str) -> str:
+    """A file's name for a terminal: what is no UTF-8, or steers a terminal, is spelled out."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    told = ", ".join(printable(name) for name in names[:NAMES_TOLD])
+    return f"{told} and {len(names) - NAMES_TOLD:,} more" if len(names) > NAMES_TOLD else told

@@ -30,18 +30,6 @@ def demo_split() -> dict[str, list[str]]:
     return split
 
 
-def test_files_named_for_another_split_are_left_out(tmp_path: Path) -> None:
-    """Oracle: a snapshot's files of the split alone; all of them where none is named so."""
-    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"):
-        write_jsonl(tmp_path / name, texts(3))
-    source = schema.Source(name="web", kind="files", path=str(tmp_path))
-    place = locate(source)
-    assert [path.name for path in place.files] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
-    assert [path.name for path in place.ignored] == ["test-00000-of-00001.jsonl"]
-    assert len(locate(source.model_copy(update={"split": "test"})).files) == 1
-    assert len(locate(source.model_copy(update={"split": "validation"})).files) == 3
-
-
 def test_hidden_files_are_no_text(tmp_path: Path) -> None:
     """Oracle: the visible file alone: editors and notebooks leave copies in hidden folders."""
     write_jsonl(tmp_path / "one.jsonl", texts(3))

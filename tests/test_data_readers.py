@@ -274,10 +274,10 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl" / "link.jsonl").symlink_to(tmp_path / "else" / "far.jsonl")
     (tmp_path / "x.jsonl" / "loop").symlink_to(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl" / "left.csv").write_text("a,b")
-    told: list[str] = []
     source = files_source(tmp_path / "x.jsonl")
-    assert list(documents(source, report=told.append)) == ["inner", "far", "far"]
-    assert told == ["made: 1 files are left out, of no known kind or another split: left.csv"]
+    assert list(documents(source)) == ["inner", "far", "far"]
+    told = "reads a.jsonl, link/far.jsonl, link.jsonl; 1 of no known kind: left.csv"
+    assert locate(source).tell("train") == told
     (tmp_path / "x.jsonl" / "lost.jsonl").symlink_to(tmp_path / "nothing")
     (tmp_path / "x.jsonl" / "turn.parquet").symlink_to(tmp_path / "x.jsonl" / "turn.parquet")
     with pytest.raises(DataError, match=r"lost\.jsonl is no file or a link to nothing") as caught:

@@ -3,6 +3,8 @@
     Source (+ a local replacement) --locate--> Place --documents--> DocumentStream: one str per document
     DocumentStream --position--> plain data --documents--> the stream from there on
 
+Of a folder the files of the source's split are read (`ds_slm.data.splits`), and what is left out is told.
+
 An empty or null document, or one that is no valid Unicode, comes out as "": whoever consumes them counts and skips it.
 Ready-made token files hold no documents; `ds_slm.data.shards` copies them.
 
@@ -13,23 +15,21 @@ of, by its time of change. A folder that two links lead to is read once.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.hub import Hub, Report, way_out
 from ds_slm.data.readers import READERS, START, Mark, TextFile, read_documents, suffix_of
+from ds_slm.data.splits import ALL, NotTold, choose
 from ds_slm.errors import DataError
+from ds_slm.files import shortened
 from ds_slm.recipe.schema import Source
 
 TOKENS_SUFFIX = ".bin"
-NAMED_SPLIT = re.compile(r"(train|test|validation)[-.]")
-NAMED_FILES = 5
-"""Files that a message names one by one."""
 
 
 def _quiet(line: str) -> None:
@@ -43,8 +43,38 @@ class Place:
     kind: Literal["embedded", "hub", "text", "tokens"]
     files: tuple[Path, ...] = ()
     """Local files, in the order they are read."""
-    ignored: tuple[Path, ...] = ()
-    """Files beside them that are of no known kind, or of another split."""
+    other_split: tuple[Path, ...] = ()
+    """Left out: files that are named for another split."""
+    beside: tuple[Path, ...] = ()
+    """Left out: files that are named for no split, where others are."""
+    strange: tuple[Path, ...] = ()
+    """Left out: files of no known kind."""
+    root: Path = Path()
+    """What was named: the folder, or the one file."""
+
+    @property
+    def ignored(self) -> tuple[Path, ...]:
+        """Every file that is left out."""
+        return (*self.other_split, *self.beside, *self.strange)
+
+    def left_out(self) -> dict[str, list[str]]:
+        """For the manifest: files of a known kind that are left out, below the root, by the reason."""
+        groups = {"another split": self.other_split, "no split": self.beside}
+        return {reason: [str(path.relative_to(self.root)) for path in group] for reason, group in groups.items()}
+
+    def tell(self, split: str) -> str | None:
+        """One line: which local files are read, and which are not; None where there are no local files."""
+        if not self.files:
+            return None
+        below = [str(path.relative_to(self.root)) if path != self.root else path.name for path in self.files]
+        line = f"reads {shortened(below)}"
+        if parts := tell_left_out(self.left_out()):
+            line += f" ({len(below):,} of {len(below) + len(self.other_split) + len(self.beside):,} files)"
+            line += f", those of split {split!r}; left out: {parts}"
+        if self.strange:
+            names = [str(path.relative_to(self.root)) for path in self.strange]
+            line += f"; {len(names):,} of no known kind: {shortened(names)}"
+        return line
 
     def text_bytes(self) -> int | None:
         """Bytes of the text, about; None where nobody knows before reading it."""
@@ -63,11 +93,12 @@ class Place:
 def locate(source: Source, replacement: Path | None = None, report: Report = _quiet) -> Place:
     """Where to read a source: the replacement if there is one, else what the recipe says.
 
-    Token files on the hub are downloaded; `report` takes a line for every try that fails.
+    Token files on the hub are downloaded; `report` takes a line for every try that fails. Of a folder, files that are
+    named for another split than the source's are left out; a file that is named itself is read whatever its name.
 
     Raises:
-        DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, and for what looks
-            like a data file and is none: a broken link, a pipe.
+        DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, or none of the
+            split, and for what looks like a data file and is none: a broken link, a pipe.
     """
     if replacement is None and source.kind in ("embedded", "hub"):
         return Place(source.kind)
@@ -91,20 +122,38 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
         raise DataError(f"{who}: {root} holds no file of a known kind ({known}); {way_out(source)}.")
     if text and tokens:
         raise DataError(f"{who}: {root} holds both text ({text[0].name}) and token ids ({tokens[0].name}): part them.")
-    chosen = _of_split(text, source.split) or tokens
-    ignored = tuple(path for path in candidates if path not in set(chosen))
-    return Place("text" if text else "tokens", chosen, ignored)
+    known_kind = text or tokens
+    strange = tuple(sorted(set(candidates) - set(known_kind)))
+    if root == known_kind[0]:
+        return Place("text" if text else "tokens", known_kind, root=root)
+    try:
+        choice = choose([_without_suffix(path.relative_to(root)) for path in known_kind], source.split)
+    except NotTold as reason:
+        raise DataError(
+            f"{who}: {root}: {reason}; name the file or folder to read with --source {source.name}=PATH, rename the "
+            f"files, or read all of them with data.source.split = {ALL!r}."
+        ) from reason
+    groups = ([known_kind[place] for place in places] for places in (choice.read, choice.other_split, choice.beside))
+    return Place("text" if text else "tokens", *map(tuple, groups), strange=strange, root=root)
 
 
-def _of_split(files: tuple[Path, ...], split: str) -> tuple[Path, ...]:
-    """Those of a split, where files are named for theirs, as in the hub's train-00000-of-00004.parquet; else all."""
-    named = {path: found[1] for path in files if (found := NAMED_SPLIT.match(path.name))}
-    return tuple(path for path in files if named.get(path, split) == split) if split in named.values() else files
+def _without_suffix(path: PurePath) -> PurePath:
+    suffix = suffix_of(path.name) or TOKENS_SUFFIX
+    return path.with_name(path.name[: -len(suffix)] or path.name)
 
 
-def printable(name: str) -> str:
-    """A file's name as UTF-8: what is none of it is spelled out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def of_another_split(names: Sequence[str], split: str) -> list[str]:
+    """Those of some files' names that are left out where nothing but their names is known."""
+    try:
+        read = set(choose([_without_suffix(PurePath(name)) for name in names], split).read)
+    except NotTold:
+        read = set()
+    return [name for place, name in enumerate(names) if place not in read]
+
+
+def tell_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
+    """Counts and names of the files that `Place.left_out` gives; nothing where there are none."""
+    return "; ".join(f"{len(names):,} of {reason}: {shortened(names)}" for reason, names in left_out.items() if names)
 
 
 def _files_under(root: Path) -> list[Path]:
@@ -158,7 +207,7 @@ def documents(
 ) -> DocumentStream:
     """The documents of a source, from its beginning or from a position of an earlier stream on.
 
-    The sequence is the same however often it was cut. `report` takes lines about files left out and retries. With
+    The sequence is the same however often it was cut. `report` takes a line for every try that fails. With
     `as_json` the column holds lists or tables, and a document is one of them as JSON; `embedded` gives what an embedded
     source holds.
 
@@ -170,12 +219,6 @@ def documents(
         raise DataError(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
             "that made them, 'hf' or 'cl100k'."
-        )
-    if place.ignored and position is None:
-        names = ", ".join(printable(path.name) for path in place.ignored[:NAMED_FILES])
-        more = ", ..." if len(place.ignored) > NAMED_FILES else ""
-        report(
-            f"{source.name}: {len(place.ignored)} files are left out, of no known kind or another split: {names}{more}"
         )
     if place.kind == "embedded":
         texts = embedded()

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ds_slm.data.readers import READ_BYTES, TextFile, suffix_of
+from ds_slm.data.splits import ALL
 from ds_slm.errors import DataError
+from ds_slm.files import shortened
 from ds_slm.recipe.schema import Source
 
 FIRST_DELAYS_S = (1.0, 2.0, 4.0)
@@ -68,10 +70,11 @@ class Hub:
         prefix = f"hf://datasets/{source.id}"  # without it a local folder of that name would be taken
         builder = self.ask(lambda: load_dataset_builder(prefix, source.config, revision=commit), FIRST_DELAYS_S)
         splits = builder.config.data_files or {}
-        if source.split not in splits:
-            there = ", ".join(repr(str(split)) for split in splits) or "none"
+        if source.split not in (*splits, ALL):
+            there = shortened([repr(str(split)) for split in splits]) or "none"
             self._give_up(f"no split {source.split!r}, the splits there are: {there}")
-        urls = [str(url) for url in splits[source.split]]
+        chosen = [source.split] if source.split in splits else list(splits)
+        urls = list(dict.fromkeys(str(url) for split in chosen for url in splits[split]))
         strange = [url for url in urls if not url.startswith(f"{prefix}@{commit}/") or suffix_of(url) not in STREAMED]
         if strange:
             self._give_up(f"it is not made of {', '.join(STREAMED)} files of its own: {strange[0]}")

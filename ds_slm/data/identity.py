@@ -4,6 +4,7 @@ recipe --source_identity, tokenizer_identity--> plain data, kept in each manifes
 folder + recipe --conflicts--> a problem for each part that something else has made
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator
 
 from ds_slm.data import corpus
+from ds_slm.data.splits import ALL
 from ds_slm.errors import DataError
 from ds_slm.files import is_plain_name, read_json
 from ds_slm.recipe.problems import sentences
@@ -19,6 +21,8 @@ from ds_slm.recipe.schema import Recipe, Source
 FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+LEFT_OUT = "left_out"
+"""Key of a manifest: files of a known kind that were not read. Manifests of older versions lack it."""
 
 
 class _Shard(BaseModel):
@@ -50,6 +54,7 @@ class _Source(BaseModel):
     bytes: dict[Literal["train", "val"], int | None] = Field(min_length=2)
     skipped: dict[str, int]
     whole: bool
+    left_out: dict[str, list[str]] = {}
 
 
 class _Tokenizer(BaseModel):
@@ -128,14 +133,44 @@ def _differences(before: Any, now: Any, place: str = "") -> list[str]:
     return [] if before == now else [f"{place.lstrip('.')} was {before!r}, is {now!r}"]
 
 
-def _has_other_files(source: Source, manifest: dict[str, Any], replacement: Path | None) -> bool:
+def _has_other_files(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> bool:
     """Whether the source's local files differ in name or size; files that have moved away since are not missed."""
+    if not _is_local(source, manifest, replacement):
+        return False
+    if LEFT_OUT in manifest:
+        return corpus.locate(source, replacement).file_sizes() != manifest["files"]
+    everything = corpus.locate(source.model_copy(update={"split": ALL}), replacement)
+    found, chosen = Counter(map(tuple, manifest["files"])), Counter(map(tuple, _chosen(source, replacement)))
+    return not chosen <= found <= Counter(map(tuple, everything.file_sizes()))
+
+
+def files_of_another_split(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> list[str]:
+    """Names of the files that are among the prepared ones and that this version would leave out.
+
+    Older versions read nearly every file of a folder. What they prepared can be read, so that a run on it can go on.
+    """
+    if LEFT_OUT in manifest:
+        return []
+    names = Counter(name for name, _ in manifest["files"])
+    if _is_local(source, manifest, replacement):
+        return sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
+    return corpus.of_another_split(sorted(names.elements()), source.split)
+
+
+def _chosen(source: Source, replacement: Path | None) -> list[list[str | int]]:
+    """Names and sizes of the local files that are read now: none where nobody can tell which of them are meant."""
+    try:
+        return corpus.locate(source, replacement).file_sizes()
+    except DataError:
+        return []
+
+
+def _is_local(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> bool:
+    """Whether the files that were prepared can be looked at."""
     if replacement is None and manifest["replaced"]:
         return False
     root = replacement or (Path(source.path) if source.path else None)
-    if root is None or ((replacement is None or manifest["replaced"]) and _is_gone(root)):
-        return False
-    return corpus.locate(source, replacement).file_sizes() != manifest["files"]
+    return root is not None and not ((replacement is None or manifest["replaced"]) and _is_gone(root))
 
 
 def _is_gone(root: Path) -> bool:

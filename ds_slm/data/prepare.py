@@ -16,7 +16,7 @@ of the data's identity, so a longer run finds the same shards and repeats them; 
 import errno
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ import numpy as np
 from ds_slm.data import corpus
 from ds_slm.data.identity import (
     FORMAT,
+    LEFT_OUT,
     MANIFEST,
     TOKENIZER,
     conflicts,
+    files_of_another_split,
     read_manifest,
     source_identity,
     tokenizer_identity,
@@ -39,7 +41,7 @@ from ds_slm.data.shards import Prepared, open_prepared, refuse, stamp_written
 from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
 from ds_slm.data.writer import TEXT, Form, split_documents, write_documents, write_token_files
 from ds_slm.errors import DataError
-from ds_slm.files import CANNOT_WRITE, fsync, locked, new_folder, obstacle, write_json
+from ds_slm.files import CANNOT_WRITE, fsync, locked, new_folder, obstacle, shortened, write_json
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe, Source
 
@@ -87,6 +89,7 @@ def prepare(
     folder = Path(data_root) / name
     if in_the_way := obstacle(folder):
         raise DataError(f"--data-root: {in_the_way}")
+    places: dict[str, corpus.Place] = {}
     if _missing(recipe, folder):
         with _locked(recipe, folder, report), _room_on_disk(folder):
             if tokenizer_from is None:
@@ -109,7 +112,7 @@ def prepare(
         with suppress(OSError):  # a kill came right after the manifest; of no use, and no harm on a read-only mount
             (folder / source.name / JOURNAL).unlink(missing_ok=True)
     prepared = open_prepared(recipe, name, data_root, form.identity, report)
-    for line in _notes(recipe, prepared, replacements, max_tokens):
+    for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
         report(line)
     return prepared
 
@@ -152,6 +155,9 @@ def _places(
             except DataError as error:
                 problems += error.problems
     refuse(problems)
+    for source in recipe.data.source:
+        if (place := places.get(source.name)) and (line := place.tell(source.split)):
+            report(f"{source.name}: {line}")
     return places
 
 
@@ -271,7 +277,7 @@ def _prepare_source(
         shards.abandon()
         raise
     fsync(target)
-    manifest = {"format": FORMAT, **described, "dtype": dtype.name, **written}
+    manifest = {"format": FORMAT, **described, "dtype": dtype.name, LEFT_OUT: place.left_out(), **written}
     stamp_written(folder, source.name, manifest)
     write_json(target / MANIFEST, manifest)
     (target / JOURNAL).unlink(missing_ok=True)
@@ -328,9 +334,9 @@ def _tokenizer_bytes(token_limit: float) -> float:
 
 
 def _notes(
-    recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path], max_tokens: int | None
+    recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path], max_tokens: int | None, told: Collection[str]
 ) -> Iterator[str]:
-    """What a user may not expect of data that were found ready."""
+    """What a user may not expect of data that were found ready; of the sources in `told` their files are known."""
     wanted = {source.name: _tokenizer_bytes(_token_limit(recipe, source, max_tokens)) for source in recipe.data.source}
     trained_on = prepared.tokenizer_manifest["cut_at_bytes"]
     if short := [name for name, cut_bytes in trained_on.items() if cut_bytes < wanted[name]]:
@@ -349,8 +355,17 @@ def _notes(
                 f"warning: {source.name}: its files have changed since they were prepared, the shards hold what was "
                 f"there before: remove {prepared.folder / source.name} to prepare it anew"
             )
-        if manifest["replaced"]:
-            yield f"{source.name}: read from local files ({', '.join(name for name, _ in manifest['files'])})"
+        if others := files_of_another_split(source, manifest, replacements.get(source.name)):
+            yield (
+                f"warning: {source.name}: prepared by an older version, which read files of another split than "
+                f"{source.split!r} as well: {shortened(others)}; their text is in the shards: remove "
+                f"{prepared.folder / source.name} to prepare it anew without them"
+            )
+        if source.name not in told:
+            if manifest["replaced"]:
+                yield f"{source.name}: read from local files ({shortened([name for name, _ in manifest['files']])})"
+            if left_out := corpus.tell_left_out(manifest.get(LEFT_OUT, {})):
+                yield f"{source.name}: left out when it was prepared: {left_out}"
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):
             yield (
                 f"{source.name}: cut at {tokens:,} training tokens, the run will repeat them (remove {prepared.folder} "

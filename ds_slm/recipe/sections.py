@@ -136,8 +136,9 @@ class Source(Section):
     """hub: the dataset's id."""
     config: str | None = None
     """hub: the dataset's configuration."""
-    split: str = "train"
-    """hub: the dataset's split."""
+    split: str = Field("train", min_length=1)
+    """The split that is read, by its name on the hub or in the names of local files (ds_slm.data.splits); "all" reads
+    every file."""
     column: str = "text"
     """The column that holds the text."""
     path: str | None = None

@@ -1,0 +1,152 @@
+"""Which files of a folder belong to a split: data sets say it in the names of files and folders.
+
+    paths below the root + the wanted split --choose--> Choice: read, of another split, named for none
+
+The rule is the one by which `datasets` reads a repository (`datasets.data_files`), so that a folder and its copy on the
+hub give the same text: a split's keyword between characters that are not letters names the split, and a folder's name
+counts before a word in a file's name. Beyond it, case does not matter, `split=train` and `train(1)` are understood, and
+so are the words that are in WORDS alone. A file whose whole name is a split's (`valid.jsonl`) is of that split whatever
+its folder is called.
+
+    read                       the files that are named for the split
+    nothing is named for it    train: the files that are named for no split; refused for any other split
+    no file names a split      all of them
+    split = "all"              all of them, whatever their names
+
+A name with the words of two splits (`train_dev.jsonl`) is of neither. The root's own name, and the folders above it,
+say nothing.
+
+Known gap: nobody can tell a title (`strength-training.txt`) from a split's name. Where few files name a split among
+many that name none, the folder is refused, with the way out.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+TRAIN, ALL = "train", "all"
+
+WORDS = {
+    TRAIN: ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation", "devtest"),
+    "held out": ("heldout", "holdout"),
+}
+"""Split -> the words that name it, in `testset` and `testdata` too; those of `datasets` first."""
+
+BESIDE = frozenset(("of", "part", "shard", "split", "set", "data"))
+"""Words beside a split's in the name of a file that has no other name, as in `train-00000-of-00010`."""
+
+TITLES_PER_NAME = 10
+"""So many files that name no split to each that does, and the words are taken for parts of titles."""
+
+_SPLIT_OF = {word + end: split for split, words in WORDS.items() for word in words for end in ("", "set", "data")}
+_LETTERS = re.compile(r"[^\W\d_]+")
+_HELD_OUT = re.compile(r"(?<![^\W\d_])(held|hold)[\W_]?out(?![^\W\d_])")
+_SHARDED = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
+"""`datasets` takes what stands before the numbers, in the folder data/, for the whole name of a split."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Places in the list of paths, in its order."""
+
+    read: tuple[int, ...]
+    other_split: tuple[int, ...] = ()
+    """Named for another split, or for two."""
+    beside: tuple[int, ...] = ()
+    """Left out because they are named for no split while others are."""
+
+
+class NotTold(Exception):
+    """The names do not tell which files the wanted split is."""
+
+
+def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
+    """The files of a split.
+
+    Args:
+        paths: relative to the root, without their suffixes.
+        wanted: the split, in whatever spelling; "all" takes everything.
+
+    Raises:
+        NotTold: with the reason, a whole clause.
+    """
+    named = [splits_of(path, wanted) for path in paths]
+    if wanted == ALL or not any(named):
+        return Choice(tuple(range(len(paths))))
+
+    split = canonical(wanted)
+    if not any(found == {split} for found in named) and len(general := _splits_in(wanted)) == 1:
+        split = next(iter(general))  # train_sft, of files that say train
+    mine = [place for place, found in enumerate(named) if found == {split}]
+    others = tuple(place for place, found in enumerate(named) if found and found != {split})
+
+    # Beside data/train-00000-of-00010 a train.jsonl elsewhere is the same text in its first form.
+    if sharded := [place for place in mine if _sharded(paths[place])]:
+        mine = sharded
+    beside = tuple(sorted(set(range(len(paths))) - set(mine) - set(others)))
+
+    if mine and len(beside) > TITLES_PER_NAME * (len(mine) + len(others)):
+        raise NotTold(
+            f"{len(mine) + len(others):,} of its {len(paths):,} files have the word for a split in their names and "
+            f"{len(beside):,} have none, so that nobody can tell whether they are all of {split!r}"
+        )
+    if mine:
+        return Choice(tuple(mine), others, beside)
+    if split == TRAIN and beside:
+        return Choice(beside, others)
+    there = ", ".join(sorted({" and ".join(sorted(found)) for found in named if found}))
+    raise NotTold(f"its files are named for {there}, and none for {wanted!r}")
+
+
+def canonical(split: str) -> str:
+    """A split's one spelling: valid, val and dev are validation; one that nobody knows is its own words."""
+    words = _words(split)
+    known = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+    whole = len(known) == 1 and all(word in _SPLIT_OF or word in BESIDE for word in words)
+    return known.pop() if whole else split.lower()
+
+
+def splits_of(path: PurePath, wanted: str = TRAIN) -> set[str]:
+    """The splits that a path is named for: none, one, or two and more where nobody can tell.
+
+    Args:
+        path: relative to the root, without its suffix.
+        wanted: a split that is found by its own name as well, should it be none of the usual ones.
+    """
+    name, folders = path.name, path.parts[:-1]
+    own = canonical(wanted)
+    if sharded := _sharded(path):
+        return {canonical(sharded)} if _splits_in(sharded) or canonical(sharded) == own else set()
+    if len(whole := _splits_in(name)) == 1 and all(word in _SPLIT_OF or word in BESIDE for word in _words(name)):
+        return whole
+
+    for part in (*reversed(folders), name):
+        if _holds(part, wanted):
+            return {own}
+        if found := _splits_in(part):
+            return found
+    return set()
+
+
+def _sharded(path: PurePath) -> str | None:
+    """The split of data/SPLIT-00000-of-00010; None for a path of another form."""
+    found = _SHARDED.fullmatch(path.name) if path.parts[:-1] == ("data",) else None
+    return found[1] if found else None
+
+
+def _holds(part: str, wanted: str) -> bool:
+    """Whether a name has all the words of an unusual split's, one after the other."""
+    words, own = _words(part), _words(wanted)
+    spans = (words[begin : begin + len(own)] for begin in range(len(words) - len(own) + 1))
+    return canonical(wanted) not in WORDS and bool(own) and own in spans
+
+
+def _splits_in(name: str) -> set[str]:
+    return {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
+
+
+def _words(name: str) -> list[str]:
+    return _LETTERS.findall(_HELD_OUT.sub(r"\1out", name.lower()))

@@ -201,7 +201,7 @@ NAMES_TOLD = 5
 
 def printable(name: str) -> str:
     """A file's name for a terminal: what is no UTF-8, or steers a terminal, is spelled out."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

@@ -1,6 +1,6 @@
 """From conversations to rows: what `ds_slm.data` does with text, here with turns, masks and packing.
 
-    sources --> messages as JSON --form--> ids with flags --ds_slm.data.prepare--> shards, journal, manifest
+    sources --> messages as JSON --form (sft.forms)--> ids with flags --ds_slm.data.prepare--> shards, journal, manifest
     shards  --ConversationRows--> order of an epoch --pack--> rows --read--> ids, weights, document ids
 
 A shard is a flat file of uint32: an id in the low bits and flags in the high ones. So preparing, resuming, hashing and
@@ -39,6 +39,7 @@ from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
 from sft import embedded
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
+from sft.forms import EXPECTED, read_messages
 from sft.packing import pack, shuffled
 
 TRAINED, BEGIN, ANSWER, CUT = (np.uint32(1 << bit) for bit in (31, 30, 29, 28))
@@ -61,8 +62,11 @@ def form(recipe: Recipe) -> Form:
     """How conversations are read and encoded."""
     settings = section(recipe)
     deciding = settings.model_dump(mode="json", include={"mask", "system_turns", "max_rows", "invalid"})
+    notes: set[str] = set()
     return Form(
-        encode=lambda tokenizer: _encode(recipe, tokenizer),
+        encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
+        expected=EXPECTED,
+        notes=lambda: sorted(notes),
         embedded=lambda: [json.dumps(messages) for messages in embedded.conversations()],
         as_json=True,
         row_limit=settings.max_rows,
@@ -114,13 +118,14 @@ def tell(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _encode(recipe: Recipe, tokenizer: Tokenizer) -> Encode:
+def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: set[str]) -> Encode:
     settings, chatml = section(recipe), ChatML(tokenizer)
     limit = recipe.data.seq_len + 1
 
     def encode(texts: list[str]) -> list[np.ndarray | str]:
-        conversations = [json.loads(text) for text in texts]
-        problems = [problem_of(messages) for messages in conversations]
+        read = [read_messages(json.loads(text), notes) for text in texts]
+        conversations = [messages for messages, _ in read]
+        problems = [unclear or problem_of(messages) for messages, unclear in read]
         if settings.invalid == "refuse" and any(problems):
             raise DataError(_told(texts, problems))
         sound = [
@@ -138,7 +143,7 @@ def _told(texts: list[str], problems: list[str | None]) -> list[str]:
         f"a conversation has {problem}: {text[:200]}" for text, problem in zip(texts, problems, strict=True) if problem
     ]
     more = len(wrong) - NAMED_PROBLEMS
-    way_out = "mend them, or set sft.invalid = 'drop' to leave such ones out and count them."
+    way_out = f"expected: {EXPECTED}; mend them, or set sft.invalid = 'drop' to leave such ones out and count them."
     return [
         *wrong[:NAMED_PROBLEMS],
         f"and {more:,} more among these {len(texts):,}; {way_out}" if more > 0 else way_out,

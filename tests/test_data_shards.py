@@ -312,7 +312,7 @@ def test_ready_made_tokens_of_one_document(tmp_path: Path) -> None:
     [
         (np.array([3, 4, 5] * 50 + [28], "<u2").tobytes(), r"holds id 28 at position 150, beyond the vocabulary of 28"),
         (b"\x01\x00" * 40 + b"\x01", r"has 81 bytes, no whole number of 16-bit ids"),
-        (b"", "nothing is left for train and val"),
+        (b"", "is empty, 0 bytes"),
     ],
 )
 def test_bad_token_files(content: bytes, message: str, tmp_path: Path) -> None:

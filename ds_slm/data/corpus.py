@@ -25,6 +25,7 @@ from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.hub import Hub, Report, way_out
 from ds_slm.data.readers import READERS, START, Mark, TextFile, read_documents, suffix_of
 from ds_slm.data.splits import ALL, NotTold, choose
+from ds_slm.data.stand_ins import HEAD_BYTES, stand_in_at
 from ds_slm.errors import DataError
 from ds_slm.files import shortened
 from ds_slm.recipe.schema import Source
@@ -151,6 +152,19 @@ def of_another_split(names: Sequence[str], split: str) -> list[str]:
     return [name for place, name in enumerate(names) if place not in read]
 
 
+def stand_ins(place: Place) -> list[str]:
+    """A problem for each local file that a download left in place of the data, and for token files without a byte."""
+    problems = []
+    for path in place.files:
+        size_bytes = path.stat().st_size
+        if place.kind == "tokens" and not size_bytes:
+            problems.append(f"{path} is empty, 0 bytes: replace the file or leave it out.")
+        may_be = size_bytes < HEAD_BYTES or place.kind == "tokens"
+        if may_be and (what := stand_in_at(path, pages=path.suffix.lower() != ".txt")):
+            problems.append(f"{path} cannot be read ({what}).")
+    return problems
+
+
 def tell_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
     """Counts and names of the files that `Place.left_out` gives; nothing where there are none."""
     return "; ".join(f"{len(names):,} of {reason}: {shortened(names)}" for reason, names in left_out.items() if names)
@@ -215,6 +229,7 @@ def documents(
         DataError: for a missing place, token files, a hub that does not answer, a position in other files.
     """
     place = locate(source, replacement, report)
+    say = _once(lambda line: report(f"{source.name}: {line}"))
     if place.kind == "tokens":
         raise DataError(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
@@ -229,11 +244,11 @@ def documents(
         hub = Hub(source, report)
         commit = hub.commit((position or {}).get("made_from", {}).get("commit") or source.revision)
         made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
-        read, start = partial(_read_files, hub.text_files(commit), source.column, as_json), [0, *START]
+        read, start = partial(_read_files, hub.text_files(commit), source.column, as_json, say), [0, *START]
     else:
         files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
         made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}
-        read, start = partial(_read_files, files, source.column, as_json), [0, *START]
+        read, start = partial(_read_files, files, source.column, as_json, say), [0, *START]
     if position is None:
         return DocumentStream(made_from, read, start)
     if position.get("made_from") != made_from:
@@ -242,6 +257,18 @@ def documents(
             "or sizes): bring that back, or remove the source's prepared folder to begin anew."
         )
     return DocumentStream(made_from, read, position["mark"])
+
+
+def _once(report: Report) -> Report:
+    """A report that takes each line once."""
+    told: set[str] = set()
+
+    def say(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            report(line)
+
+    return say
 
 
 def _sha256(content: Any) -> str:
@@ -254,12 +281,12 @@ def _read_embedded(texts: Sequence[str], mark: int) -> Iterator[tuple[str, int]]
 
 
 def _read_files(
-    files: Sequence[TextFile], column: str, as_json: bool, mark: Sequence[int]
+    files: Sequence[TextFile], column: str, as_json: bool, say: Report, mark: Sequence[int]
 ) -> Iterator[tuple[str, list[int]]]:
     """The documents of many files; a mark is the file's place and the mark in it."""
     first, *within = mark
     begin: Mark = (within[0], within[1])
     for place in range(first, len(files)):
-        for text, end in read_documents(files[place], column, begin, as_json):
+        for text, end in read_documents(files[place], column, begin, as_json, say):
             yield text, [place, *end]
         begin = START

@@ -55,6 +55,7 @@ class _Source(BaseModel):
     skipped: dict[str, int]
     whole: bool
     left_out: dict[str, list[str]] = {}
+    notes: list[str] = []
 
 
 class _Tokenizer(BaseModel):

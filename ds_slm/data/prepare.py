@@ -151,7 +151,8 @@ def _places(
     for source in recipe.data.source:
         if not (folder / source.name / MANIFEST).exists():
             try:
-                places[source.name] = corpus.locate(source, replacements.get(source.name), report)
+                places[source.name] = place = corpus.locate(source, replacements.get(source.name), report)
+                problems += corpus.stand_ins(place)
             except DataError as error:
                 problems += error.problems
     refuse(problems)
@@ -349,7 +350,9 @@ def _notes(
         manifest = prepared.manifests[source.name]
         tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
         if skipped := manifest["skipped"]:
-            yield f"{source.name}: {sum(skipped.values()):,} documents were skipped: {tell_skipped(skipped)}"
+            what = "documents were skipped" if manifest["documents"] else "ids were skipped"
+            yield f"{source.name}: {sum(skipped.values()):,} {what}: {tell_skipped(skipped)}"
+        yield from (f"{source.name}: {note}" for note in manifest.get("notes", []))
         if _changed_since(manifest, source, replacements.get(source.name)):
             yield (
                 f"warning: {source.name}: its files have changed since they were prepared, the shards hold what was "

@@ -6,10 +6,16 @@ A mark is two whole numbers that say where a document begins; a reader started a
 byte and piece. `.jsonl`: byte and line, counted in the unpacked text of `.gz` and `.zst`, which are unpacked from their
 start. `.parquet`: row group and row in it; the groups before are not touched, and of the others only the one column.
 
-.txt      one document; of a file over WHOLE_TXT_BYTES, pieces cut behind a line end. UTF-8, or refused with the byte.
+.txt      one document; of a file over WHOLE_TXT_BYTES, pieces cut behind a line end. UTF-8, or refused with the byte; a
+          run of zeros, which a crash leaves where nothing was written, is refused.
 .jsonl    one document a line; blank lines hold none. A line that is no JSON object with the column, no UTF-8 or longer
           than LINE_BYTES is refused with its number.
 .parquet  one document a row. A column of another type than strings is refused.
+
+A byte order mark at the start of a file, or of a line of JSON, is no part of the text; UTF-16 and UTF-32 are refused by
+name, and so is what a download left in a file's place (`ds_slm.data.stand_ins`). In a column of lists or tables, binary
+that is UTF-8 is text; any other value that JSON lacks (a time, a decimal, binary) becomes a table of its type and what
+it looks like, {"datetime": "2020-01-01 00:00:00"}, so that nobody takes it for text.
 
 A document that is null, no string, or no valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
 comes out as "": whoever consumes them counts and skips it. Damage that a format can show (a checksum, a file cut short,
@@ -24,11 +30,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ds_slm.data.stand_ins import HEAD_BYTES, stand_in
 from ds_slm.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,6 +47,22 @@ LINE_BYTES = 256 << 20
 READ_BYTES = 8 << 20
 """Bytes of a parquet column read at a time, and of compressed text skipped at a time."""
 BATCH_ROWS = 1024
+ZEROS = bytes(64)
+"""So many zeros in a row are no text."""
+ZERO_SHARE = 0.1
+"""Of the first bytes of a .txt: UTF-16 without a mark has nearly a half, text has none."""
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte order marks, longer ones first, for one begins with another."""
+OTHER_NAMES = {"messages": "conversations", "conversations": "messages"}
+"""A column of conversations is called either; where only the other one is there, it is read."""
+
+SHOWN_BYTES = 32
+"""Of binary that is no text, in a message."""
 
 Mark = tuple[int, int]
 START: Mark = (0, 0)
@@ -61,6 +84,18 @@ class Column(NamedTuple):
     name: str
     as_json: bool
     """Whether they are lists or tables rather than text."""
+    say: Callable[[str], None] = lambda line: None
+    """Takes a line where another column is read than the one that was named."""
+
+    def found_in(self, names: Collection[str]) -> str | None:
+        """The name under which the documents are there."""
+        if self.name in names:
+            return self.name
+        other = OTHER_NAMES.get(self.name) if self.as_json else None
+        if other not in names:
+            return None
+        self.say(f"there is no column {self.name!r}, {other!r} is read instead")
+        return other
 
 
 def suffix_of(name: str) -> str | None:
@@ -68,33 +103,59 @@ def suffix_of(name: str) -> str | None:
     return next((suffix for suffix in READERS if name.lower().endswith(suffix)), None)
 
 
-def read_documents(file: TextFile, column: str, mark: Mark = START, as_json: bool = False) -> Documents:
+def read_documents(
+    file: TextFile,
+    column: str,
+    mark: Mark = START,
+    as_json: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Documents:
     """The documents of one file from a mark on, each with the mark behind it.
 
     With `as_json` the column holds lists or tables, conversations for instance, and a document is one of them as JSON.
+    `say` takes a line where such a column is read under another name.
 
     Raises:
         DataError: for a file that cannot be read, is damaged or lacks the column.
     """
     suffix = suffix_of(file.name)
     assert suffix is not None, file.name
-    with _readable(file.name), file.open() as opened:
+    with _readable(file.name), file.open() as opened, _called_what_it_is(opened, suffix):
         if suffix != ".txt" and not opened.seek(0, io.SEEK_END):
             raise ValueError("it is empty, 0 bytes")
         opened.seek(0)
-        yield from READERS[suffix](opened, file.name, Column(column, as_json), mark)
+        yield from READERS[suffix](opened, file.name, Column(column, as_json, say), mark)
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """Every kind of error by which a damaged file shows."""
+    from pyarrow import ArrowException
+
+    return (OSError, EOFError, ValueError, zlib.error, ArrowException)
 
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Turns every way in which a file can be damaged into one error that names it."""
-    from pyarrow import ArrowException
-
     try:
         yield
-    except (OSError, EOFError, ValueError, zlib.error, ArrowException) as error:
+    except _damage() as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{name} cannot be read ({reason}): replace the file or leave it out.") from error
+
+
+@contextmanager
+def _called_what_it_is(opened: io.BufferedIOBase, suffix: str) -> Iterator[None]:
+    """Says of a file that cannot be read what it is instead, where its first bytes tell."""
+    try:
+        yield
+    except _damage() as error:
+        if opened.closed:  # pyarrow may have closed it
+            raise
+        opened.seek(0)
+        if not (what := stand_in(opened.read(HEAD_BYTES), pages=suffix != ".txt")):
+            raise
+        raise ValueError(what) from error
 
 
 def _txt(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Documents:
@@ -111,12 +172,34 @@ def _txt(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Docu
         if begin + len(block) < size_bytes:
             block = block[: block.rfind(b"\n") + 1 or _last_character(block)]
             file.seek(begin + len(block))
+        if begin == 0:
+            _refuse_other_text(block)
+        if (zeros := block.find(ZEROS)) >= 0:
+            raise ValueError(f"byte {begin + zeros} begins a run of zeros: it was not written to its end")
         try:
             text = block.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {begin + error.start} is no UTF-8: {error.reason}") from error
+        yield text.removeprefix("\ufeff") if begin == 0 else text, (begin + len(block), piece + 1)
         begin, piece = begin + len(block), piece + 1
-        yield text, (begin, piece)
+
+
+def _refuse_other_text(block: bytes) -> None:
+    """Raises ValueError for the first bytes of a .txt that is a pointer, or text in another encoding."""
+    if what := stand_in(block[:HEAD_BYTES], pages=False):
+        raise ValueError(what)
+    if encoding := _marked_encoding(block):
+        raise ValueError(f"it is {encoding}, not UTF-8: convert it with iconv -f {encoding} -t UTF-8")
+    if block[:HEAD_BYTES].count(0) > ZERO_SHARE * len(block[:HEAD_BYTES]):
+        raise ValueError(
+            "so many of its bytes are zero that it is no UTF-8 text: if it is UTF-16, convert it with iconv "
+            "-f UTF-16LE -t UTF-8"
+        )
+
+
+def _marked_encoding(head: bytes) -> str | None:
+    """The encoding that a byte order mark names; None for UTF-8 and where there is no mark."""
+    return next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None)
 
 
 def _last_character(block: bytes) -> int:
@@ -155,26 +238,42 @@ def _lines(lines: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> D
         if len(line) > LINE_BYTES:
             raise ValueError(f"line {number} is longer than {LINE_BYTES} bytes")
         if not line.isspace():
-            yield _text(_cell(line, number, name, column.name), column.as_json), (begin, number)
+            yield _text(_cell(line, number, name, column), column.as_json), (begin, number)
 
 
-def _cell(line: bytes, number: int, name: str, column: str) -> Any:
+def _cell(line: bytes, number: int, name: str, column: Column) -> Any:
     """The column's value in one line."""
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())  # files joined by cat have marks inside
     except UnicodeDecodeError as error:
-        raise ValueError(f"line {number} is no UTF-8 at its byte {error.start}") from error
+        encoding = _marked_encoding(line) if number == 1 else None
+        hint = f"; it is {encoding}: convert it with iconv -f {encoding} -t UTF-8" if encoding else ""
+        raise ValueError(f"line {number} is no UTF-8 at its byte {error.start}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict) or column not in row:
-        raise DataError(_no_column(f"{name}, line {number}", column, row if isinstance(row, dict) else ()))
-    return row[column]
+    key = column.found_in(row) if isinstance(row, dict) else None
+    if key is None:
+        raise DataError(_no_column(f"{name}, line {number}", column.name, row if isinstance(row, dict) else ()))
+    return row[key]
 
 
 def _text(value: Any, as_json: bool) -> str:
     if as_json:
-        return json.dumps(value, default=str)  # parquet knows times and decimals
+        try:
+            return json.dumps(value, default=_spelled)
+        except TypeError as error:
+            raise ValueError(f"a table's keys are no strings: {error}") from error
     return value if isinstance(value, str) and is_unicode(value) else ""
+
+
+def _spelled(value: Any) -> Any:
+    """What stands in JSON for a value that parquet knows and JSON does not."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            value = value[:SHOWN_BYTES]
+    return {type(value).__name__: str(value)}
 
 
 def is_unicode(text: str) -> bool:
@@ -191,15 +290,15 @@ def _parquet(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> 
 
     first_group, first_row = mark
     with ParquetFile(file, buffer_size=READ_BYTES, page_checksum_verification=True) as table:
-        _check_column(table.schema_arrow, name, column)
+        key = _check_column(table.schema_arrow, name, column)
         rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
         if sum(rows) != table.metadata.num_rows:
             raise ValueError(f"its row groups hold {sum(rows)} rows, its footer says {table.metadata.num_rows}")
         for group in range(first_group, len(rows)):
             row = 0
-            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column.name]):
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[key]):
                 if batch.num_columns != 1:
-                    raise ValueError(f"it has {batch.num_columns} columns called {column.name!r}")
+                    raise ValueError(f"it has {batch.num_columns} columns called {key!r}")
                 begin, row = row, row + len(batch)
                 if row > first_row:
                     for end, text in enumerate(_values(batch.column(0), column), start=begin + 1):
@@ -210,26 +309,45 @@ def _parquet(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> 
             first_row = 0
 
 
-def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> None:
+def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> str:
+    """The column's name in the file. Raises DataError where it is missing, there twice or of another type."""
     from pyarrow import types
 
-    if column.name not in schema.names:
+    key = column.found_in(schema.names)
+    if key is None:
         raise DataError(_no_column(name, column.name, schema.names))
-    found = schema.field(column.name).type
+    places = schema.get_all_field_indices(key)
+    if len(places) > 1:
+        raise DataError(
+            f"{name}: {len(places)} of its {len(schema.names)} columns are called {key!r} (number "
+            f"{', '.join(str(place + 1) for place in places)}): write it anew with names that differ."
+        )
+    found = schema.field(places[0]).type
     value = found.value_type if types.is_dictionary(found) else found
     texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     if not any(check(value) for check in ((types.is_nested,) if column.as_json else texts)):
         wanted, of = ("lists or tables", "those") if column.as_json else ("strings", "text")
         raise DataError(
-            f"{name}: column {column.name!r} holds {found}, not {wanted}; the columns there are: "
+            f"{name}: column {key!r} holds {found}, not {wanted}; the columns there are: "
             f"{', '.join(f'{field.name!r} ({field.type})' for field in schema)}. Set data.source.column to one of {of}."
         )
+    return key
 
 
 def _values(values: "pyarrow.Array", column: Column) -> list[str]:
-    if column.as_json:
-        return [_text(value, as_json=True) for value in values.to_pylist()]
-    return _strings(values)
+    if not column.as_json:
+        return _strings(values)
+    try:
+        return [_text(value, as_json=True) for value in values.to_pylist(maps_as_pydicts="strict")]
+    except (UnicodeDecodeError, KeyError):  # in at least one of them: no UTF-8, a map with a key twice
+        return [_text(_value(value), as_json=True) for value in values]
+
+
+def _value(value: "pyarrow.Scalar") -> Any:
+    try:
+        return value.as_py(maps_as_pydicts="strict")
+    except (UnicodeDecodeError, KeyError) as error:
+        return {type(error).__name__: str(error)}
 
 
 def _strings(values: "pyarrow.Array") -> list[str]:

@@ -123,8 +123,17 @@ class Prepared:
 
     @property
     def val_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text, without anything for the EOS tokens."""
-        return sum(manifest["bytes"]["val"] for manifest in self.manifests.values())
+        """UTF-8 bytes of the held-out text, without anything for the EOS tokens.
+
+        Raises:
+            DataError: where there is no text, so that nothing can be told for each byte.
+        """
+        total = sum(manifest["bytes"]["val"] for manifest in self.manifests.values())
+        if not total:
+            raise DataError(
+                f"{self.folder}: what is held out holds no text, only control tokens: {_again(self.folder)}."
+            )
+        return total
 
     def _count(self, split: Split) -> int:
         return sum(shard["tokens"] for manifest in self.manifests.values() for shard in manifest["shards"][split])

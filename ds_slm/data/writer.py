@@ -1,7 +1,7 @@
 """From documents, or ready-made ids, to the shards of one source.
 
     documents --split_documents--> batches --encoded, one batch ahead--> train or val, an EOS after each document
-    .bin files ---------------------------blocks-----------------------> the same, the end held out
+    .bin files, padding cut off ----------blocks-----------------------> the same, the end held out
 
 Reading and writing run beside the encoding of the next batch, which uses all cores. Batches end at the same documents
 after a resumption as without one, so the bytes are the same.
@@ -34,11 +34,17 @@ COPY_TOKENS = 1 << 24
 """Ids of a ready-made token file copied at a time."""
 JOURNAL_TOKENS = 1 << 25
 """A kill costs at most this much work and a batch."""
-WIDE_IDS = 64
-"""So many 16-bit ids of which every other one is 0 are 32-bit ones."""
+WIDE_IDS = 32
+"""So many ids of which each is followed by a 0 are ids of twice their width."""
+PADDING_IDS = 64
+"""More than so many equal ids at a file's end, of 0, EOS or the padding token, are no text."""
+PADDING = "ids of padding at the end of a file"
+NUMPY = b"\x93NUMPY"
 DRAWS = 1 << 20
 """Rows whose draws are held at a time."""
 EMPTY = "empty or unreadable"
+SHOWN_CHARACTERS = 400
+"""Of a document, in a message."""
 
 
 Ids = Sequence[int] | np.ndarray
@@ -62,6 +68,10 @@ class Form:
     """Whether documents are lists or tables, as JSON, rather than text."""
     row_limit: int | None = None
     """Documents to read of each source at most."""
+    expected: str = "text in the column that data.source.column names"
+    """What a document must be, for those who have another kind."""
+    notes: Callable[[], Sequence[str]] = tuple
+    """What a user should know of how the documents were read, once they are encoded."""
     dtype: np.dtype | None = None
     """Of what is written; None: that of the tokenizer's ids."""
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -152,6 +162,7 @@ def write_documents(
     """
     whole = True
     unsaved_tokens = 0
+    first_unusable = ""
     totals = shards.totals
     stream = documents(shards.position)
     texts = iter(stream) if form.row_limit is None else islice(stream, form.row_limit - totals.rows_read)
@@ -162,6 +173,7 @@ def write_documents(
         for (split, text), ids in zip(batch.documents, encoded, strict=True):
             if isinstance(ids, str):
                 totals.skip(ids)
+                first_unusable = first_unusable or text
                 continue
             if split == "train" and shards.tokens("train") >= token_limit:
                 whole = False
@@ -182,7 +194,9 @@ def write_documents(
                 unsaved_tokens = 0
             continue
         break
-    return _finished(name, shards, data) | {"whole": whole, "made_from": stream.made_from}
+    _refuse_unusable(name, shards, form, first_unusable)
+    notes = list(form.notes())
+    return _finished(name, shards, data) | {"whole": whole, "made_from": stream.made_from, "notes": notes}
 
 
 def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_row: int) -> Iterator[_Batch]:
@@ -212,6 +226,19 @@ def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch
             waiting = submitted
         if waiting is not None:
             yield waiting[0], waiting[1].result()
+
+
+def _refuse_unusable(name: str, shards: ShardsInProgress, form: Form, first: str) -> None:
+    """Raises DataError where no document of many can be used: with the first as it was read, and what is expected."""
+    totals = shards.totals
+    if not totals.rows_read or any(totals.documents.values()):
+        return
+    shown = f" The first one as it was read: {first[:SHOWN_CHARACTERS]}" if first else ""
+    shown += "..." if len(first) > SHOWN_CHARACTERS else ""
+    raise DataError(
+        f"source {name!r}: none of the {totals.rows_read:,} documents can be used ({tell_skipped(totals.skipped)})."
+        f"{shown} Expected: {form.expected}."
+    )
 
 
 def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:
@@ -246,12 +273,15 @@ def write_token_files(
     """Copy ready-made token files into shards; returns what the manifest says.
 
     Held out are the documents that begin in the last `val_fraction`; without a document's border there, those tokens.
+    Padding at the end of a file is cut off and counted.
 
     Raises:
-        DataError: for a file that is no whole number of ids, holds an id beyond the vocabulary, or looks as if its ids
-            were wider than `file_dtype`.
+        DataError: for a file that is no whole number of ids, holds nothing but padding or an id beyond the vocabulary,
+            or looks as if its ids were wider than `file_dtype`; for a held-out part without text.
     """
     ids = _TokenFiles(files, file_dtype, tokenizer)
+    if ids.padding:
+        shards.totals.skipped[PADDING] = ids.padding
     border = ids.held_out_border(data.val_fraction)
     train_tokens = int(min(border, token_limit))
     begin = shards.position["token"] if shards.position else 0
@@ -276,6 +306,11 @@ def write_token_files(
     paths = [shards.folder / shard["file"] for shard in written["shards"]["val"]]
     held_out = np.concatenate([np.fromfile(path, id_dtype(tokenizer.vocab_size)) for path in paths])
     val_bytes = len(decode_documents(tokenizer, held_out).encode())
+    if not val_bytes or np.isin(held_out, (tokenizer.eos_id, tokenizer.pad_id)).all():
+        raise DataError(
+            f"source {name!r}: its end, the {len(held_out):,} ids that are held out, is no text, only control tokens "
+            f"such as id {held_out[-1]}: cut them off, or hold out more with --set data.val_fraction=..."
+        )
     unknown = {"documents": None, "bytes": {"train": None, "val": val_bytes}}
     return written | unknown | {"whole": train_tokens == border, "made_from": None}
 
@@ -285,15 +320,48 @@ class _TokenFiles:
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype, tokenizer: Tokenizer) -> None:
         self._files, self._dtype, self._tokenizer = files, dtype, tokenizer
+        self._counts = [path.stat().st_size // dtype.itemsize for path in files]
         problems = [
             f"{path} has {path.stat().st_size} bytes, no whole number of {8 * dtype.itemsize}-bit ids: it was cut "
             "short, or is of another type (data.source.dtype); get an intact copy."
             for path in files
             if path.stat().st_size % dtype.itemsize
         ]
+        problems += [
+            f"{path} is a file of numpy's own format: write its ids alone, with array.tofile(...)."
+            for path in files
+            if _begins_with(path, NUMPY)
+        ]
         if problems:
             raise DataError(problems)
-        self._counts = [path.stat().st_size // dtype.itemsize for path in files]
+
+        paddings = [self._padding_of(path, count) for path, count in zip(files, self._counts, strict=True)]
+        self.padding = sum(paddings)
+        """Ids that are cut off at the ends of the files."""
+        self._counts = [count - padding for count, padding in zip(self._counts, paddings, strict=True)]
+        problems = [
+            f"{path} holds nothing but one id that is no text: get an intact copy."
+            for path, count, padding in zip(files, self._counts, paddings, strict=True)
+            if padding and count <= 1
+        ]
+        if problems:
+            raise DataError(problems)
+
+    def _padding_of(self, path: Path, count: int) -> int:
+        """Ids at a file's end that are padding; an EOS, which ends the last document, is left."""
+        run, last = 0, None
+        while run < count:
+            begin = max(count - run - COPY_TOKENS, 0)
+            block = np.fromfile(path, self._dtype, count=count - run - begin, offset=begin * self._dtype.itemsize)
+            last = block[-1] if last is None else last
+            others = np.flatnonzero(block != last)
+            run += len(block) - (int(others[-1]) + 1 if len(others) else 0)
+            if len(others):
+                break
+        fillers = (0, self._tokenizer.eos_id, self._tokenizer.pad_id)
+        if run <= PADDING_IDS or last not in fillers:
+            return 0
+        return run - int(last == self._tokenizer.eos_id)
 
     def held_out_border(self, val_fraction: float) -> int:
         """The position at which held-out tokens begin: behind the first EOS of the last `val_fraction`."""
@@ -313,7 +381,7 @@ class _TokenFiles:
             place = max(begin - file_begin, 0)
             while place < count:
                 offset = place * self._dtype.itemsize
-                block = np.fromfile(path, self._dtype, count=COPY_TOKENS, offset=offset)
+                block = np.fromfile(path, self._dtype, count=min(COPY_TOKENS, count - place), offset=offset)
                 self._refuse_strange(path, block, place)
                 yield block
                 place += len(block)
@@ -327,10 +395,16 @@ class _TokenFiles:
                 "it was made with another tokenizer (name that one in the recipe) or is of another type "
                 "(data.source.dtype)."
             )
-        if self._dtype.itemsize == 2 and len(block) >= WIDE_IDS and not block[1 - place % 2 :: 2].any():
-            raise DataError(
-                f"{path}: every other 16-bit id is 0, as in a file of 32-bit ones: set data.source.dtype = 'uint32'."
-            )
+        own, between = block[place % 2 :: 2], block[1 - place % 2 :: 2]
+        if not between.any() and np.count_nonzero(own) >= WIDE_IDS:
+            bits = 8 * self._dtype.itemsize
+            way_out = "set data.source.dtype = 'uint32'" if bits == 16 else "write them anew as uint16 or uint32"
+            raise DataError(f"{path}: every other {bits}-bit id is 0, as in a file of {2 * bits}-bit ones: {way_out}.")
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def decode_documents(tokenizer: Tokenizer, ids: np.ndarray) -> str:

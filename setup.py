@@ -44,6 +44,7 @@ setup(
         "psutil>=6",
         "pyarrow>=17",
         "pydantic>=2.11,<3",
+        "regex>=2024.5",
         "rich>=13",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<1",

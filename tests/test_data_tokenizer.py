@@ -1,5 +1,7 @@
 """Tokenizers: exact vocabularies and ids, any Unicode there and back, text is text, folders that transformers loads."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,3 +184,81 @@ def test_damaged_tokenizer_folder(bpe: room.Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(DataError, match=f"{tmp_path} holds no whole tokenizer"):
         room.load_tokenizer(tmp_path)
+
+
+def byte_level_folder(folder: Path, **blocks: object) -> Path:
+    """A folder of a trained tokenizer.json, some blocks of which are replaced."""
+    build().save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"] |= blocks.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(content | blocks))
+    return folder
+
+
+AROUND = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+LAST_USE: dict[str, dict[str, object]] = {
+    "BPE dropout of 0.3": {"model": {"dropout": 0.3}},
+    "truncation": {
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+    },
+    "padding": {
+        "padding": {
+            "strategy": {"Fixed": 600},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 1,
+            "pad_type_id": 0,
+            "pad_token": "<|pad|>",
+        },
+    },
+    "1 tokens around each text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": AROUND,
+            "pair": AROUND,
+            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("setting", LAST_USE)
+def test_ids_depend_on_the_text_alone(bpe: room.Tokenizer, tmp_path: Path, setting: str) -> None:
+    """Oracle: the same tokenizer without that setting: its ids, each time, its hash, and the ids of what is exported;
+    what was switched off is told.
+    """
+    from transformers import AutoTokenizer
+
+    folder = byte_level_folder(tmp_path / "given", **LAST_USE[setting])
+    told: list[str] = []
+    made_from = recipe(source("made", path="."), tokenizer=BPE.replace('"bpe"', f'"hf"\npath = "{folder}"'))
+    made = room.build_tokenizer(made_from, documents, told.append)
+    assert len(told) == 1 and f"switched off: {setting}" in told[0]
+    made.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in texts(5, seed=8):
+        expected = bpe.encode(text)
+        assert [made.encode(text) for _ in range(5)] == 5 * [expected]
+        assert made.encode_batch([text]) == [expected] == [theirs(text).input_ids]
+    assert made.sha256 == room.load_tokenizer(tmp_path / "saved").sha256 == bpe.sha256
+    if setting != "1 tokens around each text":  # a base keeps its own
+        assert room.load_tokenizer(folder).sha256 == bpe.sha256
+
+
+def test_a_tokenizer_without_such_settings_keeps_its_hash(bpe: room.Tokenizer, tmp_path: Path) -> None:
+    """Oracle: the hash of the file itself; a dropout of 0, which joins all, is no such setting."""
+    folder = byte_level_folder(tmp_path, model={"dropout": 0.0})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert room.load_tokenizer(folder).sha256 == digest != bpe.sha256
+
+
+def test_unigram_does_not_sample() -> None:
+    """Oracle: the likeliest pieces, each time."""
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.Unigram([("<unk>", -9.0), ("a", -1.0), ("b", -1.0), ("ab", -1.5)], 0, False))
+    backend.model.nbest_size, backend.model.alpha = 5, 0.1
+    made = room.Tokenizer(backend, eos_token="a", pad_token="b")
+    assert {tuple(made.encode("abab")) for _ in range(50)} == {(3, 3)}
+    assert len(made.switched_off) == 1

@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ds_slm.data.background import in_background
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -103,12 +105,22 @@ def bulk_encoder(backend: "tokenizers.Tokenizer") -> Callable[[Sequence[str]], l
     encoding = tiktoken.Encoding("by rank", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     threads = len(os.sched_getaffinity(0))
 
+    def encode_one(text: str) -> list[int]:
+        if len(text) >= LONGEST_SPACE and _LONG_SPACE.search(text):
+            return backend.encode(text, add_special_tokens=False).ids
+        return encoding.encode_ordinary(text)
+
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        left = {place for place, text in enumerate(texts) if len(text) >= LONGEST_SPACE and _LONG_SPACE.search(text)}
-        taken = ["" if place in left else text for place, text in enumerate(texts)]
-        encoded = encoding.encode_ordinary_batch(taken, num_threads=threads)
-        for place in left:
-            encoded[place] = backend.encode(texts[place], add_special_tokens=False).ids
+        encoded: list[list[int]] = [[]] * len(texts)
+        waiting = iter(range(len(texts)))
+
+        def work() -> None:
+            for place in waiting:
+                encoded[place] = encode_one(texts[place])
+
+        # Not tiktoken's own threads: the end of the process would wait for all their texts.
+        for thread in [in_background(work) for _ in range(threads)]:
+            thread.result()
         return encoded
 
     return encode

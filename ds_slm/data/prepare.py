@@ -198,7 +198,7 @@ def _prepare_tokenizer(
 
     if tokenizer_from is None:
         report(f"{TOKENIZER}: {recipe.tokenizer.kind}, {recipe.tokenizer.vocab_size} ids")
-        tokenizer = build_tokenizer(recipe, training_texts)
+        tokenizer = build_tokenizer(recipe, training_texts, report)
     else:
         report(f"{TOKENIZER}: that of {tokenizer_from}")
         tokenizer = existing_tokenizer(tokenizer_from, recipe.tokenizer)

@@ -12,6 +12,9 @@ Text is text: an added token's literal inside a document is encoded as ordinary 
 not; only added tokens of white space, which some tokenizers have for indents, are part of how text is cut. The saved
 folder's default, for those who load it with transformers, does parse control tokens, as chat templates need.
 
+Ids depend on the text alone: what is random in a tokenizer, or depends on its last use, is switched off, and so it is
+in the folder that is saved and in the hash (`_switch_off`).
+
 Known gaps: an hf tokenizer's chat template is not carried over.
 """
 
@@ -24,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_slm.data.bpe_training import train_bpe
 from ds_slm.data.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk_encoder, by_rank, byte_letters, filler
 from ds_slm.data.sentencepiece_model import read_sentencepiece
 from ds_slm.errors import DataError
@@ -57,9 +61,9 @@ class Tokenizer:
 
     def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str) -> None:
         """Raises DataError where the vocabulary lacks the EOS or the pad token, naming both."""
+        self.switched_off = _switch_off(backend)
+        """Settings that would have made ids depend on more than the text, for people."""
         self._backend = backend
-        self._backend.no_padding()
-        self._backend.no_truncation()
         self._encoder = _text_encoder(backend)
         self.eos_token, self.pad_token = eos_token, pad_token
         problems = [
@@ -107,6 +111,12 @@ class Tokenizer:
         """Hash of tokenizer.json's content, whatever its layout."""
         return hashlib.sha256(_canonical(self._backend.to_str())).hexdigest()
 
+    @property
+    def _adds_prefix_space(self) -> bool:
+        """What the pre-tokenizer says: older versions of transformers set it to what the folder's config says."""
+        pre_tokenizer = json.loads(self._backend.to_str())["pre_tokenizer"] or {}
+        return bool(pre_tokenizer.get("add_prefix_space", False))
+
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoTokenizer.from_pretrained` loads."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,10 +125,28 @@ class Tokenizer:
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "clean_up_tokenization_spaces": False,
-            "add_prefix_space": False,
+            "add_prefix_space": self._adds_prefix_space,
         }
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _switch_off(backend: "tokenizers.Tokenizer") -> list[str]:
+    """Switch off what is random, or was left by a tokenizer's last use; returns what that was."""
+    found = []
+    if dropout := getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
+        found.append(f"BPE dropout of {dropout:g}, which joins letters at random")
+    if getattr(backend.model, "nbest_size", None) or getattr(backend.model, "alpha", None):
+        backend.model.nbest_size = backend.model.alpha = None
+        found.append("sampling of a text's ids")
+    if backend.truncation:
+        backend.no_truncation()
+        found.append("truncation")
+    if backend.padding:
+        backend.no_padding()
+        found.append("padding")
+    return found
 
 
 def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
@@ -163,20 +191,31 @@ def _content(token: Any) -> str:
     return content
 
 
-def build_tokenizer(recipe: Recipe, documents: Callable[[Source], Iterator[str]]) -> Tokenizer:
-    """The recipe's tokenizer; `documents` gives the training text of a source.
+def build_tokenizer(
+    recipe: Recipe,
+    documents: Callable[[Source], Iterator[str]],
+    report: Callable[[str], None] = lambda line: None,
+) -> Tokenizer:
+    """The recipe's tokenizer.
+
+    Args:
+        recipe: what it must be.
+        documents: the training text of a source.
+        report: takes a line for each thing that a user may not expect.
 
     Raises:
         DataError: for files that are missing, too little text for the vocabulary, or ids other than the recipe's.
     """
     section = recipe.tokenizer
     if section.kind == "bpe":
-        backend = _trained_bpe(recipe, documents)
+        backend = _trained_bpe(recipe, documents, report)
     elif section.kind == "cl100k":
         backend = _cl100k(section)
     else:
-        backend = _existing(section)
+        backend = _existing(section, report)
     tokenizer = Tokenizer(backend, section.eos_token, section.pad_token)
+    for setting in tokenizer.switched_off:
+        report(f"tokenizer: switched off: {setting}")
     _check_ids(tokenizer, section)
     return tokenizer
 
@@ -202,30 +241,24 @@ def _check_ids(tokenizer: Tokenizer, section: Section) -> None:
         raise DataError(problems)
 
 
-def _trained_bpe(recipe: Recipe, documents: Callable[[Source], Iterator[str]]) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
-
+def _trained_bpe(
+    recipe: Recipe, documents: Callable[[Source], Iterator[str]], report: Callable[[str], None]
+) -> "tokenizers.Tokenizer":
     section = recipe.tokenizer
     specials = section.special_tokens
-    learner = Backend(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=section.vocab_size - len(specials),
-        min_frequency=section.min_frequency,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = (
         text
         for source in recipe.data.source
         for text in islice(documents(source), section.documents_per_weight * source.weight)
     )
-    learner.train_from_iterator(texts, trainer)
-    learned = learner.get_vocab()
+    learned, long_runs = train_bpe(texts, section.vocab_size - len(specials), section.min_frequency)
+    if long_runs.count:
+        report(f"warning: tokenizer: {long_runs}")
+
+    # Special tokens have the recipe's ids, the learned ones those that are free.
     taken = set(specials.values())
     free_ids = (number for number in range(section.vocab_size) if number not in taken)
-    vocab = {token: next(free_ids) for token in sorted(learned, key=learned.__getitem__)}
+    vocab = {token: next(free_ids) for token in learned}
     return by_rank(vocab, specials, specials, GPT2_PATTERN)
 
 
@@ -258,7 +291,16 @@ def _cl100k_ranks(section: Section) -> dict[bytes, int]:
     return {b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
 
 
-def _existing(section: Section) -> "tokenizers.Tokenizer":
+def _existing(section: Section, report: Callable[[str], None]) -> "tokenizers.Tokenizer":
+    """A tokenizer that somebody has made, without what it adds to a text: a document's only addition is its EOS."""
+    backend = _read_existing(section)
+    if added := backend.num_special_tokens_to_add(is_pair=False):
+        backend.post_processor = None
+        report(f"tokenizer: switched off: {added} tokens around each text, which no document is trained with")
+    return backend
+
+
+def _read_existing(section: Section) -> "tokenizers.Tokenizer":
     import tokenizers
 
     assert section.path is not None  # the recipe was checked

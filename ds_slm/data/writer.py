@@ -11,15 +11,16 @@ Known gap: the training text's bytes stay unknown for ready-made token files, fo
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ds_slm.data.background import in_background
 from ds_slm.data.corpus import DocumentStream
 from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype, tell_skipped
@@ -217,15 +218,14 @@ def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_r
 
 def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
     """Each batch with its ids; while one is consumed, the next is read and encoded."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
-        for batch in batches:
-            submitted = batch, pool.submit(encode, [text for _, text in batch.documents])
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = submitted
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+    encoding: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
+    for batch in batches:
+        encoded = None if encoding is None else (encoding[0], encoding[1].result())
+        encoding = batch, in_background(partial(encode, [text for _, text in batch.documents]))
+        if encoded is not None:
+            yield encoded
+    if encoding is not None:
+        yield encoding[0], encoding[1].result()
 
 
 def _refuse_unusable(name: str, shards: ShardsInProgress, form: Form, first: str) -> None:

@@ -1,0 +1,120 @@
+r"""Byte-level BPE learned from text, in bounded time and heeding signals, whatever the text.
+
+    texts --LongRuns.cut--> no pre-token of more than LONGEST_RUN --train_bpe, in the background--> tokens by rank
+
+A pre-token is the unit within which tokens are joined: GPT-2's pattern ends one at each change between letters, digits,
+other signs and white space. The trainer's time grows with the square of its length: DNA, base64, a million digits, or
+Chinese without a space or a comma, are one single pre-token. So a longer run is cut while the tokenizer learns, and of
+such runs at most LONG_RUN_BYTES are learned from, since the trainer meets nothing in them twice. Encoding cuts nothing.
+
+Known gap: many random words, each shorter than LONGEST_RUN, take as long as their number asks.
+"""
+
+import re
+import threading
+from collections.abc import Iterable, Iterator
+
+import regex
+
+from ds_slm.data.background import in_background
+
+LONGEST_RUN = 256
+"""Characters. Ordinary text stays whole: no run in 36 MB of prose and chats, or in the demo's text, has even 100."""
+LONG_RUN_BYTES = 1_000_000
+"""Bytes of UTF-8 of all runs that were cut; the trainer takes about 10 s for random ones."""
+LONGEST_READ_S = 10.0
+"""An interrupted trainer waits so long for the text that is being read."""
+KINDS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")
+"""Of characters: a pre-token holds one kind, and a space before it."""
+
+
+class LongRuns:
+    """Cuts long runs, and counts what it did."""
+
+    def __init__(self, longest: int = LONGEST_RUN) -> None:
+        """Runs of more than `longest` characters are cut."""
+        self._longest = longest
+        self._pattern = regex.compile("|".join(rf"(?<!{kind}){kind}{{{longest + 1},}}" for kind in KINDS))
+        # Five times as fast, and finds every text that has a long run, but others as well.
+        self._may_be_long = re.compile(rf"[^ \n]{{{longest + 1}}}|\s{{{longest + 1}}}")
+        self.count = 0
+        """Runs that were cut."""
+        self.learned_bytes = 0
+        """What was learned from of them."""
+        self.left_out_bytes = 0
+        """What was not."""
+
+    def cut(self, text: str) -> Iterator[str]:
+        """The text in pieces whose pre-tokens are those of the text, but for long ones; most often it is one piece."""
+        begin = 0
+        for run in self._pattern.finditer(text) if self._may_be_long.search(text) else ():
+            self.count += 1
+            for piece_begin in range(run.start(), run.end(), self._longest):
+                piece_end = min(piece_begin + self._longest, run.end())
+
+                # The rest of this run is left out: what stood before it is a piece of its own.
+                if self.learned_bytes >= LONG_RUN_BYTES:
+                    self.left_out_bytes += len(text[piece_begin : run.end()].encode())
+                    yield text[begin:piece_begin]
+                    begin = run.end()
+                    break
+
+                # The last piece of a run stays with the text behind it.
+                self.learned_bytes += len(text[piece_begin:piece_end].encode())
+                if piece_end < run.end():
+                    yield text[begin:piece_end]
+                    begin = piece_end
+        yield text[begin:]
+
+    def __str__(self) -> str:
+        """What a user should know, in one line; empty where nothing was cut."""
+        if not self.count:
+            return ""
+        left_out = f", {self.left_out_bytes:,} bytes of them left out" if self.left_out_bytes else ""
+        return (
+            f"{self.count:,} runs of more than {self._longest} letters, digits or signs without a break were cut while "
+            f"the tokenizer learned{left_out}"
+        )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> tuple[list[str], LongRuns]:
+    """Learn byte-level BPE.
+
+    Args:
+        texts: what to learn from; read in another thread.
+        vocab_size: ids to learn, the 256 bytes among them; fewer are learned of too little text.
+        min_frequency: a pair that is joined was seen this often.
+
+    Returns:
+        The tokens in byte letters, in the order in which text is joined; and what was cut.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    long_runs = LongRuns()
+    interrupted, reading = threading.Event(), threading.Lock()
+
+    def pieces() -> Iterator[str]:
+        with reading:
+            for text in texts:
+                if interrupted.is_set():
+                    raise InterruptedError
+                yield from long_runs.cut(text)
+
+    # The main thread waits, so that it is woken by a signal while the trainer computes. Python can end while another
+    # thread computes in Rust, but not while Rust has called it to read the next text.
+    try:
+        in_background(lambda: learner.train_from_iterator(pieces(), trainer)).result()
+    except BaseException:
+        interrupted.set()
+        reading.acquire(timeout=LONGEST_READ_S)
+        raise
+    learned = learner.get_vocab()
+    return sorted(learned, key=learned.__getitem__), long_runs

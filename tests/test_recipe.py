@@ -201,6 +201,8 @@ def test_all_problems_at_once() -> None:
         ('kind = "embedded"', 'kind = "hub"', "names no id"),
         ('name = "documentation"', 'name = "The Docs"', "data.source.0.name"),
         ('name = "documentation"', 'name = "tokenizer"', "the tokenizer's folder"),
+        ('name = "documentation"', 'name = "tokenizer.tmp"', "the tokenizer's folder"),
+        ('name = "documentation"', 'name = "docs"\nsplit = ""', "data.source.0.split"),
         ("[eval]", '[unstated]\n"model.theta" = "why"\n[eval]', "the nearest is 'model.rope_theta'"),
         ("[card]", "[card", "is not TOML"),
     ],

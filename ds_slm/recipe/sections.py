@@ -5,12 +5,21 @@
 Field names of the model are Hugging Face's. The string under a field is its description: unit, meaning of the default.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 BYTES = 256
+WHOLE_NUMBERS = range(-(1 << 63), 1 << 63)
+"""What TOML, and every library that gets one, knows of whole numbers."""
+LEGACY_SEEDS = range(1 << 32)
+"""What numpy's legacy generator takes for a seed."""
+MIX_ENTRIES = 1_000_000
+"""Rows of one cycle of the mix at most: it is held in memory."""
+SmallInt = Annotated[PositiveInt, Field(lt=1 << 31)]
+Std = Annotated[float, Field(gt=0, le=100)]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
@@ -20,6 +29,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _fits_64_bits(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, int) and number not in WHOLE_NUMBERS for number in numbers):
+            raise ValueError("got a whole number of more than 64 bits; expected a smaller one")
+        return value
 
 
 def _raise_together(problems: list[str]) -> None:
@@ -59,9 +76,9 @@ class Model(Section):
     """RMSNorm over head_dim on queries and keys, before RoPE (exports as Qwen3)."""
     exclusive_attention: bool = False
     """Remove from each head's output its component along the token's own value (arXiv 2603.09078)."""
-    init_std: float = Field(0.02, gt=0)
+    init_std: Std = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
-    embedding_init_std: float | None = Field(None, gt=0)
+    embedding_init_std: Std | None = None
     """The same for the embedding (and a tied head); None means init_std."""
     scaled_residual_init: bool = False
     """o_proj and down_proj start at init_std / sqrt(2 * layers)."""
@@ -93,7 +110,7 @@ class Tokenizer(Section):
     pad_token: str = "<|endoftext|>"
     min_frequency: PositiveInt = 2
     """bpe: a merge must have been seen this often."""
-    documents_per_weight: PositiveInt = 2_000_000
+    documents_per_weight: SmallInt = 2_000_000
     """bpe: trained on the first documents_per_weight x weight documents of each source."""
     path: str | None = None
     """hf: a local folder, a tokenizer.model, or a hub id; cl100k: a local ranks file instead of the download."""
@@ -147,7 +164,7 @@ class Source(Section):
     """tokens: of the files' ids; by default the smallest that holds the vocabulary."""
     revision: str | None = None
     """hub: a branch, tag or commit; by default the newest state there is when the source is prepared."""
-    weight: PositiveInt = 1
+    weight: SmallInt = 1
     """Integer share of the mix."""
 
     @model_validator(mode="after")
@@ -158,8 +175,8 @@ class Source(Section):
         wanted = {"hub": "id", "files": "path", "tokens": "path or id"}.get(self.kind)
         problem = f"source {self.name!r} of kind {self.kind!r} names no {wanted}: add it"
         problems = [problem] if missing else []
-        if self.name == "tokenizer":
-            problems.append("source name 'tokenizer' is the tokenizer's folder beside the sources': choose another")
+        if self.name in ("tokenizer", "tokenizer.tmp"):
+            problems.append(f"source name {self.name!r} is the tokenizer's folder beside the sources': choose another")
         _raise_together(problems)
         return self
 
@@ -174,13 +191,26 @@ class Data(Section):
     held_out: Literal["hash", "draw"] = "hash"
     """hash: those whose keyed hash says so; draw: one draw of numpy's legacy generator for each row, in order."""
     split_seed: int = 0
+    """Any whole number for hash; one from 0 to 2^32 - 1 for draw."""
     source: list[Source] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
+    def _fits_together(self) -> Self:
         names = [source.name for source in self.source]
         twice = sorted({name for name in names if names.count(name) > 1})
-        _raise_together([f"source name {name!r} is used twice: rename one" for name in twice])
+        problems = [f"source name {name!r} is used twice: rename one" for name in twice]
+        if self.held_out == "draw" and self.split_seed not in LEGACY_SEEDS:
+            problems.append(
+                f"split_seed = {self.split_seed} is no seed of held_out = 'draw': choose one from 0 to "
+                f"{LEGACY_SEEDS.stop - 1}"
+            )
+        weights = [source.weight for source in self.source]
+        if (entries := sum(weights) // math.gcd(*weights)) > MIX_ENTRIES:
+            problems.append(
+                f"source weights add up to {entries:,} without their common divisor, and one cycle of the mix has at "
+                f"most {MIX_ENTRIES:,} rows: round them"
+            )
+        _raise_together(problems)
         return self
 
 
@@ -284,8 +314,8 @@ class Sft(Section):
     """Several conversations in a row, each seeing itself alone; else one padded row for each."""
     system_turns: Literal["keep", "drop"] = "keep"
     invalid: Literal["drop", "refuse"] = "drop"
-    """Conversations with unknown roles, content that is no string or turns that do not alternate: left out and
-    counted, or an error."""
+    """Conversations with unknown roles, content that is no text or turns that do not alternate (sft.forms says which
+    forms are read): left out and counted, or an error."""
     max_rows: PositiveInt | None = None
     """Rows of each source that are read, from its beginning."""
 

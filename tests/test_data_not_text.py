@@ -14,7 +14,9 @@ import pytest
 from ds_slm.data import shards
 from ds_slm.data.corpus import documents
 from ds_slm.data.identity import MANIFEST
-from ds_slm.errors import DataError
+from ds_slm.data.tokenizer import build_tokenizer, load_tokenizer
+from ds_slm.errors import CheckpointError, DataError
+from ds_slm.publish.models import open_model
 from tests import data_recipes
 from tests.data_recipes import texts, write_jsonl
 from tests.source_files import files_source
@@ -235,3 +237,28 @@ def test_data_of_an_older_version_whose_held_out_part_is_no_text(tmp_path: Path)
     (folder / "ids" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"{folder}: what is held out holds no text"):
         _ = shards.open_prepared(made, "made", tmp_path / "data").val_bytes
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_pointer_is_not_a_tokenizer(name: str, tmp_path: Path) -> None:
+    """Oracle: the file, and how to fetch it: of a tokenizer that a recipe names, and of a folder that is loaded."""
+    letters = data_recipes.character_folder(tmp_path / "letters", "!ab")
+    (letters / "tokenizer.json").unlink()
+    (letters / name).write_bytes(LFS)
+    section = f'kind = "hf"\nvocab_size = 3\npath = "{letters}"\neos_token = "!"\npad_token = "!"'
+    made = data_recipes.recipe(data_recipes.source("made", path=tmp_path), tokenizer=section)
+    with pytest.raises(DataError, match=f"{letters / name} cannot be read .*git lfs pull"):
+        build_tokenizer(made, lambda source: iter(()))
+    if name == "tokenizer.json":
+        with pytest.raises(DataError, match=f"{letters / name} cannot be read .*git lfs pull"):
+            load_tokenizer(letters)
+
+
+def test_every_pointer_among_a_models_files_is_told(tmp_path: Path) -> None:
+    """Oracle: the names of all files that were not fetched, as git leaves them in a clone without LFS."""
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(CheckpointError, match="git lfs pull") as caught:
+        open_model(tmp_path)
+    assert len(caught.value.problems) == 3

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ds_slm.data.bpe_training import train_bpe
 from ds_slm.data.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk_encoder, by_rank, byte_letters, filler
 from ds_slm.data.sentencepiece_model import read_sentencepiece
+from ds_slm.data.stand_ins import stand_in_at
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe, Source
 from ds_slm.recipe.schema import Tokenizer as Section
@@ -174,6 +175,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     import tokenizers
 
+    for path in (folder / "tokenizer_config.json", folder / "tokenizer.json"):
+        if path.is_file() and (what := stand_in_at(path)):
+            raise DataError(f"{path} cannot be read ({what}).")
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -312,6 +316,8 @@ def _read_existing(section: Section) -> "tokenizers.Tokenizer":
             path = Path(snapshot_download(section.path, allow_patterns=list(TOKENIZER_FILES)))
         files = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES]
         found = next((file for file in files if file.is_file()), None)
+        if found and (what := stand_in_at(found)):
+            raise DataError(f"tokenizer.path: {found} cannot be read ({what}).")
         if found and found.suffix == ".json":
             return tokenizers.Tokenizer.from_file(str(found))
         if found and found.suffix == ".model":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.data.stand_ins import stand_in_at
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import hf
@@ -96,6 +97,11 @@ def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
 
 
 def _open_hf(folder: Path) -> OpenModel:
+    readable = (
+        path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors") and path.is_file()
+    )
+    if problems := [f"{path} cannot be read ({what})." for path in readable if (what := stand_in_at(path))]:
+        raise CheckpointError(problems)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the user's mistake, told in one paragraph; 75 stopped by a
 """
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -79,6 +80,9 @@ def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
         main: the program.
         tell: False on ranks whose message another rank prints as well.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal's encoding has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main() or EXIT_OK
     except UserError as error:

@@ -1,5 +1,6 @@
 """Which files of a folder are read: those of the wanted split, as `datasets` takes them from a repository."""
 
+import io
 import json
 import random
 from pathlib import Path, PurePath
@@ -10,7 +11,7 @@ import pytest
 from ds_slm.data import shards
 from ds_slm.data.corpus import locate
 from ds_slm.data.splits import NotTold, choose
-from ds_slm.errors import DataError
+from ds_slm.errors import DataError, run_program
 from ds_slm.recipe.schema import Source
 from tests import data_recipes
 from tests.data_recipes import texts, write_jsonl
@@ -269,3 +270,11 @@ def test_file_names_of_any_bytes_are_told(tmp_path: Path) -> None:
         assert any(r"caf\xe9.jsonl" in line and r"red\x1b[31m\n.jsonl" in line for line in told)
         assert any(r"1 of another split: \xff-test.jsonl" in line for line in told)
     assert shards.open_prepared(recipe, "made", tmp_path / "data").train_tokens
+
+
+def test_any_name_can_be_printed_whatever_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a program whose output is ASCII prints every letter it has not as its number, and does not fail."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert run_program(lambda: print("caf\udce9 é 日")) == 0
+    assert written.getvalue() == rb"caf\udce9 \xe9 \u65e5" + b"\n"

@@ -154,6 +154,7 @@ def test_overrides() -> None:
         ("optimizer.lr=nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1"),
         ("train.precision=fp8", "'bf16', 'fp16' or 'fp32'"),
+        ("data.source.0.path=caf\udce9", "no UTF-8"),
     ],
 )
 def test_bad_overrides(override: str, expected: str) -> None:

@@ -250,6 +250,10 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
     place, equals, literal = (part.strip() for part in override.partition("="))
     if not equals or "." not in place:
         return f"--set {override!r}: expected section.key=value, for instance train.steps=100"
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        return f"--set {override!r}: it is no UTF-8, as a recipe must be"
     *path, key = place.split(".")
     known = _without_indices(place)
     if known not in field_names() and not known.startswith(("tokenizer.special_tokens.", "card.sources.", "unstated.")):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import data_recipes
+from tests import data_recipes, tolerances
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=tolerances.PRODUCTS)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Half-precision products in either form, whatever the CPU: a test that asks for this runs once in each."""
+    from ds_slm.model import kernels
+
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

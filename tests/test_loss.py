@@ -66,6 +66,7 @@ def test_value_and_gradients_are_those_of_the_whole_loss(chunk_tokens, z_scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("products")
 def test_half_precision_gradients_are_near_the_exact_ones(dtype):
     """Oracle: float64 on the same rounded inputs; errors stay at the size of the dtype's rounding, without a bias."""
     given = problem(tokens=300, dtype=dtype)
@@ -81,6 +82,7 @@ def test_half_precision_gradients_are_near_the_exact_ones(dtype):
         assert got.norm().item() == pytest.approx(wanted.norm().item(), rel=eps / 4)
 
 
+@pytest.mark.usefixtures("products")
 def test_small_weights_survive_fp16():
     """Oracle: float64; a loss scale of 2^16 is applied, as in training, only after the gradient was formed."""
     given = problem(dtype=torch.float16)
@@ -92,6 +94,7 @@ def test_small_weights_survive_fp16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("products")
 def test_a_padded_vocabulary_changes_nothing(monkeypatch, dtype):
     """Oracle: the loss without padding: 50 ids padded to 64, where a GPU's products want it."""
     given, padded = problem(dtype=dtype), problem(dtype=dtype)
@@ -107,6 +110,7 @@ def test_a_padded_vocabulary_changes_nothing(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("products")
 def test_tokens_of_weight_zero_add_exactly_nothing(dtype):
     """Oracle: zero; their hidden states are infinite or enormous and their targets outside the vocabulary."""
     given = problem(dtype=dtype)

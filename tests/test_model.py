@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ds_slm.errors import ConfigError
 from ds_slm.model import decoder, kernels
 from ds_slm.model.decoder import Decoder, KVCache, build
 from ds_slm.recipe import schema
+from tests import tolerances
 
 SMALL = {
     "hidden_size": 32,
@@ -206,23 +208,28 @@ def test_gradient_checkpointing_is_on_only_while_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_product_is_the_rounded_exact_one(dtype):
-    """Oracle: the product of the same half-precision operands in float64, value and gradients, rounded once."""
+def test_half_precision_product_is_the_rounded_exact_one(dtype, products):
+    """Oracle: the product of the same half-precision operands in float64, value and gradients, rounded once.
+
+    The upcast form rounds as IEEE says; a CPU's own instructions may round the other way, to the next value.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (
         torch.randn(size, generator=generator).to(dtype) for size in ((3, 17, 40), (24, 40), (3, 17, 24))
     )
     x.requires_grad_(), weight.requires_grad_()
-    got = kernels._UpcastProduct.apply(x, weight)
+    got = kernels.product(x, weight)
     got.backward(grad)
+
     d_weight = grad.double().flatten(0, 1).T @ x.double().flatten(0, 1)
+    rounding = torch.finfo(dtype).eps * (0.5 if products == "upcast" else 1) * 1.01
     for mine, exact in (
         (got, x.double() @ weight.double().T),
         (x.grad, grad.double() @ weight.double()),
         (weight.grad, d_weight),
     ):
         assert mine.dtype == dtype
-        torch.testing.assert_close(mine.double(), exact.detach(), rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-5)
+        torch.testing.assert_close(mine.double(), exact.detach(), rtol=rounding, atol=1e-5)
 
 
 def test_product_is_linear_where_the_device_multiplies():
@@ -232,12 +239,27 @@ def test_product_is_linear_where_the_device_multiplies():
     assert kernels.multiplies("cuda", torch.bfloat16) and kernels.multiplies("cpu", torch.float32)
 
 
-def test_effective_kernels_say_when_operands_are_upcast(monkeypatch):
-    """Oracle: the words a user looks for at the start of a run."""
-    monkeypatch.setattr(kernels, "multiplies", lambda device_type, dtype: False)
-    assert "fp32" in kernels.effective_kernels("cpu", torch.bfloat16)["products"]
-    monkeypatch.setattr(kernels, "multiplies", lambda device_type, dtype: True)
-    assert kernels.effective_kernels("cpu", torch.bfloat16)["products"] == "cpu bfloat16"
+@pytest.mark.parametrize("form", tolerances.PRODUCTS)
+def test_the_environment_chooses_the_products(monkeypatch, form):
+    """Oracle: the words a user looks for at the start of a run; fp32 and other devices are as they were."""
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, form)
+    assert kernels.multiplies("cpu", torch.bfloat16) == (form == "native")
+    words = {"native": "cpu bfloat16", "upcast": "cpu fp32, bfloat16 operands upcast and results rounded"}
+    found = kernels.effective_kernels("cpu", torch.bfloat16)
+    assert found["products"] == f"{words[form]} (DS_SLM_HALF_PRODUCTS={form})"
+    assert found["products"] in found["attention"]
+    assert kernels.multiplies("cpu", torch.float32) and kernels.multiplies("cuda", torch.bfloat16)
+    assert kernels.effective_kernels("cpu", torch.float32)["products"] == "cpu float32"
+
+
+def test_without_a_choice_the_cpu_decides(monkeypatch):
+    """Oracle: torch's own test of the CPU's instructions."""
+    monkeypatch.delenv(kernels.PRODUCTS_VARIABLE, raising=False)
+    assert kernels.multiplies("cpu", torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert kernels.PRODUCTS_VARIABLE not in kernels.effective_kernels("cpu", torch.bfloat16)["products"]
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "nativ")
+    with pytest.raises(ConfigError, match="DS_SLM_HALF_PRODUCTS=nativ: expected native, upcast, or unset"):
+        kernels.multiplies("cpu", torch.bfloat16)
 
 
 def test_embedding_gradient_of_a_frequent_token_is_not_lost():

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_slm.errors import ConfigError
+
 HALF = (torch.bfloat16, torch.float16)
+PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
+"""Environment variable: how a CPU multiplies half-precision tensors, `native` or `upcast`; unset, as is fastest on it.
+Either form runs on every CPU, so the arithmetic of another kind of CPU can be tried here; `native` without the
+instructions takes torch's reference loops."""
 
 
 @torch.compiler.assume_constant_result  # asked when a block is compiled, not traced
@@ -29,7 +35,20 @@ def multiplies(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the device has fast products in this dtype; a CPU needs AVX-512 or AMX for the half-precision ones."""
     if device_type != "cpu" or dtype not in HALF:
         return True
-    return _cpu_multiplies(dtype)
+    chosen = chosen_products()
+    return chosen == "native" if chosen else _cpu_multiplies(dtype)
+
+
+def chosen_products() -> str | None:
+    """What the environment says of a CPU's half-precision products; None where it leaves that to the CPU.
+
+    Raises:
+        ConfigError: it is neither `native` nor `upcast`.
+    """
+    chosen = os.environ.get(PRODUCTS_VARIABLE) or None
+    if chosen not in (None, "native", "upcast"):
+        raise ConfigError(f"{PRODUCTS_VARIABLE}={chosen}: expected native, upcast, or unset.")
+    return chosen
 
 
 @lru_cache
@@ -55,6 +74,8 @@ def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bo
     device_type, name = torch.device(device).type, str(dtype).removeprefix("torch.")
     native = multiplies(device_type, dtype)
     how = f"{device_type} {name}" if native else f"{device_type} fp32, {name} operands upcast and results rounded"
+    if device_type == "cpu" and dtype in HALF and chosen_products():
+        how += f" ({PRODUCTS_VARIABLE}={chosen_products()})"
     fp32_sums = device_type == "cpu" and dtype in HALF
     return {
         "products": how,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_slm.data.rows import Rows
 from ds_slm.errors import DataError, DeviceError
+from ds_slm.model import kernels
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train.control import Control
@@ -92,7 +93,10 @@ def _accelerator() -> Any:
 
 
 def refuse_missing_precision(precision: str) -> None:
-    """Raise DeviceError where the device cannot compute in the recipe's precision."""
+    """Raise DeviceError where the device cannot compute in the recipe's precision, ConfigError where it is told how in
+    unknown words.
+    """
+    kernels.chosen_products()
     device = _accelerator()
     supported = {
         "fp32": True,

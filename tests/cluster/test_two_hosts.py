@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tolerances
 from tests.cluster.hosts import TwoHosts, missing_requirements
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -20,8 +21,7 @@ ONE_HOST = ["deepspeed", "--num_accelerators", "2", "ds_slm/pretrain.py"]
 STEPS = 4
 INTERRUPTED_AT = 2
 LAUNCH_TIMEOUT_S = 240.0
-BF16_TOLERANCE = 1e-3
-"""Relative, of a loss or gradient norm summed in another order."""
+TOLERANCE = tolerances.TOPOLOGIES["bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def assert_same_training(got: list[dict], expected: list[dict]) -> None:
     assert [record["step"] for record in got] == list(range(1, len(got) + 1))
     for ours, theirs in zip(got, expected, strict=False):
         assert (ours["step"], ours["tokens"], ours["ledger"]) == (theirs["step"], theirs["tokens"], theirs["ledger"])
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=BF16_TOLERANCE)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE.loss)
 
 
 def test_zero1_gives_the_losses_of_two_ranks_on_one_host(across: list[dict], alone: list[dict]) -> None:
     assert len(across) == len(alone) == STEPS
     assert_same_training(across, alone)
-    assert across[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=BF16_TOLERANCE)
+    assert across[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=TOLERANCE.grad_norm)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

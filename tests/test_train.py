@@ -14,7 +14,7 @@ import torch
 from ds_slm import files
 from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError, ConfigError, run_program
-from ds_slm.model import decoder
+from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
 from ds_slm.train import checkpointing, ds_config, loop, optim, run_folder, zero_state
 from ds_slm.train.report import Report
@@ -102,6 +102,33 @@ def test_long_runs_compile_their_blocks(
     joined = ds_config.join(schema.load(name), ds_file, world_size, device, None)
     assert joined.compiled is compiled
     assert "compile_blocks" not in joined.deepspeed
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_sums_are_fp32_and_in_a_fixed_order_where_asked(recipe: schema.Recipe, deterministic: bool) -> None:
+    """Oracle: torch's own switches, all of which a GPU's products or attention read; and what a run says of itself."""
+    ds_file = {"zero_optimization": {"stage": 1}, "deterministic": deterministic}
+    joined = ds_config.join(recipe, ds_file, 1, "cuda", None)
+    assert joined.deterministic is deterministic and "deterministic" not in joined.deepspeed
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
+    try:
+        kernels.fix_sums(joined.deterministic)
+        assert not products.allow_bf16_reduced_precision_reduction and not products.allow_fp16_accumulation
+        assert not products.allow_fp16_reduced_precision_reduction and not products.allow_tf32
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        said = kernels.effective_kernels("cuda", torch.bfloat16)["sums"]
+        assert said == ("fp32, in a fixed order (deterministic)" if deterministic else "fp32, in any order")
+    finally:
+        kernels.fix_sums(deterministic=False)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_deterministic_is_yes_or_no(recipe: schema.Recipe, value: object) -> None:
+    """Oracle: the refusal, by name."""
+    with pytest.raises(ConfigError, match=f"deterministic = {value!r}: expected true or false"):
+        ds_config.join(recipe, {"zero_optimization": {"stage": 1}, "deterministic": value}, 1, "cpu", None)
 
 
 @pytest.mark.parametrize(("value", "stage"), [("yes", 1), (1, 1), (True, 3)])

@@ -51,6 +51,9 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     script = CHECKOUT / ("ds_slm/pretrain.py" if recipe.sft is None else "sft/train.py")
     every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
     same = {key: joined[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
+    if blocks := facts.get("kernels", {}).get("blocks"):
+        same["compile_blocks"] = blocks == "compiled"
+    same["deterministic"] = True  # on a GPU equal bits need it: without, two runs differ that were never interrupted
     (scratch / "ds_config.json").write_text(json.dumps(same))
     shared = [
         "--recipe",

@@ -262,6 +262,10 @@ class Decoder(nn.Module):
 
         # both passes at the first forward, where one whose compiler was ended can still run eagerly
         config.force_non_lazy_backward_lowering = True
+        if torch.are_deterministic_algorithms_enabled():
+            from torch._inductor import config as inductor
+
+            inductor.deterministic = True  # no kernel is chosen by a timing
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.compiled = True

@@ -57,6 +57,26 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
+def fix_sums(deterministic: bool) -> None:
+    """Make a GPU sum products in fp32; and, if `deterministic`, in an order that is the same every time.
+
+    By default cuBLAS may add the parts of a half-precision product in half precision, and the backward passes of
+    torch's attention kernels (flash, cuDNN, memory-efficient) add with atomics, in the order in which blocks finish.
+    Call it before the first product. A CPU sums as before, deterministic or not.
+    """
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_fp16_accumulation = False
+    products.allow_tf32 = False
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; torch insists on it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find mistakes, no part of determinism
+
+
 def compiler(device_type: str) -> str | None:
     """The compiler that torch.compile calls: of C++ for a CPU, of C for Triton on a GPU; None where it is missing."""
     if device_type == "cuda" and torch.cuda.get_device_capability() < (7, 0):
@@ -77,11 +97,13 @@ def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bo
     if device_type == "cpu" and dtype in HALF and chosen_products():
         how += f" ({PRODUCTS_VARIABLE}={chosen_products()})"
     fp32_sums = device_type == "cpu" and dtype in HALF
+    fixed = torch.are_deterministic_algorithms_enabled()
     return {
         "products": how,
         "attention": f"scaled_dot_product_attention{', dense mask of packed rows' if packed else ''}, {how}",
         "embedding_gradient": "fp32 sums per token id" if fp32_sums else f"torch, {name}",
         "norm": "F.rms_norm, fp32 inside",
+        "sums": "fp32, in a fixed order (deterministic)" if fixed or device_type == "cpu" else "fp32, in any order",
     }
 
 

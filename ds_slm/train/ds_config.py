@@ -22,6 +22,7 @@ ALLOWED = (
     "zero_optimization",
     "train_micro_batch_size_per_gpu",
     "compile_blocks",
+    "deterministic",
     "aio",
     "comms_logger",
     "memory_breakdown",
@@ -68,6 +69,8 @@ class Joined:
     """Rows of weight 0 that make the step divide by the devices."""
     compiled: bool
     """Whether blocks and loss are to be compiled, where there is a compiler."""
+    deterministic: bool = False
+    """Whether a GPU is to sum in an order that never changes."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -100,6 +103,9 @@ def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: 
     compile_blocks = ds_file.get("compile_blocks", "auto")
     if not isinstance(compile_blocks, bool) and compile_blocks != "auto":
         problems.append(f"ds_config: compile_blocks = {compile_blocks!r}: expected true, false or 'auto'.")
+    deterministic = ds_file.get("deterministic", False)
+    if not isinstance(deterministic, bool):
+        problems.append(f"ds_config: deterministic = {deterministic!r}: expected true or false.")
     if problems:
         raise ConfigError(problems)
     zero_stage = ds_file["zero_optimization"]["stage"]
@@ -108,12 +114,17 @@ def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: 
             "ds_config: compile_blocks does not go with ZeRO-3, whose blocks have no weights of their own."
         )
     if compile_blocks == "auto":
-        compile_blocks = zero_stage < 3 and training_flops(recipe) / world_size >= COMPILE_FLOPS[device_type]
+        compile_blocks = compiles_blocks(recipe, zero_stage, world_size, device_type)
     wanted = micro_batch or (hint if isinstance(hint, int) else 0)
     wanted = wanted or max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // recipe.data.seq_len, 1)
     cut = batch(recipe, world_size, wanted)
     deepspeed = _deepspeed(recipe, ds_file, cut.micro_batch, cut.accumulation_steps, world_size)
-    return Joined(deepspeed, cut.micro_batch, cut.accumulation_steps, cut.filler_rows, compile_blocks)
+    return Joined(deepspeed, cut.micro_batch, cut.accumulation_steps, cut.filler_rows, compile_blocks, deterministic)
+
+
+def compiles_blocks(recipe: Recipe, zero_stage: int, world_size: int, device_type: str) -> bool:
+    """Whether a run is long enough to compile its blocks, where its ds_config does not say."""
+    return zero_stage < 3 and training_flops(recipe) / world_size >= COMPILE_FLOPS[device_type]
 
 
 def _conflicts(ds_file: dict[str, Any]) -> list[str]:
@@ -158,7 +169,7 @@ def _deepspeed(
 ) -> dict[str, Any]:
     precision = recipe.train.precision
     config: dict[str, Any] = {
-        **{key: value for key, value in ds_file.items() if key != "compile_blocks"},
+        **{key: value for key, value in ds_file.items() if key not in ("compile_blocks", "deterministic")},
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": micro_batch * accumulation_steps * world_size,

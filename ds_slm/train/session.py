@@ -117,6 +117,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             "tokenizer_sha256": corpus.tokenizer_sha256,
             **task.identity(),
         }
+        kernels.fix_sums(joined.deterministic)
         if options.micro_batch == "auto":
             joined = _join(recipe, options, world_size, _fastest_micro_batch(recipe, joined, control))
         if joined.compiled:  # on all ranks, or on none
@@ -262,7 +263,7 @@ def _agree_on_inputs(
     inputs = {
         "recipe": _hash(recipe.model_dump(mode="json")),
         "data": identity["data_sha256"],
-        "ds_config or batch": _hash(joined.deepspeed),
+        "ds_config or batch": _hash([joined.deepspeed, joined.compiled, joined.deterministic]),
         **{name.removesuffix("_sha256"): sha256 for name, sha256 in task.identity().items()},
     }
     problems = []

@@ -26,7 +26,6 @@ from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train import measure
 
-ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -113,7 +112,6 @@ def trainer(args: argparse.Namespace, recipe: Recipe) -> list[float]:
 def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
     """Step times of a plain loop: our decoder in the recipe's precision, fp32 gradients and masters, one reduction."""
     from ds_slm.model import decoder
-    from ds_slm.train import ds_config
     from ds_slm.train.optim import build_optimizer
 
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -122,8 +120,7 @@ def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     dtype, z_loss = PRECISIONS[recipe.train.precision], recipe.train.z_loss
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing).to(device, dtype)
-    cut = ds_config.read(ROOT / "ds_configs" / "zero1.json")
-    if ds_config.join(recipe, cut, world_size, torch.device(device).type, args.micro_batch).compiled:
+    if args.compiled:
         model.compile_parts()
     weights = list(model.parameters())
     masters = decoder.build(recipe.model, recipe.train.seed).to(device) if dtype != torch.float32 else model
@@ -176,6 +173,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--deepspeed", type=Path)
+    parser.add_argument("--compiled", action="store_true", help="the bare loop compiles blocks and loss")
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
     recipe = schema.load(args.recipe, args.set)

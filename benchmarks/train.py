@@ -37,8 +37,11 @@ from rich.table import Table
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import plan, schema
 from ds_slm.recipe.schema import Recipe
+from ds_slm.train import ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
+ZERO_STAGE = 1
+ZERO_CONFIG = ROOT / "ds_configs" / f"zero{ZERO_STAGE}.json"
 PROGRAMS = Path(sys.executable).parent
 SIDES = ("ours", "trainer", "trainer-ds", "bare")
 ACCUMULATIONS = (1, 4)
@@ -87,6 +90,11 @@ class Bench:
         """Processes of a side."""
         return 1 if side == "trainer" else self.devices
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the recipe's own run compiles its blocks: a launch, of a few small steps, does as that run does."""
+        return ds_config.compiles_blocks(self.recipe, ZERO_STAGE, self.devices, "cuda" if self.on_gpu else "cpu")
+
     def environment(self, side: str) -> dict[str, str]:
         """One thread a process, or all of them for the process that is alone; nothing asks a hub."""
         threads = (os.cpu_count() or 1) // self.ranks(side) or 1
@@ -121,6 +129,13 @@ def lay_out(recipe: Recipe, out: Path) -> list[str]:
     ]
 
 
+def write_ds_config(bench: Bench, folder: Path) -> Path:
+    """What a user's launch would take, with blocks compiled or not as in the recipe's own run."""
+    path = folder / "ds_config.json"
+    path.write_text(json.dumps(ds_config.read(ZERO_CONFIG) | {"compile_blocks": bench.compiled}))
+    return path
+
+
 def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:
     """Start one side and wait for its end. Raises DataError, with what it said, where it fails."""
     ranks = bench.ranks(side)
@@ -137,6 +152,7 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
         sources = [word for one in bench.recipe.data.source for word in ("--source", f"{one.name}={bench.out}/ids.bin")]
         command += [str(ROOT / "ds_slm" / "pretrain.py"), *flags, *sources, "--max-steps", str(bench.steps + 1)]
         command += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data")]
+        command += ["--ds-config", str(write_ds_config(bench, folder))]
     else:
         kind, _, under = side.partition("-")
         command = [sys.executable] if side == "trainer" else command
@@ -149,7 +165,8 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
             "--out",
             str(folder / "out.json"),
         ]
-        command += ["--deepspeed", str(ROOT / "ds_configs" / "zero1.json")] if under else []
+        command += ["--deepspeed", str(ZERO_CONFIG)] if under else []
+        command += ["--compiled"] if kind == "bare" and bench.compiled else []
     begin_s, first_step_s, said = time.monotonic(), None, []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=bench.environment(side)

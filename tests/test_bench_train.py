@@ -9,6 +9,7 @@ from rich.console import Console
 from benchmarks import train as bench_train
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
+from ds_slm.train import ds_config
 from tests import runs
 
 MICRO_S, OPTIMIZER_S = 0.5, 0.2
@@ -56,6 +57,28 @@ def test_memory_alone(bench: bench_train.Bench) -> None:
     """Oracle: the made-up launches take a GB more than they have rows; the Trainer is one process."""
     cells = [list(column.cells) for column in bench_train.memory(bench, 3, ["ours", "trainer"]).columns]
     assert cells == [["ours", "trainer"], ["2", "1"], ["4.00", "4.00"]]
+
+
+@pytest.mark.parametrize("name", ["gpt-s-1.4m", "ant-10m", "slm-10m", "demo"])
+def test_a_launch_compiles_what_the_recipe_itself_would(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the rule, asked of the recipe as it is; a launch has steps of one micro-batch, so it asks another."""
+    config = ds_config.read(runs.ROOT / "ds_configs" / "zero1.json")
+    recipe, commands = schema.load(name), []
+    bench = bench_train.Bench(name, recipe, [], tmp_path, devices=1, on_gpu=True)
+    monkeypatch.setattr(bench_train.subprocess, "Popen", lambda command, **_: commands.append(command) or 1 / 0)
+    for side, accumulation in (("ours", 1), ("ours", 4), ("bare", 1)):
+        with pytest.raises(ZeroDivisionError):
+            bench_train.launch(bench, side, 16, accumulation)
+
+    wanted = ds_config.join(recipe, config, 1, "cuda", None).compiled
+    for command in commands[:2]:
+        shrunk = schema.load(name, [command[at + 1] for at, word in enumerate(command) if word == "--set"])
+        given = ds_config.read(Path(command[command.index("--ds-config") + 1]))
+        assert ds_config.join(shrunk, given, 1, "cuda", 16).compiled is wanted
+        assert given | {"compile_blocks": "auto"} == config | {"compile_blocks": "auto"}
+    assert ("--compiled" in commands[2]) is wanted
 
 
 @pytest.mark.slow

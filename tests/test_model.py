@@ -139,6 +139,7 @@ def test_exclusive_attention_is_its_equation():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [8, 20, 32, 128])
+@pytest.mark.usefixtures("products")
 def test_exclusive_attention_is_exactly_zero_where_a_token_sees_only_itself(dtype, head_dim):
     """Oracle: y = v there, so y minus its component along v is 0; also at the start of each packed document."""
     shape = small(exclusive_attention=True, num_hidden_layers=1, head_dim=head_dim)
@@ -184,6 +185,7 @@ def test_packed_documents_do_not_see_each_other(variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.usefixtures("products")
 def test_gradient_checkpointing_changes_nothing(dtype, packing):
     """Oracle: the same gradients without it, to the last bit: the recomputation is the same computation."""
     ids_BT, targets_BT = random_ids(3, 24), random_ids(3, 24, seed=1)

@@ -10,7 +10,10 @@ import pytest
 
 from ds_slm.data import shards
 from ds_slm.data.rows import PretrainRows
+from ds_slm.errors import ConfigError, DeviceError
+from ds_slm.model import kernels
 from ds_slm.recipe import schema
+from ds_slm.train import engine
 from tests import runs
 
 
@@ -196,13 +199,26 @@ def test_conflicts_with_the_ds_config_are_refused(recipe: Path, tmp_path: Path) 
     refused(done, "'optimizer' belongs to the recipe", "optimizer.grad_clip", "zero_optimisation", "stage = 0")
 
 
-def test_a_precision_the_device_lacks_is_refused(recipe: Path, tmp_path: Path) -> None:
-    """fp16 on a CPU without fp16 products."""
-    import torch
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_precision_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """fp16 on a CPU without fp16 products, whatever this CPU has; a CPU computes in the other two in any case."""
+    from deepspeed.accelerator import get_accelerator
 
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        pytest.skip("this CPU multiplies fp16")
-    refused(pretrain(recipe, tmp_path, "--set", "train.precision=fp16"), "fp16", "train.precision=bf16")
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    if precision == "fp16":
+        with pytest.raises(
+            DeviceError, match=r"'fp16'.* use --set train\.precision=fp32 or --set train\.precision=bf16"
+        ):
+            engine.refuse_missing_precision(precision)
+    else:
+        engine.refuse_missing_precision(precision)
+
+
+def test_products_in_unknown_words_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the refusal, before anything is prepared."""
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "fast")
+    with pytest.raises(ConfigError, match="DS_SLM_HALF_PRODUCTS=fast: expected native, upcast, or unset"):
+        engine.refuse_missing_precision("fp32")
 
 
 def test_a_recipe_of_fine_tuning_is_refused(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def fix_sums(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; torch insists on it
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find mistakes, no part of determinism
+        # a help to find mistakes, which takes time and is no part of determinism
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def compiler(device_type: str) -> str | None:

@@ -12,17 +12,17 @@ from benchmarks import topologies
 from benchmarks.topologies import PROGRAM, TOPOLOGIES
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.train import checkpointing
-from tests import runs
+from tests import runs, tolerances
 
 ROUTE = ((1, 5), (2, 10), (3, 15), (1, 65))
 """Ranks, and the step up to which they train."""
 VARIANTS = {
-    "fp32-adamw": (1e-5, "set=train.precision=fp32"),
-    "bf16-adamw": (1e-3, "set=train.precision=bf16"),
-    "bf16-adamw8bit": (1e-3, "set=train.precision=bf16,set=optimizer.name=adamw8bit"),
+    "fp32-adamw": "set=train.precision=fp32",
+    "bf16-adamw": "set=train.precision=bf16",
+    "bf16-adamw8bit": "set=train.precision=bf16,set=optimizer.name=adamw8bit",
 }
-"""Bound on the relative difference of a loss over 50 steps. Moments in 8 bits are rounded again by every move, because
-block borders move with the world size: their bound is measured, with room (2e-4 over 20 steps in the README)."""
+"""Moments in 8 bits are rounded again by every move, because block borders move with the world size: in bf16 that is
+less than what the products' rounding does."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def launch(ranks: int, name: str, last_step: int) -> None:
         quiet = "set=train.steps=65,set=run.eval_every_steps=1000,set=run.save_every_steps=1000"
-        cases = [f"{name}-{one}:{settings},{quiet},max_steps={last_step}" for one, (_, settings) in VARIANTS.items()]
+        cases = [f"{name}-{one}:{settings},{quiet},max_steps={last_step}" for one, settings in VARIANTS.items()]
         topologies.launch(folder, ranks, cases)
 
     launch(1, "whole", 65)
@@ -45,7 +45,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_from_one_rank_to_two_to_three_and_back(moved: Path, variant: str) -> None:
     """Same rows at every step; the 50 steps after the last move lie within the bound."""
-    bound, _ = VARIANTS[variant]
+    bound = tolerances.LATER_LOSS[variant.split("-")[0]]
     found, whole = (runs.records(moved / f"{name}-{variant}") for name in ("moved", "whole"))
     assert [one["ledger"] for one in found] == [one["ledger"] for one in whole]
     worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found[15:], whole[15:], strict=True))

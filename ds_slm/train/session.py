@@ -8,7 +8,7 @@ left alone would keep the others waiting.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeVar
@@ -163,8 +163,9 @@ def _train(
             f"--run-dir {options.run_dir}",
         )
     _agree(control, problems)
+    mixed = _mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
     if control.rank == 0:
-        _announce(facts, options, rows.warnings(), terminal)
+        _announce(facts, options, [*rows.warnings(), *mixed], terminal)
     interrupt.sign_off = lambda: found is not None  # nothing was applied since
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     if found is None:
@@ -310,6 +311,17 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
         "skipped_rows": [[some.start, some.stop] for some in options.skip_rows],
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }
+
+
+def _mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
+    """A warning where hosts, of different kinds of CPU perhaps, multiply in different ways."""
+    if len(set(products)) == 1:
+        return []
+    by_host = dict(zip(hosts, products, strict=True))
+    return [
+        f"hosts multiply in different ways ({'; '.join(f'{host}: {how}' for host, how in by_host.items())}): a resumed "
+        "run is bit for bit the same only while each rank stays on its kind of host."
+    ]
 
 
 def _announce(facts: dict[str, Any], options: Options, warnings: list[str], terminal: Any) -> None:

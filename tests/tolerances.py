@@ -9,10 +9,10 @@ micro-batch, over micro-batches of 1, 2 and 4 rows, ZeRO 1, 2, 3, 1 and 2 ranks,
 
                                               loss      gradient norm
     bf16 operands upcast (Zen 3, AVX2)        5.9e-5    6.6e-4
-    bf16 products, torch's loops (Zen 3)      5.5e-5    1.2e-3
+    bf16 products, torch's loops (Zen 3)      6.6e-5    1.4e-3
     bf16 products, AVX-512 bf16 (Zen 5)       6.6e-5    1.2e-3
 
-The tolerances are three times the worst: the largest of a few dozen draws of such noise lies well within that, and a
+The tolerances are about three times the worst: such noise, drawn a few dozen times, lies well within them, and a
 mistake in the loss's rule (`MUTATION_FACTOR`) far outside.
 """
 

@@ -16,6 +16,7 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
+MOST_TOLD = 20
 INTERRUPTED = "interrupted: the same command goes on from what was saved last."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -26,6 +27,12 @@ class UserError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("; ".join(self.problems))
+
+    @property
+    def told(self) -> list[str]:
+        """The problems that are printed: all, or the first of very many, such as one for each file."""
+        more = len(self.problems) - MOST_TOLD
+        return [*self.problems[:MOST_TOLD], f"and {more:,} more"] if more > 0 else self.problems
 
 
 class RecipeError(UserError):
@@ -86,7 +93,7 @@ def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
     try:
         return main() or EXIT_OK
     except UserError as error:
-        message, code = "error: " + "\n  ".join(error.problems), EXIT_USER_ERROR
+        message, code = "error: " + "\n  ".join(error.told), EXIT_USER_ERROR
     except KeyboardInterrupt:
         message, code = INTERRUPTED, EXIT_INTERRUPTED
     except OSError as error:

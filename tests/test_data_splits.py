@@ -278,3 +278,15 @@ def test_any_name_can_be_printed_whatever_the_terminal(monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
     assert run_program(lambda: print("caf\udce9 é 日")) == 0
     assert written.getvalue() == rb"caf\udce9 \xe9 \u65e5" + b"\n"
+
+
+def test_one_problem_for_each_of_many_files_is_told_in_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the count of lines; a program that asks for them still gets all."""
+    problems = [f"{number}.jsonl is damaged" for number in range(2_000)]
+
+    def fail() -> None:
+        raise DataError(problems)
+
+    assert run_program(fail) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21 and lines[-1].strip() == "and 1,980 more"

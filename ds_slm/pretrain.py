@@ -6,6 +6,7 @@ python ds_slm/pretrain.py                                             one device
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -52,7 +53,11 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         help="leave out the rows at global positions A to B - 1; may come more than once",
     )
     parser.add_argument(
-        "--grace", type=float, default=25.0, metavar="S", help="seconds from a stopping signal to the end (default 25)"
+        "--grace",
+        type=_seconds,
+        default=25.0,
+        metavar="S",
+        help="seconds from a stopping signal to the end (default 25)",
     )
     parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
@@ -64,6 +69,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds: expected 0 or more, as in 25")
+    return seconds
 
 
 def _steps(text: str) -> range:
@@ -80,12 +95,17 @@ def _rows(text: str) -> range:
     return range(int(first), int(end))
 
 
+def run_dir(args: argparse.Namespace, recipe_name: str) -> Path:
+    """The run folder: the one that was named, or runs/RECIPE."""
+    return args.run_dir or Path("runs") / recipe_name
+
+
 def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
     """What a session takes of them."""
     from ds_slm.train import session
 
     return session.Options(
-        run_dir=args.run_dir or Path("runs") / recipe_name,
+        run_dir=run_dir(args, recipe_name),
         ds_config=args.ds_config,
         recipe_name=recipe_name,
         resume=args.resume,
@@ -131,8 +151,8 @@ def main() -> None:
     from ds_slm.data.prepare import prepare
     from ds_slm.recipe import schema
 
-    recipe = schema.load(args.recipe, args.set)
     name = schema.recipe_path(args.recipe).stem
+    recipe = schema.load(args.recipe, args.set, run_dir(args, name))
     if recipe.sft is not None:
         raise RecipeError(
             f"recipe {args.recipe!r} fine-tunes a base: launch sft/train.py --recipe {name} --base MODEL."

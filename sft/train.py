@@ -18,7 +18,7 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 from ds_slm.errors import run_program  # noqa: E402 - after the path is right
-from ds_slm.pretrain import add_training_flags, first_on_host, options, parse_sources, report  # noqa: E402
+from ds_slm.pretrain import add_training_flags, first_on_host, options, parse_sources, report, run_dir  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +39,8 @@ def main() -> None:
     from ds_slm.recipe import schema
     from sft import data
 
-    recipe = schema.load(args.recipe, args.set)
     name = schema.recipe_path(args.recipe).stem
+    recipe = schema.load(args.recipe, args.set, run_dir(args, name))
     data.section(recipe)
     sources = parse_sources(args.source)
     refuse_missing_hostfile()

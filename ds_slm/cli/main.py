@@ -230,12 +230,14 @@ def _launch(
     devices: int | None,
 ) -> None:
     """Run a training program under DeepSpeed, and end with its exit code."""
+    from ds_slm import pretrain
     from ds_slm.cluster import launch
     from ds_slm.recipe import schema
     from ds_slm.train.run_folder import STOPPED
 
     args = _flags(parser, name, arguments)
-    schema.load(name, args.set)
+    run_folder = pretrain.run_dir(args, schema.recipe_path(name).stem)
+    schema.load(name, args.set, run_folder)
     launchers, scripts = launch.split(arguments)
     cpu_ranks = None
     if hostfile is None:
@@ -244,7 +246,6 @@ def _launch(
         if not torch.cuda.is_available():
             cpu_ranks = devices = devices or 1
     command = launch.command(script, ["--recipe", name, *scripts], hostfile, devices, launchers)
-    run_folder = args.run_dir or Path("runs") / schema.recipe_path(name).stem
     sign = run_folder / STOPPED
     before = _content(sign)
     code = launch.run(command, launch.environment(os.environ, cpu_ranks))

@@ -31,6 +31,8 @@ def show_plan(plan: Plan) -> None:
     _console().print(table, highlight=False)
     print()
     print(textwrap.fill("Assumed: " + "; ".join(plan.assumptions) + ".", width=100))
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
 
 
 def _facts(plan: Plan) -> dict[str, str]:

@@ -37,7 +37,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         CheckpointError: not a run folder, or a launch that failed for another reason.
     """
     try:
-        recipe = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))
+        recipe = schema.load_recorded(run)
         facts = json.loads((run / "env.json").read_text())
         joined = json.loads((run / "ds_config.json").read_text())
     except OSError as error:

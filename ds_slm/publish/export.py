@@ -43,7 +43,7 @@ def export_run(
     """
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
-    recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
+    recipe = schema.load_recorded(run)
     checkpoint = checkpoint_format.choose(run, step=step, best=best)
     notes = checkpoint_format.read_state(checkpoint)
     found, trained_with = load_tokenizer(run / "tokenizer").sha256, notes.get("tokenizer_sha256")

@@ -86,7 +86,7 @@ def load_into(model: nn.Module, base: OpenModel) -> None:
 
 
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
-    recipe = schema.parse((run / "recipe.toml").read_text(encoding="utf-8"), origin=str(run / "recipe.toml"))
+    recipe = schema.load_recorded(run)
     trained_with = checkpoint_format.read_state(checkpoint).get("tokenizer_sha256")
     _refuse_other_tokenizer(run / "tokenizer", trained_with)
     manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())

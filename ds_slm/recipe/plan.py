@@ -16,6 +16,7 @@ from typing import Any
 
 from ds_slm.errors import ConfigError
 from ds_slm.recipe.budget import Memory, Time, assumptions, memory, network_bytes, times
+from ds_slm.recipe.effects import warnings
 from ds_slm.recipe.schema import Model, Recipe
 
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -81,6 +82,8 @@ class Plan:
     times: list[Time]
     """One for each kind of device, if all ranks are of it."""
     assumptions: list[str]
+    warnings: list[str]
+    """Settings that have no effect."""
 
 
 def parameter_counts(shape: Model) -> ParameterCounts:
@@ -194,6 +197,7 @@ def plan(
         memory=needed,
         times=times(recipe, flops_per_step, needed.device_bytes, sent_bytes, world_size, network_gbit_per_s),
         assumptions=assumptions(recipe, nodes, sent_bytes, network_gbit_per_s),
+        warnings=warnings(recipe),
     )
 
 

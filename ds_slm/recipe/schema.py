@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, ValidationInfo, model_validator
 
 from ds_slm.errors import RecipeError
+from ds_slm.recipe import effects
 from ds_slm.recipe.problems import closest, nearest, sentences
 from ds_slm.recipe.sections import (
     Card,
@@ -55,6 +56,7 @@ __all__ = [
     "field_names",
     "library_names",
     "load",
+    "load_recorded",
     "parse",
     "recipe_path",
     "refused_changes",
@@ -63,6 +65,9 @@ __all__ = [
 
 LIBRARY = Path(__file__).parent / "library"
 SFT_LIBRARY = Path(__file__).parents[2] / "sft" / "recipes"
+
+RECIPE_FILE = "recipe.toml"
+"""What a run folder calls its recipe."""
 
 FREE_ON_RESUME = (
     "card",
@@ -82,6 +87,9 @@ FREE_ON_RESUME = (
 
 FREE_WITH_PERMISSION = ("optimizer.lr", "optimizer.min_lr")
 """Fields that may change with --allow-change."""
+
+RECORDED = "recorded"
+"""In pydantic's context: a recipe that a run has recorded, whose mistakes are told rather than refused."""
 
 IDENTITY = ("model", "tokenizer", "data", "optimizer", "schedule", "train", "sft")
 """Sections that change the result."""
@@ -105,8 +113,11 @@ class Recipe(Section):
     """section.field -> our choice and its reason, where the card is silent."""
 
     @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        problems = disagreements({name: getattr(self, name) for name in Recipe.model_fields})
+    def _agrees(self, info: ValidationInfo) -> Self:
+        sections = {name: getattr(self, name) for name in Recipe.model_fields}
+        problems = disagreements(sections)
+        if not (info.context or {}).get(RECORDED):
+            problems += effects.mistakes(sections)
         for table, places in {"card.sources": self.card.sources, "unstated": self.unstated}.items():
             problems += [
                 f"{table}: {place!r} names no field of the recipe{nearest(place, field_names())}"
@@ -151,35 +162,63 @@ def recipe_path(name_or_path: str) -> Path:
     )
 
 
-def load(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+def load(name_or_path: str, overrides: list[str] | None = None, run: Path | None = None) -> Recipe:
     """Read a recipe by library name or path and apply `section.key=value` overrides.
+
+    Args:
+        name_or_path: of the recipe.
+        overrides: `section.key=value`, each key once.
+        run: a run folder. Where it holds a run already, settings that can only be a mistake are not refused: that run
+            may have been begun with them, and may not change them.
 
     Raises:
         RecipeError: with every problem of the file and the overrides.
     """
     path = recipe_path(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {name_or_path!r} cannot be read: {error}.") from error
-    return parse(text, overrides, origin=name_or_path)
+    recorded = run is not None and (run / RECIPE_FILE).is_file()
+    return parse(text, overrides, origin=name_or_path, recorded=recorded)
 
 
-def parse(text: str, overrides: list[str] | None = None, origin: str = "recipe") -> Recipe:
-    """A recipe from TOML text. Raises RecipeError with every problem found."""
+def load_recorded(run: Path) -> Recipe:
+    """The recipe that a run folder has recorded.
+
+    Raises:
+        RecipeError: where it is damaged, with the way out.
+    """
+    path = run / RECIPE_FILE
+    try:
+        return parse(path.read_text(encoding="utf-8"), origin=str(path), recorded=True)
+    except (RecipeError, UnicodeDecodeError) as error:
+        problems = error.problems if isinstance(error, RecipeError) else [f"{path} is not UTF-8 ({error})."]
+        way_out = "Restore it, or launch its training once more: that writes it anew, and leaves all checkpoints alone."
+        raise RecipeError([*problems, way_out]) from error
+
+
+def parse(text: str, overrides: list[str] | None = None, origin: str = "recipe", recorded: bool = False) -> Recipe:
+    """A recipe from TOML text; a `recorded` one, of a run, is not refused for settings that have no effect.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"recipe {origin!r} is not TOML: {error}.") from error
-    problems = [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
+    problems = _given_twice(overrides or [])
+    problems += [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
     problems += _settle_unknown_keys(tables, Recipe)
     recipe = None
     try:
-        recipe = Recipe.model_validate(tables)
+        recipe = Recipe.model_validate(tables, context={RECORDED: recorded})
     except ValidationError as error:
         problems += sentences(error)
         if any(problem["loc"] for problem in error.errors()):  # a broken section: the others were not compared
-            problems += disagreements(_sound_sections(tables))
+            sound = _sound_sections(tables)
+            problems += disagreements(sound) + ([] if recorded else effects.mistakes(sound))
     if recipe is None or problems:
         raise RecipeError([f"recipe {origin!r} cannot be used:", *(f"{problem}." for problem in problems)])
     return recipe
@@ -243,6 +282,17 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 def _without_indices(place: str) -> str:
     return ".".join(part for part in place.split(".") if not part.isdigit())
+
+
+def _given_twice(overrides: list[str]) -> list[str]:
+    """A problem for each override that a later one takes back: the same key with another value, or a table over it."""
+    pairs = [tuple(part.strip() for part in override.partition("=")[::2]) for override in overrides]
+    return [
+        f"--set {place}: given twice, as {value} and as {later_place}={later}: leave one out"
+        for number, (place, value) in enumerate(pairs)
+        for later_place, later in pairs[number + 1 :]
+        if (place == later_place and value != later) or place.startswith(f"{later_place}.")
+    ]
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> str | None:

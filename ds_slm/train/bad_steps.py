@@ -64,7 +64,7 @@ def replay(run: Path, step: int) -> Iterator[str]:
             f"{folder} is not there: a step whose loss or gradient is not finite leaves it. Steps found: {there}."
         )
     what = json.loads((folder / WHAT).read_text())
-    recipe = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))
+    recipe = schema.load_recorded(run)
     model = decoder.build(recipe.model, recipe.train.seed)
     model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.train.precision]

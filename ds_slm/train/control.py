@@ -4,7 +4,9 @@ Messages are JSON, so nothing that arrives is ever unpickled. Every function her
 """
 
 import json
+import os
 import socket
+import uuid
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ds_slm.errors import CheckpointError
 
 
 class Control:
@@ -40,16 +44,26 @@ class Control:
         return self.rank in self.leaders
 
     def writers(self, folder: Path) -> list[int]:
-        """The leaders whose `folder` is a folder of its own: where hosts share a disk, one of them writes for all."""
-        mark = folder / f".host-{self.rank}"
+        """The leaders whose `folder` is a folder of its own: where hosts share a disk, one of them writes for all.
+
+        Raises:
+            CheckpointError: on every rank, where a host cannot write there.
+        """
+        launch = self.broadcast(uuid.uuid4().hex[:8], 0)  # marks of a launch that was killed are not this one's
+        mark = folder / f".host-{self.rank}-{launch}"
+        problem = None
         if self.leads_host:
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-        self.barrier()
-        seen = [rank for rank in self.leaders if (folder / f".host-{rank}").exists()] if self.leads_host else []
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+            except OSError as error:
+                problem = f"{error.filename or folder}: {error.strerror or error}."
+        if problems := [one for one in self.gather(problem) if one]:
+            raise CheckpointError(problems)
+        seen = [rank for rank in self.leaders if (folder / f".host-{rank}-{launch}").exists()]
         first_seen = self.gather(seen[0] if seen else -1)
         if self.leads_host:
-            mark.unlink()
+            mark.unlink(missing_ok=True)
         return [rank for rank in self.leaders if first_seen[rank] == rank]
 
     def gather(self, message: Any) -> list[Any]:

@@ -98,7 +98,7 @@ class Report:
         """Drop the records of steps that a resumed run takes again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 replace_text(path, "".join(kept))
@@ -181,6 +181,7 @@ class Report:
 def _step_of(line: str) -> float:
     """The step of a record; a line that was cut or damaged belongs to none that is kept."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        step = json.loads(line)["step"] if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf

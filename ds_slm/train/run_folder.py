@@ -4,23 +4,31 @@ Every launch has a generation number, one more than the last; it is in env.json 
 effective choice.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from ds_slm.errors import CheckpointError
-from ds_slm.files import replace_text, write_json
+from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from ds_slm.errors import CheckpointError, DataError, RecipeError
+from ds_slm.files import fsync, new_folder, obstacle, read_json, replace_bytes, replace_text, write_json
 from ds_slm.recipe import schema
-from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.schema import RECIPE_FILE, Recipe
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
 
 STOPPED = "stopped.json"
 """Left by a run that a signal ended, with its step and generation; the next launch removes it."""
+
+
+LEFTOVERS = re.compile(r"logs|tokenizer|changes\.jsonl|\.host-.+|\.tokenizer\.tmp|\..+\.tmp-.+")
+"""What a launch leaves that was killed before it wrote recipe.toml; an older version wrote the tokenizer before it."""
 
 
 def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -> None:
@@ -32,17 +40,21 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
         resume: 'never' refuses any folder that is not empty.
         allow_change: permit the changes that need permission.
     """
-    if not run.exists() or (run.is_dir() and {path.name for path in run.iterdir()} <= {"logs"}):
+    if in_the_way := obstacle(run):
+        raise CheckpointError(f"--run-dir {in_the_way}")
+    if not run.exists() or all(LEFTOVERS.fullmatch(path.name) for path in run.iterdir()):
         return
-    if not run.is_dir():
-        raise CheckpointError(f"--run-dir {run} is a file, expected a folder or a new name.")
     if resume == "never":
         raise CheckpointError(
             f"--run-dir {run} is not empty, and --resume never may not touch it: name another folder."
         )
-    if not (run / "recipe.toml").is_file():
+    if not (run / RECIPE_FILE).is_file():
         raise CheckpointError(f"--run-dir {run} is not empty and holds no recipe.toml: not a run folder; name another.")
-    old = schema.parse((run / "recipe.toml").read_text(), origin=str(run / "recipe.toml"))
+    try:
+        old = schema.load_recorded(run)
+    except RecipeError as error:
+        _refuse_unless_trained_with(run, recipe, error)
+        return
     refused = schema.refused_changes(old, recipe, allow_change)
     if refused:
         raise CheckpointError(
@@ -50,9 +62,28 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
         )
 
 
+def _refuse_unless_trained_with(run: Path, recipe: Recipe, damage: RecipeError) -> None:
+    """Of a folder whose recipe.toml is damaged: its other files hold the hash of what it was trained with."""
+    newest_first = sorted(run.glob("checkpoints/step-*/state.json"), reverse=True)
+    kept = (read_json(path) for path in (*newest_first, run / "done.json", run / "env.json"))
+    trained_with = next((found["recipe_sha256"] for found in kept if found and "recipe_sha256" in found), None)
+    if trained_with not in (None, recipe.identity_sha256()):
+        raise CheckpointError(
+            [
+                f"--run-dir {run}:",
+                *damage.problems,
+                f"This launch has the recipe {recipe.identity_sha256()}, the run was trained with {trained_with}.",
+            ]
+        )
+
+
 def finished(run: Path) -> dict[str, Any]:
-    """What the run left when it was finished: its step, losses and hashes; nothing where it was not."""
-    return _read(run / "done.json")
+    """What the run left when it was finished: its step, losses and hashes; nothing where it was not.
+
+    A done.json that is damaged counts as none: the run's end, its last evaluation, is then done again.
+    """
+    done = read_json(run / "done.json") or {}
+    return done if isinstance(done.get("step"), int) else {}
 
 
 def tell_stopped(run: Path, step: int) -> None:
@@ -61,44 +92,121 @@ def tell_stopped(run: Path, step: int) -> None:
 
 
 def generation(run: Path) -> int:
-    """Number of launches that wrote into this folder."""
-    return _read(run / "env.json").get("generation", 0)
+    """Number of launches that wrote into this folder.
+
+    Where env.json does not say it, the greatest number that anything else in the folder knows: it never falls.
+    """
+    recorded = (read_json(run / "env.json") or {}).get("generation")
+    return recorded if isinstance(recorded, int) else generation_elsewhere(run)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def generation_elsewhere(run: Path) -> int:
+    """The last launch that changes.jsonl, stopped.json or a checkpoint knows of; 0 where none does."""
+    states = (read_json(path) for path in run.glob("checkpoints/step-*/state.json"))
+    known = [*read_changes(run), read_json(run / STOPPED), *states]
+    numbers = [found["generation"] for found in known if found and isinstance(found.get("generation"), int)]
+    return max(numbers, default=0)
 
 
-def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> None:
+def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> list[str]:
     """Write recipe.toml, ds_config.json, env.json and tokenizer/; changes of the recipe are recorded.
 
-    A done.json of a run that now goes on longer is removed: it is the sign of success.
+    recipe.toml comes first, for it tells a run folder from others: a kill after any of these writes leaves a folder
+    that the same command accepts. A done.json of a run that now goes on longer is removed: it is the sign of success.
+
+    Returns:
+        What was found damaged, and is mended, a line each.
     """
     run.mkdir(parents=True, exist_ok=True)
+    notes = []
     for sign in ("done.json", STOPPED):
         (run / sign).unlink(missing_ok=True)
-    if not (run / "tokenizer").exists():
-        temporary = run / ".tokenizer.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(tokenizer, temporary)
-        temporary.rename(run / "tokenizer")
-    recorded = run / "recipe.toml"
+
+    # What this launch changes is recorded before the old recipe is replaced.
+    recorded = run / RECIPE_FILE
+    old = None
     if recorded.is_file():
-        old = schema.parse(recorded.read_text(), origin=str(recorded))
-        changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()}
-        if changed:
-            record_change(run, facts["generation"], {"changes": changed})
+        try:
+            old = schema.load_recorded(run)
+        except RecipeError:
+            notes.append(f"{recorded} was damaged: it is written anew, by the same recipe")
+    changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()} if old else {}
+    if changed:
+        record_change(run, facts["generation"], {"changes": changed})
+    replace_text(recorded, schema.to_toml(recipe))
     if facts.get("skipped_rows"):
         record_change(run, facts["generation"], {"skipped_rows": facts["skipped_rows"]})
-    replace_text(recorded, schema.to_toml(recipe))
+
+    notes += mend_tokenizer(run, tokenizer)
     write_json(run / "ds_config.json", deepspeed)
     write_json(run / "env.json", {**facts, **_software()})
+    return notes
+
+
+def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
+    """Give a run the tokenizer of its prepared data where it has none, or a damaged one.
+
+    The caller has made sure that the run was trained with these data. What was there is kept beside, in
+    tokenizer.damaged/.
+
+    Returns:
+        What to say of it.
+    """
+    mine = run / "tokenizer"
+    problem = _tokenizer_problem(mine, prepared)
+    if problem is None:
+        return []
+    temporary = run / ".tokenizer.tmp"
+    new_folder(temporary)
+    shutil.copytree(prepared, temporary, dirs_exist_ok=True)
+    for path in (*temporary.iterdir(), temporary):
+        fsync(path)
+    if os.path.lexists(mine):
+        aside = run / "tokenizer.damaged"
+        new_folder(aside)
+        aside.rmdir()
+        mine.rename(aside)
+    temporary.rename(mine)
+    fsync(run)
+    begun = any(run.glob("checkpoints/step-*"))
+    return [f"{mine} {problem}: it is copied anew from {prepared}"] if begun else []
+
+
+def _tokenizer_problem(mine: Path, prepared: Path) -> str | None:
+    """What is wrong with a run's tokenizer; None where it is that of the prepared data."""
+    if not mine.is_dir():
+        return "is missing"
+    try:
+        found, expected = load_tokenizer(mine), load_tokenizer(prepared)
+    except DataError:
+        return "is damaged"
+    if (found.sha256, found.eos_id, found.pad_id) != (expected.sha256, expected.eos_id, expected.pad_id):
+        return "is not the one of the data"
+    if (prepared / CHAT_TEMPLATE_FILE).is_file() and not (mine / CHAT_TEMPLATE_FILE).is_file():
+        return f"lacks its {CHAT_TEMPLATE_FILE}"
+    return None
+
+
+def read_changes(run: Path) -> list[dict[str, Any]]:
+    """The lines of changes.jsonl; damaged ones are passed over."""
+    try:
+        lines = (run / "changes.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    changes = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            changes.append(json.loads(line))
+    return [change for change in changes if isinstance(change, dict)]
 
 
 def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
     """Add a line to changes.jsonl: what a launch does otherwise than those before it."""
-    with (run / "changes.jsonl").open("a") as file:
-        file.write(json.dumps({"generation": generation, **what}) + "\n")
+    path = run / "changes.jsonl"
+    before = path.read_bytes() if path.is_file() else b""
+    if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own
+        before += b"\n"
+    replace_bytes(path, before + json.dumps({"generation": generation, **what}).encode() + b"\n")
 
 
 def _software() -> dict[str, Any]:

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from ds_slm.errors import CheckpointError, DataError, Stopped, UserError
+from ds_slm.files import refuse_unwritable
 from ds_slm.model import decoder, kernels
-from ds_slm.recipe import schema
+from ds_slm.recipe import effects, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import checkpointing, ds_config, loop, measure, micro_batch, run_folder
+from ds_slm.train import checkpointing, ds_config, flags, loop, measure, micro_batch, run_folder
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
@@ -101,6 +102,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     problems: list[str] = []
     wanted = None if options.micro_batch == "auto" else options.micro_batch
     joined = _attempt(problems, lambda: _join(recipe, options, world_size, wanted))
+    _attempt(problems, lambda: flags.refuse(recipe, options))
     _attempt(problems, lambda: engines.refuse_missing_precision(recipe.train.precision))
     _attempt(problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
     corpus = None if problems else _attempt(problems, task.prepare)
@@ -127,9 +129,11 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         done = max(control.gather(run_folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
         if done.get("step", -1) >= recipe.train.steps:
             checkpointing.refuse_other_beginning(options.run_dir, done, identity)
+            _mend_finished(control, options.run_dir, corpus)
             if control.rank == 0:
                 print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
             return
+        _refuse_unwritable(control, options.run_dir)
         found = None if options.resume == "never" else checkpointing.find(control, options.run_dir, identity)
         if found is None and options.resume == "must":
             raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
@@ -155,17 +159,24 @@ def _train(
 ) -> None:
     facts = {**_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
     writers = control.writers(options.run_dir)
+    facts["warnings"] = [
+        *effects.warnings(recipe),
+        *flags.warnings(recipe, options, control.world_size, len(writers)),
+        *rows.warnings(),
+    ]
     problems: list[str] = []
+    mended = None
     if control.rank in writers:
-        _attempt(
+        mended = _attempt(
             problems,
             lambda: run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder),
             f"--run-dir {options.run_dir}",
         )
     _agree(control, problems)
     mixed = _mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
+    mended = [line for lines in control.gather(mended or []) for line in lines]
     if control.rank == 0:
-        _announce(facts, options, [*rows.warnings(), *mixed], terminal)
+        _announce(facts, options, [*dict.fromkeys(mended), *facts["warnings"], *mixed], terminal)
     interrupt.sign_off = lambda: found is not None  # nothing was applied since
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     if found is None:
@@ -178,6 +189,8 @@ def _train(
         report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
         if state.step >= stop_at_step:
             report.say(f"--max-steps {stop_at_step}: nothing to do")
+        elif options.profile and options.profile[-1] <= state.step:
+            report.say("--profile has no effect: these steps were taken before")
     saver = Saver(engine, options.run_dir, writers, identity, report.say)
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
     saver.set_pointers(state)
@@ -217,6 +230,25 @@ def _train(
     finally:
         saver.finish()  # before the process group is gone
         report.close()
+
+
+def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
+    """A finished run can be exported: its tokenizer is whole, or mended. Collective."""
+    problems: list[str] = []
+    notes = None
+    if control.leads_host and run_folder.finished(run):
+        notes = _attempt(problems, lambda: run_folder.mend_tokenizer(run, corpus.tokenizer_folder))
+    for line in dict.fromkeys(line for lines in control.gather([*(notes or []), *problems]) for line in lines):
+        if control.rank == 0:
+            print(f"warning: {line}", flush=True)
+
+
+def _refuse_unwritable(control: Control, run: Path) -> None:
+    """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
+    problems: list[str] = []
+    if control.leads_host:
+        _attempt(problems, lambda: refuse_unwritable(run))
+    _agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.Joined:

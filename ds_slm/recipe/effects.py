@@ -1,0 +1,196 @@
+"""Settings that have no effect: refused where they can only be a mistake, told where they may be meant.
+
+    sections --mistakes--> refused when a recipe is read
+    recipe   --warnings--> told by `ds-slm plan`, and once at the start of every launch
+
+Only keys that were set count, never defaults. A recipe that a run has recorded holds every key: there a key counts
+where its value is not the default. Such a recipe is never refused, so that older runs can go on; its mistakes are told.
+
+A mistake is a place that is never read (a hub's id for local files), or a rate that teaches nothing. Everything else
+may be what is left of another kind after `--set schedule.kind=cosine`, or a short trial of a long recipe.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ds_slm.recipe.schedule import learning_rate
+from ds_slm.recipe.sections import Data, Optimizer, Schedule, Section, Source, Tokenizer, Train
+
+if TYPE_CHECKING:
+    from ds_slm.recipe.schema import Recipe
+
+READ_FROM = {
+    "embedded": (),
+    "files": ("path",),
+    "hub": ("id", "config", "revision"),
+    "tokens": ("path", "id", "config", "revision", "dtype"),
+}
+"""Kind of source -> the fields that say where and how it is read."""
+
+ROUNDED_AWAY = 0.02
+"""Share of a decay that may lie beyond the last step without a word: published shares of a run are rounded."""
+
+
+def mistakes(sections: Mapping[str, Section]) -> list[str]:
+    """What can only be a mistake, a line each. Sections that are absent are skipped."""
+    data, tokenizer = sections.get("data"), sections.get("tokenizer")
+    optimizer, schedule, train = (sections.get(name) for name in ("optimizer", "schedule", "train"))
+    problems = []
+    if isinstance(data, Data):
+        problems += [problem for source in data.source for problem in _unread_places(source)]
+    if isinstance(tokenizer, Tokenizer) and tokenizer.kind == "bpe" and tokenizer.path is not None:
+        problems.append(
+            f"tokenizer.path = {tokenizer.path!r} is not read: kind = 'bpe' trains a tokenizer; take path out, or use "
+            "kind = 'hf'"
+        )
+    if not isinstance(schedule, Schedule) or not schedule.warmup_steps:
+        return problems
+    if isinstance(optimizer, Optimizer) and schedule.warmup_start_lr > optimizer.lr:
+        problems.append(
+            f"schedule.warmup_start_lr = {schedule.warmup_start_lr} exceeds optimizer.lr = {optimizer.lr}: a warm-up "
+            "begins below the peak"
+        )
+    if isinstance(train, Train) and train.steps == 1 and not schedule.warmup_start_lr:
+        problems.append(
+            f"train.steps = 1 with schedule.warmup_steps = {schedule.warmup_steps}: the only step runs at a learning "
+            "rate of 0 and changes nothing; set schedule.warmup_steps = 0, or take more steps"
+        )
+    return problems
+
+
+def _unread_places(source: Source) -> Iterator[str]:
+    """The fields of a source that its kind never reads."""
+    read = READ_FROM[source.kind]
+    if source.kind == "tokens" and source.path is not None:
+        read = ("path", "dtype")
+    for field in ("path", "id", "config", "revision", "dtype"):
+        value = getattr(source, field)
+        if value is not None and field not in read:
+            beside = " beside path" if source.kind == "tokens" else ""
+            yield (
+                f"data.source: {field} = {value!r} of source {source.name!r} is not read under kind = "
+                f"{source.kind!r}{beside}: take it out, or change the kind (--source {source.name}=PATH reads local "
+                "files in a source's place)"
+            )
+
+
+def warnings(recipe: "Recipe") -> list[str]:
+    """What was set and has no effect in this recipe, or another one than it says; a line each."""
+    sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    resolved = _is_resolved(recipe)
+    return [
+        *mistakes(sections),
+        *_of_schedule(recipe, resolved),
+        *_of_run(recipe, resolved),
+        *_of_data(recipe, resolved),
+        *_of_other_kinds(recipe, resolved),
+    ]
+
+
+def set_keys(section: Section, resolved: bool) -> set[str]:
+    """The keys of a section that were set."""
+    return {
+        key
+        for key in section.model_fields_set
+        if not resolved or getattr(section, key) != type(section).model_fields[key].get_default()
+    }
+
+
+def _is_resolved(recipe: "Recipe") -> bool:
+    """Whether every key is there, as in a recipe that a run has recorded: that one was set is then not known."""
+    tables = (recipe.model, recipe.tokenizer, recipe.data, recipe.optimizer, recipe.schedule, recipe.train, recipe.run)
+    return all(
+        key in table.model_fields_set
+        for table in tables
+        for key, field in type(table).model_fields.items()
+        if field.get_default() is not None
+    )
+
+
+def is_set(recipe: "Recipe", section: str, key: str) -> bool:
+    """Whether a key was set, rather than left at its default."""
+    return key in set_keys(getattr(recipe, section), _is_resolved(recipe))
+
+
+def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+    schedule, steps = recipe.schedule, recipe.train.steps
+    if schedule.warmup_steps >= steps > 0 and schedule.warmup_steps:
+        highest = max(learning_rate(recipe, step) for step in (0, steps - 1))
+        yield (
+            f"schedule.warmup_steps = {schedule.warmup_steps:,} does not end before train.steps = {steps:,}: the "
+            f"learning rate reaches {highest:g}, never its peak of {recipe.optimizer.lr:g}"
+        )
+    if not schedule.warmup_steps and "warmup_start_lr" in set_keys(schedule, resolved):
+        yield "schedule.warmup_start_lr has no effect: schedule.warmup_steps is 0"
+    if schedule.kind == "cosine":
+        for key in sorted(set_keys(schedule, resolved) & {"decay_start_step", "decay_steps", "decay_shape"}):
+            yield (
+                f"schedule.{key} = {getattr(schedule, key)!r} has no effect: kind = 'cosine' decays from the end of "
+                "the warm-up to the last step"
+            )
+        return
+    start, length = schedule.decay_start_step or 0, schedule.decay_steps or 0
+    if start >= steps:
+        yield (
+            f"schedule.decay_start_step = {start:,} is not before train.steps = {steps:,}: the learning rate never "
+            "decays"
+        )
+    elif start + length - steps > length * ROUNDED_AWAY:
+        yield (
+            f"schedule: the decay ends at step {start + length:,}, beyond train.steps = {steps:,}: the last step runs "
+            f"at a learning rate of {learning_rate(recipe, steps - 1):g}, min_lr is {recipe.optimizer.min_lr:g}"
+        )
+
+
+def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+    run, steps = recipe.run, recipe.train.steps
+    given = set_keys(run, resolved)
+    ends = {
+        "eval_every_steps": "held-out rows are evaluated at the end alone",
+        "save_every_steps": "the only checkpoint is the last",
+        "log_every_steps": "no training step is logged",
+    }
+    for key, consequence in ends.items():
+        if key in given and getattr(run, key) > steps:
+            yield f"run.{key} = {getattr(run, key):,} is more than train.steps = {steps:,}: {consequence}"
+    both = math.lcm(run.eval_every_steps, run.save_every_steps)
+    if (
+        run.keep_best
+        and given & {"keep_best", "eval_every_steps", "save_every_steps"}
+        and max(run.eval_every_steps, run.save_every_steps) < steps <= both
+    ):
+        yield (
+            f"run.keep_best has no effect: no step before the last is both evaluated (every {run.eval_every_steps:,}) "
+            f"and saved (every {run.save_every_steps:,}); make one a multiple of the other"
+        )
+    for key in sorted(set_keys(recipe.eval, resolved) & {"tasks", "every_steps"}):
+        if getattr(recipe.eval, key):
+            yield f"eval.{key} has no effect: benchmarks are not run during training in this version"
+
+
+def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+    sources = recipe.data.source
+    if all(source.kind == "tokens" for source in sources):
+        for key in sorted(set_keys(recipe.data, resolved) & {"held_out", "split_seed"}):
+            yield f"data.{key} has no effect: of ready-made token files the end is held out"
+    for source in sources:
+        given = set_keys(source, resolved)
+        unread = {"embedded": {"split"}, "tokens": {"column", *({"split"} if source.path else ())}}
+        for key in sorted(given & unread.get(source.kind, set())):
+            yield f"data.source: {key} of source {source.name!r} has no effect under kind = {source.kind!r}"
+        if len(sources) == 1 and source.weight != 1 and recipe.tokenizer.kind != "bpe":
+            yield f"data.source: weight = {source.weight} of source {source.name!r} has no effect: it is the only one"
+
+
+def _of_other_kinds(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+    """Keys of another kind of tokenizer or optimiser."""
+    kind, optimizer = recipe.tokenizer.kind, recipe.optimizer
+    if kind != "bpe":
+        for key in sorted(set_keys(recipe.tokenizer, resolved) & {"min_frequency", "documents_per_weight"}):
+            yield f"tokenizer.{key} has no effect: kind = {kind!r} trains no tokenizer"
+    if optimizer.name == "adamw" and optimizer.embedding_bits != 32:
+        yield (
+            f"optimizer.embedding_bits = {optimizer.embedding_bits} has no effect: name = 'adamw' keeps all states in "
+            "32 bits; 'adamw8bit' has others"
+        )

@@ -1,0 +1,57 @@
+"""Flags of a launch that have no effect on it: refused where they can only be a mistake, else told at its start."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ds_slm.errors import ConfigError
+from ds_slm.recipe.effects import is_set
+from ds_slm.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from ds_slm.train.session import Options
+
+
+def last_step(recipe: Recipe, options: "Options") -> int:
+    """The step after which this launch ends."""
+    return min(options.max_steps or recipe.train.steps, recipe.train.steps)
+
+
+def refuse(recipe: Recipe, options: "Options") -> None:
+    """Raise ConfigError for steps to profile that this launch never takes."""
+    end = last_step(recipe, options)
+    if options.profile and options.profile[0] > end:
+        raise ConfigError(
+            f"--profile {_spelled(options.profile)}: this launch ends after step {end}: name steps up to that one."
+        )
+
+
+def warnings(recipe: Recipe, options: "Options", world_size: int, keeping_hosts: int) -> Iterator[str]:
+    """What was asked for and will not happen, a line each.
+
+    Args:
+        recipe: what is trained.
+        options: the launch's flags.
+        world_size: ranks of all hosts.
+        keeping_hosts: hosts that have a run folder of their own.
+    """
+    end, rows = last_step(recipe, options), recipe.rows_per_step
+    if options.max_steps is not None and options.max_steps > recipe.train.steps:
+        yield f"--max-steps {options.max_steps} has no effect: the run ends after step {recipe.train.steps}"
+    if options.profile and options.profile[-1] > end:
+        yield f"--profile {_spelled(options.profile)}: this launch ends after step {end}, so does the profile"
+    rows_per_rank = -(-rows // world_size)
+    if isinstance(options.micro_batch, int) and options.micro_batch > rows_per_rank:
+        yield f"--micro-batch {options.micro_batch}: a device has no more than {rows_per_rank} rows of a step's {rows}"
+    beyond = recipe.train.steps * rows + sum(len(some) for some in options.skip_rows)
+    for some in options.skip_rows:
+        if some.start >= beyond:
+            yield f"--skip-rows {some.start}:{some.stop} has no effect: the run draws no row beyond {beyond}"
+    if is_set(recipe, "run", "checkpoint_copies") and recipe.run.checkpoint_copies > keeping_hosts:
+        yield (
+            f"run.checkpoint_copies = {recipe.run.checkpoint_copies}: only {keeping_hosts} "
+            f"{'host has a run folder' if keeping_hosts == 1 else 'hosts have run folders'} to keep them in"
+        )
+
+
+def _spelled(steps: range) -> str:
+    return f"{steps[0]}:{steps[-1]}"

@@ -55,15 +55,22 @@ def run() -> None:
 
 
 @app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """The table of recipes: parameters, tokens, published, ours."""
+def recipes(
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the run folders lie.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """The table of recipes: parameters, tokens, published, and what the runs there are say."""
+    from dataclasses import asdict
+
     from ds_slm.cli import tables
+    from ds_slm.cli.ours import ours_of
     from ds_slm.recipe import plan, schema
 
     rows = []
     for name in schema.library_names():
         recipe = schema.load(name)
         headline = recipe.targets[0] if recipe.targets else None
+        ours = ours_of(name, recipe, runs)
         rows.append(
             {
                 "name": name,
@@ -73,7 +80,8 @@ def recipes(as_json: AsJson = False) -> None:
                 "tokens": recipe.train.steps * recipe.train.global_batch_tokens,
                 "metric": headline.metric if headline else None,
                 "published": headline.published if headline else None,
-                "ours": None,
+                "ours": str(ours) if ours else None,
+                "run": {**asdict(ours), "counts": ours.counts} if ours else None,
             }
         )
     if as_json:

@@ -87,7 +87,7 @@ def _table(first: str, *others: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="left" if name in ("published", "ours") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("published", "ours") else "right", no_wrap=name != "ours")
     return table
 
 

@@ -112,6 +112,11 @@ class Prepared:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
+    def replaced_sources(self) -> list[str]:
+        """Sources that were read from other local files than the recipe names."""
+        return [name for name, manifest in self.manifests.items() if manifest["replaced"]]
+
+    @property
     def train_tokens(self) -> int:
         """Training tokens of all sources, EOS included."""
         return self._count("train")

@@ -1,6 +1,6 @@
 """A Hugging Face folder from named tensors: what `AutoModelForCausalLM.from_pretrained` loads.
 
-    run folder --> checkpoint --> fp32 tensors by name --> .OUT.tmp-PID/ --> every file fsynced --> renamed to OUT
+    run folder --> checkpoint --> fp32 tensors by name --> .export.tmp-*/ --> every file fsynced --> renamed to OUT
 
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md if a card is given
     modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
@@ -24,9 +24,10 @@ from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.identity import MANIFEST
 from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync
+from ds_slm.files import fsync, new_folder, writer_name
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
+from ds_slm.publish.place import free_place
 from ds_slm.recipe import schema
 
 
@@ -43,6 +44,7 @@ def export_run(
     """
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
+    free_place(out, run)
     recipe = schema.load_recorded(run)
     checkpoint = checkpoint_format.choose(run, step=step, best=best)
     notes = checkpoint_format.read_state(checkpoint)
@@ -88,8 +90,7 @@ def export(
         CheckpointError: where `out` is not empty, or names or shapes are not the model's.
         DataError: where the tokenizer cannot be read.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is not an empty folder: name another one, or delete it.")
+    out = free_place(out)
     refuse_other_shape(state, shape)
     tokenizer = load_tokenizer(tokenizer_folder)
     if tokenizer.vocab_size > shape.vocab_size:
@@ -105,9 +106,8 @@ def export(
     if (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file():  # an assistant: a turn's end ends the answer as well
         generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder = out.with_name(f".export.tmp-{writer_name()}")
+    new_folder(folder)
     try:
         for path in tokenizer_folder.iterdir():
             if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST:

@@ -51,6 +51,11 @@ class Corpus(Protocol):
         """A Hugging Face tokenizer folder."""
         ...
 
+    @property
+    def replaced_sources(self) -> list[str]:
+        """Sources that were read from other local files than the recipe names."""
+        ...
+
 
 @dataclass(frozen=True)
 class Options:
@@ -159,6 +164,7 @@ def _train(
 ) -> None:
     facts = {**_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
     writers = control.writers(options.run_dir)
+    facts["replaced_sources"] = corpus.replaced_sources
     facts["warnings"] = [
         *effects.warnings(recipe),
         *flags.warnings(recipe, options, control.world_size, len(writers)),

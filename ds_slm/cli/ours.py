@@ -1,0 +1,112 @@
+"""What the runs there are say of a recipe: the figure beside the published one, or why there is none.
+
+    RUNS/*/recipe.toml, done.json, env.json, checkpoints/ --ours_of--> one sentence and its parts for --json
+
+A figure counts as ours where the run is finished and its recipe and data are the library's; otherwise it is shown with
+the word that says what differs. Imports no torch.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_slm.errors import RecipeError
+from ds_slm.files import read_json
+from ds_slm.recipe import schema
+from ds_slm.recipe.schema import RECIPE_FILE, Recipe
+
+FIGURES = (
+    ("val_bits_per_byte", "{:.4g} bits per byte"),
+    ("val_card_loss", "card loss {:.4g}"),
+    ("val_loss", "validation loss {:.4g}"),
+)
+"""What done.json holds, the most comparable first."""
+NAMED_CHANGES = 3
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A run of a recipe."""
+
+    run: str
+    step: int
+    steps: int
+    figures: dict[str, float]
+    """As done.json names them; empty for a run that is not finished."""
+    differs: list[str]
+    """What keeps it from being a run of the library's recipe; empty where nothing does."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the figures are the recipe's."""
+        return bool(self.figures) and not self.differs
+
+    def __str__(self) -> str:
+        if not self.figures:
+            text = f"step {self.step:,} of {self.steps:,}"
+        else:
+            text = next((form.format(self.figures[key]) for key, form in FIGURES if key in self.figures), "finished")
+        return f"{text} ({'; '.join(self.differs)})" if self.differs else text
+
+
+def ours_of(name: str, recipe: Recipe, runs: Path) -> Ours | None:
+    """The run that says most of a recipe: one that counts, else the furthest of those called by its name."""
+    found = [run for folder in _run_folders(runs) if (run := _read(folder, name, recipe))]
+    return max(found, key=lambda run: (run.counts, bool(run.figures), -len(run.differs), run.step), default=None)
+
+
+def _run_folders(runs: Path) -> Iterator[Path]:
+    if runs.is_dir():
+        yield from sorted(folder.parent for folder in runs.glob(f"*/{RECIPE_FILE}"))
+
+
+def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
+    """What a folder says, where its run was launched by this recipe's name or has its very content."""
+    environment, done = read_json(folder / "env.json") or {}, read_json(folder / "done.json") or {}
+    try:
+        recorded = schema.load_recorded(folder)
+    except RecipeError:  # damaged
+        return None
+    same = recorded.identity_sha256() == recipe.identity_sha256()
+    if not same and environment.get("recipe_name", folder.name) != name:
+        return None
+    differs = [] if same else [_differences(recipe, recorded)]
+    if done and done.get("recipe_sha256") != recorded.identity_sha256():
+        differs.append("done.json is of another recipe")
+    replaced = environment.get("replaced_sources")
+    if replaced:
+        differs.append(f"other data: {', '.join(map(str, replaced))}")
+    elif replaced is None:
+        differs.append("its data are not recorded")
+    elif done and done.get("data_sha256") != environment.get("data_sha256"):
+        differs.append("done.json is of other data")
+    figures = {
+        key: float(value)
+        for key, value in done.items()
+        if key.startswith("val_") and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    step = done.get("step") if isinstance(done.get("step"), int) else _last_step(folder)
+    return Ours(str(folder), int(step or 0), recorded.train.steps, figures, differs)
+
+
+def _differences(recipe: Recipe, recorded: Recipe) -> str:
+    changed = [
+        f"{place} {_short(was)} -> {_short(now)}"
+        for place, (was, now) in schema.changes(recipe, recorded).items()
+        if place.partition(".")[0] in schema.IDENTITY
+    ]
+    more = f" and {len(changed) - NAMED_CHANGES} more" if len(changed) > NAMED_CHANGES else ""
+    return f"another recipe: {', '.join(changed[:NAMED_CHANGES])}{more}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
+
+
+def _last_step(folder: Path) -> int:
+    """Of the newest checkpoint, whole or not."""
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("checkpoints/step-*"))
+    return max((int(found[1]) for found in names if found), default=0)

@@ -1,0 +1,42 @@
+"""Where an export goes: checked before any weights are read, so that it appears whole or nothing is begun."""
+
+import os
+from pathlib import Path
+
+from ds_slm.errors import CheckpointError
+from ds_slm.files import obstacle, refuse_unwritable
+
+
+def free_place(out: Path, run: Path | None = None) -> Path:
+    """The folder that `out` names, links followed; nothing is made.
+
+    Args:
+        out: what the user named: a new folder, or an empty one.
+        run: the run folder that is exported; nothing may be put into it.
+
+    Raises:
+        CheckpointError: where a finished folder cannot take that place in one step.
+        OSError: where nothing can be written there.
+    """
+    if in_the_way := obstacle(out):
+        raise CheckpointError(f"--out {in_the_way}")
+    place = out.resolve()
+    if run is not None and place.is_relative_to(run.resolve()):
+        raise CheckpointError(f"--out {out} lies in the run folder {run}, which is the trainer's: name another folder.")
+    if place.is_dir():
+        if any(place.iterdir()):
+            raise CheckpointError(f"{out} is not an empty folder: name another one, or delete it.")
+        if _is_mount_point(place):
+            raise CheckpointError(f"--out {out} is a mount point, which cannot be replaced: name a folder in it.")
+        if Path.cwd().is_relative_to(place):
+            raise CheckpointError(f"--out {out} is the folder this command runs in: name a new folder in it.")
+    refuse_unwritable(place.parent)
+    return place
+
+
+def _is_mount_point(place: Path) -> bool:
+    """Also where a folder of the same file system is mounted, which os.path.ismount does not see."""
+    mounts = Path("/proc/self/mountinfo")
+    lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if mounts.exists() else []
+    spelled = str(place).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    return os.path.ismount(place) or any(line.split(" ")[4] == spelled for line in lines)

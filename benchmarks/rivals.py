@@ -111,9 +111,10 @@ def trainer(args: argparse.Namespace, recipe: Recipe) -> list[float]:
 
 def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
     """Step times of a plain loop: our decoder in the recipe's precision, fp32 gradients and masters, one reduction."""
-    from ds_slm.model import decoder
+    from ds_slm.model import decoder, kernels
     from ds_slm.train.optim import build_optimizer
 
+    kernels.fix_sums(deterministic=False)  # as a run of ours does
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     if world_size > 1:

@@ -5,6 +5,7 @@
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md if a card is given
     modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
 
+The tokenizer pads on the left, and its chat template is one that any Jinja renders: without the marks of training.
 config.json has the tokenizer's hash, generation_config.json the ids that stand for nothing, never to be generated.
 A tied head is stored once, as the embedding, so that transformers counts as many parameters as the recipe.
 Known gap: one safetensors file, however large.
@@ -12,6 +13,7 @@ Known gap: one safetensors file, however large.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,6 +114,7 @@ def export(
         for path in tokenizer_folder.iterdir():
             if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
+        _make_readable_by_others(folder)
         config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", generation)
@@ -128,6 +131,26 @@ def export(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return sum(tensor.numel() for tensor in state.values())
+
+
+def _make_readable_by_others(folder: Path) -> None:
+    """Change what only training needs, or leaves open, in a copy of a tokenizer's folder."""
+    # A decoder goes on from the last token, so a shorter prompt of a batch is filled up in front.
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    _write_json(config_file, config | {"padding_side": "left"})
+
+    template_file = folder / CHAT_TEMPLATE_FILE
+    if template_file.is_file():
+        template_file.write_text(unmarked(template_file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def unmarked(template: str) -> str:
+    """A chat template without the marks around what is trained, which only transformers knows; it gives the same text.
+
+    Empty comments take their places, which trim the white space around them as the marks did.
+    """
+    return re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", template)
 
 
 def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:

@@ -41,6 +41,7 @@ from sft import embedded
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
 from sft.forms import EXPECTED, read_messages
 from sft.packing import pack, shuffled
+from sft.probe import refuse_other_encoding
 
 TRAINED, BEGIN, ANSWER, CUT = (np.uint32(1 << bit) for bit in (31, 30, 29, 28))
 IDS = np.uint32((1 << 28) - 1)
@@ -120,6 +121,7 @@ def tell(summary: Mapping[str, Any]) -> str:
 
 def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: set[str]) -> Encode:
     settings, chatml = section(recipe), ChatML(tokenizer)
+    refuse_other_encoding(tokenizer)
     limit = recipe.data.seq_len + 1
 
     def encode(texts: list[str]) -> list[np.ndarray | str]:

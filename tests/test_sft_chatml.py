@@ -141,5 +141,7 @@ def test_a_tokenizer_without_control_tokens_is_refused(tmp_path: Path) -> None:
     """Oracle: a tokenizer of two letters; the message names the token and the way out."""
     folder = data_recipes.character_folder(tmp_path / "letters", "ab")
     letters = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), eos_token="a", pad_token="b")
-    with pytest.raises(DataError, match=r"'<\|im_start\|>': add it to tokenizer.special_tokens"):
+    with pytest.raises(
+        DataError, match=r"no '<\|im_start\|>' and no '<\|im_end\|>'.*fine-tune a base whose tokenizer has both"
+    ):
         ChatML(letters)

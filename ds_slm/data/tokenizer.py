@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_slm.data.bpe_training import train_bpe
 from ds_slm.data.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk_encoder, by_rank, byte_letters, filler
+from ds_slm.data.control_text import ControlText
 from ds_slm.data.sentencepiece_model import read_sentencepiece
 from ds_slm.data.stand_ins import stand_in_at
 from ds_slm.errors import DataError
@@ -87,6 +88,15 @@ class Tokenizer:
             return self._bulk(texts)
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @property
+    def cuts_alone(self) -> bool:
+        """Whether text between two control tokens always has the ids it has alone."""
+        return self._bulk is not None
+
+    def control_text(self, tokens: Sequence[str]) -> ControlText:
+        """Encodes text with these control tokens in it. Raises DataError for those it would not cut out of a text."""
+        return ControlText(self._encoder, tokens)
+
     @cached_property
     def _bulk(self) -> Callable[[Sequence[str]], list[list[int]]] | None:
         return bulk_encoder(self._encoder)
@@ -94,6 +104,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of some ids."""
         return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def has_token(self, token: str) -> bool:
+        """Whether a token stands in the vocabulary."""
+        return self._backend.token_to_id(token) is not None
 
     def token_id(self, token: str) -> int:
         """The id of a token, given as it stands in the vocabulary. Raises DataError where there is none."""

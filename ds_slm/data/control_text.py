@@ -1,0 +1,54 @@
+"""Text with control tokens at chosen places, encoded as the whole that a rendered chat template is.
+
+    text with marks --> the tokenizer, to which a mark is a control token and nothing else is one --> ids, spans
+
+What stands beside a control token may depend on it: whether a space is put before a word, or white space is swallowed.
+So the tokenizer itself cuts the text, with marks in the tokens' places. A mark is drawn anew for each encoder, so that
+no text can hold one, and a literal of a control token stays text.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ds_slm.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class ControlText:
+    """A tokenizer that reads marks as control tokens."""
+
+    def __init__(self, backend: "tokenizers.Tokenizer", tokens: Sequence[str]) -> None:
+        """`backend` takes literals as text. Raises DataError for tokens that it would not cut out of a text."""
+        from tokenizers import Tokenizer
+
+        content = json.loads(backend.to_str())
+        added = {token["content"]: token for token in content["added_tokens"]}
+        if missing := [token for token in tokens if token not in added]:
+            raise DataError(
+                [
+                    f"the tokenizer has {token!r} in its vocabulary, but not among its added tokens, so a chat "
+                    "template's text would not give it: add it there (added_tokens in tokenizer.json)."
+                    for token in missing
+                ]
+            )
+        self.marks = {token: f"<|{secrets.token_hex(16)}|>" for token in tokens}
+        """What stands for each token in a text."""
+        for token, mark in self.marks.items():
+            added[token] |= {"content": mark, "special": False}
+        self._backend = Tokenizer.from_str(json.dumps(content))
+        self._backend.encode_special_tokens = True
+        self._ids = {self._backend.token_to_id(mark): backend.token_to_id(token) for token, mark in self.marks.items()}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """The ids of each text, and where each token lies in it: int64 [N, 2], in characters."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            ([self._ids.get(number, number) for number in one.ids], np.array(one.offsets, np.int64).reshape(-1, 2))
+            for one in encodings
+        ]

@@ -1,0 +1,93 @@
+"""Proof, before conversations are prepared, that a tokenizer gives the same ids and targets in others' hands.
+
+    hard conversations --ChatML--> ids, targets
+                       --the folder that is exported, transformers' apply_chat_template--> ids, targets: the same
+
+Compared is everything but literals of control tokens, which are text to us and control tokens to transformers: of
+those, that no control token comes out of them.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ds_slm.data.tokenizer import IM_END, IM_START, Tokenizer
+from ds_slm.errors import DataError
+from sft.chatml import CHAT_TEMPLATE, ChatML
+
+HARD = (
+    "a",
+    "",
+    " ",
+    "\n",
+    " one space first",
+    "  two spaces first, and after  ",
+    "\n\nA blank line first.",
+    " \n after a space",
+    "\ttab\r\n",
+    "3,141.59 and 007",
+    "😀 日本語 e\u0301 👨\u200d👩\u200d👧",
+    "\ufb01ne, Straße, İstanbul, naïveté",
+    "\u2581low line",
+    "user\nassistant\n",
+)
+"""Contents at whose borders tokenizers differ."""
+SHOWN_TOKENS = 12
+
+
+def hard_conversations() -> list[list[dict[str, Any]]]:
+    """Each hard content in each place, in conversations of one turn and of many."""
+    pairs = [(content, other) for content, other in zip(HARD, (*HARD[3:], *HARD[:3]), strict=True)]
+    short = [_turns([content, other]) for content, other in pairs]
+    system = [{"role": "system", "content": content} for content in HARD]
+    return [*short, *([turn, *_turns(["a", "b"])] for turn in system), _turns([*HARD, *HARD]), _turns(["a"])]
+
+
+def _turns(contents: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+
+
+@lru_cache(maxsize=4)
+def refuse_other_encoding(tokenizer: Tokenizer) -> None:
+    """Raise DataError, with an example, where transformers would encode a conversation in another way than training."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        theirs = AutoTokenizer.from_pretrained(folder)
+    chatml = ChatML(tokenizer)
+    conversations = hard_conversations()
+    for messages, encoded in zip(conversations, chatml.encode_batch(conversations), strict=True):
+        made = theirs.apply_chat_template(
+            messages, chat_template=CHAT_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+        )
+        prompt = theirs.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
+        compared = {
+            "ids": (encoded.ids.tolist(), list(made["input_ids"])),
+            "targets": (encoded.trained.astype(int).tolist(), list(made["assistant_masks"])),
+            "ids of the prompt": (chatml.prompt(messages), list(prompt["input_ids"])),
+        }
+        for what, (ours, others) in compared.items():
+            if ours != others:
+                raise DataError(_told(what, messages, ours, others))
+    literal = _turns([IM_END, f"{IM_START}{IM_START}a{IM_END}"])
+    ids = chatml.encode(literal).ids.tolist()
+    if (ids.count(chatml.start_id), ids.count(chatml.end_id)) != (len(literal), len(literal)):
+        raise DataError(f"the tokenizer makes control tokens of the text {literal[1]['content']!r}: {_WAY_OUT}")
+
+
+_WAY_OUT = "fine-tune a base with another tokenizer."
+
+
+def _told(what: str, messages: list[dict[str, Any]], ours: list[int], others: list[int]) -> str:
+    """Where two encodings part, in a sentence."""
+    place = next((n for n, pair in enumerate(zip(ours, others, strict=False)) if pair[0] != pair[1]), len(ours))
+    place = min(place, len(others))
+    shown = [f"{one[place : place + SHOWN_TOKENS]}" for one in (ours, others)]
+    contents = str([message["content"] for message in messages[:3]])[:200]
+    return (
+        f"this tokenizer cannot be trained with ChatML: the export's chat template would give other {what} than "
+        f"training. For the turns {contents}, from token {place} on, training has {shown[0]} and the template "
+        f"{shown[1]}: {_WAY_OUT}"
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_slm.errors import ConfigError
+from ds_slm.recipe import zero_keys
 from ds_slm.recipe.budget import Memory, Time, assumptions, memory, network_bytes, times
 from ds_slm.recipe.effects import warnings
 from ds_slm.recipe.schema import Model, Recipe
@@ -203,14 +204,13 @@ def plan(
 
 def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[int, int]:
     """The two figures of a ds_config that count here; a GPU's default where it leaves the micro-batch open."""
-    zero = ds_config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, Mapping) else None
     hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
-    problems = []
-    if stage not in (1, 2, 3):
-        problems.append(f"ds_config: zero_optimization.stage = {stage!r}: expected 1, 2 or 3.")
-    if hint != "auto" and not (isinstance(hint, int) and hint > 0):
-        problems.append(f"ds_config: train_micro_batch_size_per_gpu = {hint!r}: expected a positive integer or 'auto'.")
-    if problems or stage is None:
+    problems = zero_keys.problems(ds_config.get("zero_optimization"))
+    if not zero_keys.MICRO_BATCH.holds(hint):
+        expected = zero_keys.MICRO_BATCH.expected
+        problems.append(f"ds_config: train_micro_batch_size_per_gpu = {hint!r}: expected {expected}.")
+    if problems:
         raise ConfigError(problems)
-    return stage, hint if isinstance(hint, int) else max(DEFAULT_MICRO_BATCH_TOKENS["cuda"] // seq_len, 1)
+    return ds_config["zero_optimization"]["stage"], hint if isinstance(hint, int) else max(
+        DEFAULT_MICRO_BATCH_TOKENS["cuda"] // seq_len, 1
+    )

@@ -14,22 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import ConfigError
+from ds_slm.recipe import zero_keys
 from ds_slm.recipe.plan import DEFAULT_MICRO_BATCH_TOKENS, batch, training_flops
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.zero_keys import MICRO_BATCH, SWITCH, Kind
 
-ALLOWED = (
-    "zero_optimization",
-    "train_micro_batch_size_per_gpu",
-    "compile_blocks",
-    "deterministic",
-    "aio",
-    "comms_logger",
-    "memory_breakdown",
-    "wall_clock_breakdown",
-    "zero_force_ds_cpu_optimizer",
-)
-"""Top-level keys a ds_configs file may hold: memory, speed and communication."""
+ALLOWED = {
+    "zero_optimization": None,
+    "train_micro_batch_size_per_gpu": MICRO_BATCH,
+    "compile_blocks": Kind("true, false or 'auto'", lambda value: isinstance(value, bool) or value == "auto"),
+    "deterministic": SWITCH,
+    "memory_breakdown": SWITCH,
+    "wall_clock_breakdown": SWITCH,
+    "zero_force_ds_cpu_optimizer": Kind("false (the optimiser is the recipe's)", lambda value: value is False),
+}
+"""Top-level keys a ds_configs file may hold, and what: memory, speed and communication."""
+
+REFUSED = {
+    "aio": "it is for files on NVMe, to which nothing is offloaded here",
+    "comms_logger": "it keeps a record of every message in memory and nothing prints its table; --profile A:B tells "
+    "where a step's time goes",
+}
+"""Top-level keys of DeepSpeed that own nothing of the result and do nothing good here."""
 
 OWNED_BY_RECIPE = {
     "optimizer": "[optimizer]",
@@ -53,9 +60,6 @@ COMPILE_FLOPS = {"cpu": 1e14, "cuda": 2e16}
 """Of a run on each device, from which on blocks are compiled: that takes half a minute once, and saved 1 to 14 % of a
 micro-batch on a CPU."""
 
-QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-"""Communication that is no longer only communication."""
-
 
 @dataclass(frozen=True)
 class Joined:
@@ -76,13 +80,23 @@ class Joined:
 def read(path: Path) -> dict[str, Any]:
     """A ds_configs file. Raises ConfigError where it is missing or not JSON."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except OSError as error:
         raise ConfigError(f"--ds-config {path}: {error.strerror}; the checkout has ds_configs/zero1.json.") from error
-    except ValueError as error:
-        raise ConfigError(f"--ds-config {path} is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--ds-config {path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--ds-config {path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a later value of a key win in silence."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"it holds {', '.join(map(repr, twice))} more than once")
     return content
 
 
@@ -97,22 +111,10 @@ def join(recipe: Recipe, ds_file: dict[str, Any], world_size: int, device_type: 
         micro_batch: rows per forward and device; None takes the ds_config's hint, then a default.
     """
     problems = _conflicts(ds_file)
-    hint = ds_file.get("train_micro_batch_size_per_gpu", "auto")
-    if hint != "auto" and (not isinstance(hint, int) or hint < 1):
-        problems.append(f"train_micro_batch_size_per_gpu = {hint!r}: expected a positive integer or 'auto'.")
-    compile_blocks = ds_file.get("compile_blocks", "auto")
-    if not isinstance(compile_blocks, bool) and compile_blocks != "auto":
-        problems.append(f"ds_config: compile_blocks = {compile_blocks!r}: expected true, false or 'auto'.")
-    deterministic = ds_file.get("deterministic", False)
-    if not isinstance(deterministic, bool):
-        problems.append(f"ds_config: deterministic = {deterministic!r}: expected true or false.")
     if problems:
         raise ConfigError(problems)
-    zero_stage = ds_file["zero_optimization"]["stage"]
-    if compile_blocks is True and zero_stage == 3:
-        raise ConfigError(
-            "ds_config: compile_blocks does not go with ZeRO-3, whose blocks have no weights of their own."
-        )
+    zero_stage, hint = ds_file["zero_optimization"]["stage"], ds_file.get("train_micro_batch_size_per_gpu", "auto")
+    compile_blocks, deterministic = ds_file.get("compile_blocks", "auto"), ds_file.get("deterministic", False)
     if compile_blocks == "auto":
         compile_blocks = compiles_blocks(recipe, zero_stage, world_size, device_type)
     wanted = micro_batch or (hint if isinstance(hint, int) else 0)
@@ -129,39 +131,23 @@ def compiles_blocks(recipe: Recipe, zero_stage: int, world_size: int, device_typ
 
 def _conflicts(ds_file: dict[str, Any]) -> list[str]:
     problems = []
-    for key in ds_file:
+    for key, value in ds_file.items():
         if key in OWNED_BY_RECIPE:
             problems.append(
                 f"ds_config: {key!r} belongs to the recipe ({OWNED_BY_RECIPE[key]}): take it out of the file."
             )
+        elif key in REFUSED:
+            problems.append(f"ds_config: {key!r} is refused: {REFUSED[key]}. Take it out.")
         elif key not in ALLOWED:
             problems.append(f"ds_config: unknown key {key!r}{nearest(key, ALLOWED)}; allowed are {', '.join(ALLOWED)}.")
+        elif (kind := ALLOWED[key]) and not kind.holds(value):
+            problems.append(f"ds_config: {key} = {value!r}: expected {kind.expected}.")
+
     zero = ds_file.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        stage = zero.get("stage") if isinstance(zero, dict) else zero
-        problems.append(
-            f"ds_config: zero_optimization.stage = {stage!r}: expected 1, 2 or 3 (stage 0 scales moments and masters "
-            "wrongly in half precision; stage 1 costs nothing more)."
-        )
-    else:
-        problems += [
-            f"ds_config: unknown key zero_optimization.{key}{nearest(key, _zero_keys())}."
-            for key in zero
-            if key not in _zero_keys()
-        ]
-        problems += [
-            f"ds_config: zero_optimization.{key} rounds weights or gradients, which changes the result: take it out."
-            for key in QUANTISED
-            if zero.get(key)
-        ]
+    problems += zero_keys.problems(zero)
+    if ds_file.get("compile_blocks") is True and isinstance(zero, dict) and zero.get("stage") == 3:
+        problems.append("ds_config: compile_blocks does not go with ZeRO-3, whose blocks have no weights of their own.")
     return problems
-
-
-def _zero_keys() -> set[str]:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    return set(fields) | {info.alias for info in fields.values() if info.alias}
 
 
 def _deepspeed(

@@ -48,6 +48,18 @@ def test_replay_names_the_first_layer(run: Path) -> None:
     assert "row (0, 0, 9), position 95" in said[2] and said[3].startswith("every row goes wrong: rather the weights")
 
 
+@pytest.mark.parametrize("name", [bad_steps.WHAT, bad_steps.ROWS, bad_steps.WEIGHTS])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]"])
+def test_a_damaged_dump_is_told(run: Path, name: str, content: bytes) -> None:
+    """Oracle: a sentence with the folder and the way out, whichever of its files is damaged."""
+    dump(run)
+    path = bad_steps.folder_of(run, 14) / name
+    assert path.is_file()
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000014 is damaged"):
+        list(bad_steps.replay(run, 14))
+
+
 def test_replay_names_a_gradient(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a backward pass that goes wrong below the first block's output, with a finite loss."""
     original = decoder.Mlp.forward

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ds_slm import files
+from ds_slm.cluster import prove_resume
 from ds_slm.data.shards import Prepared
 from ds_slm.errors import CheckpointError, RecipeError
 from ds_slm.recipe import schema
@@ -212,6 +213,19 @@ def test_damaged_records_are_dropped(tmp_path: Path, line: bytes) -> None:
         report.close()
     found = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert found == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["env.json", "ds_config.json"])
+def test_proving_to_resume_names_a_damaged_file(tmp_path: Path, prepared: Prepared, name: str, damage: str) -> None:
+    """Oracle: a sentence that names the file, before anything is launched."""
+    run = tmp_path / "run"
+    begin(run, prepared)
+    files.write_json(run / "ds_config.json", {"zero_optimization": {"stage": 1}})
+    (run / name).write_bytes(DAMAGE[damage]((run / name).read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"{name} is missing or damaged"):
+        prove_resume.prove(run, [], tmp_path / "scratch", lambda line: None)
+    assert not (tmp_path / "scratch").exists()
 
 
 def empty(tokenizer: Path) -> None:

@@ -155,6 +155,8 @@ def prepare(
             "--base MODEL --preview 5 does that."
         )
     sources = parse_sources(source)
+    if verify and (sources or max_tokens is not None):
+        raise DataError("--verify only reads what is prepared: leave out --source and --max-tokens.")
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
         shards.verify(prepared)

@@ -17,6 +17,7 @@ from pathlib import Path
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.cluster import launch
 from ds_slm.errors import CheckpointError
+from ds_slm.files import read_json
 from ds_slm.recipe import schema
 
 STEPS = 4
@@ -38,10 +39,14 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     """
     try:
         recipe = schema.load_recorded(run)
-        facts = json.loads((run / "env.json").read_text())
-        joined = json.loads((run / "ds_config.json").read_text())
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; {run} is no run folder.") from error
+    facts, joined = read_json(run / "env.json"), read_json(run / "ds_config.json")
+    if facts is None or joined is None or "zero_optimization" not in joined:
+        name = "env.json" if facts is None else "ds_config.json"
+        raise CheckpointError(
+            f"{run / name} is missing or damaged: restore it, or let the run take one more step, which writes it anew."
+        )
     if not facts.get("recipe_name"):
         raise CheckpointError(f"{run} does not say what its data are called: launch it once more, then prove it.")
     shutil.rmtree(scratch, ignore_errors=True)

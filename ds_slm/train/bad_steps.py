@@ -9,7 +9,6 @@ A spike is a loss that exceeds the median of the last SPIKE_WINDOW steps by more
 deviations (1.4826 x the median absolute deviation) and by more than SPIKE_SHARE of that median. It stops nothing.
 """
 
-import json
 import math
 import statistics
 from collections import deque
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError
-from ds_slm.files import write_json
+from ds_slm.files import read_json, write_json
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
 
@@ -63,14 +62,16 @@ def replay(run: Path, step: int) -> Iterator[str]:
         raise CheckpointError(
             f"{folder} is not there: a step whose loss or gradient is not finite leaves it. Steps found: {there}."
         )
-    what = json.loads((folder / WHAT).read_text())
     recipe = schema.load_recorded(run)
     model = decoder.build(recipe.model, recipe.train.seed)
-    model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    what = read_json(folder / WHAT) or {}
+    try:
+        rows, count = load_file(folder / ROWS), len(what["rows"])
+        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except Exception as error:  # safetensors' own kind
+        raise CheckpointError(f"{folder} is damaged ({error!r}): remove it; the step leaves it again.") from error
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.train.precision]
     wrong_weights = [name for name, one in model.named_parameters() if not one.isfinite().all()]
-    rows = load_file(folder / ROWS)
-    count = len(rows["token_ids"])
     yield f"step {step}: {what['why']}; {count} rows again, each alone, on this CPU in {recipe.train.precision}"
     if wrong_weights:
         yield f"the weights themselves are not finite: {', '.join(wrong_weights)}"

@@ -262,3 +262,31 @@ def test_unigram_does_not_sample() -> None:
     made = room.Tokenizer(backend, eos_token="a", pad_token="b")
     assert {tuple(made.encode("abab")) for _ in range(50)} == {(3, 3)}
     assert len(made.switched_off) == 1
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": 3}, "config.json": {"eos_token_id": 0}}, 3),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": [0]}}, 0),
+        ({"generation_config.json": {"eos_token_id": [3, 0]}}, r"gives the ids 3 \('<\|im_end\|>'\), 0 \("),
+        ({"config.json": {"eos_token_id": 9_999}}, r"gives the ids 9999 \(None\)"),
+        ({}, "gives none either"),
+    ],
+)
+def test_a_base_that_names_no_eos(
+    bpe: room.Tokenizer, tmp_path: Path, configs: dict[str, dict[str, object]], expected: int | str
+) -> None:
+    """Oracle: the one id of the model's configuration; several, or none, are told with what would do."""
+    bpe.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None, "pad_token": None}))
+    for name, content in configs.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    if isinstance(expected, int):
+        found = room.load_tokenizer(tmp_path)
+        assert (found.eos_id, found.pad_id) == (expected, expected)
+    else:
+        with pytest.raises(DataError, match=f"names no eos_token, and .*{expected}.*add it there") as caught:
+            room.load_tokenizer(tmp_path)
+        assert "prepare it again" not in str(caught.value)

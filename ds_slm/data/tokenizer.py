@@ -184,29 +184,47 @@ def _canonical(tokenizer_json: str) -> bytes:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read a folder that `Tokenizer.save`, or transformers, has written.
 
+    Its EOS is that of tokenizer_config.json, else the one id that generation_config.json or config.json gives; the EOS
+    pads where nothing else is named.
+
     Raises:
-        DataError: where the folder is missing or holds no tokenizer.
+        DataError: where the folder is missing, holds no tokenizer, or does not say which token ends a document.
     """
     import tokenizers
 
-    for path in (folder / "tokenizer_config.json", folder / "tokenizer.json"):
-        if path.is_file() and (what := stand_in_at(path)):
-            raise DataError(f"{path} cannot be read ({what}).")
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        eos_token = _content(config["eos_token"])
-        pad_token = _content(config.get("pad_token") or eos_token)
+        named = {role: _content(config.get(f"{role}_token")) for role in ("eos", "pad")}
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"{folder} holds no whole tokenizer ({error}): prepare it again.") from error
-    return Tokenizer(backend, eos_token, pad_token)
+    eos_token = named["eos"] or _eos_by_id(folder, backend)
+    return Tokenizer(backend, eos_token, named["pad"] or eos_token)
 
 
-def _content(token: Any) -> str:
+def _content(token: Any) -> str | None:
     content = token["content"] if isinstance(token, dict) else token  # transformers writes either
-    if not isinstance(content, str):
+    if not isinstance(content, str | None):
         raise ValueError(f"its EOS or padding token is {content!r}")
     return content
+
+
+def _eos_by_id(folder: Path, backend: "tokenizers.Tokenizer") -> str:
+    """The EOS of a model whose tokenizer does not name it."""
+    found: list[Any] = []
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if not found and path.is_file():
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    tokens = [backend.id_to_token(number) if isinstance(number, int) else None for number in found]
+    if len(tokens) == 1 and tokens[0] is not None:
+        return tokens[0]
+    got = ", ".join(f"{number} ({token!r})" for number, token in zip(found, tokens, strict=True))
+    raise DataError(
+        f"{folder / 'tokenizer_config.json'} names no eos_token, and the model's configuration gives "
+        f"{f'the ids {got}' if found else 'none either'}; expected one token that ends a document: add it there, as "
+        '"eos_token": "...".'
+    )
 
 
 def build_tokenizer(

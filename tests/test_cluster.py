@@ -73,8 +73,48 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         assert got in problem
         assert "expected" in problem
     assert "`host slots=N`" in problems[0]
-    assert "write `spaced slots=1`" in problems[1]
-    assert "line 1" in problems[2]
+    assert "write `spaced slots=2`" in problems[1]
+    assert "write `good slots=5` on line 1 alone" in problems[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("localhost:1", "localhost slots=1"),
+        ("localhost:8", "localhost slots=8"),
+        ("node1:22", "node1 slots=1"),
+        ("node1:2222", "node1 slots=1"),
+        ("node1:8 slots=2", "node1 slots=2"),
+        ("node1", "node1 slots=1"),
+        ("node1 4", "node1 slots=4"),
+        ("node1 slots = 2", "node1 slots=2"),
+        ("node1 slots: 2", "node1 slots=2"),
+        ("node1 max_slots=2", "node1 slots=2"),
+        ("node1 slots=2 gpu=a100", "node1 slots=2"),
+        ("node1 slots=0", "node1 slots=1"),
+        ("node1 slots=", "node1 slots=1"),
+        ("root@node1:3", "root@node1 slots=3"),
+        ("[fd00::1] slots=2", "fd00::1 slots=2"),
+        ("[fd00::1]:22 slots=2", "fd00::1 slots=2"),
+        ("fd00::1", "fd00::1 slots=1"),
+        ("node[1-2] slots=1", "node1 slots=1"),
+        ("-w slots=1", "node1 slots=1"),
+        ("\ufeffnode1 slots=3", "node1 slots=3"),
+    ],
+)
+def test_the_advice_is_a_line_that_is_accepted(tmp_path: Path, line: str, advice: str) -> None:
+    """Oracle: what was meant, written by hand; the advice itself is read without a problem."""
+    (problem,) = problems_of(write(tmp_path / "h", line))
+    assert f"write `{advice}`" in problem
+    assert len(parse_hostfile(write(tmp_path / "h", advice))) == 1
+
+
+def test_hosts_of_an_address(tmp_path: Path) -> None:
+    """IPv6 is an address, not a host with a port; case makes no other host."""
+    path = write(tmp_path / "h", "fd00::1 slots=2\nroot@fd00::2 slots=1\n")
+    assert parse_hostfile(path) == [Host("fd00::1", 2), Host("root@fd00::2", 1)]
+    (problem,) = problems_of(write(tmp_path / "h", "node1 slots=1\nNode1 slots=2\n"))
+    assert "`Node1` again" in problem
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# node1 slots=1\n"])

@@ -19,6 +19,7 @@ torch nor deepspeed.
 import argparse
 import base64
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -35,7 +36,10 @@ from ds_slm.errors import HostfileError
 _EXPECTED = "expected `host slots=N`"
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]+)(\s+#.*)?")
 # One name, address or user@name. Neither a pdsh range (`node[1-4]`), which DeepSpeed counts as one host, nor an option.
-_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%@-]*")
+_SSH_PORT = 22
+_MOST_SLOTS = 64
+"""A larger number behind a host is a port, not a number of devices."""
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.%@-]*")
 
 _RUNNER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds"}
 _RUNNER_MODULE = "deepspeed.launcher.runner"
@@ -101,18 +105,19 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
     except OSError as error:
         raise HostfileError(f"Hostfile {path} cannot be read: {error.strerror}; make it readable.") from error
     hosts: dict[str, Host] = {}
-    first_line_of: dict[str, int] = {}
+    first_line_of: dict[str, tuple[int, str]] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
         name = text.split()[0]
-        if problem := _line_problem(text, first_line_of.get(name)):
+        key = name.lower()  # names of hosts know no case
+        if problem := _line_problem(text, first_line_of.get(key)):
             problems.append(f"Hostfile {path}, line {number}: {problem}")
         else:
             hosts[name] = Host(name, _slots(text))
-        first_line_of.setdefault(name, number)
+        first_line_of.setdefault(key, (number, text))
     if not hosts and not problems:
         problems.append(
             f"Hostfile {path} names no host: {_EXPECTED} on at least one line that is no comment; add one, "
@@ -271,20 +276,56 @@ def _slots(text: str) -> int:
     return int(match["slots"]) if match else 0
 
 
-def _line_problem(text: str, first_line: int | None) -> str | None:
-    """What is wrong with a line that is no comment: got, expected, the way out; None if nothing is."""
+def _line_problem(text: str, first: tuple[int, str] | None) -> str | None:
+    """What is wrong with a line that is no comment: got, expected, the way out; None if nothing is.
+
+    Args:
+        text: the line.
+        first: number and text of the line that named this host before.
+    """
     name = text.split()[0]
-    usable_name = _HOST.fullmatch(name) is not None
-    example = f"{name if usable_name else 'node1'} slots=1"
+    host, advice = _host_meant(name), _advice(text)
     if _LINE.fullmatch(text) is None:
-        return f"got `{text}`, {_EXPECTED} with no spaces around `=` and nothing behind N; write `{example}`, say."
-    if not usable_name:
-        return f"got the host `{name}`, expected one host's name or address; write each host on a line of its own."
+        return f"got `{text}`, {_EXPECTED} with no spaces around `=` and nothing behind N; write `{advice}`, say."
+    if host != name:
+        return (
+            f"got the host `{name}`, expected one host's name or address alone; write `{advice}`, each host on a line "
+            "of its own. The port of ssh is --ssh_port, that of the ranks --master_port."
+        )
     if _slots(text) == 0:
-        return f"got `slots=0`, expected at least 1; write `{example}`, say, or delete the line."
-    if first_line is not None:
-        return f"got `{name}` again, expected each host once; add up the slots on line {first_line}."
+        return f"got `slots=0`, expected at least 1; write `{advice}`, say, or delete the line."
+    if first is not None:
+        number, earlier = first
+        total = _slots(earlier) + _slots(text)
+        return f"got `{name}` again, expected each host once; write `{name} slots={total}` on line {number} alone."
     return None
+
+
+def _advice(text: str) -> str:
+    """The line that was probably meant: its host, and the number of slots wherever it was written."""
+    name, *rest = text.partition("#")[0].split() or ["node1"]
+    host = _host_meant(name)
+    behind = re.search(r"[0-9]+", " ".join(rest))
+    within = re.fullmatch(re.escape(host) + r":([0-9]+)", name)
+    number = int(behind[0] if behind else within[1] if within else 1)
+    is_port = not behind and number == _SSH_PORT
+    return f"{host} slots={number if 1 <= number <= _MOST_SLOTS and not is_port else 1}"
+
+
+def _host_meant(name: str) -> str:
+    """The host in a name: without a port, brackets or what else ssh does not take; `node1` where there is none."""
+    bare = name.removeprefix("[").partition("]")[0] if name.startswith("[") else name
+    if _is_ipv6(bare):
+        return bare
+    host = bare.partition(":")[0]
+    return host if _HOST.fullmatch(host) else "node1"
+
+
+def _is_ipv6(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name.rpartition("@")[2]).version == 6
+    except ValueError:
+        return False
 
 
 def _missing(path: Path) -> str:

@@ -6,11 +6,12 @@ python ds_slm/pretrain.py                                             one device
 """
 
 import argparse
+import difflib
 import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ds_slm.train import session
@@ -22,7 +23,7 @@ sys.path[:] = [str(PACKAGE.parent), *(entry for entry in sys.path if Path(entry 
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-from ds_slm.errors import DataError, RecipeError, run_program  # noqa: E402 - after the path is right
+from ds_slm.errors import ConfigError, DataError, RecipeError, run_program  # noqa: E402 - after the path is right
 
 first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -136,9 +137,34 @@ def parse_sources(pairs: list[str]) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
 
 
-def parser() -> argparse.ArgumentParser:
+class FlagParser(argparse.ArgumentParser):
+    """A training program's parser: mistakes are a sentence, told once for all ranks; rank 0 alone prints the help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message}. {self.prog} --help lists the flags.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; the nearest flag is named for one that is not known."""
+        found, unknown = self.parse_known_args(args, namespace)
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        problems = []
+        for one in unknown:
+            near = difflib.get_close_matches(one.partition("=")[0], known, n=1) if one.startswith("-") else []
+            problems.append(f"{one} is not known" + (f": did you mean {near[0]}?" if near else "."))
+        if problems:
+            raise ConfigError([*problems, f"{self.prog} --help lists the flags."])
+        return found
+
+    def print_help(self, file: Any = None) -> None:
+        """On rank 0."""
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
+
+
+def parser(prog: str = "pretrain.py") -> FlagParser:
     """Every flag of this program."""
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a recipe.", allow_abbrev=False)
+    parser = FlagParser(prog=prog, description="Pretrain a recipe.", allow_abbrev=False)
     add_training_flags(parser, default_recipe="demo")
     return parser
 

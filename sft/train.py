@@ -4,7 +4,6 @@ deepspeed sft/train.py --recipe demo-instruct --base runs/demo
 deepspeed --hostfile hostfiles/two_node sft/train.py --recipe axiom-380m-instruct --base runs/axiom-380m
 """
 
-import argparse
 import os
 import sys
 from functools import cache
@@ -17,16 +16,16 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-from ds_slm.errors import run_program  # noqa: E402 - after the path is right
-from ds_slm.pretrain import add_training_flags, first_on_host, options, parse_sources, report, run_dir  # noqa: E402
+from ds_slm.errors import ConfigError, run_program  # noqa: E402 - after the path is right
+from ds_slm.pretrain import FlagParser, add_training_flags, first_on_host, options, parse_sources, report, run_dir  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "train.py") -> FlagParser:
     """Every flag of this program."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a base model.", allow_abbrev=False)
+    parser = FlagParser(prog=prog, description="Fine-tune a base model.", allow_abbrev=False)
     add_training_flags(parser, default_recipe="demo-instruct")
     parser.add_argument(
-        "--base", type=Path, required=True, help="run folder, RUN/checkpoints/best, or Hugging Face folder"
+        "--base", type=Path, metavar="MODEL", help="run folder, RUN/checkpoints/best, or Hugging Face folder"
     )
     return parser
 
@@ -34,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Fine-tune a base on conversations."""
     args = parser().parse_args()
+    if args.base is None:
+        raise ConfigError("--base MODEL: name the run folder, checkpoint or Hugging Face folder to begin with.")
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.recipe import schema

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.cluster import launch
+from ds_slm.cluster import launch, runner_flags
 from ds_slm.errors import ConfigError, HostfileError
+from sft import train as program
 from tests.assistants import ds_slm, small_talk, write_base, write_sft
 from tests.runs import environment, free_port, records
 
@@ -107,11 +108,13 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     """Command lines that would have been run, in an empty folder on a machine without a GPU."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], environ: dict[str, str]) -> int:
+    def run(command: list[str], environ: dict[str, str], hold_back: bool) -> int:
+        assert hold_back == ("--hostfile" in command)
         commands.append([environ.get("DS_ACCELERATOR", "-"), *command])
         return int(os.environ.get("CODE", "0"))
 
     monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(runner_flags, "refuse_unreachable", lambda hosts, ssh_port: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: "GPU" in os.environ)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -125,19 +128,56 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["sft", "demo-instruct", "--base", "x"], ["cpu", "deepspeed", "--num_accelerators", "1", *FINE_TUNE]),
+        (
+            ["sft", "demo-instruct", "--base", "x"],
+            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FINE_TUNE],
+        ),
         (
             ["sft", "demo-instruct", "--devices", "2", "--base", "x", "--set", "train.seed=2", "--master_port", "9"],
-            ["cpu", "deepspeed", "--num_accelerators", "2", "--master_port", "9", *FINE_TUNE, "--set", "train.seed=2"],
+            [
+                "cpu",
+                "deepspeed",
+                "--num_accelerators",
+                "2",
+                "--quiet",
+                "--master_port",
+                "9",
+                *FINE_TUNE,
+                "--set",
+                "train.seed=2",
+            ],
         ),
         (
             ["sft", "demo-instruct", "--base", "x", "--hostfile", TWO_NODE],
-            ["-", "deepspeed", "--hostfile", str(TWO_NODE), *FINE_TUNE],
+            ["-", "deepspeed", "--hostfile", str(TWO_NODE), "--quiet", *FINE_TUNE],
         ),
-        (["train", "demo"], ["cpu", "deepspeed", "--num_accelerators", "1", *PRETRAIN]),
+        (
+            ["train", "--max-steps", "1", "demo", "--allow-change"],
+            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *PRETRAIN, "--max-steps", "1", "--allow-change"],
+        ),
+        (
+            ["train", "--run-dir=r", "-q", "--devices=2", "demo"],
+            ["cpu", "deepspeed", "--num_accelerators", "2", "-q", *PRETRAIN, "--run-dir=r"],
+        ),
+        (
+            ["train", "demo", "--hostfile", TWO_NODE, "--include", "node1:0@node2", "--ssh_port", "22"],
+            [
+                "-",
+                "deepspeed",
+                "--hostfile",
+                str(TWO_NODE),
+                "--quiet",
+                "--include",
+                "node1:0@node2",
+                "--ssh_port",
+                "22",
+                *PRETRAIN,
+            ],
+        ),
+        (["train", "demo"], ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *PRETRAIN]),
         (
             ["train", "demo", "--run-dir", "r"],
-            ["cpu", "deepspeed", "--num_accelerators", "1", *PRETRAIN, "--run-dir", "r"],
+            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *PRETRAIN, "--run-dir", "r"],
         ),
     ],
 )
@@ -153,7 +193,7 @@ def test_a_gpu_is_left_to_deepspeed(launched: list[list[str]], monkeypatch: pyte
     """Oracle: neither accelerator nor a number of devices is set."""
     monkeypatch.setenv("GPU", "1")
     assert ds_slm("train", "demo", "--max-steps", "1", monkeypatch=monkeypatch) == 0
-    assert launched == [["-", "deepspeed", *PRETRAIN, "--max-steps", "1"]]
+    assert launched == [["-", "deepspeed", "--quiet", *PRETRAIN, "--max-steps", "1"]]
 
 
 def test_success_is_done_json(
@@ -178,6 +218,29 @@ def test_success_is_done_json(
         (["train", "demo", "--devices", "2", "--hostfile", TWO_NODE], "--devices"),
         (["train", "demo", "--hostfile", "absent"], "absent"),
         (["sft", "demo-instruct"], "--base"),
+        (["train", "--max-steps", "1"], "RECIPE"),
+        (["train", "demo", "slm-10m"], "slm-10m is not known"),
+        (["train", "demo", "--recipe", "slm-10m"], "leave out --recipe"),
+        (["train", "demo", "--max-stpes", "1"], "did you mean --max-steps?"),
+        (["train", "demo", "--max-steps", "none"], "argument --max-steps: 'none'"),
+        (["train", "demo", "--master_port", "99999"], "--master_port: '99999' is not a port"),
+        (["train", "demo", "--master_port", "0"], "--master_port"),
+        (["train", "demo", "--ssh_port", "x"], "--ssh_port"),
+        (["train", "demo", "--num_nodes", "2"], "name the hosts with --hostfile"),
+        (["train", "demo", "--num_nodes", "0"], "--num_nodes"),
+        (["train", "demo", "--num_gpus", "2"], "--devices N"),
+        (["train", "demo", "--include", "localhost:0"], "--devices N"),
+        (["train", "demo", "--exclude", "localhost:0"], "--devices N"),
+        (["train", "demo", "--include", "a", "--exclude", "b"], "give one of them"),
+        (["train", "demo", "--hostfile", TWO_NODE, "--include", "node3"], "'node3' is not a host"),
+        (["train", "demo", "--hostfile", TWO_NODE, "--include", "node1:1"], "slots of 0 to 0 on node1"),
+        (["train", "demo", "--hostfile", TWO_NODE, "--include", "node1:x"], "expected HOST or HOST:SLOT"),
+        (["train", "demo", "--hostfile", TWO_NODE, "--exclude", "node1@node2"], "leaves no host"),
+        (["train", "demo", "--hostfile", TWO_NODE, "--num_nodes", "3"], "names 2 hosts"),
+        (["train", "demo", "--launcher", "openmpi"], "pdsh over ssh"),
+        (["train", "demo", "--module"], "leave it out"),
+        (["train", "demo", "--no_ssh", "--node_rank", "1"], "on each host instead"),
+        (["train", "demo", "-ilocalhost:0"], "-ilocalhost:0"),
     ],
 )
 def test_mistakes_launch_nothing(
@@ -191,6 +254,18 @@ def test_mistakes_launch_nothing(
     assert ds_slm(*arguments, monkeypatch=monkeypatch) == 2
     assert part in capsys.readouterr().err
     assert not launched
+
+
+def test_help_lists_the_flags_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the program's own parser, DeepSpeed's flags that are passed on, and the verb's."""
+    assert ds_slm("sft", "--help", monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr().out
+    programs = {name for name in program.parser()._option_string_actions if name.startswith("--")}
+    for flag in (programs - {"--local_rank", "--recipe"}) | {"--hostfile", "--devices", "--preview", "--master_port"}:
+        assert flag in shown
+    assert "RECIPE" in shown
 
 
 SCRIPTS = [ROOT / "sft" / name for name in ("launch_local.sh", "launch_two_node.sh")]

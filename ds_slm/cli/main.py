@@ -7,7 +7,6 @@ Each verb imports what it needs itself, so that `--help`, `recipes` and `plan` s
 code 2.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,15 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ds_slm.cli.output import print_json, report_to
-from ds_slm.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_STOPPED,
-    INTERRUPTED,
-    ConfigError,
-    DataError,
-    TrainingError,
-    run_program,
-)
+from ds_slm.errors import ConfigError, DataError, run_program
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -42,10 +33,9 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name in the l
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override the recipe.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DataRoot = Annotated[Path, typer.Option(help="Where prepared data lies or goes.")]
-Hostfile = Annotated[Path | None, typer.Option(help="Train on the hosts of this file.")]
-Devices = Annotated[int | None, typer.Option(min=1, help="Train on this many devices of this machine.")]
 CHECKOUT = Path(__file__).parents[2]
 DS_CONFIGS = CHECKOUT / "ds_configs"
+RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 PASS_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -155,8 +145,6 @@ def prepare(
             "--base MODEL --preview 5 does that."
         )
     sources = parse_sources(source)
-    if verify and (sources or max_tokens is not None):
-        raise DataError("--verify only reads what is prepared: leave out --source and --max-tokens.")
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
         shards.verify(prepared)
@@ -180,99 +168,46 @@ def prepare(
         )
 
 
-@app.command(context_settings=PASS_FLAGS_ON)
-def train(context: typer.Context, name: RecipeName, hostfile: Hostfile = None, devices: Devices = None) -> None:
-    """Pretrain: `deepspeed ds_slm/pretrain.py`. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
+@app.command(context_settings=RAW, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Pretrain: `deepspeed ds_slm/pretrain.py`. --help lists that program's flags."""
     from ds_slm import pretrain
+    from ds_slm.cli import launching
 
-    _launch(CHECKOUT / "ds_slm" / "pretrain.py", pretrain.parser(), name, context.args, hostfile, devices)
+    line = launching.read(pretrain.parser("ds-slm train"), context.args)
+    launching.start(CHECKOUT / "ds_slm" / "pretrain.py", line)
 
 
-@app.command("sft", context_settings=PASS_FLAGS_ON)
-def fine_tune(
-    context: typer.Context,
-    name: RecipeName,
-    base: Annotated[
-        Path | None, typer.Option(metavar="MODEL", help="Run folder, checkpoint or Hugging Face folder.")
-    ] = None,
-    hostfile: Hostfile = None,
-    devices: Devices = None,
-    preview: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Show the masks of N conversations; train nothing.")
-    ] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="With --preview: print the id of every token.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --preview: its HTML.  [default: preview-RECIPE.html]")
-    ] = None,
-) -> None:
-    """Fine-tune: `deepspeed sft/train.py`. Further flags, behind RECIPE, are that program's or DeepSpeed's."""
+@app.command("sft", context_settings=RAW, add_help_option=False)
+def fine_tune(context: typer.Context) -> None:
+    """Fine-tune: `deepspeed sft/train.py`. --help lists that program's flags; --preview N shows masks instead."""
+    from ds_slm.cli import launching
     from sft import train as program
 
-    arguments = ["--base", str(base), *context.args]
-    if preview is not None and (hostfile or devices):
+    line = launching.read(program.parser("ds-slm sft"), context.args, _add_preview_flags)
+    args = line.args
+    if args.preview is not None and (args.hostfile or args.devices):
         raise ConfigError("--preview N trains nothing: leave out --hostfile and --devices.")
-    if preview is not None:
-        _preview(_flags(program.parser(), name, arguments), base, preview, ids, out)
-    elif base is None:
+    if args.preview is not None:
+        _preview(line.recipe, args)
+    elif args.base is None:
         raise ConfigError("--base MODEL: name the run folder, checkpoint or Hugging Face folder to begin with.")
-    elif ids or out:
+    elif args.ids or args.out:
         raise ConfigError("--ids and --out belong to --preview N: add it, or leave them out.")
     else:
-        _launch(CHECKOUT / "sft" / "train.py", program.parser(), name, arguments, hostfile, devices)
+        launching.start(CHECKOUT / "sft" / "train.py", line)
 
 
-def _flags(parser: "ArgumentParser", name: str, arguments: list[str]) -> "Namespace":
-    """The flags of a program that will be launched, so that a mistake in them is told at once."""
-    from ds_slm.cluster import launch
+def _add_preview_flags(parser: "ArgumentParser") -> None:
+    from ds_slm.pretrain import positive
 
-    args = parser.parse_args(["--recipe", name, *launch.split(arguments)[1]])
-    if args.recipe != name:
-        raise ConfigError(f"the recipe is named twice, {name} and {args.recipe}: leave out --recipe.")
-    return args
-
-
-def _launch(
-    script: Path,
-    parser: "ArgumentParser",
-    name: str,
-    arguments: list[str],
-    hostfile: Path | None,
-    devices: int | None,
-) -> None:
-    """Run a training program under DeepSpeed, and end with its exit code."""
-    from ds_slm import pretrain
-    from ds_slm.cluster import launch
-    from ds_slm.recipe import schema
-    from ds_slm.train.run_folder import STOPPED
-
-    args = _flags(parser, name, arguments)
-    run_folder = pretrain.run_dir(args, schema.recipe_path(name).stem)
-    schema.load(name, args.set, run_folder)
-    launchers, scripts = launch.split(arguments)
-    cpu_ranks = None
-    if hostfile is None:
-        import torch
-
-        if not torch.cuda.is_available():
-            cpu_ranks = devices = devices or 1
-    command = launch.command(script, ["--recipe", name, *scripts], hostfile, devices, launchers)
-    sign = run_folder / STOPPED
-    before = _content(sign)
-    code = launch.run(command, launch.environment(os.environ, cpu_ranks))
-    if code and _content(sign) not in (None, before):
-        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
-    if code == EXIT_INTERRUPTED:
-        print(INTERRUPTED, file=sys.stderr)
-    if code == 0 and hostfile is None and args.max_steps is None and not (run_folder / "done.json").is_file():
-        raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
-    raise typer.Exit(code)
+    group = parser.add_argument_group("a look at the masks")
+    group.add_argument("--preview", type=positive, metavar="N", help="show the masks of N conversations; train nothing")
+    group.add_argument("--ids", action="store_true", help="with --preview: print the id of every token")
+    group.add_argument("--out", type=Path, metavar="FILE", help="with --preview: its HTML (preview-RECIPE.html)")
 
 
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
-
-
-def _preview(args: "Namespace", base: Path | None, count: int, with_ids: bool, out: Path | None) -> None:
+def _preview(name: str, args: "Namespace") -> None:
     """The masks of some conversations, in the terminal and as HTML; without a base in the recipe's own tokenizer."""
     from rich.console import Console
 
@@ -282,9 +217,10 @@ def _preview(args: "Namespace", base: Path | None, count: int, with_ids: bool, o
     from ds_slm.recipe import schema
     from sft import data, preview
 
-    recipe, stem = schema.load(args.recipe, args.set), schema.recipe_path(args.recipe).stem
+    recipe, stem = schema.load(name, args.set), schema.recipe_path(name).stem
+    base, with_ids = args.base, args.ids
     data.section(recipe)
-    sources, out = parse_sources(args.source), out or Path(f"preview-{stem}.html")
+    sources, out = parse_sources(args.source), args.out or Path(f"preview-{stem}.html")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
     tokenizer_folder = None
@@ -293,7 +229,7 @@ def _preview(args: "Namespace", base: Path | None, count: int, with_ids: bool, o
         refuse_other_base(recipe, opened)
         tokenizer_folder = opened.tokenizer_folder
     prepared = data.prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
-    shown, summary = preview.read_shown(recipe, prepared, count)
+    shown, summary = preview.read_shown(recipe, prepared, args.preview)
     console = Console(highlight=False)
     for one in shown:
         console.print(f"\nconversation {one.number:,}: {one.counts}", style="bold")

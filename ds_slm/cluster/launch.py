@@ -10,13 +10,15 @@ Known gaps: nothing is restarted, and a run that hangs is waited for.
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 import psutil
 
@@ -24,6 +26,8 @@ from ds_slm.cluster.hostfile import RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_ho
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 
 _VALUE_OPTIONS = {name for names in RUNNER_VALUE_OPTIONS for name in names}
+_LAUNCHER_LINE = re.compile(rb"(\S+: )?\[[\d-]+ [\d:,]+\] \[(DEBUG|INFO|WARNING)\] \[\w+\.py:\d+:\w+\]")
+"""A line of its log, behind the name of a host where pdsh brings it."""
 _FLAGS = {name for names in RUNNER_FLAGS for name in names}
 
 
@@ -81,10 +85,13 @@ def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str
     return found
 
 
-def run(command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | None = None) -> int:
+def run(
+    command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | None = None, hold_back: bool = False
+) -> int:
     """Run a launch to its end; returns its exit code, 1 where a signal ended it, 130 where one was sent to us.
 
-    What it prints goes to `stdout`, or where this process's own output goes.
+    What it prints goes to `stdout`, or where this process's own output goes. With `hold_back` what DeepSpeed's
+    launcher says of itself is shown only where the launch fails.
 
     SIGTERM and SIGINT go on to the launch, as SIGTERM; a rank that a terminal told, too, heeds the first.
 
@@ -95,19 +102,44 @@ def run(command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | Non
     if program is None:
         raise ConfigError(f"there is no {command[0]!r} on the PATH: install the project with `make setup`.")
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    child = subprocess.Popen([program, *command[1:]], env=environ, stdout=stdout)
+    pipe = subprocess.PIPE if hold_back else None
+    child = subprocess.Popen([program, *command[1:]], env=environ, stdout=pipe or stdout, stderr=pipe)
+    held: list[bytes] = []
+    copiers = [
+        threading.Thread(target=_copy_lines, args=(source, target, held), daemon=True)
+        for source, target in ((child.stdout, stdout or sys.stdout), (child.stderr, sys.stderr))
+        if source is not None
+    ]
+    for copier in copiers:
+        copier.start()
     told: list[psutil.Process] = []
     try:
         for number in ours:
             signal.signal(number, lambda *_: told.extend(_terminate(child.pid)))
         code = child.wait()
         psutil.wait_procs(told)  # the runner dies at once, its ranks save first
+        for copier in copiers:
+            copier.join()
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+    if code not in (0, EXIT_STOPPED) and held and not told:
+        print("what DeepSpeed's launcher said:", file=sys.stderr)
+        sys.stderr.write(b"".join(held).decode(errors="replace"))
     if code and told and code != EXIT_STOPPED:
         return EXIT_INTERRUPTED
     return code if code >= 0 else EXIT_FAILURE
+
+
+def _copy_lines(source: IO[bytes], target: TextIO, held: list[bytes]) -> None:
+    """Line by line; lines of DeepSpeed's launcher that are no errors are held back."""
+    with source:
+        for line in source:
+            if _LAUNCHER_LINE.match(line):
+                held.append(line)
+            else:
+                target.write(line.decode(errors="replace"))
+                target.flush()
 
 
 def _terminate(pid: int) -> list[psutil.Process]:

@@ -1,0 +1,124 @@
+"""`ds-slm train` and `ds-slm sft`: the program's flags from its one parser, checked here, then a launch as a child.
+
+argv -> RECIPE, our own flags | DeepSpeed's flags | the program's flags -> checks -> deepspeed ... script ...
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from ds_slm.cluster import launch, runner_flags
+from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
+from ds_slm.pretrain import positive, run_dir
+from ds_slm.recipe import schema
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A verb's command line, read and checked as far as this machine can."""
+
+    args: argparse.Namespace
+    script: list[str]
+    """The program's own flags, as they were typed."""
+    runner: list[str]
+    """DeepSpeed's, likewise."""
+
+    @property
+    def recipe(self) -> str:
+        """Name or path."""
+        return self.args.recipe_name
+
+
+def read(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    add_own: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> CommandLine:
+    """Read a verb's command line; flags may stand before and behind RECIPE.
+
+    Args:
+        parser: the program's.
+        arguments: all that was typed behind the verb.
+        add_own: adds the verb's further flags, which the program does not see.
+
+    Raises:
+        ConfigError: a flag or a value that is not known, or no RECIPE.
+    """
+    programs = set(parser._option_string_actions)  # argparse has no public list
+    parser._option_string_actions["--recipe"].help = argparse.SUPPRESS
+    parser.add_argument("recipe_name", metavar="RECIPE", help="name in the library, or path of a .toml file")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("-H", "--hostfile", type=Path, metavar="FILE", help="train on the hosts of this file")
+    where.add_argument("--devices", type=positive, metavar="N", help="train on this many devices of this machine")
+    runner_flags.add_runner_flags(parser)
+    add_own(parser)
+    runner_flags.refuse_others(arguments)
+    args = parser.parse_args(list(arguments))
+    if "--recipe" in [argument.partition("=")[0] for argument in arguments]:
+        raise ConfigError(f"the recipe is named twice, {args.recipe_name} and {args.recipe}: leave out --recipe.")
+
+    # Which token belongs to whom: argparse has checked all, and keeps none.
+    runner, rest = launch.split(arguments)
+    script, left = [], iter(rest)
+    for argument in left:
+        name, equals, _ = argument.partition("=")
+        action = parser._option_string_actions.get(name)
+        value = [next(left)] if action is not None and action.nargs is None and not equals else []
+        if name in programs:
+            script += [argument, *value]
+        elif name.startswith("-") and action is None:
+            raise ConfigError(f"{argument}: write the flag and its value apart.")
+    return CommandLine(args, script, _without(runner, ("--hostfile", "-H")))
+
+
+def _without(arguments: Sequence[str], names: tuple[str, ...]) -> list[str]:
+    """The arguments but for some flags and their values."""
+    kept, left = [], iter(arguments)
+    for argument in left:
+        name, equals, _ = argument.partition("=")
+        if name not in names:
+            kept.append(argument)
+        elif not equals:
+            next(left, None)
+    return kept
+
+
+def start(script: Path, line: CommandLine) -> None:
+    """Run a training program under DeepSpeed, and end with its exit code."""
+    from ds_slm.train.run_folder import STOPPED
+
+    args = line.args
+    run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
+    schema.load(line.recipe, args.set, run_folder)
+    hosts = runner_flags.chosen_hosts(args)
+    if hosts and not args.no_ssh_check and (len(hosts) > 1 or args.force_multi):
+        runner_flags.refuse_unreachable(hosts, args.ssh_port)
+    cpu_ranks, devices = None, args.devices
+    if not hosts:
+        import torch
+
+        if not torch.cuda.is_available():
+            cpu_ranks = devices = devices or 1
+    quiet = [] if args.quiet or args.log_level else ["--quiet"]
+    flags = ["--recipe", line.recipe, *line.script]
+    command = launch.command(script, flags, args.hostfile, devices, [*quiet, *line.runner])
+    sign = run_folder / STOPPED
+    before = _content(sign)
+    hold_back = bool(hosts) and not args.log_level  # over ssh DeepSpeed drops --quiet
+    code = launch.run(command, launch.environment(os.environ, cpu_ranks), hold_back=hold_back)
+    if code and _content(sign) not in (None, before):
+        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
+    if code == EXIT_INTERRUPTED:
+        print(INTERRUPTED, file=sys.stderr)
+    if code == 0 and not hosts and args.max_steps is None and not (run_folder / "done.json").is_file():
+        raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
+    raise typer.Exit(code)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,157 @@
+"""DeepSpeed's own flags behind `ds-slm train` and `ds-slm sft`: which are passed on, and what to do instead of others.
+
+DeepSpeed's launcher answers a flag that makes no sense with a traceback, or trains somewhere else. So each is checked
+before the launch: its value, the hosts and slots it names, and whether every host that is left answers over ssh.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from ds_slm.cluster.hostfile import Host, parse_hostfile
+from ds_slm.errors import ConfigError, HostfileError
+
+SSH_PATIENCE_S = 10
+INSTEAD = {
+    "--num_gpus": "use --devices N on this machine, or slots=N in the hostfile",
+    "--num_accelerators": "use --devices N on this machine, or slots=N in the hostfile",
+    "--node_rank": "type `deepspeed --no_ssh --node_rank N ... ds_slm/pretrain.py` on each host instead",
+    "--no_ssh": "type `deepspeed --no_ssh --node_rank N ... ds_slm/pretrain.py` on each host instead",
+    "--launcher": "hosts are reached with pdsh over ssh: leave it out",
+    "--module": "the program is ds_slm's own: leave it out",
+    "--no_python": "the program is ds_slm's own: leave it out",
+    "--no_local_rank": "the program is ds_slm's own: leave it out",
+    "--autotuning": "--micro-batch auto measures what fits",
+    "--enable_each_rank_log": "every rank's output is in the run folder's logs/",
+}
+"""Flags of DeepSpeed's launcher that are not passed on, each with the way out."""
+
+
+def add_runner_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that are passed on, for the help and the check of a command line."""
+    group = parser.add_argument_group("DeepSpeed's launcher", "passed on to it")
+    group.add_argument("--master_port", type=_port, metavar="PORT", help="where the ranks meet (default 29500)")
+    group.add_argument("--master_addr", metavar="ADDRESS", help="rank 0's host, as the other hosts reach it")
+    group.add_argument("-i", "--include", metavar="HOST[:SLOT,...]@...", help="only these hosts and slots")
+    group.add_argument("-e", "--exclude", metavar="HOST[:SLOT,...]@...", help="all but these hosts and slots")
+    group.add_argument("--num_nodes", type=_count, metavar="N", help="only the first N hosts of the hostfile")
+    group.add_argument("--force_multi", action="store_true", help="start over ssh, even on a single host")
+    group.add_argument("--ssh_port", type=_port, metavar="PORT", help="of every host's ssh")
+    group.add_argument("--no_ssh_check", action="store_true", help="do not try ssh to every host first")
+    group.add_argument("--launcher_args", metavar="ARGS", help="for pdsh")
+    group.add_argument("--venv_script", metavar="FILE", help="sourced on every host before the launch")
+    group.add_argument("--bind_cores_to_rank", action="store_true", help="give each rank cores of its own")
+    group.add_argument("--bind_core_list", metavar="LIST", help="the cores to share out")
+    group.add_argument("--save_pid", action="store_true", help="leave the launcher's process id in /tmp")
+    levels = ("debug", "info", "warning", "error", "critical")
+    group.add_argument("--log_level", choices=levels, help="what the launcher says (default error)")
+    group.add_argument("-q", "--quiet", action="store_true", help="the default")
+
+
+def refuse_others(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for every flag of DeepSpeed's launcher that is not passed on."""
+    names = [argument.partition("=")[0] for argument in arguments]
+    if problems := [f"{name} is not passed on to DeepSpeed: {INSTEAD[name]}." for name in names if name in INSTEAD]:
+        raise ConfigError(problems)
+
+
+def chosen_hosts(args: argparse.Namespace) -> list[Host]:
+    """The hosts of the hostfile that --include, --exclude and --num_nodes leave; none without a hostfile.
+
+    Raises:
+        ConfigError: flags that exclude each other, or need a hostfile.
+        HostfileError: a hostfile, host or slot that is not there.
+    """
+    filters = [name for name in ("include", "exclude") if getattr(args, name) is not None]
+    if len(filters) == 2 or (filters and args.num_nodes):
+        raise ConfigError("--include, --exclude and --num_nodes each choose hosts: give one of them.")
+    if args.hostfile is None:
+        return _without_hostfile(args, filters)
+    if args.devices is not None:
+        raise ConfigError("--hostfile already says how many devices each host has: leave out --devices.")
+    hosts = parse_hostfile(args.hostfile)
+    if args.num_nodes and args.num_nodes > len(hosts):
+        raise HostfileError(f"--num_nodes {args.num_nodes}: hostfile {args.hostfile} names {len(hosts)} hosts.")
+    if not filters:
+        return hosts[: args.num_nodes]
+    return _filtered(hosts, filters[0], getattr(args, filters[0]), args.hostfile)
+
+
+def _without_hostfile(args: argparse.Namespace, filters: list[str]) -> list[Host]:
+    if args.num_nodes and args.num_nodes > 1:
+        raise ConfigError(f"--num_nodes {args.num_nodes}: this machine is one host; name the hosts with --hostfile.")
+    if filters:
+        raise ConfigError(
+            f"--{filters[0]} chooses among the hosts of a --hostfile; on this machine use --devices N, or "
+            "CUDA_VISIBLE_DEVICES to say which."
+        )
+    return []
+
+
+def _filtered(hosts: list[Host], kind: str, text: str, hostfile: Path) -> list[Host]:
+    by_name, named, problems = {host.name: host for host in hosts}, dict[str, set[int]](), []
+    for spec in text.split("@"):
+        name, colon, slots = spec.partition(":")
+        numbers = slots.split(",") if colon else []
+        if name not in by_name:
+            problems.append(f"--{kind} {text}: {name!r} is not a host of {hostfile}, which names {', '.join(by_name)}.")
+        elif not all(number.isdecimal() and int(number) < by_name[name].slots for number in numbers):
+            there = f"0 to {by_name[name].slots - 1}"
+            problems.append(f"--{kind} {text}: expected HOST or HOST:SLOT,SLOT with slots of {there} on {name}.")
+        else:
+            named.setdefault(name, set()).update(map(int, numbers) if numbers else range(by_name[name].slots))
+    if problems:
+        raise HostfileError(problems)
+    if kind == "exclude":
+        named = {host.name: set(range(host.slots)) - named.get(host.name, set()) for host in hosts}
+    left = [replace(host, slots=len(named.get(host.name, ()))) for host in hosts if named.get(host.name)]
+    if not left:
+        raise HostfileError(f"--{kind} {text} leaves no host of {hostfile}.")
+    return left
+
+
+def refuse_unreachable(hosts: Sequence[Host], ssh_port: int | None, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise HostfileError for every host that does not answer over ssh, as DeepSpeed will call it."""
+    for program, package in (("ssh", "openssh-client"), ("pdsh", "pdsh")):
+        if shutil.which(program, path=environ.get("PATH")) is None:
+            raise HostfileError(f"there is no {program!r} on this machine, which starts the hosts: install {package}.")
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_PATIENCE_S}"]
+    options += ["-p", str(ssh_port)] if ssh_port else []
+
+    def problem_of(host: Host) -> str | None:
+        command = ["ssh", *options, host.name, "true"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=3 * SSH_PATIENCE_S,
+                stdin=subprocess.DEVNULL, check=False, env=dict(environ),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"host {host.name} does not answer over ssh within {3 * SSH_PATIENCE_S} s."
+        if done.returncode == 0:
+            return None
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip()
+        return f"host {host.name} does not answer over ssh: {said.rstrip('.')}."
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        problems = [problem for problem in pool.map(problem_of, hosts) if problem]
+    if problems:
+        raise HostfileError(
+            [*problems, "`ssh HOST true` must work from here without a password; --no_ssh_check skips this check."]
+        )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: expected 1 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)

@@ -26,6 +26,7 @@ from ds_slm.train import ds_config
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.interrupt import Interrupt
+from ds_slm.train.launches import Launch
 from ds_slm.train.saving import Saver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,17 +67,18 @@ def main() -> int:
     optimiser_s, alone_s, waits_s, beside_s, saves_s = [], [], [], [], []
     with Interrupt(control, grace_s=60) as interrupt:
         engine = engines.Engine(recipe, joined, model, control, interrupt)
-        saver = Saver(engine, args.out, [0], {}, lambda line: None)
+        saver = Saver(engine, args.out, Launch(), [0], {}, lambda line: None)
         for step in range(1, args.rounds + 2):  # the first makes the optimiser's state
             passes_s = timed(lambda: engine.forward_backward([rows]))
             optimiser_s.append(timed(lambda: engine.step(1e-4)))
             alone_s.append(passes_s + optimiser_s[-1])
             begin_s = time.perf_counter()
-            waits_s.append(timed(lambda step=step: saver.begin(State(step=step), is_best=False)))
+            waits_s.append(timed(lambda step=step: saver.begin(State(step=step))))
             passes_s = timed(lambda: engine.forward_backward([rows]))
             beside_s.append(passes_s + timed(lambda: engine.step(1e-4)))
-            if problems := saver.finish():
-                raise DataError(problems)
+            saved = saver.finish()
+            if saved is None or not saved.durable:
+                raise DataError(list(saved.failed) if saved else "nothing was saved")
             saves_s.append(time.perf_counter() - begin_s)
     if rank == 0:
         measured = optimiser_s, alone_s, waits_s, beside_s, saves_s

@@ -63,14 +63,13 @@ class TrainingError(Exception):
     """Training cannot go on: a non-finite loss or gradient. Not the user's mistake; exit code 1, no traceback."""
 
 
-SUPERSEDED = "a newer launch writes into this run folder"
-
-
 class Superseded(TrainingError):
     """A run folder has one writer at a time: an older launch leaves it alone."""
 
-    def __init__(self) -> None:
-        super().__init__(f"{SUPERSEDED}: this one ends, and leaves it alone.")
+    def __init__(self, newer: str = "") -> None:
+        """`newer` says which launch holds the folder now: its host, process and beginning."""
+        which = f" ({newer})" if newer else ""
+        super().__init__(f"a newer launch writes into this run folder{which}: this one ends, and leaves it alone.")
 
 
 class Stopped(Exception):

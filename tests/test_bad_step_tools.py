@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ds_slm.cli import verify
 from ds_slm.data.order import RowId
@@ -36,7 +37,9 @@ def dump(run: Path, change: dict[str, float] | None = None) -> None:
     rows = Rows(ids, np.ones((2, 32), dtype=np.float32))
     described = [{"position": 91, "source_epoch_row": (0, 0, 5)}, {"position": 95, "source_epoch_row": (0, 0, 9)}]
     what = {"step": 14, "why": "the loss is not finite", "rows": described}
-    bad_steps.dump(bad_steps.folder_of(run, 14), rows, weights, what)
+    folder = bad_steps.folder_of(run, 14)
+    bad_steps.dump(folder, rows, what)
+    save_file(weights, folder / bad_steps.WEIGHTS)
 
 
 def test_replay_names_the_first_layer(run: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.checkpoint import retention
 from ds_slm.errors import CheckpointError
 from ds_slm.train import checkpointing
 from tests.test_cli import ds_slm
@@ -20,7 +21,9 @@ def write(run: Path, step: int, value: float = 1.0) -> Path:
     writer = checkpoint_format.Writer(run, step)
     writer.add_tensors(checkpoint_format.MODEL, {"a": torch.full((3, 2), value), "b": torch.arange(4.0)})
     writer.add_tensors("optimizer-exp_avg.safetensors", {"a": torch.zeros(3, 2)})
-    return writer.commit({"step": step, "note": "x"})
+    checkpoint = writer.commit({"step": step, "note": "x"})
+    checkpoint_format.mark_latest(checkpoint)
+    return checkpoint
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_a_killed_writer_leaves_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 1)
     checkpoint_format.Writer(tmp_path, 2).add_tensors("model.safetensors", {"a": torch.ones(1)})
     assert checkpoint_format.steps(tmp_path) == [1]
-    checkpoint_format.retain(tmp_path, keep_last=1, keep_best=True)
+    retention.retain(tmp_path, keep_last=1, keep_best=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
 
 
@@ -134,10 +137,10 @@ def test_rotation(tmp_path: Path) -> None:
         checkpoint = write(tmp_path, step)
         if step == 2:
             checkpoint_format.mark_best(checkpoint)
-        checkpoint_format.retain(tmp_path, keep_last=2, keep_best=True)
+        retention.retain(tmp_path, keep_last=2, keep_best=True)
     assert checkpoint_format.steps(tmp_path) == [2, 4, 5]
     assert checkpoint_format.choose(tmp_path, best=True).name == "step-00000002"
-    checkpoint_format.retain(tmp_path, keep_last=1, keep_best=False)
+    retention.retain(tmp_path, keep_last=1, keep_best=False)
     assert checkpoint_format.steps(tmp_path) == [5]
 
 

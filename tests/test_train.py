@@ -13,11 +13,13 @@ import torch
 
 from ds_slm import files
 from ds_slm.data.rows import Rows
-from ds_slm.errors import CheckpointError, ConfigError, run_program
+from ds_slm.errors import CheckpointError, ConfigError, Superseded, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
 from ds_slm.train import checkpointing, ds_config, loop, optim, run_folder, session, zero_state
+from ds_slm.train.launches import Launch
 from ds_slm.train.report import Report
+from ds_slm.train.saving import Saved
 from tests import runs
 
 
@@ -167,15 +169,20 @@ def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
 
 
 def test_an_older_launch_records_nothing(tmp_path: Path) -> None:
-    """A newer launch has its number in env.json: the older one's records stay out, the newer one's go in."""
+    """Another launch is in env.json, with the same number: the older one's records stay out, the newer one's go in.
+
+    One that finds a newer launch there when it begins drops none of that one's records.
+    """
     with (tmp_path / "terminal.txt").open("w") as terminal:
         reports = []
-        for generation in (1, 2):
-            (tmp_path / "env.json").write_text(json.dumps({"generation": generation}))
-            reports.append(Report(tmp_path, terminal, active=True, total_steps=3))
+        for launch in (Launch(1, "b"), Launch(1, "c")):
+            (tmp_path / "env.json").write_text(json.dumps(launch.facts()))
+            reports.append(Report(tmp_path, terminal, active=True, total_steps=3, launch=launch))
         for number, report in enumerate(reports, start=1):
             report.record("train", number, {"loss": float(number), "tokens_per_s": 1.0, "step_s": 1.0})
             report.close()
+        with pytest.raises(Superseded):
+            Report(tmp_path, terminal, active=True, total_steps=3, launch=Launch(1, "b"))
     assert [record["loss"] for record in runs.records(tmp_path)] == [2.0]
 
 
@@ -263,11 +270,11 @@ def test_pieces_take_the_same_step_as_the_whole(bits: int, monkeypatch: pytest.M
 
 def test_a_failed_save_leaves_the_best_what_it_was() -> None:
     """Oracle: by hand: 2.0 at step 10 is durable, 1.5 at step 20 was not saved: 1.8 at step 30 is the best."""
-    outcomes: list[list[str]] = [[], ["host: the disk is full"], []]
-    begun: list[tuple[int, bool]] = []
+    outcomes = [Saved(("host",)), Saved(failed=("host: the disk is full",)), Saved(("other",), ("host: full",))]
+    begun: list[tuple[int, int]] = []
     saver = SimpleNamespace(
-        finish=lambda: outcomes.pop(0) if begun else [],
-        begin=lambda state, is_best: begun.append((state.step, is_best)),
+        finish=lambda: outcomes.pop(0) if begun else None,
+        begin=lambda state: begun.append((state.step, state.best_step)),
     )
     quiet = SimpleNamespace(record=lambda *_: None)
     run: Any = SimpleNamespace(
@@ -279,7 +286,7 @@ def test_a_failed_save_leaves_the_best_what_it_was() -> None:
         run.val_loss = loss
         loop.save(run)
     loop.settle(run)
-    assert begun == [(10, True), (20, True), (30, True)]
+    assert begun == [(10, 10), (20, 20), (30, 30)]
     assert (run.state.best_val_loss, run.state.best_step, run.best_on_disk) == (1.8, 30, (1.8, 30))
 
 

@@ -2,7 +2,7 @@
 
     writing   .step-00000012.tmp-PID/ -> every file fsynced -> manifest.json last -> rename -> `latest` replaced
     reading   manifest.json -> sizes and sha256 of every file -> safetensors, never pickle
-    keeping   the newest `keep_last`, and the best; deleted only after a newer one is durable
+    keeping   retention.py
 
 A checkpoint holds fp32 weights and moments keyed by parameter name, so it does not depend on who wrote it:
 
@@ -19,14 +19,14 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
 from ds_slm.errors import CheckpointError
 from ds_slm.files import fsync, replace_text, write_json, writer_name
 
@@ -48,10 +48,16 @@ def folder_of_step(run: Path, step: int) -> Path:
     return checkpoints_folder(run) / f"step-{step:08d}"
 
 
-def die_at(point: str, step: int) -> None:
-    """End this process with SIGKILL where a test asks for it: DS_SLM_DIE_AT=POINT@STEP."""
+on_write_point: list[Callable[[str, int, Path], None]] = []
+"""Tests add a function of (point, step, run folder) here; what it raises is a fault of that run folder's disk."""
+
+
+def write_point(point: str, step: int, run: Path) -> None:
+    """A save has come to a point. Here tests let a disk fail, or end the process: DS_SLM_DIE_AT=POINT@STEP."""
     if os.environ.get("DS_SLM_DIE_AT") == f"{point}@{step}":
         os.kill(os.getpid(), signal.SIGKILL)
+    for fault in on_write_point:
+        fault(point, step, run)
 
 
 TENSOR_FILES = (MODEL, "optimizer-exp_avg.safetensors", "optimizer-exp_avg_sq.safetensors", ABSMAX)
@@ -59,7 +65,7 @@ WRITE_POINTS = (
     "begun", *(f"{name}{end}" for name in TENSOR_FILES for end in ("", "-synced")),
     "state", "manifest", "manifest-synced", "old-moved", "renamed", "latest", "best", "retained",
 )  # fmt: skip
-"""Where tests kill a writer: everywhere `die_at` stands, in the order of a save with 8-bit moments."""
+"""Where tests kill a writer: everywhere `write_point` stands, in the order of a save with 8-bit moments."""
 
 
 class Writer:
@@ -68,57 +74,91 @@ class Writer:
     def __init__(self, run: Path, step: int) -> None:
         self.final = folder_of_step(run, step)
         self.folder = self.final.parent / f".{self.final.name}.tmp-{writer_name()}"
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._run, self._step = run, step
+        self._fingerprints: dict[str, dict[str, Any]] = {}
+        remove(self.folder)
         self.folder.mkdir(parents=True)
-        self.step = step
-        die_at("begun", step)
+        self._reached("begun")
+
+    def _reached(self, point: str) -> None:
+        write_point(point, self._step, self._run)
+
+    def open_tensors(self, file_name: str, shapes: Mapping[str, Iterable[int]]) -> TensorFile:
+        """Begin a safetensors file of fp32 tensors, whose values follow piece by piece; `end_tensors` ends it."""
+        return TensorFile(self.folder / file_name, shapes)
+
+    def end_tensors(self, file_name: str, file: TensorFile) -> None:
+        """Wait until a file lies on the disk, and close it."""
+        with file:
+            self._reached(file_name)
+            self._fingerprints[file_name] = file.sync()
+        self._reached(f"{file_name}-synced")
 
     def add_tensors(self, file_name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one safetensors file of CPU tensors."""
-        from safetensors.torch import save_file
+        """Write one safetensors file of whole fp32 tensors on the CPU."""
+        with self.open_tensors(file_name, {name: tensor.shape for name, tensor in tensors.items()}) as file:
+            for name in in_file_order(tensors):
+                file.write(tensors[name].contiguous().view(-1))
+            self.end_tensors(file_name, file)
 
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.folder / file_name)
-        die_at(file_name, self.step)
-        fsync(self.folder / file_name)
-        die_at(f"{file_name}-synced", self.step)
+    def commit(self, state: Mapping[str, Any], allowed: Callable[[], None] = lambda: None) -> Path:
+        """Write state and manifest, then give the folder its name. Returns the final folder.
 
-    def commit(self, state: Mapping[str, Any]) -> Path:
-        """Write state and manifest, then give the folder its name. Returns the final folder."""
+        Args:
+            state: what the trainer knows at this step.
+            allowed: called right before the folder gets its name; raises where it may not.
+        """
         write_json(self.folder / STATE, state)
-        die_at("state", self.step)
-        files = {path.name: _fingerprint(path) for path in sorted(self.folder.iterdir())}
+        self._reached("state")
+        files = {**self._fingerprints, STATE: _fingerprint(self.folder / STATE)}
         write_json(self.folder / MANIFEST, {"format": FORMAT_VERSION, "step": state["step"], "files": files})
-        die_at("manifest", self.step)
+        self._reached("manifest")
         fsync(self.folder)
-        die_at("manifest-synced", self.step)
+        self._reached("manifest-synced")
+
+        # Of this very step there may be a damaged one, or one from before the run was resumed further back.
+        allowed()
         replaced = self.folder.with_name(f"{self.folder.name}{REPLACED}")
-        if self.final.exists():  # of this very step: a damaged one, or one from before the run was resumed further back
+        if os.path.lexists(self.final):
             os.rename(self.final, replaced)
-            die_at("old-moved", self.step)
         try:
+            if os.path.lexists(replaced):
+                self._reached("old-moved")
             os.rename(self.folder, self.final)
         except OSError:
-            put_back(self.final.parents[1])
+            put_back(self._run)
             raise
-        die_at("renamed", self.step)
+        self._reached("renamed")
         fsync(self.final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        replace_text(self.final.parent / "latest", self.final.name)
-        die_at("latest", self.step)
+        remove(replaced)
         return self.final
 
     def abandon(self) -> None:
         """Remove what was written: it will not become a checkpoint."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all it holds, a file, or a link but not what it names; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def put_back(run: Path) -> None:
     """Give a checkpoint its name back that was moved away for one which never came."""
     for moved in sorted(checkpoints_folder(run).glob(f".step-*{REPLACED}")):
         final = moved.with_name(moved.name[1:].partition(".")[0])
-        if not final.exists():
+        if not os.path.lexists(final):
             with contextlib.suppress(OSError):  # where hosts share a disk another one was first
                 os.rename(moved, final)
+
+
+def mark_latest(checkpoint: Path) -> None:
+    """Let `latest` name this checkpoint."""
+    replace_text(checkpoint.parent / "latest", checkpoint.name)
 
 
 def mark_best(checkpoint: Path) -> None:
@@ -126,8 +166,26 @@ def mark_best(checkpoint: Path) -> None:
     replace_text(checkpoint.parent / "best", checkpoint.name)
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint; an empty list means it is whole."""
+def named_by(run: Path, pointer: str) -> int | None:
+    """The step of the checkpoint that `latest` or `best` names; None where the pointer is missing or damaged."""
+    try:
+        name = (checkpoints_folder(run) / pointer).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return _step_of(name)
+
+
+def _step_of(name: str) -> int | None:
+    """The step of a checkpoint's name; None of any other name."""
+    match = re.fullmatch(r"step-([0-9]{8,})", name)
+    return int(match[1]) if match and name == f"step-{int(match[1]):08d}" else None
+
+
+def verify(checkpoint: Path, read: bool = True) -> list[str]:
+    """Everything that is wrong with a checkpoint; an empty list means it is whole.
+
+    Without `read` names and sizes of its files are looked at, not what is in them.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         expected = dict(manifest["files"])
@@ -142,21 +200,24 @@ def verify(checkpoint: Path) -> list[str]:
         problems.append(f"{checkpoint}: {MANIFEST} lists no {name}.")
     for name, fingerprint in expected.items():
         path = checkpoint / name
-        if not isinstance(fingerprint, dict) or fingerprint.keys() != {"bytes", "sha256"}:
-            problems.append(f"{checkpoint}: {MANIFEST} says {fingerprint!r} of {name}.")
-        elif Path(name).name != name or not path.is_file():
-            problems.append(f"{path}: missing.")
-        elif path.stat().st_size != fingerprint["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes, expected {fingerprint['bytes']}.")
-        elif _fingerprint(path) != fingerprint:
-            problems.append(f"{path}: its sha256 is not the one in {MANIFEST}.")
+        try:
+            if not isinstance(fingerprint, dict) or fingerprint.keys() != {"bytes", "sha256"}:
+                problems.append(f"{checkpoint}: {MANIFEST} says {fingerprint!r} of {name}.")
+            elif Path(name).name != name or not path.is_file():
+                problems.append(f"{path}: missing.")
+            elif path.stat().st_size != fingerprint["bytes"]:
+                problems.append(f"{path}: {path.stat().st_size} bytes, expected {fingerprint['bytes']}.")
+            elif read and _fingerprint(path) != fingerprint:
+                problems.append(f"{path}: its sha256 is not the one in {MANIFEST}.")
+        except OSError as error:  # a disk that cannot read what it holds
+            problems.append(f"{path}: {error.strerror or error}.")
     return problems
 
 
 def steps(run: Path) -> list[int]:
     """Steps of all checkpoints of a run, whole or not, in ascending order."""
     names = (path.name for path in checkpoints_folder(run).glob("step-*"))
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
+    return sorted(step for name in names if (step := _step_of(name)) is not None)
 
 
 def say_on_stderr(text: str) -> None:
@@ -166,13 +227,20 @@ def say_on_stderr(text: str) -> None:
 
 def newest_whole(run: Path, say: Callable[[str], None] = say_on_stderr) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are named through `say` and passed over."""
+    return newest_whole_and_damaged(run, say)[0]
+
+
+def newest_whole_and_damaged(run: Path, say: Callable[[str], None] = say_on_stderr) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that verifies, and the damaged ones that were passed over to find it."""
+    damaged = []
     for step in reversed(steps(run)):
         checkpoint = folder_of_step(run, step)
         problems = verify(checkpoint)
         if not problems:
-            return checkpoint
+            return checkpoint, damaged
         say(f"damaged checkpoint passed over: {' '.join(problems)}")
-    return None
+        damaged.append(checkpoint)
+    return None, damaged
 
 
 def choose(run: Path, step: int | None = None, best: bool = False) -> Path:
@@ -180,10 +248,10 @@ def choose(run: Path, step: int | None = None, best: bool = False) -> Path:
     if step is not None:
         checkpoint = folder_of_step(run, step)
     elif best:
-        pointer = checkpoints_folder(run) / "best"
-        if not pointer.is_file():
+        step = named_by(run, "best")
+        if step is None:
             raise CheckpointError(f"{run} has no best checkpoint: nothing was evaluated; name a step instead.")
-        checkpoint = pointer.parent / Path(pointer.read_text().strip()).name
+        checkpoint = folder_of_step(run, step)
     else:
         whole = newest_whole(run)
         if whole is None:
@@ -219,20 +287,6 @@ def read_model(checkpoint: Path) -> dict[str, Tensor]:
     """All fp32 weights of a verified checkpoint, by parameter name."""
     with open_tensors(checkpoint / MODEL) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
-
-
-def retain(run: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest checkpoints and the best, and what killed writers left behind."""
-    folder = checkpoints_folder(run)
-    kept = {folder_of_step(run, step).name for step in steps(run)[-keep_last:]}
-    for pointer in ("latest", *(["best"] if keep_best else [])):
-        if (folder / pointer).is_file():
-            kept.add((folder / pointer).read_text().strip())
-    for step in steps(run):
-        if folder_of_step(run, step).name not in kept:
-            shutil.rmtree(folder_of_step(run, step))
-    for leftover in folder.glob(f".step-*.tmp-{socket.gethostname()}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

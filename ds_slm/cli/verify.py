@@ -13,17 +13,24 @@ from ds_slm.errors import CheckpointError, DataError
 
 
 def checkpoints(run: Path, as_json: bool) -> None:
-    """Every checkpoint: whole or not, and why. Raises CheckpointError where there is none, or a damaged one."""
+    """Every checkpoint: whole or not, and why. Raises CheckpointError where there is none, or a damaged one.
+
+    Those that a launch has set aside are told of as well, and are no mistake.
+    """
     from ds_slm.checkpoint import format as checkpoint_format
+    from ds_slm.checkpoint import retention
 
     folders = [checkpoint_format.folder_of_step(run, step) for step in checkpoint_format.steps(run)]
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint: name the folder of a run that has saved one.")
     found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
+    aside = {f"{retention.DAMAGED}/{one.name}": checkpoint_format.verify(one) for one in retention.set_aside_ones(run)}
     if as_json:
-        print_json({"whole": not any(found.values()), "checkpoints": found})
+        print_json({"whole": not any(found.values()), "checkpoints": found, "set_aside": aside})
     else:
-        print("\n".join(f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()))
+        lines = [f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()]
+        lines += [f"{name}: set aside, not used: {' '.join(problems) or 'whole'}" for name, problems in aside.items()]
+        print("\n".join(lines))
     if damaged := [name for name, problems in found.items() if problems]:
         raise CheckpointError(f"{run}: {', '.join(damaged)} damaged; resuming and exporting pass over these.")
 

@@ -35,8 +35,8 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "bad-steps" / f"step-{step:08d}"
 
 
-def dump(folder: Path, rows: Rows, weights: dict[str, Tensor], what: dict[str, Any]) -> None:
-    """Write a step's rows, the weights they met, and what happened."""
+def dump(folder: Path, rows: Rows, what: dict[str, Any]) -> None:
+    """Write a step's rows and what happened, beside the weights they met, which the ranks gather (Saver)."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,6 @@ def dump(folder: Path, rows: Rows, weights: dict[str, Tensor], what: dict[str, A
     if rows.document_ids is not None:
         arrays["document_ids"] = rows.document_ids
     save_file({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}, folder / ROWS)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     write_json(folder / WHAT, what)
 
 

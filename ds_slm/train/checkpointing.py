@@ -5,7 +5,8 @@
 No shared file system is needed; where hosts share one, a single host writes for all (`Control.writers`).
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ class Found:
     """Where it lies, on that rank alone."""
     content: dict[str, Any]
     """Its state.json."""
+    own_step: int = -1
+    """The newest whole checkpoint of this rank's host, where it leads it."""
+    damaged: tuple[Path, ...] = ()
+    """The newer ones there that are not whole."""
 
 
 def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
@@ -68,8 +73,9 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     """
     if control.leads_host:
         checkpoint_format.put_back(run)
-    own = checkpoint_format.newest_whole(run) if control.leads_host else None
-    offers = control.gather(checkpoint_format.read_state(own)["step"] if own else -1)
+    own, damaged = checkpoint_format.newest_whole_and_damaged(run) if control.leads_host else (None, [])
+    own_step = checkpoint_format.read_state(own)["step"] if own else -1
+    offers = control.gather(own_step)
     source = offers.index(max(offers))
     if offers[source] < 0:
         there = sorted({step for steps in control.gather(checkpoint_format.steps(run)) for step in steps})
@@ -82,7 +88,7 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
     refuse_other_beginning(run, content, identity)
-    return Found(source, own if is_source else None, content)
+    return Found(source, own if is_source else None, content, own_step, tuple(damaged))
 
 
 def refuse_other_beginning(run: Path, content: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -93,6 +99,37 @@ def refuse_other_beginning(run: Path, content: Mapping[str, Any], identity: Mapp
             [f"{run} was trained with {key} {content.get(key)}, this launch has {identity[key]}." for key in other]
             + ["Restore what it was trained with, or choose another --run-dir."]
         )
+
+
+def held_best(run: Path, until_step: int) -> dict[int, float]:
+    """Step -> held-out loss of each checkpoint in a folder that was the run's best when it was saved."""
+    held = {}
+    for step in checkpoint_format.steps(run):
+        checkpoint = checkpoint_format.folder_of_step(run, step)
+        if step <= until_step and not checkpoint_format.verify(checkpoint, read=False):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged state
+                content = checkpoint_format.read_state(checkpoint)
+                if content.get("best_step") == step and content.get("best_val_loss") is not None:
+                    held[step] = float(content["best_val_loss"])
+    return held
+
+
+def best_held(state: State, held_by_rank: Sequence[Sequence[Sequence[float]]]) -> tuple[State, str]:
+    """The state whose best checkpoint lies on some host; and, where that is another one, what to say of it.
+
+    Args:
+        state: of the checkpoint that is resumed.
+        held_by_rank: pairs of step and held-out loss that each rank's host holds (`held_best`).
+    """
+    held = {int(step): loss for theirs in held_by_rank for step, loss in theirs}
+    if state.best_step in held:
+        return state, ""
+    lost = f"the best checkpoint, step {state.best_step} (loss {state.best_val_loss:.4f}), lies on none of these hosts"
+    if not held:
+        return replace(state, best_val_loss=None, best_step=-1), f"{lost}; the next evaluation decides anew"
+    step = min(held, key=lambda one: (held[one], one))
+    new = replace(state, best_val_loss=held[step], best_step=step)
+    return new, f"{lost}; step {step} (loss {held[step]:.4f}) is the best there is"
 
 
 def load(engine: Engine, found: Found) -> State:

@@ -1,6 +1,7 @@
 """What ranks say to each other beside the gradients: small messages and whole tensors, over a gloo group on the CPU.
 
-Messages are JSON, so nothing that arrives is ever unpickled. Every function here is collective: all ranks call it.
+Messages are JSON, so nothing that arrives is ever unpickled. Every function here is collective (all ranks call
+it) where it does not say otherwise.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import socket
 import uuid
 from copy import copy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_slm.errors import CheckpointError
+
+BACKGROUND_TIMEOUT = timedelta(hours=6)
+"""Of one message of a save: a writer's disk may keep it waiting for longer than gloo's 30 minutes. A rank that died is
+noticed before: its connections are closed, and the launcher ends the others. This is for a host that lost its power."""
 
 
 class Control:
@@ -35,7 +41,7 @@ class Control:
     def background(self) -> "Control":
         """The same ranks over a group of their own, for a thread that talks beside this one. Collective."""
         other = copy(self)
-        other.group = dist.new_group(backend="gloo")
+        other.group = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
         return other
 
     @property
@@ -92,6 +98,15 @@ class Control:
         if self.world_size > 1:
             dist.broadcast(tensor, source, group=self.group)
         return tensor
+
+    def send(self, tensor: Tensor, receiver: int) -> None:
+        """Give a contiguous CPU tensor to one rank, which calls `receive`. Not collective."""
+        dist.send(tensor, receiver, group=self.group)
+
+    def receive(self, buffer: Tensor, sender: int) -> Tensor:
+        """Fill a contiguous CPU tensor with what one rank sends; returns it. Not collective."""
+        dist.recv(buffer, sender, group=self.group)
+        return buffer
 
     def barrier(self) -> None:
         """Wait for all ranks."""

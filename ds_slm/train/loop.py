@@ -15,11 +15,9 @@ from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
-from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.order import RowId, extend_ledger
 from ds_slm.data.rows import Rows, Split, share
-from ds_slm.errors import SUPERSEDED, DataError, Stopped, Superseded, TrainingError
-from ds_slm.files import write_json
+from ds_slm.errors import DataError, Stopped, Superseded, TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
@@ -227,11 +225,17 @@ def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
     """Dump the step's rows and the weights they met, and stop. Collective."""
     settle(run)
     step = run.state.step + 1
-    weights = run.saver.weights()
-    if weights is not None and not run.saver.superseded:
+    folder = bad_steps.folder_of(run.folder, step)
+    problems = run.saver.write_weights(folder / bad_steps.WEIGHTS)
+    if run.saver.writes and not run.saver.superseded and (folder / bad_steps.WEIGHTS).is_file():
         described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.items()]
         what = {"step": step, "why": why, "rows": described}
-        bad_steps.dump(bad_steps.folder_of(run.folder, step), run.rows.read(list(rows.values())), weights, what)
+        try:
+            bad_steps.dump(folder, run.rows.read(list(rows.values())), what)
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror or error}")
+    for problem in problems:
+        run.report.say(f"step {step} could not be dumped: {problem}")
     skipped = [*((some.start, some.stop) for some in run.skipped), (min(rows), max(rows) + 1)]
     raise TrainingError(
         f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
@@ -294,21 +298,22 @@ def save(run: Run) -> None:
     clock = StepClock()
     settle(run)
     best = math.inf if run.state.best_val_loss is None else run.state.best_val_loss
-    is_best = run.state.evaluated_step == run.state.step and run.val_loss < best
-    if is_best:
+    if run.state.evaluated_step == run.state.step and run.val_loss < best:
         run.state = replace(run.state, best_val_loss=run.val_loss, best_step=run.state.step)
-    run.saver.begin(run.state, is_best)
+    run.saver.begin(run.state)
     run.saved = run.state
     run.engine.interrupt.saved()
     run.report.record("save", run.state.step, {"wait_s": clock.elapsed_s()})
 
 
 def settle(run: Run) -> None:
-    """Wait for the save in flight; one that failed counts as never begun."""
-    problems = run.saver.finish()
-    if any(SUPERSEDED in one for one in problems):
+    """Wait for the save in flight; one that no host holds counts as never begun."""
+    saved = run.saver.finish()
+    if saved is None:
+        return
+    if saved.replaced:
         raise Superseded
-    if problems:
+    if not saved.durable:
         loss, step = run.best_on_disk
         run.saved, run.state = None, replace(run.state, best_val_loss=loss, best_step=step)
     elif run.saved:
@@ -322,14 +327,6 @@ def finish(run: Run) -> None:
     leave(run)
     values = held_out(run, limit=None)
     run.report.record("eval", run.state.step, values)
-    if not run.saver.writes or run.saver.superseded:
-        return
-    checkpoint = checkpoint_format.folder_of_step(run.folder, run.state.step)
-    done = {
-        "step": run.state.step,
-        **{f"val_{key}" if key != "tokens" else key: value for key, value in values.items()},
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": checkpoint_format.manifest_sha256(checkpoint),
-        **run.identity,
-    }
-    write_json(run.folder / "done.json", done)
+    done = {"step": run.state.step, **run.identity}
+    done |= {f"val_{key}" if key != "tokens" else key: value for key, value in values.items()}
+    run.saver.write_done(run.state.step, done)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ds_slm.files import replace_text
-from ds_slm.train import run_folder
+from ds_slm.train import launches
+from ds_slm.train.launches import Launch
 
 TAGS = {
     "train": {
@@ -80,15 +81,26 @@ def captured_output(log: Path) -> Iterator[TextIO]:
 class Report:
     """Writes a run's records; on any rank but 0 every method does nothing."""
 
-    def __init__(self, folder: Path, terminal: TextIO, active: bool, total_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        terminal: TextIO,
+        active: bool,
+        total_steps: int,
+        first_step: int = 0,
+        launch: Launch | None = None,
+    ) -> None:
+        """Nothing is recorded once another launch than `launch` holds the folder. Raises Superseded where one does."""
         self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
-        self._generation = run_folder.generation(folder)
+        self._launch = launch
         self._lost_records = False
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        if launch:
+            launches.refuse_replaced(folder, launch)
         self._forget_after(first_step)
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1)
@@ -126,15 +138,19 @@ class Report:
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text in TensorBoard."""
-        if self.active:
+        if self.active and self._may_write:
             with self._disk():
                 self.tensorboard.add_text(tag, text, step)
+
+    @property
+    def _may_write(self) -> bool:
+        return self._launch is None or not launches.is_replaced(self.folder, self._launch)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any], log: bool = True) -> None:
         """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
         if not self.active:
             return
-        if log and run_folder.generation(self.folder) == self._generation:  # else a newer launch writes here
+        if log and self._may_write:
             with self._disk():
                 self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
                 for field, tag in TAGS[kind].items():

@@ -1,7 +1,7 @@
 """A run's folder: who may continue it, and what it says of itself.
 
-Every launch has a generation number, one more than the last; it is in env.json beside the versions, the hosts and every
-effective choice.
+Every launch has a generation number, one more than the last, and an id; they are in env.json (launches.py) beside the
+versions, the hosts and every effective choice.
 """
 
 import contextlib

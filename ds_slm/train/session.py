@@ -9,6 +9,7 @@ left alone would keep the others waiting.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeVar
@@ -16,16 +17,17 @@ from typing import Any, Literal, Protocol, TextIO, TypeVar
 import torch
 from torch import nn
 
-from ds_slm.errors import CheckpointError, DataError, Stopped, UserError
+from ds_slm.errors import CheckpointError, DataError, Stopped, Superseded, UserError
 from ds_slm.files import refuse_unwritable
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import effects, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import checkpointing, ds_config, flags, loop, measure, micro_batch, run_folder
+from ds_slm.train import checkpointing, ds_config, flags, launches, loop, measure, micro_batch, run_folder
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
 from ds_slm.train.interrupt import Interrupt
+from ds_slm.train.launches import Launch
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report, captured_output
 from ds_slm.train.saving import Saver
@@ -143,8 +145,16 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         if found is None and options.resume == "must":
             raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
         log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
-        with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal:
-            _train(recipe, options, task, joined, control, interrupt, corpus, rows, identity, found, terminal)
+        launch = launches.begin(control, options.run_dir)
+        with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal, ExitStack() as held:
+            writers = _hold_folder(options.run_dir, launch, control, terminal, held)
+            try:
+                _train(
+                    recipe, options, task, joined, control, interrupt, corpus, rows, identity, found, terminal,
+                    launch, writers,
+                )  # fmt: skip
+            except Superseded as replaced:
+                raise Superseded(str(launches.holder(options.run_dir))) from replaced
     finally:
         engines.disconnect()
 
@@ -161,9 +171,10 @@ def _train(
     identity: dict[str, Any],
     found: checkpointing.Found | None,
     terminal: TextIO,
+    launch: Launch,
+    writers: list[int],
 ) -> None:
-    facts = {**_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
-    writers = control.writers(options.run_dir)
+    facts = {**launch.facts(), **_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
     facts["replaced_sources"] = corpus.replaced_sources
     facts["warnings"] = [
         *effects.warnings(recipe),
@@ -171,14 +182,20 @@ def _train(
         *rows.warnings(),
     ]
     problems: list[str] = []
-    mended = None
+    mended, newer = None, ""
     if control.rank in writers:
-        mended = _attempt(
-            problems,
-            lambda: run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder),
-            f"--run-dir {options.run_dir}",
-        )
+        try:
+            with launches.claiming(options.run_dir, launch):
+                mended = run_folder.describe(
+                    options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder
+                )
+        except Superseded:
+            newer = str(launches.holder(options.run_dir))
+        except (UserError, OSError) as error:
+            problems += _problems_of(error, f"--run-dir {options.run_dir}")
     _agree(control, problems)
+    if any(control.gather(newer)):
+        raise Superseded
     mixed = _mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
     mended = [line for lines in control.gather(mended or []) for line in lines]
     if control.rank == 0:
@@ -190,16 +207,18 @@ def _train(
     engine = engines.Engine(recipe, joined, model, control, interrupt)
     state = checkpointing.load(engine, found) if found else State(ledger=corpus.sha256)
     stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
-    report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step)
+    if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
+        raise Superseded
+    report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
     if found:
         report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
         if state.step >= stop_at_step:
             report.say(f"--max-steps {stop_at_step}: nothing to do")
         elif options.profile and options.profile[-1] <= state.step:
             report.say("--profile has no effect: these steps were taken before")
-    saver = Saver(engine, options.run_dir, writers, identity, report.say)
+    saver = Saver(engine, options.run_dir, launch, writers, identity, report.say)
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
-    saver.set_pointers(state)
+    state = saver.resume(state, found)
     run = loop.Run(
         folder=options.run_dir,
         recipe=recipe,
@@ -257,6 +276,27 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     _agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 
+def _hold_folder(run_dir: Path, launch: Launch, control: Control, terminal: TextIO, held: ExitStack) -> list[int]:
+    """The ranks that may write into the run folder; each shows that it lives, and who is replaced is told first."""
+    writers, problems, replaced = control.writers(run_dir), [], []
+    if control.rank in writers:
+        try:
+            held.enter_context(launches.living(run_dir, launch))
+            replaced = launches.others_alive(run_dir, launch)
+        except OSError as error:
+            problems += _problems_of(error, f"--run-dir {run_dir}")
+    _agree(control, problems)
+    for other in dict.fromkeys(one for theirs in control.gather(replaced) for one in theirs):
+        if control.rank == 0:
+            print(
+                f"{run_dir} is being written by another launch ({other}): this one takes it over, and that one ends "
+                "at its next step",
+                file=terminal,
+                flush=True,
+            )
+    return writers
+
+
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.Joined:
     ds_file = ds_config.read(options.ds_config)
     return ds_config.join(recipe, ds_file, world_size, engines.device_type(), rows)
@@ -277,11 +317,16 @@ def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a 
     """The action's result; or None, and what was wrong, in `place` where it is not said, added to the problems."""
     try:
         return action()
-    except UserError as error:
-        problems += error.problems
-    except OSError as error:
-        problems.append(f"{error.filename or place}: {error.strerror or error}.")
+    except (UserError, OSError) as error:
+        problems += _problems_of(error, place)
     return None
+
+
+def _problems_of(error: UserError | OSError, place: str) -> list[str]:
+    """What was wrong, in `place` where the error does not say it."""
+    if isinstance(error, UserError):
+        return error.problems
+    return [f"{error.filename or place}: {error.strerror or error}."]
 
 
 def _agree(control: Control, problems: list[str]) -> None:
@@ -324,7 +369,6 @@ def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: 
     """The effective choices of this launch."""
     device = torch.device(engines.device_type())
     return {
-        "generation": max(control.gather(run_folder.generation(options.run_dir))) + 1,
         "recipe": recipe.card.name,
         "recipe_name": options.recipe_name,
         "device": measure.device_name(device),

@@ -1,6 +1,6 @@
 """Between DeepSpeed's flat partitions and tensors with names.
 
-    saving    partition -> copy -> fragments -> gathered on the writing ranks -> name: whole fp32 tensor
+    saving    partition -> copy -> fragments, gathered on the writing ranks by gathering.py
     loading   name: whole fp32 tensor -> broadcast -> each rank's fragments -> partition -> half-precision weights
 
 At every ZeRO stage the inner optimiser holds fp32 partitions: slices of the concatenation of a group's parameters. A
@@ -15,7 +15,7 @@ DeepSpeed's own accessors are not used: they know neither bitsandbytes' states n
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -113,12 +113,13 @@ class Stored:
     code_map: Tensor | None = None
     absmax: Tensor | None = None
 
-    def decoded(self) -> Tensor:
-        """fp32 values."""
+    def decoded(self, begin: int, end: int) -> Tensor:
+        """fp32 values from `begin` to before `end`."""
         if self.code_map is None or self.absmax is None:
-            return self.values
-        scale = self.absmax.repeat_interleave(BLOCK)[: self.values.numel()]
-        return self.code_map[self.values.long()] * scale
+            return self.values[begin:end]
+        first = begin // BLOCK
+        scale = self.absmax[first : -(-end // BLOCK)].repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
+        return self.code_map[self.values[begin:end].long()] * scale
 
 
 @dataclass(frozen=True)
@@ -163,54 +164,6 @@ def _stored(engine: Any, partition: Partition, kind: str) -> Stored:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def gather(own: Snapshot, kind: str, writers: list[int], control: Control) -> dict[str, Tensor] | None:
-    """All tensors of one kind, whole, in fp32 on the CPU of the writing ranks; None elsewhere. Collective.
-
-    Args:
-        own: this rank's part.
-        kind: one of KINDS.
-        writers: ranks that need the result.
-        control: the ranks' connection.
-    """
-    parts = [part for fragments in own.fragments for part in fragments]
-    packed = torch.cat(
-        [
-            flat[part.flat_start : part.flat_start + part.numel]
-            for fragments, flat in zip(own.fragments, (one.decoded() for one in own.stored[kind]), strict=True)
-            for part in fragments
-        ]
-        or [torch.zeros(0)]
-    )
-    index = [[Fragment(**part) for part in theirs] for theirs in control.gather([asdict(part) for part in parts])]
-    rank, result = control.rank, None
-    for writer in writers:
-        if rank == writer:
-            result = {name: torch.empty(shape.numel()) for name, shape in own.shapes.items()}
-            for sender, theirs in enumerate(index):
-                _unpack(_received(packed, sender, theirs, control), theirs, result)
-        elif parts:
-            dist.send(packed, writer, group=control.group)
-    if result is None:
-        return None
-    return {name: result[name].view(shape) for name, shape in own.shapes.items()}
-
-
-def _received(own: Tensor, sender: int, parts: list[Fragment], control: Control) -> Tensor:
-    if sender == control.rank:
-        return own
-    buffer = torch.empty(sum(part.numel for part in parts))
-    if parts:
-        dist.recv(buffer, sender, group=control.group)
-    return buffer
-
-
-def _unpack(packed: Tensor, parts: list[Fragment], into: dict[str, Tensor]) -> None:
-    position = 0
-    for part in parts:
-        into[part.name][part.param_start : part.param_start + part.numel] = packed[position : position + part.numel]
-        position += part.numel
 
 
 def absmax_notes(own: Snapshot, rank: int) -> dict[str, Tensor]:

@@ -168,8 +168,9 @@ def resave_into(folder: Path) -> Callable[[loop.Run], None]:
         folder.mkdir(exist_ok=True)
         (folder / "env.json").write_text((run.folder / "env.json").read_text())
         run.saver._run = folder
-        run.saver.begin(run.state, is_best=False)
-        assert run.saver.finish() == []
+        run.saver.begin(run.state)
+        saved = run.saver.finish()
+        assert saved and saved.durable and not saved.failed
 
     return train_on
 

@@ -1,0 +1,119 @@
+"""Which checkpoints stay: the newest whole ones, the best one, and what `latest` names.
+
+    damaged      -> checkpoints/damaged/: out of the way, for a user to look at; `ds-slm verify` still tells of them
+    superfluous  -> deleted; of a link the link alone
+    killed writers' temporary folders of this host -> deleted, once their process is gone
+
+Nothing outside the folder is ever deleted, and nothing inside that does not look like a checkpoint: it is set aside.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from ds_slm.checkpoint.format import (
+    MANIFEST,
+    checkpoints_folder,
+    folder_of_step,
+    named_by,
+    remove,
+    steps,
+    verify,
+)
+from ds_slm.files import writer_name
+
+DAMAGED = "damaged"
+
+
+def retain(
+    run: Path, keep_last: int, keep_best: bool, whole: set[int] | None = None, best_step: int | None = None
+) -> list[str]:
+    """Delete all but the newest whole checkpoints and the best; set aside what is in their place and is not whole.
+
+    Args:
+        run: the run folder.
+        keep_last: number of whole checkpoints to keep.
+        keep_best: whether to keep what `best` names, and `best_step`.
+        whole: steps known to be whole; a checkpoint that is found whole is added, so that each is read once.
+        best_step: the run's best step, which `best` may not name yet on this disk.
+
+    Returns:
+        What was set aside, and what could not be put in order: a line each.
+    """
+    known = set() if whole is None else whole
+    kept = {named_by(run, "latest"), *((named_by(run, "best"), best_step) if keep_best else ())}
+    said: list[str] = []
+    newest = 0
+    for step in reversed(steps(run)):
+        checkpoint = folder_of_step(run, step)
+        if newest < keep_last and (step in known or not verify(checkpoint)):
+            known.add(step)
+            newest += 1
+        elif newest >= keep_last and (step in known or _looks_like_one(checkpoint)):
+            if step not in kept:
+                _attempt(said, checkpoint, _delete)
+        else:
+            _attempt(said, checkpoint, lambda path: said.append(f"{path} is damaged: moved to {set_aside(path)}"))
+    _delete_leftovers(run)
+    return said
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Move a damaged checkpoint, or whatever has the name of one, into `checkpoints/damaged/`. Returns where it is."""
+    folder = checkpoint.parent / DAMAGED
+    folder.mkdir(exist_ok=True)
+    place, number = folder / checkpoint.name, 1
+    while os.path.lexists(place):
+        number += 1
+        place = folder / f"{checkpoint.name}.{number}"
+    os.rename(checkpoint, place)
+    return place
+
+
+def set_aside_ones(run: Path) -> list[Path]:
+    """What was set aside."""
+    return sorted((checkpoints_folder(run) / DAMAGED).glob("step-*"))
+
+
+def _looks_like_one(checkpoint: Path) -> bool:
+    return (checkpoint / MANIFEST).is_file()
+
+
+def _attempt(said: list[str], path: Path, action: Callable[[Path], None]) -> None:
+    """One checkpoint that cannot be moved or deleted keeps no other from it."""
+    try:
+        action(path)
+    except OSError as error:
+        said.append(f"{path} could not be put in order: {error.strerror or error}")
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take its name away first: one that is half deleted when a kill comes is no damaged checkpoint."""
+    leaving = checkpoint.with_name(f".{checkpoint.name}.tmp-{writer_name()}-deleted")
+    remove(leaving)
+    os.rename(checkpoint, leaving)
+    remove(leaving)
+    if os.path.lexists(leaving):
+        raise OSError(errno.ENOTEMPTY, f"{leaving} could not be removed")
+
+
+def _delete_leftovers(run: Path) -> None:
+    """What killed writers of this host left behind; a process that lives may be writing."""
+    ours = re.compile(rf"\.step-[0-9]+\.tmp-{re.escape(socket.gethostname())}-([0-9]+)(-[a-z]+)?")
+    for leftover in checkpoints_folder(run).glob(".step-*.tmp-*"):
+        match = ours.fullmatch(leftover.name)
+        if match and (int(match[1]) == os.getpid() or not _lives(int(match[1]))):
+            remove(leftover)
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+    return True

@@ -50,8 +50,9 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         type=_rows,
         action="append",
         default=[],
-        metavar="A:B",
-        help="leave out the rows at global positions A to B - 1; may come more than once",
+        metavar="A:B|none",
+        help="leave out the rows at global positions A to B - 1, in later launches too; may come more than once; "
+        "none takes again what earlier launches left out",
     )
     parser.add_argument(
         "--grace",
@@ -90,6 +91,8 @@ def _steps(text: str) -> range:
 
 
 def _rows(text: str) -> range:
+    if text == "none":
+        return range(0)
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise argparse.ArgumentTypeError(f"{text!r} is no range of positions: expected A:B with A < B, as in 96:112")

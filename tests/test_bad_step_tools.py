@@ -2,8 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
-from ds_slm.train import bad_steps, loop
+from ds_slm.train import bad_steps, skipping
 from tests import runs
 
 
@@ -112,8 +110,7 @@ def test_rows_are_left_out_by_position() -> None:
         def next_position(self, position: int) -> int:
             return position + 4
 
-    run: Any = SimpleNamespace(rows=Four(), skipped=(range(3, 9), range(13, 14)))
-    drawn = [loop.draw(run, position) for position in (0, 4, 12)]
+    drawn = [skipping.draw(Four(), position, ((3, 9), (13, 14))) for position in (0, 4, 12)]
     assert [(begin, list(rows)) for begin, rows in drawn] == [(0, [0, 1, 2]), (8, [9, 10, 11]), (12, [12, 14, 15])]
     assert all(row.row == 100 + place for _, rows in drawn for place, row in rows.items())
 

@@ -156,14 +156,13 @@ def options(**given: object) -> Options:
         ({"max_steps": 21}, "--max-steps 21 has no effect"),
         ({"profile": range(19, 25)}, "--profile 19:24: this launch ends after step 20"),
         ({"micro_batch": 5}, "--micro-batch 5: a device has no more than 4 rows of a step's 7"),
-        ({"skip_rows": (range(150, 160),)}, "--skip-rows 150:160 has no effect"),
     ],
 )
 def test_flags_without_an_effect_are_told(given: dict[str, object], told: str) -> None:
     """Oracle: by hand, on two ranks: 20 steps of 7 rows; nothing is said of flags that have one."""
     [line] = flags.warnings(tiny(), options(**given), world_size=2, keeping_hosts=1)
     assert told in line
-    used = {"max_steps": 20, "profile": range(19, 21), "micro_batch": 4, "skip_rows": (range(100, 160),)}
+    used = {"max_steps": 20, "profile": range(19, 21), "micro_batch": 4}
     assert not list(flags.warnings(tiny(), options(**used), world_size=2, keeping_hosts=1))
 
 

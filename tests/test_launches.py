@@ -98,7 +98,14 @@ def test_a_launch_that_lives_is_told_of(tmp_path: Path) -> None:
         killed.kill()
         killed.wait()
         ends.communicate("\n")
-        assert launches.others_alive(tmp_path, own) == ["node7, process 4711, since noon"]
+
+        def told(control: Any) -> list[str]:
+            with ExitStack() as held:
+                return launches.take_over(control, tmp_path, Launch(3, f"third-{control.rank}"), [0], held)
+
+        first, second = ranks.run(["a", "b"], told)
+        assert any("written by another launch (node7, process 4711, since noon)" in line for line in first)
+        assert second == []
         stays.communicate("\n")
         assert launches.others_alive(tmp_path, own) == []
     assert not list((tmp_path / "logs").glob(".launch-*"))

@@ -22,7 +22,7 @@ from tests.data_recipes import recipe as data_recipe
 from tests.runs import TINY
 
 RECIPE = schema.parse(TINY)
-FACTS = {"generation": 3, "skipped_rows": [[0, 7]], "recipe_sha256": RECIPE.identity_sha256()}
+FACTS = {"generation": 3, "skip_rows": [[0, 7]], "recipe_sha256": RECIPE.identity_sha256()}
 
 
 @pytest.fixture(scope="module")

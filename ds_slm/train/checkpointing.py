@@ -37,6 +37,8 @@ class State:
     best_step: int = -1
     evaluated_step: int = -1
     """The last step whose evaluation was finished."""
+    skipped_rows: tuple[tuple[int, int], ...] = ()
+    """Ranges of global positions whose rows are left out (skipping.py)."""
 
     def after(self, position: int, tokens: int, ledger: str) -> "State":
         """The state after one more applied step."""
@@ -152,7 +154,8 @@ def load(engine: Engine, found: Found) -> State:
         engine.control,
     )
     _restore_scaler(engine, found.content["loss_scaler"])
-    return State(**{key: found.content.get(key, default) for key, default in asdict(State()).items()})
+    state = State(**{key: found.content.get(key, default) for key, default in asdict(State()).items()})
+    return replace(state, skipped_rows=tuple((first, end) for first, end in state.skipped_rows))
 
 
 def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> dict[str, Tensor]:

@@ -42,10 +42,6 @@ def warnings(recipe: Recipe, options: "Options", world_size: int, keeping_hosts:
     rows_per_rank = -(-rows // world_size)
     if isinstance(options.micro_batch, int) and options.micro_batch > rows_per_rank:
         yield f"--micro-batch {options.micro_batch}: a device has no more than {rows_per_rank} rows of a step's {rows}"
-    beyond = recipe.train.steps * rows + sum(len(some) for some in options.skip_rows)
-    for some in options.skip_rows:
-        if some.start >= beyond:
-            yield f"--skip-rows {some.start}:{some.stop} has no effect: the run draws no row beyond {beyond}"
     if is_set(recipe, "run", "checkpoint_copies") and recipe.run.checkpoint_copies > keeping_hosts:
         yield (
             f"run.checkpoint_copies = {recipe.run.checkpoint_copies}: only {keeping_hosts} "

@@ -20,6 +20,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,23 @@ def living(run: Path, launch: Launch) -> Iterator[None]:
             yield
         finally:
             sign.unlink(missing_ok=True)
+
+
+def take_over(control: Control, run: Path, launch: Launch, writers: list[int], held: ExitStack) -> list[str]:
+    """Show that this launch lives, for as long as `held` is open. Collective.
+
+    Returns, on rank 0, a line for each living launch that is replaced, for the user to read before anything is written.
+    """
+    found: list[str] = []
+    if control.rank in writers:
+        with contextlib.suppress(OSError):  # a disk that refuses this refuses env.json as well, and that is told
+            held.enter_context(living(run, launch))
+            found = others_alive(run, launch)
+    others = dict.fromkeys(one for theirs in control.gather(found) for one in theirs)
+    return [
+        f"{run} is being written by another launch ({other}): this one takes it over, that one ends at its next step"
+        for other in (others if control.rank == 0 else ())
+    ]
 
 
 def others_alive(run: Path, launch: Launch) -> list[str]:

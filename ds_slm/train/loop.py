@@ -28,6 +28,7 @@ from ds_slm.train.measure import StepClock, peak_memory_bytes
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report
 from ds_slm.train.saving import Saver
+from ds_slm.train.skipping import draw
 
 
 class RowSource(Protocol):
@@ -93,8 +94,6 @@ class Run:
     val_loss: float = math.inf
     """Of the last evaluation."""
     profile: Profile | None = None
-    skipped: tuple[range, ...] = ()
-    """Global positions of rows that are left out."""
     best_on_disk: tuple[float | None, int] = (None, -1)
     """Held-out loss and step of the best checkpoint that is durable."""
     spikes: bad_steps.Spikes = field(default_factory=bad_steps.Spikes)
@@ -158,7 +157,7 @@ def take_step(run: Run) -> None:
     engine, state, clock = run.engine, run.state, StepClock()
     if run.saver.superseded:
         engine.interrupt.give_way()
-    begin, rows = draw(run, state.position)
+    begin, rows = draw(run.rows, state.position, state.skipped_rows)
     row_ids = list(rows.values())
     micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
@@ -171,19 +170,6 @@ def take_step(run: Run) -> None:
         refuse_lost_step(run, scale, rows)
     run.state = state.after(run.rows.next_position(begin), int(sums.count), extend_ledger(state.ledger, row_ids))
     record_step(run, sums, rate, clock.elapsed_s(), run.rows.describe(row_ids))
-
-
-def draw(run: Run, position: int) -> tuple[int, dict[int, RowId]]:
-    """Where the next step begins, and its rows by global position: without those to be skipped, and never none."""
-    while True:
-        rows = {
-            place: row
-            for place, row in enumerate(run.rows.row_ids(position), position)
-            if not any(place in some for some in run.skipped)
-        }
-        if rows:
-            return position, rows
-        position = run.rows.next_position(position)
 
 
 def read_share(run: Run, row_ids: list[RowId], split: Split, count: int = 0) -> list[Rows]:
@@ -236,11 +222,10 @@ def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
             problems.append(f"{folder}: {error.strerror or error}")
     for problem in problems:
         run.report.say(f"step {step} could not be dumped: {problem}")
-    skipped = [*((some.start, some.stop) for some in run.skipped), (min(rows), max(rows) + 1)]
     raise TrainingError(
         f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
         f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
-        f"{' '.join(f'--skip-rows {first}:{end}' for first, end in skipped)} goes on without these rows."
+        f"--skip-rows {min(rows)}:{max(rows) + 1} goes on without these rows."
     )
 
 

@@ -134,8 +134,8 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
     if changed:
         record_change(run, facts["generation"], {"changes": changed})
     replace_text(recorded, schema.to_toml(recipe))
-    if facts.get("skipped_rows"):
-        record_change(run, facts["generation"], {"skipped_rows": facts["skipped_rows"]})
+    if facts.get("skip_rows"):
+        record_change(run, facts["generation"], {"skipped_rows": facts["skip_rows"]})
 
     notes += mend_tokenizer(run, tokenizer)
     write_json(run / "ds_config.json", deepspeed)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeVar
 
-import torch
 from torch import nn
 
 from ds_slm.errors import CheckpointError, DataError, Stopped, Superseded, UserError
@@ -22,9 +21,10 @@ from ds_slm.files import refuse_unwritable
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import effects, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import checkpointing, ds_config, flags, launches, loop, measure, micro_batch, run_folder
+from ds_slm.train import checkpointing, ds_config, flags, launches, loop, measure, micro_batch, run_folder, skipping
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
+from ds_slm.train.choices import effective_choices
 from ds_slm.train.control import Control
 from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.launches import Launch
@@ -75,7 +75,7 @@ class Options:
     profile: range | None = None
     """Steps whose time is told apart."""
     skip_rows: tuple[range, ...] = ()
-    """Global positions of rows that are left out."""
+    """Global positions of rows that are left out, beside those that are recorded; an empty range forgets these."""
     grace_s: float = 25.0
     """From a signal that stops the run to the end of its processes."""
 
@@ -147,7 +147,9 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
         launch = launches.begin(control, options.run_dir)
         with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal, ExitStack() as held:
-            writers = _hold_folder(options.run_dir, launch, control, terminal, held)
+            writers = control.writers(options.run_dir)
+            for line in launches.take_over(control, options.run_dir, launch, writers, held):
+                print(line, file=terminal, flush=True)
             try:
                 _train(
                     recipe, options, task, joined, control, interrupt, corpus, rows, identity, found, terminal,
@@ -174,7 +176,12 @@ def _train(
     launch: Launch,
     writers: list[int],
 ) -> None:
-    facts = {**launch.facts(), **_facts(recipe, options, joined, control), **identity, "rows": rows.summary()}
+    content = found.content if found else {}
+    recorded = skipping.recorded(control, options.run_dir, content)
+    steps_left = recipe.train.steps - content.get("step", 0)
+    skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
+    facts = {**launch.facts(), **effective_choices(recipe, options, joined, control), **identity}
+    facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges}
     facts["replaced_sources"] = corpus.replaced_sources
     facts["warnings"] = [
         *effects.warnings(recipe),
@@ -186,9 +193,7 @@ def _train(
     if control.rank in writers:
         try:
             with launches.claiming(options.run_dir, launch):
-                mended = run_folder.describe(
-                    options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder
-                )
+                mended = run_folder.describe(options.run_dir, recipe, joined.deepspeed, facts, corpus.tokenizer_folder)
         except Superseded:
             newer = str(launches.holder(options.run_dir))
         except (UserError, OSError) as error:
@@ -199,7 +204,8 @@ def _train(
     mixed = _mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
     mended = [line for lines in control.gather(mended or []) for line in lines]
     if control.rank == 0:
-        _announce(facts, options, [*dict.fromkeys(mended), *facts["warnings"], *mixed], terminal)
+        said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
+        _announce(facts, options, said, terminal)
     interrupt.sign_off = lambda: found is not None  # nothing was applied since
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     if found is None:
@@ -218,13 +224,12 @@ def _train(
             report.say("--profile has no effect: these steps were taken before")
     saver = Saver(engine, options.run_dir, launch, writers, identity, report.say)
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
-    state = saver.resume(state, found)
+    state = replace(saver.resume(state, found), skipped_rows=skip.ranges)
     run = loop.Run(
         folder=options.run_dir,
         recipe=recipe,
         engine=engine,
         rows=rows,
-        skipped=options.skip_rows,
         best_on_disk=(state.best_val_loss, state.best_step),
         report=report,
         state=state,
@@ -274,27 +279,6 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     if control.leads_host:
         _attempt(problems, lambda: refuse_unwritable(run))
     _agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
-
-
-def _hold_folder(run_dir: Path, launch: Launch, control: Control, terminal: TextIO, held: ExitStack) -> list[int]:
-    """The ranks that may write into the run folder; each shows that it lives, and who is replaced is told first."""
-    writers, problems, replaced = control.writers(run_dir), [], []
-    if control.rank in writers:
-        try:
-            held.enter_context(launches.living(run_dir, launch))
-            replaced = launches.others_alive(run_dir, launch)
-        except OSError as error:
-            problems += _problems_of(error, f"--run-dir {run_dir}")
-    _agree(control, problems)
-    for other in dict.fromkeys(one for theirs in control.gather(replaced) for one in theirs):
-        if control.rank == 0:
-            print(
-                f"{run_dir} is being written by another launch ({other}): this one takes it over, and that one ends "
-                "at its next step",
-                file=terminal,
-                flush=True,
-            )
-    return writers
 
 
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.Joined:
@@ -363,36 +347,6 @@ def _agree_on_inputs(
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _facts(recipe: Recipe, options: Options, joined: ds_config.Joined, control: Control) -> dict[str, Any]:
-    """The effective choices of this launch."""
-    device = torch.device(engines.device_type())
-    return {
-        "recipe": recipe.card.name,
-        "recipe_name": options.recipe_name,
-        "device": measure.device_name(device),
-        "backend": torch.distributed.get_backend(),
-        "precision": recipe.train.precision,
-        "kernels": {
-            **kernels.effective_kernels(
-                device, engines.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
-            ),
-            "blocks": "compiled" if joined.compiled else "eager",
-        },
-        "zero_stage": joined.deepspeed["zero_optimization"]["stage"],
-        "optimizer": recipe.optimizer.name,
-        "world_size": control.world_size,
-        "hosts": control.hosts,
-        "threads_per_rank": torch.get_num_threads(),
-        "resident_gb_before_model": measure.resident_memory_bytes() / 1e9,
-        "rows_per_step": recipe.rows_per_step,
-        "micro_batch_rows": joined.micro_batch,
-        "accumulation_steps": joined.accumulation_steps,
-        "filler_rows_per_step": joined.filler_rows,
-        "skipped_rows": [[some.start, some.stop] for some in options.skip_rows],
-        "gradient_checkpointing": recipe.train.gradient_checkpointing,
-    }
 
 
 def _mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:

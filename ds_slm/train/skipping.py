@@ -1,0 +1,162 @@
+"""Rows that are left out of a run, by their global position: a step without some of its rows is shorter.
+
+    --skip-rows, and what earlier launches left out --resolve--> ranges --> every checkpoint and env.json
+    draw                                            --> the next step that has rows left
+
+Positions of all other rows stay what they were. A step that is left out as a whole is passed over; the run then goes on
+for as much longer.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ds_slm.data.order import RowId
+from ds_slm.errors import RecipeError
+from ds_slm.files import read_json
+from ds_slm.train import launches
+from ds_slm.train.control import Control
+
+Ranges = tuple[tuple[int, int], ...]
+"""First position and the one behind the last, ascending; none overlap or touch."""
+
+
+class Positions(Protocol):
+    """What is asked of a source of rows."""
+
+    def row_ids(self, position: int) -> list[RowId]:
+        """Rows of the step that begins at a global position."""
+        ...
+
+    def next_position(self, position: int) -> int:
+        """Where the next step begins."""
+        ...
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """What a launch leaves out."""
+
+    ranges: Ranges
+    said: tuple[str, ...] = ()
+    """What its user should know, a line each."""
+
+
+def merged(ranges: Iterable[Sequence[int]]) -> Ranges:
+    """The same positions as ascending ranges with gaps between them; empty ones are dropped."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted((int(one[0]), int(one[1])) for one in ranges):
+        if first >= end:
+            continue
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((first, end))
+    return tuple(found)
+
+
+def end_of_range(ranges: Ranges, position: int) -> int:
+    """The end of the range that holds a position; the position itself where none does."""
+    index = bisect_right(ranges, position, key=lambda one: one[0]) - 1
+    return max(ranges[index][1], position) if index >= 0 else position
+
+
+def draw(rows: Positions, position: int, skipped: Ranges) -> tuple[int, dict[int, RowId]]:
+    """Where the next step begins, and its rows by global position: without those to be skipped, and never none."""
+    while True:
+        position = _behind_skipped_steps(rows, position, skipped)
+        left = {
+            place: row
+            for place, row in enumerate(rows.row_ids(position), position)
+            if end_of_range(skipped, place) == place
+        }
+        if left:
+            return position, left
+        position = rows.next_position(position)
+
+
+def _behind_skipped_steps(rows: Positions, position: int, skipped: Ranges) -> int:
+    """The first step from here on that is not left out from its first position to the next step's; draws no row."""
+    end = end_of_range(skipped, position)
+    while (after := rows.next_position(position)) <= end:
+        position = after
+        if position == end:
+            end = end_of_range(skipped, position)
+    return position
+
+
+def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position: int, steps_left: int) -> Skipping:
+    """What a launch leaves out: what is recorded, and what its flags add.
+
+    Args:
+        asked: `--skip-rows`; an empty range among them stands for `none`: what is recorded is taken again.
+        recorded: what the launches before it left out.
+        rows: where rows come from.
+        position: of the next row to draw.
+        steps_left: of the recipe.
+
+    Raises:
+        RecipeError: for each range that reaches beyond the last row of the run.
+    """
+    forget = any(not one for one in asked)
+    ranges, said, problems = () if forget else recorded, [], []
+    ahead = [one for one in ranges if one[1] > position]
+    if ahead:
+        said.append(f"rows at {_told(ahead)} are left out, as before (--skip-rows none takes them again)")
+    if forget and recorded:
+        said.append(f"rows at {_told(recorded)} are no longer left out")
+
+    new = sorted((one for one in asked if one), key=lambda one: one.stop)
+    measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges) if new else 0
+    for one in new:
+        if one.stop > max(limit, position) and measured != ranges:  # steps that are passed over are made up for
+            measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges)
+        if one.stop > max(limit, position):
+            problems.append(
+                f"--skip-rows {one.start}:{one.stop}: the run ends before position {limit}, so no row from there on is "
+                f"drawn: expected A:B with B of at most {limit}."
+            )
+            continue
+        ranges = merged([*ranges, (one.start, one.stop)])
+        what = "lie behind the run already: they change nothing" if one.stop <= position else "are left out"
+        said.append(f"rows at {_told([(one.start, one.stop)])} {what}")
+    if problems:
+        raise RecipeError(problems)
+    return Skipping(ranges, tuple(said))
+
+
+def recorded(control: Control, run: Path, content: Mapping[str, Any]) -> Ranges:
+    """What the launches before this one left out: the newest one's env.json says it, else the checkpoint. Collective.
+
+    Args:
+        control: the ranks' connection.
+        run: the run folder, each host's own.
+        content: state.json of the checkpoint that is resumed; empty where none is.
+    """
+    mine = (read_json(run / "env.json") or {}).get("skipped_rows")
+    holders = [(*order, ranges) for order, ranges in control.gather([launches.holder(run).order, mine])]
+    generation, launch_id, ranges = max(holders, key=lambda one: one[:2])
+    of_launch, of_checkpoint = _valid(ranges), _valid(content.get("skipped_rows"))
+    if generation and launch_id and ranges is not None:
+        return of_launch
+    return merged([*of_launch, *of_checkpoint])  # an older version's launch recorded its own flags alone
+
+
+def _valid(found: Any) -> Ranges:
+    try:
+        return merged(found or ())
+    except (TypeError, ValueError, IndexError):
+        return ()
+
+
+def _end_of_run(rows: Positions, position: int, steps_left: int, skipped: Ranges) -> int:
+    """The position behind the last row of the run; walks its steps without drawing a row."""
+    for _ in range(steps_left):
+        position = rows.next_position(_behind_skipped_steps(rows, position, skipped) if skipped else position)
+    return position
+
+
+def _told(ranges: Iterable[Sequence[int]]) -> str:
+    return "positions " + ", ".join(f"{first} to {end - 1}" for first, end in ranges)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 from pathlib import Path, PurePath
 
@@ -239,6 +240,26 @@ def test_what_an_older_version_prepared_does_not_pass_in_silence(text_is_there: 
         write_jsonl(folder / "valid.jsonl", texts(51, seed=1))
         with pytest.raises(DataError, match="other local files"):
             data_recipes.prepare(recipe, tmp_path / "data")
+
+
+def test_pointers_that_an_older_version_prepared_do_not_pass_in_silence(tmp_path: Path) -> None:
+    """Oracle: a warning that names the file, at every launch: its size is what it was when it was taken for text."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    files = [folder / name for name in ("a.jsonl", "b.txt")]
+    write_jsonl(files[0], texts(100))
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'5' * 64}\nsize 4211\n"
+    files[1].write_text("x" * len(pointer))
+    recipe = data_recipes.recipe(data_recipes.source("made", path=folder))
+    prepared = data_recipes.prepare(recipe, tmp_path / "data")
+    as_older_version(prepared.folder, recipe.data.source[0], files)
+    times = files[1].stat()
+    files[1].write_text(pointer)
+    os.utime(files[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    told: list[str] = []
+    data_recipes.prepare(recipe, tmp_path / "data", report=told.append)
+    (warning,) = told
+    assert f"took for text what is none: {files[1]} cannot be read" in warning and "git lfs pull" in warning
 
 
 def test_hundreds_of_files_are_told_in_one_short_line(tmp_path: Path) -> None:

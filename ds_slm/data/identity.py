@@ -5,7 +5,7 @@ folder + recipe --conflicts--> a problem for each part that something else has m
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_va
 from ds_slm.data import corpus
 from ds_slm.data.splits import ALL
 from ds_slm.errors import DataError
-from ds_slm.files import is_plain_name, read_json
+from ds_slm.files import is_plain_name, read_json, shortened
 from ds_slm.recipe.problems import sentences
 from ds_slm.recipe.schema import Recipe, Source
 
@@ -145,17 +145,27 @@ def _has_other_files(source: Source, manifest: Mapping[str, Any], replacement: P
     return not chosen <= found <= Counter(map(tuple, everything.file_sizes()))
 
 
-def files_of_another_split(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> list[str]:
-    """Names of the files that are among the prepared ones and that this version would leave out.
+def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> Iterator[str]:
+    """What an older version prepared and this one would not: files of another split, pointers in place of text.
 
     Older versions read nearly every file of a folder. What they prepared can be read, so that a run on it can go on.
     """
     if LEFT_OUT in manifest:
-        return []
+        return
+    is_local = _is_local(source, manifest, replacement)
     names = Counter(name for name, _ in manifest["files"])
-    if _is_local(source, manifest, replacement):
-        return sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
-    return corpus.of_another_split(sorted(names.elements()), source.split)
+    if is_local:
+        others = sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
+    else:
+        others = corpus.of_another_split(sorted(names.elements()), source.split)
+    if others:
+        yield (
+            f"prepared by an older version, which read files of another split than {source.split!r} as well: "
+            f"{shortened(others)}; their text is in the shards"
+        )
+    everything = source.model_copy(update={"split": ALL})
+    if is_local and (pointers := corpus.stand_ins(corpus.locate(everything, replacement))):
+        yield f"prepared by an older version, which took for text what is none: {shortened(pointers)}"
 
 
 def _chosen(source: Source, replacement: Path | None) -> list[list[str | int]]:

@@ -30,7 +30,7 @@ from ds_slm.data.identity import (
     MANIFEST,
     TOKENIZER,
     conflicts,
-    files_of_another_split,
+    doubts_of_older_data,
     read_manifest,
     source_identity,
     tokenizer_identity,
@@ -358,12 +358,8 @@ def _notes(
                 f"warning: {source.name}: its files have changed since they were prepared, the shards hold what was "
                 f"there before: remove {prepared.folder / source.name} to prepare it anew"
             )
-        if others := files_of_another_split(source, manifest, replacements.get(source.name)):
-            yield (
-                f"warning: {source.name}: prepared by an older version, which read files of another split than "
-                f"{source.split!r} as well: {shortened(others)}; their text is in the shards: remove "
-                f"{prepared.folder / source.name} to prepare it anew without them"
-            )
+        for doubt in doubts_of_older_data(source, manifest, replacements.get(source.name)):
+            yield f"warning: {source.name}: {doubt}: remove {prepared.folder / source.name} to prepare it anew"
         if source.name not in told:
             if manifest["replaced"]:
                 yield f"{source.name}: read from local files ({shortened([name for name, _ in manifest['files']])})"

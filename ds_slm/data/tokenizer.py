@@ -192,6 +192,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     import tokenizers
 
+    for path in (folder / "tokenizer_config.json", folder / "tokenizer.json"):
+        if path.is_file() and (what := stand_in_at(path)):
+            raise DataError(f"{path} cannot be read ({what}).")
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -158,9 +158,20 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     checkpoint = write(tmp_path, 1)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (tmp_path / "outside").write_text("x")
-    manifest["files"]["../../outside"] = {"bytes": 1, "sha256": "0"}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    assert any("outside: missing" in problem for problem in checkpoint_format.verify(checkpoint))
+    for name in ("../../outside", str(tmp_path / "outside"), "..", ""):
+        named = {**manifest["files"], name: {"bytes": 1, "sha256": "0"}}
+        (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": named}))
+        [problem] = checkpoint_format.verify(checkpoint)
+        assert f"names {name!r}, which is a path" in problem
+
+
+def test_a_link_in_a_checkpoint_is_no_file_of_it(tmp_path: Path) -> None:
+    """Oracle: refused although its content is right: what it leads to may change, or be another checkpoint's."""
+    checkpoint = write(tmp_path, 1)
+    (checkpoint / "model.safetensors").rename(tmp_path / "elsewhere")
+    (checkpoint / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    [problem] = checkpoint_format.verify(checkpoint)
+    assert "model.safetensors: a link" in problem
 
 
 def test_a_checkpoint_moved_away_in_vain_comes_back(tmp_path: Path) -> None:

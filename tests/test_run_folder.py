@@ -14,8 +14,9 @@ from ds_slm.cluster import prove_resume
 from ds_slm.data.shards import Prepared
 from ds_slm.errors import CheckpointError, RecipeError
 from ds_slm.recipe import schema
-from ds_slm.train import run_folder
+from ds_slm.train import launches, run_folder
 from ds_slm.train.control import Control
+from ds_slm.train.launches import Launch
 from ds_slm.train.report import Report
 from tests.data_recipes import prepare, source, texts, write_jsonl
 from tests.data_recipes import recipe as data_recipe
@@ -159,6 +160,25 @@ def test_a_damaged_env_does_not_turn_the_launches_back(tmp_path: Path, prepared:
     (run / "stopped.json").write_bytes(b"{")
     (run / "checkpoints" / "step-00000010" / "state.json").write_bytes(b"\xff")
     assert run_folder.generation(run) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "holder"),
+    [
+        ("", Launch()),
+        ("{}", Launch()),
+        ("[1]", Launch()),
+        ('{"generation": "4"}', Launch()),
+        ('{"generation": 4}', Launch(4)),
+        ('{"generation": 4, "launch": [1]}', Launch(4)),
+        ('{"generation": 4, "launch": {"id": 5, "host": "node1", "pid": "x"}}', Launch(4, host="node1")),
+        ('{"generation": 4, "launch": {"id": "a", "unknown": 1}}', Launch(4, "a")),
+    ],
+)
+def test_the_holder_of_a_damaged_env_is_what_can_be_read(tmp_path: Path, content: str, holder: Launch) -> None:
+    """Oracle: by hand; what is of another kind than this program writes counts as not there."""
+    (tmp_path / "env.json").write_text(content)
+    assert launches.holder(tmp_path) == holder
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

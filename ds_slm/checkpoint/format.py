@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync, replace_text, write_json, writer_name
+from ds_slm.files import fsync, is_plain_name, replace_text, write_json, writer_name
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -203,7 +203,11 @@ def verify(checkpoint: Path, read: bool = True) -> list[str]:
         try:
             if not isinstance(fingerprint, dict) or fingerprint.keys() != {"bytes", "sha256"}:
                 problems.append(f"{checkpoint}: {MANIFEST} says {fingerprint!r} of {name}.")
-            elif Path(name).name != name or not path.is_file():
+            elif not is_plain_name(name):
+                problems.append(f"{checkpoint}: {MANIFEST} names {name!r}, which is a path and no file beside it.")
+            elif path.is_symlink():
+                problems.append(f"{path}: a link, expected the file itself.")
+            elif not path.is_file():
                 problems.append(f"{path}: missing.")
             elif path.stat().st_size != fingerprint["bytes"]:
                 problems.append(f"{path}: {path.stat().st_size} bytes, expected {fingerprint['bytes']}.")

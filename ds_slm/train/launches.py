@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import Superseded
+from ds_slm.files import read_json
 from ds_slm.train import run_folder
 from ds_slm.train.control import Control
 
@@ -67,12 +68,15 @@ def begin(control: Control, run: Path) -> Launch:
 
 def holder(run: Path) -> Launch:
     """The launch that holds a run folder; generation 0 where none does, or its env.json cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
-        described = environment.get("launch") or {}
-        known = {one.name: described[one.name] for one in fields(Launch) if one.name in described}
-        return Launch(**{**known, "generation": int(environment["generation"])})
-    return Launch()
+    environment = read_json(run / "env.json") or {}
+    generation, described = environment.get("generation"), environment.get("launch")
+    if not isinstance(generation, int):
+        return Launch()
+    if not isinstance(described, dict):  # of an older version, or damaged
+        return Launch(generation)
+    kinds = {one.name: type(one.default) for one in fields(Launch)}
+    known = {name: described[name] for name, kind in kinds.items() if isinstance(described.get(name), kind)}
+    return Launch(**{**known, "generation": generation})
 
 
 def is_replaced(run: Path, launch: Launch) -> bool:

@@ -110,7 +110,8 @@ class Saver:
         """Copy this rank's part, and write it behind the caller's back. Wait for the one before with `finish`."""
         assert self._thread is None, "one save at a time"
         self._result = Saved(failed=("the save did not come to its end",))
-        content = {**asdict(state), **self._identity, "loss_scaler": scaler_state(self._engine)}
+        launch = {"generation": self._launch.generation}  # where env.json is lost, the number does not fall
+        content = {**asdict(state), **self._identity, **launch, "loss_scaler": scaler_state(self._engine)}
         own, problem = self._snapshot()
         self._thread = threading.Thread(target=self._save, args=(own, problem, content), name="saving")
         self._thread.start()

@@ -48,7 +48,7 @@ def main() -> None:
 
     from ds_slm.data.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
-    from ds_slm.publish.models import OpenModel, load_into, open_model, refuse_other_base
+    from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
     from ds_slm.train import session
     from sft.chatml import ChatML
 
@@ -57,6 +57,7 @@ def main() -> None:
         """Opened with the data: what is wrong with it on one host is told on all."""
         opened = open_model(args.base)
         refuse_other_base(recipe, opened)
+        opened.refuse_other_parameters()
         return opened
 
     def rows(corpus: data.Prepared) -> data.ConversationRows:
@@ -79,7 +80,7 @@ def main() -> None:
         val_tokens_per_byte=lambda corpus: None,
         identity=lambda: {"base_sha256": base().sha256},
         evaluate_first=True,
-        begin=lambda model: load_into(model, base()),
+        begin=lambda: base().tensors(),
     )
     session.run(recipe, options(args, name), task)
 

@@ -17,6 +17,7 @@ Known gaps: no dropout, no sliding window, no RoPE scaling; packed rows use a ma
 
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -314,19 +315,26 @@ def build(shape: schema.Model, seed: int, gradient_checkpointing: bool = False) 
 
 @torch.no_grad()
 def initialise(model: nn.Module, shape: schema.Model, seed: int) -> None:
-    """Fill every parameter: matrices normal, norms one.
+    """Fill every parameter with its `initial_weights`."""
+    parameters = dict(model.named_parameters())
+    for name, values in initial_weights({name: one.shape for name, one in parameters.items()}, shape, seed):
+        parameters[name].copy_(values)
 
-    Each parameter has a generator of its own, seeded by `seed` and its name: neither the order of the parameters, nor
-    their dtype or device, nor torch's global generator changes a value.
+
+def initial_weights(shapes: Mapping[str, torch.Size], shape: schema.Model, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and initial values, fp32 on the CPU, one at a time: matrices normal, norms one.
+
+    Each has a generator of its own, seeded by `seed` and its name: neither the order of the parameters nor torch's
+    global generator changes a value.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(1.0)
+    for name, size in shapes.items():
+        if len(size) < 2:
+            yield name, torch.ones(size, dtype=torch.float32, device="cpu")
             continue
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little"))
-        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        parameter.copy_(values.normal_(0.0, _standard_deviation(name, shape), generator=generator))
+        values = torch.empty(size, dtype=torch.float32, device="cpu")
+        yield name, values.normal_(0.0, _standard_deviation(name, shape), generator=generator)
 
 
 def _standard_deviation(name: str, shape: schema.Model) -> float:

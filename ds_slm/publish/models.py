@@ -1,6 +1,6 @@
 """MODEL on a command line: a run folder, one of its checkpoints, or a Hugging Face folder, opened the same way.
 
-    path --open_model--> shape, tokenizer folder, sha256, and `read()`: fp32 tensors by name
+    path --open_model--> shape, tokenizer folder, sha256, and `read()`: fp32 tensors by name; `tensors()` one at a time
 
 A run folder gives its newest whole checkpoint; RUN/checkpoints/best the best one, RUN/checkpoints/step-00000100 that of
 a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
@@ -8,12 +8,14 @@ a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.stand_ins import stand_in_at
@@ -34,8 +36,40 @@ class OpenModel:
     tokenizer_folder: Path
     sha256: str
     """One hash of all weights."""
-    read: Callable[[], dict[str, Tensor]]
-    """Its parameters by name, fp32, a tied head once."""
+    files: tuple[Path, ...]
+    """Its safetensors."""
+
+    def read(self) -> dict[str, Tensor]:
+        """Its parameters by name, fp32, a tied head once."""
+        return dict(self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one at a time. Raises CheckpointError where a file cannot be read."""
+        for path in self.files:
+            try:
+                with checkpoint_format.open_tensors(path) as stored:
+                    for name in self._names(stored):
+                        yield name, stored.get_tensor(name).to(torch.float32)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
+
+    def refuse_other_parameters(self) -> None:
+        """Raise CheckpointError where names or shapes of the tensors are not the model's, before one is read."""
+        found: dict[str, Tensor] = {}
+        for path in self.files:
+            try:
+                with checkpoint_format.open_tensors(path) as stored:
+                    for name in self._names(stored):
+                        if name in found:
+                            raise CheckpointError(f"{self.folder} holds {name} twice: get an intact copy.")
+                        found[name] = torch.empty(stored.get_slice(name).get_shape(), device="meta")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
+        refuse_other_shape(found, self.shape)
+
+    def _names(self, stored: Any) -> list[str]:
+        names = list(stored.keys())
+        return [name for name in names if not (self.shape.tie_word_embeddings and name == "lm_head.weight")]
 
 
 def open_model(path: Path) -> OpenModel:
@@ -76,24 +110,13 @@ def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
         raise CheckpointError(["--base is no model of this recipe:", *problems])
 
 
-def load_into(model: nn.Module, base: OpenModel) -> None:
-    """Give a fresh model a base's weights. Raises CheckpointError where names or shapes differ."""
-    state = base.read()
-    refuse_other_shape(state, base.shape)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
-
-
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
     recipe = schema.load_recorded(run)
     trained_with = checkpoint_format.read_state(checkpoint).get("tokenizer_sha256")
     _refuse_other_tokenizer(run / "tokenizer", trained_with)
     manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
     sha256 = manifest["files"][checkpoint_format.MODEL]["sha256"]
-    return OpenModel(
-        checkpoint, recipe.model, run / "tokenizer", sha256, lambda: checkpoint_format.read_model(checkpoint)
-    )
+    return OpenModel(checkpoint, recipe.model, run / "tokenizer", sha256, (checkpoint / checkpoint_format.MODEL,))
 
 
 def _open_hf(folder: Path) -> OpenModel:
@@ -117,7 +140,7 @@ def _open_hf(folder: Path) -> OpenModel:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
     shape = hf.shape_from_hf(config)
-    return OpenModel(folder, shape, folder, digest.hexdigest(), lambda: _read_safetensors(files, shape))
+    return OpenModel(folder, shape, folder, digest.hexdigest(), tuple(files))
 
 
 def _refuse_other_tokenizer(folder: Path, trained_with: str | None) -> None:
@@ -125,16 +148,3 @@ def _refuse_other_tokenizer(folder: Path, trained_with: str | None) -> None:
         raise CheckpointError(
             f"{folder} holds the tokenizer {found}, its model was trained with {trained_with}: get an intact copy."
         )
-
-
-def _read_safetensors(files: list[Path], shape: schema.Model) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with checkpoint_format.open_tensors(path) as tensors:
-                state |= {name: tensors.get_tensor(name).to(torch.float32) for name in tensors.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors' own kind
-            raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
-    if shape.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    return state

@@ -6,7 +6,7 @@ No shared file system is needed; where hosts share one, a single host writes for
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.errors import CheckpointError
-from ds_slm.train import zero_state
+from ds_slm.errors import CheckpointError, UserError
+from ds_slm.model import decoder
+from ds_slm.train import masters, zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.engine import Engine
 
@@ -134,9 +135,29 @@ def best_held(state: State, held_by_rank: Sequence[Sequence[Sequence[float]]]) -
     return new, f"{lost}; step {step} (loss {held[step]:.4f}) is the best there is"
 
 
+def begin(engine: Engine, weights: Iterable[tuple[str, Tensor]] | None) -> None:
+    """Give a fresh run its fp32 weights: those passed in, or the recipe's initialisation. Collective.
+
+    Raises:
+        DataError: on all ranks, where one of them cannot read them.
+    """
+    recipe, problems = engine.recipe, []
+    if weights is None:
+        held = zero_state.places(engine.deepspeed)
+        shapes = {name: shape for name, shape in zero_state.shapes(engine.deepspeed).items() if name in held}
+        weights = decoder.initial_weights(shapes, recipe.model, recipe.train.seed)
+    try:
+        masters.fill(engine.deepspeed, weights)
+    except UserError as error:
+        problems = error.problems
+    engine.agree(problems)
+    zero_state.refresh_half_precision(engine.deepspeed)
+    masters.check(engine.deepspeed, engine.control)
+
+
 def load(engine: Engine, found: Found) -> State:
     """Give every rank its part of a checkpoint. Collective."""
-    same_topology = found.content["topology"] == zero_state.topology(engine.deepspeed)
+    same_topology = is_same_topology(found.content["topology"], engine.topology)
     notes = _broadcast_notes(engine, found.folder, found.source) if same_topology else {}
 
     def tensors(kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -153,9 +174,18 @@ def load(engine: Engine, found: Found) -> State:
         notes,
         engine.control,
     )
+    masters.check(engine.deepspeed, engine.control)
     _restore_scaler(engine, found.content["loss_scaler"])
     state = State(**{key: found.content.get(key, default) for key, default in asdict(State()).items()})
     return replace(state, skipped_rows=tuple((first, end) for first, end in state.skipped_rows))
+
+
+def is_same_topology(stored: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's block scales may be of this launch's partitions.
+
+    Older checkpoints have no hash of the partitions: there each scale is looked at before it is used.
+    """
+    return {**here, **stored} == here
 
 
 def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> dict[str, Tensor]:

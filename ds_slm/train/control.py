@@ -36,6 +36,8 @@ class Control:
         machines = self.gather([socket.gethostname(), _boot_id()])
         self.leaders = [rank for rank, machine in enumerate(machines) if machine not in machines[:rank]]
         """The first rank of each host, in the order of ranks: it alone touches that host's run folder."""
+        self.leaders_of_ranks = [machines.index(machine) for machine in machines]
+        """The leader of each rank's host."""
         self.ranks_on_host = machines.count(machines[self.rank])
 
     def background(self) -> "Control":

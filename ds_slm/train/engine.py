@@ -9,7 +9,7 @@ micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +24,7 @@ from ds_slm.errors import DataError, DeviceError
 from ds_slm.model import kernels
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe.schema import Recipe
+from ds_slm.train import masters, zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
 from ds_slm.train.interrupt import Interrupt
@@ -126,6 +127,27 @@ def connect() -> Control:
     return Control()
 
 
+def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
+    """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
+
+    Without it each of them starts as many threads as there are cores. Ranks compute on cores where there is no GPU, and
+    where the optimiser is offloaded. OMP_NUM_THREADS is heeded: whoever sets it has chosen.
+
+    Args:
+        control: the ranks' connection.
+        zero: DeepSpeed's zero_optimization section.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    machine = control.leaders_of_ranks[control.rank]
+    everyone = control.gather([machine, cores])
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if "OMP_NUM_THREADS" not in os.environ and (device_type() == "cpu" or offloads):
+        threads = max(torch.get_num_threads() // everyone.count([machine, cores]), 1)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # bitsandbytes has an OpenMP of its own, loaded later
+    return torch.get_num_threads()
+
+
 def _wait_for_all_ranks() -> dist.Store:
     """Meet the ranks of all hosts, those that still prepare their data too: for hours, not the usual ten minutes."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -168,6 +190,8 @@ class Engine:
         )[0]
         if joined.compiled:
             model.compile_parts()
+        self.topology = {**zero_state.topology(self.deepspeed), "partitions": masters.layout(self.deepspeed, control)}
+        """What must be equal for a return to be bit-exact."""
         self.device = torch.device(self.deepspeed.device)
         self.dtype = DTYPES[recipe.train.precision]
         if self.loss_scaler:

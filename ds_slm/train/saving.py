@@ -27,7 +27,7 @@ from ds_slm.checkpoint import retention
 from ds_slm.checkpoint.tensor_file import TensorFile
 from ds_slm.errors import Superseded, TrainingError, UserError
 from ds_slm.files import write_json
-from ds_slm.train import launches, run_folder, zero_state
+from ds_slm.train import launches, masters, run_folder, zero_state
 from ds_slm.train.checkpointing import Found, State, best_held, file_of_kind, held_best, scaler_state
 from ds_slm.train.engine import Engine
 from ds_slm.train.gathering import Gathering, Shapes, Span, notes_of, spans_of_kind
@@ -107,8 +107,12 @@ class Saver:
         return self.writes and launches.is_replaced(self._run, self._launch)
 
     def begin(self, state: State) -> None:
-        """Copy this rank's part, and write it behind the caller's back. Wait for the one before with `finish`."""
+        """Copy this rank's part, and write it behind the caller's back. Wait for the one before with `finish`.
+
+        Raises TrainingError, on all ranks, where the weights to be written are not those the model computes with.
+        """
         assert self._thread is None, "one save at a time"
+        masters.check(self._engine.deepspeed, self._engine.control)
         self._result = Saved(failed=("the save did not come to its end",))
         launch = {"generation": self._launch.generation}  # where env.json is lost, the number does not fall
         content = {**asdict(state), **self._identity, **launch, "loss_scaler": scaler_state(self._engine)}
@@ -182,7 +186,7 @@ class Saver:
             return Outcome("failed", gathering.problem) if gathering.problem else Outcome("no writer")
         if attempt is None:
             return Outcome("no writer")
-        content = {**content, "optimizer_steps": own.optimizer_steps, "topology": own.topology}
+        content = {**content, "optimizer_steps": own.optimizer_steps, "topology": self._engine.topology}
         outcome = attempt.end(content, lambda: launches.refuse_replaced(self._run, self._launch))
         return self._put_in_order(content) if outcome.kind == "held" else outcome
 

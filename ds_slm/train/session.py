@@ -8,13 +8,13 @@ left alone would keep the others waiting.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_slm.errors import CheckpointError, DataError, Stopped, Superseded, UserError
 from ds_slm.files import refuse_unwritable
@@ -95,8 +95,8 @@ class Task:
     """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
     evaluate_first: bool = False
     """Whether the weights a run begins with are worth an evaluation."""
-    begin: Callable[[nn.Module], None] = lambda model: None
-    """Gives a fresh model the weights to begin with, where not the recipe's initialisation."""
+    begin: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    """Names and fp32 weights to begin with, one at a time; None: the recipe's initialisation."""
 
 
 def run(recipe: Recipe, options: Options, task: Task) -> None:
@@ -120,6 +120,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         assert joined is not None
         assert corpus is not None
         assert rows is not None
+        engines.share_cores(control, joined.deepspeed["zero_optimization"])
         identity = {
             "recipe_sha256": recipe.identity_sha256(),
             "data_sha256": corpus.sha256,
@@ -207,11 +208,14 @@ def _train(
         said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
         _announce(facts, options, said, terminal)
     interrupt.sign_off = lambda: found is not None  # nothing was applied since
-    model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
-    if found is None:
-        task.begin(model)
+    # The model's weights come once DeepSpeed has its partitions: from a checkpoint, a base, or the recipe's seed.
+    model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
     engine = engines.Engine(recipe, joined, model, control, interrupt)
-    state = checkpointing.load(engine, found) if found else State(ledger=corpus.sha256)
+    if found:
+        state = checkpointing.load(engine, found)
+    else:
+        checkpointing.begin(engine, task.begin() if task.begin else None)
+        state = State(ledger=corpus.sha256)
     stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
     if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
         raise Superseded

@@ -94,6 +94,15 @@ def _partitions_of_stage_3(optimizer: Any, names: Mapping[Any, str]) -> list[Par
     return found
 
 
+def places(engine: Any) -> dict[str, list[tuple[Tensor, Fragment]]]:
+    """Where this rank holds elements of each parameter: by name, flat partitions and what lies in them."""
+    found: dict[str, list[tuple[Tensor, Fragment]]] = {}
+    for partition in partitions(engine):
+        for part in partition.fragments:
+            found.setdefault(part.name, []).append((partition.flat, part))
+    return found
+
+
 def shapes(engine: Any) -> dict[str, torch.Size]:
     """Whole shape of every parameter; stage 3 hides it behind an empty tensor."""
     return {
@@ -132,7 +141,6 @@ class Snapshot:
     """Kind -> each partition's values."""
     shapes: dict[str, torch.Size]
     optimizer_steps: dict[str, int]
-    topology: dict[str, Any]
 
 
 def snapshot(engine: Any) -> Snapshot:
@@ -143,7 +151,6 @@ def snapshot(engine: Any) -> Snapshot:
         {kind: [_stored(engine, partition, kind) for partition in own] for kind in KINDS},
         shapes(engine),
         optimizer_steps(engine),
-        topology(engine),
     )
 
 
@@ -190,7 +197,7 @@ def optimizer_steps(engine: Any) -> dict[str, int]:
 
 
 def topology(engine: Any) -> dict[str, Any]:
-    """What must be equal for a return to be bit-exact."""
+    """What must be equal for a return to be bit-exact, but for the partitions themselves (`masters.layout`)."""
     return {
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
@@ -245,7 +252,7 @@ def scatter(
             else:
                 note = notes.get(_note_name(control.rank, index, kind))
                 _set_moment(engine, partition, kind, flat, steps_taken, note)
-    _refresh_half_precision(engine.optimizer)
+    refresh_half_precision(engine)
 
 
 def _set_moment(
@@ -270,9 +277,19 @@ def _set_moment(
     if state[codes].dtype != torch.uint8:
         state[codes].copy_(values)
         return
-    scale = block_absmax(values) if note is None else note
+    scale = note if note is not None and _fits(note, values) else block_absmax(values)
     state[absmax].copy_(scale)
     state[codes].copy_(quantise(values, scale, state[code_map].cpu()))
+
+
+SMALLEST_LARGEST = 0.98
+"""Of a block's scale, the least its largest value is stored as: bitsandbytes' signed map ends at -0.993 and at 1."""
+
+
+def _fits(note: Tensor, values: Tensor) -> bool:
+    """Whether block scales are of these very values: those of other partitions would round them anew, or wrongly."""
+    largest = block_absmax(values)
+    return note.shape == largest.shape and bool(((largest <= note) & (largest >= SMALLEST_LARGEST * note)).all())
 
 
 def block_absmax(values: Tensor) -> Tensor:
@@ -290,8 +307,9 @@ def quantise(values: Tensor, absmax: Tensor, code_map: Tensor) -> Tensor:
     return order[torch.bucketize(relative, borders)].to(torch.uint8)
 
 
-def _refresh_half_precision(optimizer: Any) -> None:
-    """Copy the fp32 weights into the ones the model computes with, on all ranks."""
+def refresh_half_precision(engine: Any) -> None:
+    """Copy the fp32 weights into the ones the model computes with, on all ranks. Collective."""
+    optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return

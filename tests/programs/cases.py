@@ -2,12 +2,14 @@
 
     deepspeed cases.py --recipe R --out DIR CASE...      CASE = NAME:key=value,key=value,...
 
-Keys: zero (stage, or the rest of a ds_configs file's name), max_steps, micro_batch, set (recipe override, repeatable as
+Keys: zero (stage, or the rest of a ds_configs file's name), ds (a key of that file, repeatable as
+ds=zero_optimization.overlap_comm:true, its value in JSON), max_steps, micro_batch, set (recipe override, repeatable as
 set=a.b=c), broken (a deliberate mistake to be found by the tests), kill_at (SIGKILL of this rank after that step),
 poison_at (the last rank's weights turn into NaN after that step), burst_at (its gradients become infinite),
 supersede_at (a newer launch takes the run folder), scale_power (fp16's first loss scale), compiled (blocks and loss,
 however short the run), signal_at (STEP.PHASE.NAME: the last rank gets that signal in that phase, the first time it
 comes up after that step), grace (seconds), resave (what was loaded is saved into that folder, and nothing trained).
+base (a case of before, whose newest checkpoint gives the weights to begin with), unchecked (the ZeRO keys are).
 One launch costs many seconds of imports; a case costs few.
 """
 
@@ -17,6 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +28,10 @@ sys.path[0] = str(ROOT)
 from ds_slm import errors  # noqa: E402
 from ds_slm.data.prepare import prepare  # noqa: E402
 from ds_slm.data.rows import PretrainRows  # noqa: E402
+from ds_slm.files import write_json  # noqa: E402
 from ds_slm.publish.generate import sampler  # noqa: E402
-from ds_slm.recipe import schema  # noqa: E402
+from ds_slm.publish.models import open_model  # noqa: E402
+from ds_slm.recipe import schema, zero_keys  # noqa: E402
 from ds_slm.train import ds_config, engine, loop, saving, session  # noqa: E402
 
 
@@ -48,10 +53,12 @@ def mean_of_means(self: engine.Engine, values: list[float]) -> list[float]:
 def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> None:
     """Train one case into out/NAME."""
     pairs = [setting.split("=", 1) for setting in settings]
-    single = {key: value for key, value in pairs if key != "set"}
+    single = {key: value for key, value in pairs if key not in ("set", "ds")}
     recipe = schema.load(str(recipe_path), [value for key, value in pairs if key == "set"])
     originals = engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed, ds_config.COMPILE_FLOPS
-    train_on = loop.train_on
+    train_on, zero_problems = loop.train_on, zero_keys.problems
+    if "unchecked" in single:
+        zero_keys.problems = lambda zero: []
     if "compiled" in single:
         ds_config.COMPILE_FLOPS = {"cpu": 0.0, "cuda": 0.0}
     if single.get("broken") == "mean_of_means":
@@ -73,21 +80,44 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         recipe_name=recipe_path.stem,
         grace_s=float(single.get("grace", 25)),
         run_dir=out / name,
-        ds_config=ROOT / "ds_configs" / f"zero{single.get('zero', '1')}.json",
+        ds_config=ds_config_of(
+            single.get("zero", "1"), [value for key, value in pairs if key == "ds"], out / f"{name}.json"
+        ),
         max_steps=int(single["max_steps"]) if "max_steps" in single else None,
         micro_batch=int(single.get("micro_batch", 2)),
     )
     try:
-        session.run(recipe, options, task(recipe, recipe_path.stem, recipe_path.parent / "data"))
+        pretraining = task(recipe, recipe_path.stem, recipe_path.parent / "data")
+        if "base" in single:
+            base = open_model(out / single["base"])
+            pretraining = replace(pretraining, begin=base.tensors)
+        session.run(recipe, options, pretraining)
     finally:
         undo()
-        loop.train_on = train_on
+        loop.train_on, zero_keys.problems = train_on, zero_problems
         (
             engine.Engine._sum_over_ranks,
             loop.record_step,
             ds_config._deepspeed,
             ds_config.COMPILE_FLOPS,
         ) = originals
+
+
+def ds_config_of(zero: str, changes: list[str], path: Path) -> Path:
+    """A file of the checkout; with other keys, a copy at `path`."""
+    original = ROOT / "ds_configs" / f"zero{zero}.json"
+    if not changes:
+        return original
+    content = json.loads(original.read_text())
+    for place, value in (change.split(":", 1) for change in changes):
+        *sections, key = place.split(".")
+        inner = content
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = json.loads(value)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, content)  # every rank does
+    return path
 
 
 def after_step(step: int, action: Callable[[loop.Run], None]) -> Callable[..., None]:

@@ -64,7 +64,7 @@ def cut(content: dict[str, torch.Tensor], world_size: int, seed: int) -> list[Sn
                 fragments.append(Fragment(name, first - start, last - first, first - begin))
             start += tensor.numel()
         shapes = {name: tensor.shape for name, tensor in content.items()}
-        snapshots.append(Snapshot([fragments], {"model": [Stored(flat[begin:end].clone())]}, shapes, {}, {}))
+        snapshots.append(Snapshot([fragments], {"model": [Stored(flat[begin:end].clone())]}, shapes, {}))
     return snapshots
 
 

@@ -18,7 +18,7 @@ import torch
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.checkpoint import retention
 from ds_slm.errors import Superseded, TrainingError
-from ds_slm.train import gathering, launches, loop, saving, zero_state
+from ds_slm.train import gathering, launches, loop, masters, saving, zero_state
 from ds_slm.train.checkpointing import Found, State
 from ds_slm.train.launches import Launch
 from ds_slm.train.saving import Saved, Saver
@@ -40,9 +40,10 @@ def snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
         values = whole.stored["model"]
         scales = [Stored(values[0].values, None, torch.full((rank + 2,), float(rank)))]
         stored = {"model": values, "exp_avg": scales, "exp_avg_sq": values}
-        return Snapshot(whole.fragments, stored, whole.shapes, {"all": 1}, {"world_size": 2})
+        return Snapshot(whole.fragments, stored, whole.shapes, {"all": 1})
 
     monkeypatch.setattr(zero_state, "snapshot", snapshot)
+    monkeypatch.setattr(masters, "check", lambda engine, control: None)
     monkeypatch.setattr(gathering, "WINDOW_VALUES", 500)
 
 
@@ -73,7 +74,7 @@ class Host:
             (self.folder / "env.json").write_text(json.dumps(launch.facts()))
         settings = SimpleNamespace(checkpoint_copies=2, keep_last=keep_last, keep_best=True)
         engine: Any = SimpleNamespace(
-            control=control, deepspeed=control.rank, loss_scaler=None,
+            control=control, deepspeed=control.rank, loss_scaler=None, topology={"world_size": 2},
             recipe=SimpleNamespace(run=settings), interrupt=SimpleNamespace(saved=lambda: None),
         )  # fmt: skip
         self.said: list[str] = []

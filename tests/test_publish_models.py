@@ -139,3 +139,30 @@ def test_what_is_no_model(make: object, message: str, tmp_path: Path) -> None:
     make(tmp_path / "x")  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=message):
         open_model(tmp_path / "x")
+
+
+def test_an_index_names_the_files_that_are_read(made: tuple, tmp_path: Path) -> None:
+    """Oracle: the weights before they were parted; a stray file is not read, a path or a missing file is refused."""
+    from safetensors.torch import load_file, save_file
+
+    run, loaded, states = made
+    folder = tmp_path / "hf"
+    export(states[0], loaded.model, run / "tokenizer", folder)
+    whole = load_file(folder / "model.safetensors")
+    names = sorted(whole)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, some in parts.items():
+        save_file({name: whole[name] for name in some}, folder / file)
+    save_file({name: torch.zeros(1) for name in names}, folder / "model.safetensors")
+    weight_map = {name: file for file, some in parts.items() for name in some}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert same(open_model(folder).read(), states[0])
+    for wrong, told in (("../b.safetensors", "is a path"), (str(run), "is a path"), ("c.safetensors", "not there")):
+        index.write_text(json.dumps({"weight_map": {**weight_map, names[0]: wrong}}))
+        with pytest.raises(CheckpointError, match=told):
+            open_model(folder)
+    for damaged in (b"", b"\xff", b"[1]", b"{}", b'{"weight_map": [1]}'):
+        index.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+            open_model(folder)

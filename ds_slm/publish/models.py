@@ -21,9 +21,13 @@ from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.data.stand_ins import stand_in_at
 from ds_slm.data.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
+from ds_slm.files import is_plain_name, read_json
 from ds_slm.model import hf
 from ds_slm.publish.export import refuse_other_shape
 from ds_slm.recipe import schema
+
+INDEX = "model.safetensors.index.json"
+"""Where transformers says which of several files holds which tensor."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _open_hf(folder: Path) -> OpenModel:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON ({error}): get an intact copy.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} holds no object: get an intact copy.")
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
     digest = hashlib.sha256()
@@ -141,6 +145,29 @@ def _open_hf(folder: Path) -> OpenModel:
     _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
     shape = hf.shape_from_hf(config)
     return OpenModel(folder, shape, folder, digest.hexdigest(), tuple(files))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, where it has one. Raises CheckpointError for others."""
+    path = folder / INDEX
+    if not path.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    index = read_json(path)
+    named = index.get("weight_map") if index else None
+    if not isinstance(named, dict) or not named:
+        raise CheckpointError(f"{path} is damaged (no weight_map): get an intact copy.")
+    names = sorted({str(name) for name in named.values()})
+    problems = [
+        f"{path} names {name!r}, which is a path and no file beside it." for name in names if not is_plain_name(name)
+    ]
+    problems += [
+        f"{folder / name}, which {INDEX} names, is not there: get an intact copy."
+        for name in names
+        if is_plain_name(name) and not (folder / name).is_file()
+    ]
+    if problems:
+        raise CheckpointError(problems)
+    return [folder / name for name in names]
 
 
 def _refuse_other_tokenizer(folder: Path, trained_with: str | None) -> None:

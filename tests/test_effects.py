@@ -185,3 +185,20 @@ def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "marked.toml").write_text(TINY, encoding="utf-8-sig")
     assert (tmp_path / "marked.toml").read_bytes().startswith(b"\xef\xbb\xbf")
     assert schema.load(str(tmp_path / "marked.toml")) == tiny()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["prepare", "demo", "--verify", "--max-tokens", "5"], "--verify only reads"),
+        (["prepare", "demo", "--verify", "--source", "a=b"], "--verify only reads"),
+        (["verify", "run", "--resume", "--replay", "3"], "ask for one at a time"),
+        (["verify", "run", "--rows", "--replay", "3"], "ask for one at a time"),
+    ],
+)
+def test_flags_of_which_one_would_be_ignored_are_refused(
+    command: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: exit code 2 and the sentence."""
+    assert ds_slm(*command, monkeypatch=monkeypatch) == 2
+    assert told in capsys.readouterr().err

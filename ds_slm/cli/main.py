@@ -144,6 +144,8 @@ def prepare(
             f"recipe {name!r} fine-tunes a base, in whose tokenizer its conversations are prepared: ds-slm sft {name} "
             "--base MODEL --preview 5 does that."
         )
+    if verify and (source or max_tokens is not None):
+        raise DataError("--verify only reads what is prepared: leave out --source and --max-tokens.")
     sources = parse_sources(source)
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
@@ -263,6 +265,8 @@ def verify_run(
     """Every checkpoint: whole or not, and why. With a flag: the ledger of rows, a bad step, or resuming itself."""
     from ds_slm.cli import verify
 
+    if sum((resume, replay is not None, rows or against is not None)) > 1:
+        raise ConfigError("--resume, --replay, and --rows or --against are different proofs: ask for one at a time.")
     if context.args and not resume:
         raise ConfigError(f"unknown: {' '.join(context.args)}; only --resume takes the training program's flags.")
     if resume:

@@ -43,7 +43,8 @@ class ControlText:
             added[token] |= {"content": mark, "special": False}
         self._backend = Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
-        self._ids = {self._backend.token_to_id(mark): backend.token_to_id(token) for token, mark in self.marks.items()}
+        ids = {self._backend.token_to_id(mark): backend.token_to_id(token) for token, mark in self.marks.items()}
+        self._ids = {mark: number for mark, number in ids.items() if mark is not None and number is not None}
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         """The ids of each text, and where each token lies in it: int64 [N, 2], in characters."""

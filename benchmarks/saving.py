@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from ds_slm.data.rows import Rows
-from ds_slm.errors import DataError, run_program
+from ds_slm.errors import DataError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
-from ds_slm.train import ds_config
+from ds_slm.train import ds_config, rendezvous
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.interrupt import Interrupt
@@ -56,7 +56,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rank, world_size, _ = engines.world_from_environment()
+    world = rendezvous.current().world
+    rank, world_size = world.rank, world.size
     overrides = [f"data.seq_len={SEQ_LEN}", f"train.global_batch_tokens={SEQ_LEN * world_size}", "run.keep_last=1"]
     recipe = schema.load(args.recipe, [*args.set, *overrides])
     joined = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, engines.device_type(), 1)
@@ -90,9 +91,9 @@ def main() -> int:
             f"{whole_s:.2f} s alone"
         )
         shutil.rmtree(args.out)
-    engines.disconnect()
+    engines.disconnect(control)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(rendezvous.run_rank(main))

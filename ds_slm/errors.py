@@ -79,30 +79,48 @@ class Stopped(Exception):
         super().__init__(message)
 
 
-def run_program(main: Callable[[], int | None], tell: bool = True) -> int:
-    """Run a program's `main` and return its exit code; a mistake of the user's is told on stderr without a traceback.
+class AgreedDataError(DataError):
+    """Problems of any rank with data, gathered and raised on all of them."""
 
-    Args:
-        main: the program.
-        tell: False on ranks whose message another rank prints as well.
-    """
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal's encoding has not
+
+RAISED_ON_ALL_RANKS = (Stopped, TrainingError, AgreedDataError)
+"""Once the ranks have met, all of them raise these at the same place: none is left inside a collective."""
+
+
+def describe(error: BaseException) -> tuple[str, int] | None:
+    """What to tell of an error without a traceback, and the exit code; None where a traceback is due."""
+    if isinstance(error, UserError):
+        return "error: " + "\n  ".join(error.told), EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, EXIT_INTERRUPTED
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return f"error: {error.filename or 'a disk'}: {error.strerror}.", EXIT_USER_ERROR
+    if isinstance(error, Stopped):
+        return f"stopped by a signal: {error}", EXIT_STOPPED
+    if isinstance(error, TrainingError):
+        return f"stopped: {error}", EXIT_FAILURE
+    return None
+
+
+def print_any_name() -> None:
+    """Let this process print a file's name that holds what the terminal's encoding has not."""
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def run_program(main: Callable[[], int | None]) -> int:
+    """Run a program's `main` and return its exit code; a mistake of the user's is told on stderr without a traceback.
+
+    A training program's ranks run under `ds_slm.train.rendezvous.run_rank` instead.
+    """
+    print_any_name()
     try:
         return main() or EXIT_OK
-    except UserError as error:
-        message, code = "error: " + "\n  ".join(error.told), EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        message, code = INTERRUPTED, EXIT_INTERRUPTED
-    except OSError as error:
-        if error.filename is None and error.errno not in FULL:
+    except (Exception, KeyboardInterrupt) as error:
+        described = describe(error)
+        if described is None:
             raise
-        message, code = f"error: {error.filename or 'a disk'}: {error.strerror}.", EXIT_USER_ERROR
-    except Stopped as stopped:
-        message, code = f"stopped by a signal: {stopped}", EXIT_STOPPED
-    except TrainingError as error:
-        message, code = f"stopped: {error}", EXIT_FAILURE
-    if tell:
-        print(message, file=sys.stderr, flush=True)
+        message, code = described
+    print(message, file=sys.stderr, flush=True)
     return code

@@ -23,9 +23,11 @@ sys.path[:] = [str(PACKAGE.parent), *(entry for entry in sys.path if Path(entry 
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-from ds_slm.errors import ConfigError, DataError, RecipeError, run_program  # noqa: E402 - after the path is right
+from ds_slm.errors import ConfigError, DataError, RecipeError  # noqa: E402 - after the path is right
+from ds_slm.train import rendezvous  # noqa: E402
+from ds_slm.train import world as worlds  # noqa: E402
 
-first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
+first_on_host = worlds.first_on_host()
 
 
 def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> None:
@@ -62,6 +64,9 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         help="seconds from a stopping signal to the end (default 25)",
     )
     parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="train together on hosts whose code or libraries differ"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
@@ -116,6 +121,7 @@ def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
         max_steps=args.max_steps,
         micro_batch=args.micro_batch,
         allow_change=args.allow_change,
+        allow_mixed=args.allow_mixed,
         profile=args.profile,
         skip_rows=tuple(args.skip_rows),
         grace_s=args.grace,
@@ -203,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, tell=first_on_host))
+    sys.exit(rendezvous.run_rank(main))

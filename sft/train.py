@@ -16,8 +16,9 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-from ds_slm.errors import ConfigError, run_program  # noqa: E402 - after the path is right
+from ds_slm.errors import ConfigError  # noqa: E402 - after the path is right
 from ds_slm.pretrain import FlagParser, add_training_flags, first_on_host, options, parse_sources, report, run_dir  # noqa: E402
+from ds_slm.train import rendezvous  # noqa: E402
 
 
 def parser(prog: str = "train.py") -> FlagParser:
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, tell=first_on_host))
+    sys.exit(rendezvous.run_rank(main))

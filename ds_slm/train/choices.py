@@ -1,5 +1,6 @@
 """What a launch decided: devices, kernels, batch. Printed at its start and kept in env.json."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from ds_slm.model import kernels
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train import engine as engines
-from ds_slm.train import measure
+from ds_slm.train import measure, network
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
 
@@ -34,6 +35,7 @@ def effective_choices(recipe: Recipe, options: "Options", joined: Joined, contro
         "optimizer": recipe.optimizer.name,
         "world_size": control.world_size,
         "hosts": control.hosts,
+        "interfaces": dict(zip(control.hosts, control.gather(os.environ.get(network.GLOO)), strict=True)),
         "threads_per_rank": torch.get_num_threads(),
         "resident_gb_before_model": measure.resident_memory_bytes() / 1e9,
         "rows_per_step": recipe.rows_per_step,

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,18 +19,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_slm.data.rows import Rows
-from ds_slm.errors import DataError, DeviceError
+from ds_slm.errors import RAISED_ON_ALL_RANKS, AgreedDataError, DeviceError
 from ds_slm.model import kernels
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import masters, zero_state
+from ds_slm.train import masters, rendezvous, zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
 from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.optim import build_optimizer, set_learning_rate
+from ds_slm.train.store import first_line, taken
 
-PREPARING_TIMEOUT = timedelta(hours=24)
-"""Hosts that are ready wait so long for one that still prepares its data."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -54,24 +52,6 @@ class Sums:
     def mean_z2(self) -> float:
         """Mean of logsumexp squared over the tokens that count."""
         return self.z2 / self.count
-
-
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank); a bare `python pretrain.py` gets the defaults of one device."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    if "RANK" not in os.environ:
-        defaults["MASTER_PORT"] = str(_free_port())
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def device_type() -> str:
@@ -112,18 +92,31 @@ def refuse_missing_precision(precision: str) -> None:
 
 
 def connect() -> Control:
-    """Join the process group of all ranks. The backend is DeepSpeed's choice for the device: gloo or nccl."""
+    """Join the process group of all ranks, which have met. The backend is DeepSpeed's choice: gloo or nccl.
+
+    Raises:
+        DeviceError: a device that is not there, or a host that the others cannot reach.
+    """
     import deepspeed
 
     # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine;
     # a process killed meanwhile leaves a lock that hangs the next). Training never calls it.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    device = torch.device(device_type())
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store = _wait_for_all_ranks()
-    deepspeed.init_distributed(verbose=False)
-    del store  # on rank 0 it has served both
+    if device_type() == "cuda":
+        local_rank = rendezvous.current().world.local_rank
+        if local_rank >= torch.cuda.device_count():
+            raise DeviceError(
+                f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} CUDA devices: give it fewer "
+                "slots in the hostfile, or widen CUDA_VISIBLE_DEVICES."
+            )
+        torch.cuda.set_device(local_rank)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistNetworkError as error:
+        world = rendezvous.current().world
+        if world.size == 1:
+            raise DeviceError(taken(world)) from error
+        raise DeviceError(f"the ranks cannot connect to each other: {first_line(error)}.") from error
     return Control()
 
 
@@ -148,31 +141,23 @@ def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
     return torch.get_num_threads()
 
 
-def _wait_for_all_ranks() -> dist.Store:
-    """Meet the ranks of all hosts, those that still prepare their data too: for hours, not the usual ten minutes."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+@contextmanager
+def connected() -> Iterator[Control]:
+    """The process group, left where all ranks leave alike. After any other error it stays: the process ends with it."""
+    control = connect()
     try:
-        store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=PREPARING_TIMEOUT))
-        store.set(f"ds_slm/ready/{rank}", "")
-        store.wait([f"ds_slm/ready/{other}" for other in range(world_size)], PREPARING_TIMEOUT)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
-        if "EADDRINUSE" in reason:
-            raise DeviceError(
-                f"{place} is in use, perhaps by another launch on this machine: give deepspeed another port, "
-                "--master_port 29501 (before the script)."
-            ) from error
-        raise DeviceError(
-            f"the {world_size} ranks did not meet at {place} ({reason}): look into the other hosts' output, and "
-            "whether they reach that address."
-        ) from error
-    return store
+        yield control
+    except RAISED_ON_ALL_RANKS:
+        disconnect(control)
+        raise
+    disconnect(control)
 
 
-def disconnect() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def disconnect(control: Control) -> None:
+    """Leave the process group. Collective: only where all ranks leave alike, for another may be inside a collective."""
+    rendezvous.current().close()
+    control.barrier()
+    dist.destroy_process_group()
 
 
 class Engine:
@@ -200,7 +185,9 @@ class Engine:
     def agree(self, problems: Sequence[str]) -> None:
         """Raise every rank's problems on all ranks: one that left alone would keep the others waiting. Collective."""
         if self._sum_over_ranks([len(problems)])[0]:
-            raise DataError(list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those)))
+            raise AgreedDataError(
+                list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those))
+            )
 
     def forward_backward(self, micro_batches: Sequence[Rows]) -> Sums:
         """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches.

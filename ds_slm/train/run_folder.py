@@ -5,13 +5,10 @@ versions, the hosts and every effective choice.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,7 @@ from ds_slm.errors import CheckpointError, DataError, RecipeError
 from ds_slm.files import fsync, new_folder, obstacle, read_json, replace_bytes, replace_text, write_json
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import RECIPE_FILE, Recipe
-
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
+from ds_slm.train import software
 
 STOPPED = "stopped.json"
 """Left by a run that a signal ended, with its step and generation; the next launch removes it."""
@@ -139,7 +135,7 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
 
     notes += mend_tokenizer(run, tokenizer)
     write_json(run / "ds_config.json", deepspeed)
-    write_json(run / "env.json", {**facts, **_software()})
+    write_json(run / "env.json", {**facts, **software.describe()})
     return notes
 
 
@@ -207,14 +203,3 @@ def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
     if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own
         before += b"\n"
     replace_bytes(path, before + json.dumps({"generation": generation, **what}).encode() + b"\n")
-
-
-def _software() -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"commit": commit, "python": platform.python_version(), "versions": versions}

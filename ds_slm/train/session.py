@@ -6,8 +6,6 @@ Whatever can be wrong on one host only (its data, its run folder) is gathered fr
 left alone would keep the others waiting.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,12 +14,25 @@ from typing import Any, Literal, Protocol, TextIO, TypeVar
 
 from torch import Tensor, nn
 
-from ds_slm.errors import CheckpointError, DataError, Stopped, Superseded, UserError
+from ds_slm.errors import RAISED_ON_ALL_RANKS, CheckpointError, Superseded, UserError
 from ds_slm.files import refuse_unwritable
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import effects, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import checkpointing, ds_config, flags, launches, loop, measure, micro_batch, run_folder, skipping
+from ds_slm.train import (
+    agreement,
+    checkpointing,
+    ds_config,
+    flags,
+    launches,
+    loop,
+    measure,
+    micro_batch,
+    network,
+    rendezvous,
+    run_folder,
+    skipping,
+)
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.choices import effective_choices
@@ -72,6 +83,8 @@ class Options:
     micro_batch: int | Literal["auto"] | None = None
     """Rows of a forward; None takes the ds_config's hint or a default, "auto" measures."""
     allow_change: bool = False
+    allow_mixed: bool = False
+    """Train together on hosts whose code or libraries differ."""
     profile: range | None = None
     """Steps whose time is told apart."""
     skip_rows: tuple[range, ...] = ()
@@ -105,8 +118,13 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     Raises:
         UserError: on all ranks alike, with every host's problems, before anything is written but prepared data.
     """
-    _, world_size, _ = engines.world_from_environment()
+    meeting = rendezvous.current()
+    meeting.open()
+    world_size = meeting.world.size
+
+    # Everything that can be wrong on this host alone, before anybody waits inside a collective.
     problems: list[str] = []
+    _attempt(problems, network.refuse_unknown_interfaces)
     wanted = None if options.micro_batch == "auto" else options.micro_batch
     joined = _attempt(problems, lambda: _join(recipe, options, world_size, wanted))
     _attempt(problems, lambda: flags.refuse(recipe, options))
@@ -114,12 +132,11 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     _attempt(problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
     corpus = None if problems else _attempt(problems, task.prepare)
     rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
-    control = engines.connect()
-    try:
-        _agree(control, problems)
-        assert joined is not None
-        assert corpus is not None
-        assert rows is not None
+    if problems or joined is None or corpus is None or rows is None:
+        raise UserError(problems)  # which ends the other ranks, too
+
+    differing = agreement.meet(meeting, options.allow_mixed)
+    with engines.connected() as control:
         engines.share_cores(control, joined.deepspeed["zero_optimization"])
         identity = {
             "recipe_sha256": recipe.identity_sha256(),
@@ -133,7 +150,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         if joined.compiled:  # on all ranks, or on none
             compilers = control.gather(kernels.compiler(engines.device_type()))
             joined = replace(joined, compiled=None not in compilers)
-        _agree_on_inputs(control, identity, recipe, joined, task)
+        agreement.agree_on_inputs(control, identity, recipe, joined, task.identity())
         done = max(control.gather(run_folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
         if done.get("step", -1) >= recipe.train.steps:
             checkpointing.refuse_other_beginning(options.run_dir, done, identity)
@@ -153,13 +170,11 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
                 print(line, file=terminal, flush=True)
             try:
                 _train(
-                    recipe, options, task, joined, control, interrupt, corpus, rows, identity, found, terminal,
-                    launch, writers,
+                    recipe, options, task, joined, control, interrupt, corpus, rows, identity, found, differing,
+                    terminal, launch, writers,
                 )  # fmt: skip
             except Superseded as replaced:
                 raise Superseded(str(launches.holder(options.run_dir))) from replaced
-    finally:
-        engines.disconnect()
 
 
 def _train(
@@ -173,6 +188,7 @@ def _train(
     rows: loop.RowSource,
     identity: dict[str, Any],
     found: checkpointing.Found | None,
+    differing: dict[str, list[str]],
     terminal: TextIO,
     launch: Launch,
     writers: list[int],
@@ -181,7 +197,7 @@ def _train(
     recorded = skipping.recorded(control, options.run_dir, content)
     steps_left = recipe.train.steps - content.get("step", 0)
     skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
-    facts = {**launch.facts(), **effective_choices(recipe, options, joined, control), **identity}
+    facts = {**launch.facts(), **effective_choices(recipe, options, joined, control), **differing, **identity}
     facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges}
     facts["replaced_sources"] = corpus.replaced_sources
     facts["warnings"] = [
@@ -199,7 +215,7 @@ def _train(
             newer = str(launches.holder(options.run_dir))
         except (UserError, OSError) as error:
             problems += _problems_of(error, f"--run-dir {options.run_dir}")
-    _agree(control, problems)
+    agreement.agree(control, problems)
     if any(control.gather(newer)):
         raise Superseded
     mixed = _mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
@@ -254,15 +270,20 @@ def _train(
         saver.sign_off(run.state.step)
         return True
 
+    def leave() -> None:
+        """All ranks do; one that fails alone waits for nobody."""
+        control.barrier()  # whoever leaves first has the others ended
+        saver.finish()  # before the process group is gone
+
     interrupt.sign_off = sign_off
     try:
         loop.train(run)
-        control.barrier()
-    except Stopped:
-        control.barrier()  # whoever leaves first has the others ended
+    except RAISED_ON_ALL_RANKS:
+        leave()
         raise
+    else:
+        leave()
     finally:
-        saver.finish()  # before the process group is gone
         report.close()
 
 
@@ -282,7 +303,7 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     problems: list[str] = []
     if control.leads_host:
         _attempt(problems, lambda: refuse_unwritable(run))
-    _agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
+    agreement.agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.Joined:
@@ -317,42 +338,6 @@ def _problems_of(error: UserError | OSError, place: str) -> list[str]:
     return [f"{error.filename or place}: {error.strerror or error}."]
 
 
-def _agree(control: Control, problems: list[str]) -> None:
-    """Raise every host's problems on every rank; a problem of all hosts is told once, without their names."""
-    by_host: dict[str, dict[str, None]] = {}
-    for host, those in zip(control.hosts, control.gather(problems), strict=True):
-        by_host.setdefault(host, {}).update(dict.fromkeys(those))
-    everywhere = [problem for problem in problems if all(problem in those for those in by_host.values())]
-    elsewhere = [f"{host}: {one}" for host, those in by_host.items() for one in those if one not in everywhere]
-    if any(by_host.values()):
-        raise UserError([*everywhere, *elsewhere])
-
-
-def _agree_on_inputs(
-    control: Control, identity: dict[str, str], recipe: Recipe, joined: ds_config.Joined, task: Task
-) -> None:
-    """Refuse hosts that would train something else: another recipe, other data, another configuration."""
-    inputs = {
-        "recipe": _hash(recipe.model_dump(mode="json")),
-        "data": identity["data_sha256"],
-        "ds_config or batch": _hash([joined.deepspeed, joined.compiled, joined.deterministic]),
-        **{name.removesuffix("_sha256"): sha256 for name, sha256 in task.identity().items()},
-    }
-    problems = []
-    everyone = control.gather(inputs)
-    for what in inputs:
-        by_host = {host: theirs[what][:16] for host, theirs in zip(control.hosts, everyone, strict=True)}
-        if len({theirs[what] for theirs in everyone}) > 1:
-            seen = ", ".join(f"{host}: {found}" for host, found in by_host.items())
-            problems.append(f"the hosts differ in their {what} ({seen}): copy the right one over the others.")
-    if problems:
-        raise DataError(problems)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
     """A warning where hosts, of different kinds of CPU perhaps, multiply in different ways."""
     if len(set(products)) == 1:
@@ -366,14 +351,16 @@ def _mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
 
 def _announce(facts: dict[str, Any], options: Options, warnings: list[str], terminal: Any) -> None:
     hosts, filler = ", ".join(dict.fromkeys(facts["hosts"])), facts["filler_rows_per_step"]
+    taken = [f"{name or 'its own choice'} on {host}" for host, name in facts["interfaces"].items()]
+    over = f" over {', '.join(taken)}" if len(taken) > 1 else ""
     lines = [
         f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {hosts}",
-        f"{facts['backend']}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; "
+        f"{facts['backend']}{over}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; "
         f"{facts['rows_per_step']} rows a step = {facts['world_size']} ranks x {facts['accumulation_steps']} forwards "
         f"x {facts['micro_batch_rows']} rows" + (f" - {filler} filler" if filler else ""),
         "; ".join(f"{what}: {kernel}" for what, kernel in facts["kernels"].items()),
         f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
         f"generation {facts['generation']}",
-        *(f"warning: {warning}" for warning in warnings),
+        *(f"warning: {warning}" for warning in (*facts["mixed_hosts"], *warnings)),
     ]
     print("\n".join(lines), file=terminal, flush=True)

@@ -25,14 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from ds_slm import errors  # noqa: E402
 from ds_slm.data.prepare import prepare  # noqa: E402
 from ds_slm.data.rows import PretrainRows  # noqa: E402
 from ds_slm.files import write_json  # noqa: E402
 from ds_slm.publish.generate import sampler  # noqa: E402
 from ds_slm.publish.models import open_model  # noqa: E402
 from ds_slm.recipe import schema, zero_keys  # noqa: E402
-from ds_slm.train import ds_config, engine, loop, saving, session  # noqa: E402
+from ds_slm.train import ds_config, engine, loop, rendezvous, saving, session  # noqa: E402
 
 
 def task(recipe: schema.Recipe, name: str, data_root: Path) -> session.Task:
@@ -245,12 +244,12 @@ def main() -> None:
         return connected[0]
 
     engine_connect, engine.connect = engine.connect, connect_once
-    engine_disconnect, engine.disconnect = engine.disconnect, lambda: None
+    engine_disconnect, engine.disconnect = engine.disconnect, lambda control: None
     for case in args.cases:
         name, _, settings = case.partition(":")
         run_case(args.recipe, args.out, name, [setting for setting in settings.split(",") if setting])
-    engine_disconnect()
+    engine_disconnect(connected[0])
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run_program(main))
+    sys.exit(rendezvous.run_rank(main))

@@ -1,0 +1,87 @@
+"""What the hosts of a launch must have in common before they train together; differences are raised on all ranks.
+
+    meet               wait for all ranks; the same code and libraries; the interface that leads to the others
+    agree              each host's own problems, raised on all
+    agree_on_inputs    the same recipe, data and configuration
+
+A rank that left alone would keep the others waiting.
+"""
+
+import hashlib
+import json
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ds_slm.errors import ConfigError, DataError, UserError
+from ds_slm.recipe.schema import Recipe
+from ds_slm.train import ds_config, measure, network, rendezvous, software
+from ds_slm.train import engine as engines
+from ds_slm.train.control import Control
+
+
+def meet(meeting: rendezvous.Rendezvous, allow_mixed: bool) -> dict[str, list[str]]:
+    """Wait for all ranks; compare what their hosts compute with, and choose the interface that leads to them.
+
+    Returns:
+        What is said of hosts that differ and train together nevertheless.
+
+    Raises:
+        ConfigError: on all ranks, where code or libraries differ and that is not allowed.
+    """
+    world, device = meeting.world, torch.device(engines.device_type())
+    everyone = meeting.arrive(
+        {
+            "host": socket.gethostname(),
+            "software": software.describe(),
+            "device": measure.device_name(device),
+            "address": network.own_address(world.address, world.port),
+        }
+    )
+    hosts, found = [one["host"] for one in everyone], [one["software"] for one in everyone]
+    differences = software.differences(hosts, found)
+    if differences and not allow_mixed:
+        way_out = "Bring all hosts to the same code and versions; --allow-mixed trains nevertheless, and records it."
+        raise ConfigError([*differences, way_out])
+    if world.size > 1:
+        network.choose([one["address"] for one in everyone], world.rank, device.type == "cuda")
+    notes = software.notes(hosts, found, [one["device"] for one in everyone])
+    return {"mixed_hosts": [*differences, *notes]}
+
+
+def agree(control: Control, problems: list[str]) -> None:
+    """Raise every host's problems on every rank; a problem of all hosts is told once, without their names."""
+    by_host: dict[str, dict[str, None]] = {}
+    for host, those in zip(control.hosts, control.gather(problems), strict=True):
+        by_host.setdefault(host, {}).update(dict.fromkeys(those))
+    everywhere = [problem for problem in problems if all(problem in those for those in by_host.values())]
+    elsewhere = [f"{host}: {one}" for host, those in by_host.items() for one in those if one not in everywhere]
+    if any(by_host.values()):
+        raise UserError([*everywhere, *elsewhere])
+
+
+def agree_on_inputs(
+    control: Control, identity: dict[str, str], recipe: Recipe, joined: ds_config.Joined, beginning: Mapping[str, str]
+) -> None:
+    """Refuse hosts that would train something else: another recipe, other data, another configuration."""
+    inputs = {
+        "recipe": _hash(recipe.model_dump(mode="json")),
+        "data": identity["data_sha256"],
+        "ds_config or batch": _hash([joined.deepspeed, joined.compiled, joined.deterministic]),
+        **{name.removesuffix("_sha256"): sha256 for name, sha256 in beginning.items()},
+    }
+    problems = []
+    everyone = control.gather(inputs)
+    for what in inputs:
+        by_host = {host: theirs[what][:16] for host, theirs in zip(control.hosts, everyone, strict=True)}
+        if len({theirs[what] for theirs in everyone}) > 1:
+            seen = ", ".join(f"{host}: {found}" for host, found in by_host.items())
+            problems.append(f"the hosts differ in their {what} ({seen}): copy the right one over the others.")
+    if problems:
+        raise DataError(problems)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

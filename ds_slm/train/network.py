@@ -1,0 +1,91 @@
+"""Over which network interface ranks talk: the one whose route leads to rank 0's host, unless the user names another.
+
+gloo's own choice is the address of the host's name, which on many Debian hosts is 127.0.1.1: the ranks of several hosts
+then never connect. NCCL takes the first interface it finds. Imports neither torch nor deepspeed.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import MutableMapping, Sequence
+
+import psutil
+
+from ds_slm.errors import DeviceError
+
+GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+
+
+def address_towards(host: str, port: int) -> str:
+    """This host's own address on the route to another. Sends nothing. Raises OSError where there is no route."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0]).partition("%")[0]
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has an address; None where none does."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address means its own host."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def refuse_unknown_interfaces(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Raise DeviceError where the user names an interface that this host does not have."""
+    there = list(psutil.net_if_addrs())
+    problems = []
+    for name in environ.get(GLOO, "").split(","):
+        if name and name not in there:
+            problems.append(f"{GLOO}={environ[GLOO]}: this host has no interface {name!r}")
+    nccl = environ.get(NCCL, "")
+    names = [name for name in nccl.removeprefix("=").split(",") if name]
+    if names and not nccl.startswith("^"):
+        exact = nccl.startswith("=")
+        found = [name for name in names if any(one == name if exact else one.startswith(name) for one in there)]
+        if not found:
+            problems.append(f"{NCCL}={nccl}: this host has no such interface")
+    if problems:
+        way_out = "leave the variable out, and the interface that leads to rank 0's host is taken"
+        raise DeviceError([f"{problem}; there are {', '.join(there)}. Name one, or {way_out}." for problem in problems])
+
+
+def own_address(master: str, port: int) -> str | None:
+    """What a rank tells the others of itself: its address on the route to rank 0's host, where there is one."""
+    try:
+        return address_towards(master, port)
+    except OSError:
+        return None
+
+
+def choose(
+    addresses: Sequence[str | None], rank: int, is_cuda: bool, environ: MutableMapping[str, str] = os.environ
+) -> str | None:
+    """Set the variables of gloo and NCCL that are not set, so that both take the interface to the other hosts.
+
+    Args:
+        addresses: `own_address` of every rank.
+        rank: this one.
+        is_cuda: whether NCCL is used.
+        environ: where the variables go.
+
+    Returns:
+        gloo's interface, chosen here or by the user; None where no route says which.
+    """
+    mine = addresses[rank]
+    others = [one for one in addresses if one is not None and not is_loopback(one)]
+    if mine is not None and is_loopback(mine) and others:
+        # Rank 0's name means loopback on its own host: the way to any other host is the right one.
+        mine = own_address(others[0], 1)
+    found = interface_of(mine) if mine is not None else None
+    if found is not None:
+        environ.setdefault(GLOO, found)
+        if is_cuda and others:
+            environ.setdefault(NCCL, f"={found}")
+    return environ.get(GLOO)

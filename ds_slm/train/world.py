@@ -1,0 +1,136 @@
+"""Which rank this process is, from its environment: checked once, before anything waits for the others.
+
+Launchers that start several processes set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A process without
+RANK was started by hand and trains alone on one device: what else an environment holds (a scheduler's or MPI's
+variables, those of an earlier launch) is set aside. Imports neither torch nor deepspeed.
+"""
+
+import os
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from ds_slm.errors import DeviceError
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LEFTOVERS = (
+    *("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
+    *("GROUP_RANK", "ROLE_RANK", "CROSS_RANK", "CROSS_SIZE"),
+)
+"""What a launch leaves in an environment; torch and DeepSpeed would read them."""
+LEFTOVER_PREFIXES = ("OMPI_COMM_WORLD_", "PMI_", "PMIX_", "TORCHELASTIC_")
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
+"""Variables that say how many processes somebody had in mind."""
+WAY_OUT = "launch with `deepspeed`, which sets them all, or unset RANK to train on one device."
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a launch."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+    local_size: int | None = None
+    """Ranks on this host, where the launcher says it."""
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether a launcher on this host ends the other ranks when one has failed."""
+        return self.size == (self.local_size or 1)
+
+    @property
+    def master(self) -> str:
+        """Where rank 0 listens."""
+        return f"{self.address}:{self.port}"
+
+
+def first_on_host() -> bool:
+    """Whether this process speaks for its host, before anything is checked."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def read(environ: MutableMapping[str, str] = os.environ) -> World:
+    """The world of this process.
+
+    Args:
+        environ: without RANK it is given what torch and DeepSpeed expect of one device, and rid of what they would
+            misunderstand.
+
+    Raises:
+        DeviceError: with every variable that is missing or makes no sense.
+    """
+    if "RANK" not in environ:
+        return _alone(environ)
+    problems: list[str] = []
+    rank = _number(environ, "RANK", 0, problems)
+    size = _number(environ, "WORLD_SIZE", 1, problems)
+    alone = environ.get("WORLD_SIZE") == "1"
+    local_rank = _number(environ, "LOCAL_RANK", 0, problems, "0" if alone else None)
+    port = _number(environ, "MASTER_PORT", 1, problems, str(_free_port()) if alone else None)
+    if not problems:
+        if rank >= size:
+            problems.append(f"RANK={rank}, expected less than WORLD_SIZE={size}")
+        if local_rank > rank:
+            problems.append(f"LOCAL_RANK={local_rank}, expected at most RANK={rank}")
+        if port > 65535:
+            problems.append(f"MASTER_PORT={port}, expected a port of at most 65535")
+    if environ.get("LOCAL_SIZE") and _local_size(environ) is None:
+        problems.append(f"LOCAL_SIZE={environ['LOCAL_SIZE']!r}, expected a whole number")
+    if not environ.get("MASTER_ADDR") and not alone:
+        problems.append("MASTER_ADDR is not set, expected the address of rank 0's host")
+    if problems:
+        raise DeviceError([*(f"{problem}." for problem in problems), f"The environment is no launch's: {WAY_OUT}"])
+    world = World(rank, size, local_rank, environ.get("MASTER_ADDR") or "127.0.0.1", port, _local_size(environ))
+    return _export(world, environ)
+
+
+def ignored(environ: MutableMapping[str, str] = os.environ) -> str | None:
+    """What to say of an environment that means several processes, where RANK is missing; to be asked before `read`."""
+    named = [f"{name}={environ[name]}" for name in SIZES if environ.get(name, "1") not in ("", "1")]
+    if "RANK" in environ or not named:
+        return None
+    return (
+        f"note: {', '.join(named)}: ignored, for without RANK a process trains alone on one device; launch several "
+        "with `deepspeed`."
+    )
+
+
+def _alone(environ: MutableMapping[str, str]) -> World:
+    for name in list(environ):
+        if name in LEFTOVERS or name.startswith(LEFTOVER_PREFIXES):
+            del environ[name]
+    return _export(World(port=_free_port(), local_size=1), environ)
+
+
+def _export(world: World, environ: MutableMapping[str, str]) -> World:
+    """Complete the variables, so that no library looks for others."""
+    values = world.rank, world.size, world.local_rank, world.address, world.port
+    environ.update({name: str(value) for name, value in zip(LAUNCH_VARIABLES, values, strict=True)})
+    return world
+
+
+def _number(
+    environ: MutableMapping[str, str], name: str, least: int, problems: list[str], default: str | None = None
+) -> int:
+    text = environ.get(name) or default
+    if text is None:
+        problems.append(f"{name} is not set, expected a whole number, as RANK is set")
+    elif not (text.isascii() and text.isdecimal() and int(text) >= least):
+        problems.append(f"{name}={text!r}, expected a whole number of at least {least}")
+    else:
+        return int(text)
+    return least
+
+
+def _local_size(environ: MutableMapping[str, str]) -> int | None:
+    text = environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or ""
+    return int(text) if text.isascii() and text.isdecimal() else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

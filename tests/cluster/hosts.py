@@ -311,7 +311,7 @@ class TwoHosts:
         names = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
         environment = " ".join(f"{name}={value}" for name, value in self._environment(node).items())
         files = {
-            "hosts": f"127.0.0.1 localhost\n{names}",
+            "hosts": f"127.0.0.1 localhost\n127.0.1.1 {node}\n{names}",  # as Debian writes it
             "ssh_config": _SSH_CONFIG.format(key=key),
             "sshd_config": _SSHD_CONFIG.format(key=key, folder=folder, environment=environment),
             # No password, but not locked either: sshd without PAM lets nobody into a locked account, key or not.
@@ -321,13 +321,12 @@ class TwoHosts:
             (folder / "etc" / name).write_text(text)
 
     def _environment(self, node: str) -> dict[str, str]:
-        """What a login on the host finds: its own home, one thread, the interface gloo is to use."""
+        """What a login on the host finds: its own home, one thread."""
         return {
             "PATH": _search_path(),
             "HOME": str(self._folder(node) / "home"),
             "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": _INTERFACE,
         }
 
     def _folder(self, node: str) -> Path:

@@ -125,6 +125,13 @@ def test_each_host_has_its_own_copy_of_checkpoint_and_data(hosts: TwoHosts, acro
         assert (hosts.data("node1") / path).read_bytes() == (hosts.data("node2") / path).read_bytes()
 
 
+def test_the_interface_that_leads_to_the_other_host_is_taken(hosts: TwoHosts, across: list[dict]) -> None:
+    """Each host's own name means 127.0.1.1 to it, and no GLOO_SOCKET_IFNAME is set. Oracle: the hosts' one cable."""
+    assert across
+    for node in hosts.nodes:
+        assert read_json(hosts.runs(node) / "demo" / "env.json")["interfaces"] == dict.fromkeys(hosts.nodes, "eth0")
+
+
 def test_a_single_remote_host_is_refused(hosts: TwoHosts, tmp_path: Path) -> None:
     """DeepSpeed would train on node1, where the command is typed, though the hostfile names node2 alone."""
     hostfile = tmp_path / "remaining"

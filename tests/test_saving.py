@@ -401,3 +401,14 @@ def test_a_disk_that_cannot_read_env_is_nobody_elses(tmp_path: Path) -> None:
         assert not launches.is_replaced(host.folder, LAUNCH)
 
     ranks.run(HOSTS, rank)
+
+
+def test_a_run_ends_well_with_several_ranks_on_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: done.json names the one host, whose second rank writes nothing and knows no hash."""
+    monkeypatch.setattr(checkpoint_format, "manifest_sha256", lambda folder: "a" * 64)
+    control = SimpleNamespace(hosts=["node1", "node1"], gather=lambda own: [own, None])
+    stand_in: Any = SimpleNamespace(
+        _control=control, _run=tmp_path, _writers=[0], writes=True, superseded=False, _named=lambda problem: []
+    )
+    Saver.write_done(stand_in, 3, {"step": 3})
+    assert json.loads((tmp_path / "done.json").read_text())["held_by"] == ["node1"]

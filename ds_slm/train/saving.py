@@ -304,8 +304,8 @@ class Saver:
         checkpoint, own = checkpoint_format.folder_of_step(self._run, step), None
         with contextlib.suppress(OSError):
             own = checkpoint_format.manifest_sha256(checkpoint) if self.writes else None
-        by_host = dict(zip(self._control.hosts, self._control.gather(own), strict=True))
-        held = {host: sha256 for host, sha256 in by_host.items() if sha256}
+        everyone = zip(self._control.hosts, self._control.gather(own), strict=True)
+        held = {host: sha256 for host, sha256 in everyone if sha256}  # of a host's ranks one writes
         if not held:
             raise TrainingError(f"{checkpoint} is not there any more on any host that keeps checkpoints.")
 

@@ -53,7 +53,9 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     """Train one case into out/NAME."""
     pairs = [setting.split("=", 1) for setting in settings]
     single = {key: value for key, value in pairs if key not in ("set", "ds")}
-    recipe = schema.load(str(recipe_path), [value for key, value in pairs if key == "set"])
+    # Of several overrides of one field the last counts: a case differs from what it shares with others.
+    overrides = {value.partition("=")[0]: value for key, value in pairs if key == "set"}
+    recipe = schema.load(str(recipe_path), list(overrides.values()))
     originals = engine.Engine._sum_over_ranks, loop.record_step, ds_config._deepspeed, ds_config.COMPILE_FLOPS
     train_on, zero_problems = loop.train_on, zero_keys.problems
     if "unchecked" in single:

@@ -146,19 +146,15 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_env_does_not_turn_the_launches_back(tmp_path: Path, prepared: Prepared, damage: str) -> None:
-    """Oracle: the generation of changes.jsonl, of a checkpoint or of stopped.json, whichever is the greatest."""
+    """Oracle: the generation of changes.jsonl or of stopped.json, whichever is the greatest."""
     run = tmp_path / "run"
     begin(run, prepared)
     assert run_folder.generation(run) == 3
     (run / "env.json").write_bytes(DAMAGE[damage]((run / "env.json").read_bytes()))
     assert run_folder.generation(run) == 3
-    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
-    files.write_json(run / "checkpoints" / "step-00000010" / "state.json", {"generation": 5})
-    assert run_folder.generation(run) == 5
     files.write_json(run / "stopped.json", {"generation": 7})
     assert run_folder.generation(run) == 7
     (run / "stopped.json").write_bytes(b"{")
-    (run / "checkpoints" / "step-00000010" / "state.json").write_bytes(b"\xff")
     assert run_folder.generation(run) == 3
 
 

@@ -90,16 +90,16 @@ def tell_stopped(run: Path, step: int) -> None:
 def generation(run: Path) -> int:
     """Number of launches that wrote into this folder.
 
-    Where env.json does not say it, the greatest number that anything else in the folder knows: it never falls.
+    Where env.json does not say it, the greatest number that changes.jsonl or stopped.json knows. Checkpoints do not
+    know it: those of a run that was interrupted are the same bytes as those of one that was not.
     """
     recorded = (read_json(run / "env.json") or {}).get("generation")
     return recorded if isinstance(recorded, int) else generation_elsewhere(run)
 
 
 def generation_elsewhere(run: Path) -> int:
-    """The last launch that changes.jsonl, stopped.json or a checkpoint knows of; 0 where none does."""
-    states = (read_json(path) for path in run.glob("checkpoints/step-*/state.json"))
-    known = [*read_changes(run), read_json(run / STOPPED), *states]
+    """The last launch that changes.jsonl or stopped.json knows of; 0 where none does."""
+    known = [*read_changes(run), read_json(run / STOPPED)]
     numbers = [found["generation"] for found in known if found and isinstance(found.get("generation"), int)]
     return max(numbers, default=0)
 

@@ -114,8 +114,7 @@ class Saver:
         assert self._thread is None, "one save at a time"
         masters.check(self._engine.deepspeed, self._engine.control)
         self._result = Saved(failed=("the save did not come to its end",))
-        launch = {"generation": self._launch.generation}  # where env.json is lost, the number does not fall
-        content = {**asdict(state), **self._identity, **launch, "loss_scaler": scaler_state(self._engine)}
+        content = {**asdict(state), **self._identity, "loss_scaler": scaler_state(self._engine)}
         own, problem = self._snapshot()
         self._thread = threading.Thread(target=self._save, args=(own, problem, content), name="saving")
         self._thread.start()

@@ -27,6 +27,7 @@ from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.launches import Launch
+from ds_slm.train.row_reader import Share
 from ds_slm.train.saving import Saver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,13 +70,14 @@ def main() -> int:
     with Interrupt(control, grace_s=60) as interrupt:
         engine = engines.Engine(recipe, joined, model, control, interrupt)
         saver = Saver(engine, args.out, Launch(), [0], {}, lambda line: None)
+        totals = engine.agree(Share([rows], []))
         for step in range(1, args.rounds + 2):  # the first makes the optimiser's state
-            passes_s = timed(lambda: engine.forward_backward([rows]))
+            passes_s = timed(lambda: engine.forward_backward([rows], totals))
             optimiser_s.append(timed(lambda: engine.step(1e-4)))
             alone_s.append(passes_s + optimiser_s[-1])
             begin_s = time.perf_counter()
             waits_s.append(timed(lambda step=step: saver.begin(State(step=step))))
-            passes_s = timed(lambda: engine.forward_backward([rows]))
+            passes_s = timed(lambda: engine.forward_backward([rows], totals))
             beside_s.append(passes_s + timed(lambda: engine.step(1e-4)))
             saved = saver.finish()
             if saved is None or not saved.durable:

@@ -150,7 +150,7 @@ def begin(engine: Engine, weights: Iterable[tuple[str, Tensor]] | None) -> None:
         masters.fill(engine.deepspeed, weights)
     except UserError as error:
         problems = error.problems
-    engine.agree(problems)
+    engine.raise_together(problems)
     zero_state.refresh_half_precision(engine.deepspeed)
     masters.check(engine.deepspeed, engine.control)
 

@@ -167,6 +167,8 @@ def _deepspeed(
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        # DeepSpeed's would wait for the device twice a micro-batch, to print what we measure once a step
+        "timers": {"throughput": {"enabled": False}},
     }
     if "offload_optimizer" in ds_file["zero_optimization"]:
         config["zero_force_ds_cpu_optimizer"] = False

@@ -8,8 +8,10 @@ micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps
 """
 
 import importlib
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +28,9 @@ from ds_slm.recipe.schema import Recipe
 from ds_slm.train import masters, rendezvous, zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
-from ds_slm.train.interrupt import Interrupt
+from ds_slm.train.interrupt import Interrupt, Wish, micro_batches_per_vote
 from ds_slm.train.optim import build_optimizer, set_learning_rate
+from ds_slm.train.row_reader import Share
 from ds_slm.train.store import first_line, taken
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,6 +55,16 @@ class Sums:
     def mean_z2(self) -> float:
         """Mean of logsumexp squared over the tokens that count."""
         return self.z2 / self.count
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all ranks' rows of a step, or of an evaluation, add up to: known before the first forward."""
+
+    weight: float
+    count: float
+    """Tokens of a weight above 0."""
+    micro_batches_per_vote: int
 
 
 def device_type() -> str:
@@ -179,40 +192,52 @@ class Engine:
         """What must be equal for a return to be bit-exact."""
         self.device = torch.device(self.deepspeed.device)
         self.dtype = DTYPES[recipe.train.precision]
+        self._micro_batch_s = 0.0
         if self.loss_scaler:
             self.loss_scaler.raise_error_at_min_scale = False  # the loop tells it, with the rows
 
-    def agree(self, problems: Sequence[str]) -> None:
-        """Raise every rank's problems on all ranks: one that left alone would keep the others waiting. Collective."""
-        if self._sum_over_ranks([len(problems)])[0]:
-            raise AgreedDataError(
-                list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those))
-            )
+    def agree(self, share: Share) -> Totals:
+        """What all ranks' rows add up to, before the first forward. Collective.
 
-    def forward_backward(self, micro_batches: Sequence[Rows]) -> Sums:
+        Raises DataError with every rank's problems on all ranks: one that left alone would keep the others waiting.
+        """
+        weight = sum(float(rows.weights.sum()) for rows in share.micro_batches)
+        count = sum(float((rows.weights > 0).sum()) for rows in share.micro_batches)
+        own = torch.tensor([len(share.problems), weight, count, self._micro_batch_s], dtype=torch.float64)
+        problems, weights, counts, durations_s = self._gather(own.to(self.device))
+        if any(problems):
+            self.raise_together(share.problems)
+        return Totals(sum(weights), sum(counts), micro_batches_per_vote(max(durations_s)))
+
+    def raise_together(self, problems: Sequence[str]) -> None:
+        """Raise DataError with every rank's problems, on all ranks, where any has one. Collective."""
+        if everyones := list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those)):
+            raise AgreedDataError(everyones)
+
+    def forward_backward(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
         """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches.
 
         Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
         """
-        local = [sum(float(rows.weights.sum()) for rows in micro_batches)]
-        local.append(sum(float((rows.weights > 0).sum()) for rows in micro_batches))
-        weight, count = self._sum_over_ranks(local)
-        z_scale = self.recipe.train.z_loss * weight / count
-        scale = self.control.world_size * self.joined.accumulation_steps / weight
+        begin_s = time.perf_counter()
+        z_scale = self.recipe.train.z_loss * totals.weight / totals.count
+        scale = self.control.world_size * self.joined.accumulation_steps / totals.weight
         self.deepspeed.train()
         nll, z2 = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
             if index:
                 self.deepspeed.step()  # between micro-batches it only counts
             sums = self.deepspeed(*self._on_device(rows), z_scale)
-            heed = self.interrupt.vote()  # its messages travel behind the backward pass
+            heed = self._vote(index, micro_batches, totals)  # its messages travel behind the backward pass
             self.deepspeed.backward(sums.objective * scale)
             heed()
             nll, z2 = nll + sums.nll, z2 + sums.z2
-        by_rank = self._gather(torch.stack([nll, z2]))
-        totals = by_rank.sum(dim=0).tolist()
-        nonfinite = (~by_rank.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        return Sums(totals[0], weight, totals[1], count, tuple(nonfinite))
+
+        nll_by_rank, z2_by_rank = self._gather_sums(nll, z2)
+        self._micro_batch_s = (time.perf_counter() - begin_s) / len(micro_batches)
+        pairs = zip(nll_by_rank, z2_by_rank, strict=True)
+        nonfinite = tuple(rank for rank, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
+        return Sums(sum(nll_by_rank), totals.weight, sum(z2_by_rank), totals.count, nonfinite)
 
     def step(self, learning_rate: float) -> bool:
         """Clip, and take one optimiser step; False where it was not taken because a gradient was not finite."""
@@ -230,16 +255,21 @@ class Engine:
         """fp16's dynamic loss scaler; None in other precisions."""
         return self.deepspeed.optimizer.loss_scaler if self.recipe.train.precision == "fp16" else None
 
+    def synchronise(self) -> None:
+        """Wait for the device: a clock read earlier says when its work was handed over, not when it was done."""
+        _accelerator().synchronize()
+
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Rows]) -> Sums:
+    def evaluate(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
         """Sums over held-out rows. Every rank passes as many micro-batches. Raises Stopped as `forward_backward`."""
         self.deepspeed.eval()
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for rows in micro_batches:
+        own = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for index, rows in enumerate(micro_batches):
             sums = self.deepspeed(*self._on_device(rows), 0.0)
-            totals += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
-            self.interrupt.vote()()
-        return Sums(*self._gather(totals).sum(dim=0).tolist())
+            own += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
+            self._vote(index, micro_batches, totals)()
+        nll, weight, z2, count = map(sum, self._gather_sums(*own))
+        return Sums(nll, weight, z2, count)
 
     @contextmanager
     def eager(self) -> Iterator[nn.Module]:
@@ -247,16 +277,34 @@ class Engine:
         with torch.compiler.set_stance("force_eager"):
             yield self.deepspeed.module
 
+    def _vote(self, index: int, micro_batches: Sequence[Rows], totals: Totals) -> Callable[[], None]:
+        """Begin to vote after a micro-batch where it is time to; the last one's vote goes along with the sums."""
+        done = index + 1
+        if done % totals.micro_batches_per_vote or done == len(micro_batches):
+            return lambda: None
+        return self.interrupt.vote()
+
     def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        ids = torch.from_numpy(rows.token_ids).to(self.device)
-        documents = None if rows.document_ids is None else torch.from_numpy(rows.document_ids).to(self.device)
-        return ids[:, :-1], ids[:, 1:], torch.from_numpy(rows.weights).to(self.device), documents
+        """A GPU copies page-locked rows while it computes; they stay as they are until the step is done."""
+        ids, weights, documents = (
+            None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
+            for array in (rows.token_ids, rows.weights, rows.document_ids)
+        )
+        assert ids is not None
+        assert weights is not None
+        return ids[:, :-1], ids[:, 1:], weights, documents
 
-    def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        return self._gather(torch.tensor(values, dtype=torch.float64, device=self.device)).sum(dim=0).tolist()
+    def _gather_sums(self, *own: Tensor) -> list[list[float]]:
+        """Each sum's values on all ranks; their wishes go along. Raises Stopped or Superseded where any has one."""
+        wish = torch.tensor([int(self.interrupt.wish)], dtype=torch.float64).to(self.device)
+        *sums, wishes = self._gather(torch.cat([torch.stack(own), wish]))
+        self.interrupt.act_on(Wish(int(max(wishes))))
+        return sums
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """One row per rank: summing it in the order of ranks gives every rank the same bits."""
-        rows = [torch.empty_like(values) for _ in range(self.control.world_size)]
-        dist.all_gather(rows, values)
-        return torch.stack(rows)
+    def _gather(self, own: Tensor) -> list[list[float]]:
+        """Each value on all ranks, in the order of ranks: sums in that order are the same bits on every rank."""
+        gathered = own
+        if self.control.world_size > 1:
+            gathered = own.new_empty(self.control.world_size * len(own))
+            dist.all_gather_into_tensor(gathered, own)
+        return gathered.view(-1, len(own)).T.tolist()

@@ -1,7 +1,8 @@
 """Signals: SIGTERM and SIGINT stop a run, on all ranks after the same micro-batch; SIGUSR1 saves and goes on.
 
     signal --wakeup pipe--> a thread notes the wish, and from the first stop on counts the seconds of grace
-    each micro-batch: every rank's wish --the largest, over gloo, behind the backward pass--> STOP: Stopped is raised
+    each step, with its sums: every rank's wish --the largest--> STOP: Stopped is raised
+    a step that takes longer than VOTE_EVERY_S: meanwhile, too, over gloo, behind a backward pass
     a newer launch writes into the run folder --a wish, too, and the largest--> Superseded is raised
     no more grace --> this process ends: with 75 where the last applied step is saved, else with 1
     a compiler that runs then --> is ended: what it leaves undone runs eagerly, so that the vote comes in time
@@ -10,7 +11,8 @@ The pipe is written in C, so a wish is noted also while Python waits for a compi
 nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a SIGTERM,
 and so does that of the `deepspeed` command above it.
 
-Known gap: a wish that comes during the backward pass counts from the next micro-batch on.
+Known gap: a vote is taken after a number of micro-batches, as many as fit into VOTE_EVERY_S at the pace of the step
+before: one that suddenly takes longer is waited for, and so is each single one, however long.
 """
 
 import contextlib
@@ -38,6 +40,8 @@ LOOK_EVERY_S = 0.1
 """So often a rank that is to stop looks for compilers that keep it from stopping."""
 RUNNER_EVERY_S = 1.0
 """So often a rank looks whether the command that started its launcher is still there."""
+VOTE_EVERY_S = 1.0
+"""So often, or after each micro-batch that takes longer, ranks ask each other within a step."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -133,7 +137,7 @@ class Interrupt:
 
         It raises Stopped or Superseded, on all ranks, where any wants to stop or to give way.
         """
-        wishes = torch.tensor([int(self._wish)])
+        wishes = torch.tensor([int(self.wish)])
         pending: Any = None
         if self._control.world_size > 1:
             pending = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._control.group, async_op=True)
@@ -141,14 +145,23 @@ class Interrupt:
         def answer() -> None:
             if pending is not None:
                 pending.wait()
-            if int(wishes) == Wish.GIVE_WAY:
-                raise Superseded
-            if int(wishes) == Wish.STOP:
-                self._note(Wish.STOP)  # on the ranks that no signal came to, too
-                raise Stopped
-            self.save_wanted |= int(wishes) == Wish.SAVE
+            self.act_on(Wish(int(wishes)))
 
         return answer
+
+    @property
+    def wish(self) -> Wish:
+        """What this rank asks for."""
+        return self._wish
+
+    def act_on(self, wish: Wish) -> None:
+        """Do what all ranks agreed on: the largest wish of theirs. Raises Stopped or Superseded."""
+        if wish == Wish.GIVE_WAY:
+            raise Superseded
+        if wish == Wish.STOP:
+            self._note(Wish.STOP)  # on the ranks that no signal came to, too
+            raise Stopped
+        self.save_wanted |= wish == Wish.SAVE
 
     def give_way(self) -> None:
         """Wish that all ranks leave the run folder to a newer launch."""
@@ -160,6 +173,11 @@ class Interrupt:
         with self._lock:
             if self._wish == Wish.SAVE:
                 self._wish = Wish.NOTHING
+
+
+def micro_batches_per_vote(micro_batch_s: float) -> int:
+    """After how many micro-batches ranks vote, where the slowest rank takes so long for one; 0 s: not known yet."""
+    return max(int(VOTE_EVERY_S / micro_batch_s), 1) if micro_batch_s > 0 else 1
 
 
 def _expect_dead_compilers(number: int, frame: Any) -> None:

@@ -7,17 +7,17 @@ one that reaches it evaluates on all held-out rows and writes done.json.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from torch import nn
 
-from ds_slm.data.order import RowId, extend_ledger
-from ds_slm.data.rows import Rows, Split, share
-from ds_slm.errors import DataError, Stopped, Superseded, TrainingError
+from ds_slm.data.order import extend_ledger
+from ds_slm.data.rows import share
+from ds_slm.errors import Stopped, Superseded, TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
@@ -27,45 +27,8 @@ from ds_slm.train.engine import Engine, Sums
 from ds_slm.train.measure import StepClock, peak_memory_bytes
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report
+from ds_slm.train.row_reader import RowReader, RowSource, StepRows
 from ds_slm.train.saving import Saver
-from ds_slm.train.skipping import draw
-
-
-class RowSource(Protocol):
-    """Where rows come from; the same protocol for pretraining and fine-tuning."""
-
-    def row_ids(self, position: int) -> list[RowId]:
-        """Rows of the step that begins at a global position."""
-        ...
-
-    def next_position(self, position: int) -> int:
-        """Where the next step begins."""
-        ...
-
-    def val_row_ids(self, limit: int | None) -> list[RowId]:
-        """Held-out rows: always the same `limit` ones, or all."""
-        ...
-
-    def read(self, row_ids: Sequence[RowId | None], split: Split = "train") -> Rows:
-        """The rows themselves; None is a filler row of weight 0."""
-        ...
-
-    def warnings(self) -> list[str]:
-        """What a user may not expect of these rows, a line each."""
-        ...
-
-    def summary(self) -> dict[str, Any]:
-        """What all the rows hold, for env.json."""
-        ...
-
-    def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
-        """What a step's rows hold, for its record."""
-        ...
-
-    @property
-    def measures(self) -> Mapping[str, Split]:
-        """Ways of counting the held-out loss: the prefix of a value's name -> what `read` calls it."""
-        ...
 
 
 @dataclass
@@ -97,6 +60,11 @@ class Run:
     best_on_disk: tuple[float | None, int] = (None, -1)
     """Held-out loss and step of the best checkpoint that is durable."""
     spikes: bad_steps.Spikes = field(default_factory=bad_steps.Spikes)
+    reader: RowReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        engine, on_gpu = self.engine, self.engine.device.type == "cuda"
+        self.reader = RowReader(self.rows, engine.control, engine.joined, self.state.skipped_rows, on_gpu)
 
 
 def train(run: Run) -> None:
@@ -111,6 +79,8 @@ def train(run: Run) -> None:
         leave(run)
         run.saver.sign_off(run.state.step)
         raise Stopped(f"step {run.state.step} is saved; the same command goes on from there.") from stopped
+    finally:
+        run.reader.close()
 
 
 def train_on(run: Run) -> None:
@@ -121,7 +91,7 @@ def train_on(run: Run) -> None:
     if 0 < run.state.step < last_step:
         after_step(run)  # what a signal kept from being done
     while run.state.step < run.stop_at_step:
-        with run.profile.step(run.state.step + 1, run.engine, run.rows) if run.profile else nullcontext():
+        with run.profile.step(run.state.step + 1, run.engine, run.reader) if run.profile else nullcontext():
             take_step(run)
         if run.state.step < last_step:
             after_step(run)
@@ -157,39 +127,32 @@ def take_step(run: Run) -> None:
     engine, state, clock = run.engine, run.state, StepClock()
     if run.saver.superseded:
         engine.interrupt.give_way()
-    begin, rows = draw(run.rows, state.position, state.skipped_rows)
-    row_ids = list(rows.values())
-    micro_batches = read_share(run, row_ids, "train", engine.joined.accumulation_steps)
+
+    # Which rows: a pure function of the position. Every rank has read its share of them.
+    rows = run.reader.of_step(state.position, another_follows=state.step + 1 < run.stop_at_step)
+    totals = engine.agree(rows.share)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
+
+    # Forward and backward, until an optimiser step is applied.
     while True:
         scale = scaler.cur_scale if scaler else None
-        sums = engine.forward_backward(micro_batches)
+        sums = engine.forward_backward(rows.share.micro_batches, totals)
         refuse_nonfinite(run, sums, rows)
         if engine.step(rate):
             break
         refuse_lost_step(run, scale, rows)
-    run.state = state.after(run.rows.next_position(begin), int(sums.count), extend_ledger(state.ledger, row_ids))
-    record_step(run, sums, rate, clock.elapsed_s(), run.rows.describe(row_ids))
+
+    ledger = extend_ledger(state.ledger, rows.rows.values())
+    run.state = state.after(rows.next_position, int(sums.count), ledger)
+    engine.synchronise()
+    record_step(run, sums, rate, clock.elapsed_s(), rows.contents)
 
 
-def read_share(run: Run, row_ids: list[RowId], split: Split, count: int = 0) -> list[Rows]:
-    """This rank's micro-batches of some rows, filled up to `count`. A row that cannot be read stops every rank."""
-    control, problems, micro_batches = run.engine.control, [], []
-    shares = share(row_ids, control.rank, control.world_size, run.engine.joined.micro_batch)
-    shares += [[None] * len(shares[0])] * (count - len(shares))  # a short last step
-    try:
-        micro_batches = [run.rows.read(ids, split) for ids in shares]
-    except DataError as error:
-        problems = error.problems
-    run.engine.agree(problems)
-    return micro_batches
-
-
-def refuse_nonfinite(run: Run, sums: Sums, rows: dict[int, RowId]) -> None:
+def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
     """Stop before the optimiser step where a loss is not finite."""
     if not sums.nonfinite_ranks:
         return
-    control, micro_batch, row_ids = run.engine.control, run.engine.joined.micro_batch, list(rows.values())
+    control, micro_batch, row_ids = run.engine.control, run.engine.joined.micro_batch, list(rows.rows.values())
     theirs = {
         rank: [tuple(row) for ids in share(row_ids, rank, control.world_size, micro_batch) for row in ids if row]
         for rank in sums.nonfinite_ranks
@@ -198,7 +161,7 @@ def refuse_nonfinite(run: Run, sums: Sums, rows: dict[int, RowId]) -> None:
     refuse(run, rows, f"the loss is not finite {found}")
 
 
-def refuse_lost_step(run: Run, scale: float | None, rows: dict[int, RowId]) -> None:
+def refuse_lost_step(run: Run, scale: float | None, rows: StepRows) -> None:
     """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
     scaler = run.engine.loss_scaler
     if scaler is None or scale is None or scale <= scaler.min_scale:
@@ -207,17 +170,17 @@ def refuse_lost_step(run: Run, scale: float | None, rows: dict[int, RowId]) -> N
     run.report.say(f"step {run.state.step + 1}: overflow, loss scale now {scaler.cur_scale:g}, same rows again")
 
 
-def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
+def refuse(run: Run, rows: StepRows, why: str) -> NoReturn:
     """Dump the step's rows and the weights they met, and stop. Collective."""
     settle(run)
     step = run.state.step + 1
     folder = bad_steps.folder_of(run.folder, step)
     problems = run.saver.write_weights(folder / bad_steps.WEIGHTS)
     if run.saver.writes and not run.saver.superseded and (folder / bad_steps.WEIGHTS).is_file():
-        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.items()]
+        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.rows.items()]
         what = {"step": step, "why": why, "rows": described}
         try:
-            bad_steps.dump(folder, run.rows.read(list(rows.values())), what)
+            bad_steps.dump(folder, run.reader.whole(list(rows.rows.values())), what)
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
     for problem in problems:
@@ -225,7 +188,7 @@ def refuse(run: Run, rows: dict[int, RowId], why: str) -> NoReturn:
     raise TrainingError(
         f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
         f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
-        f"--skip-rows {min(rows)}:{max(rows) + 1} goes on without these rows."
+        f"--skip-rows {min(rows.rows)}:{max(rows.rows) + 1} goes on without these rows."
     )
 
 
@@ -271,7 +234,8 @@ def held_out(run: Run, limit: int | None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of `limit` held-out rows, or of all."""
     values: dict[str, float] = {"tokens": run.state.tokens}
     for prefix, split in run.rows.measures.items():
-        loss = run.engine.evaluate(read_share(run, run.rows.val_row_ids(limit), split)).loss
+        share = run.reader.held_out(limit, split)
+        loss = run.engine.evaluate(share.micro_batches, run.engine.agree(share)).loss
         values |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
     if run.val_tokens_per_byte:
         values["bits_per_byte"] = values["loss"] / math.log(2) * run.val_tokens_per_byte

@@ -7,6 +7,8 @@ Functions are wrapped while a profiled step runs and put back behind it, so the 
 part counts its own time alone: the loss is taken out of the forward pass that contains it, a collective out of the
 backward pass or the optimiser's step. On a GPU each part waits for the device, which costs what overlaps otherwise.
 
+Data is the time a step waits for its rows, which are read while the step before trains.
+
 Known gaps: the profiler itself takes time, most of all on a CPU; a forward pass repeated by gradient checkpointing
 counts as backward.
 """
@@ -23,6 +25,7 @@ import torch
 
 from ds_slm.model import decoder
 from ds_slm.train.engine import Engine
+from ds_slm.train.row_reader import RowReader
 
 PARTS = ("data", "forward", "loss", "backward", "reduce", "optimiser", "other")
 COLLECTIVES = (
@@ -81,7 +84,7 @@ class Profile:
         self._taken = 0
 
     @contextmanager
-    def step(self, number: int, engine: Engine, rows: Any) -> Iterator[None]:
+    def step(self, number: int, engine: Engine, reader: RowReader) -> Iterator[None]:
         """Run a step within; nothing is done for one that is not wanted."""
         if number not in self.steps:
             yield
@@ -90,7 +93,7 @@ class Profile:
             self._torch = torch.profiler.profile()
             self._torch.start()
             self._watch = Watch(torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None)
-        with _wrapped(self._watch, engine, rows), self._watch.part("other"):
+        with _wrapped(self._watch, engine, reader), self._watch.part("other"):
             yield
         self._taken += 1
         if number == self.steps[-1]:
@@ -118,12 +121,11 @@ def table(seconds: dict[str, float], steps: int) -> Iterator[str]:
 
 
 @contextmanager
-def _wrapped(watch: Watch, engine: Engine, rows: Any) -> Iterator[None]:
+def _wrapped(watch: Watch, engine: Engine, reader: RowReader) -> Iterator[None]:
     import deepspeed
 
     wrapped = [
-        (rows, "read", "data"),
-        (rows, "row_ids", "data"),
+        (reader, "of_step", "data"),
         (engine.deepspeed, "forward", "forward"),
         (decoder, "chunked_loss", "loss"),
         (engine.deepspeed, "backward", "backward"),

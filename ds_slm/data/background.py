@@ -10,20 +10,40 @@ end of the process, as those of `concurrent.futures` do.
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
 
+_idle: SimpleQueue[SimpleQueue] = SimpleQueue()
+"""Threads that wait for a call, by the queue each reads. A new thread for each call would take memory of its own."""
+
+
 def in_background(call: Callable[[], Result]) -> Future[Result]:
     """Start a call in a thread of its own, which dies with the process; returns its future result or exception."""
     future: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
+    try:
+        calls = _idle.get_nowait()
+    except Empty:
+        calls = SimpleQueue()
+        threading.Thread(target=_work, args=(calls,), daemon=True).start()
+    calls.put((call, future))
     return future
+
+
+def _work(calls: SimpleQueue) -> None:
+    while True:
+        call, future = calls.get()
+        try:
+            result, error = call(), None
+        except BaseException as raised:
+            result, error = None, raised
+
+        # Idle before the caller knows, so that its next call finds this thread.
+        _idle.put(calls)
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+        del call, future, result, error  # nothing is held while the thread waits

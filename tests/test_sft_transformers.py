@@ -151,6 +151,12 @@ def test_control_tokens_in_text_alone_differ(cl100k_folder: Path) -> None:
     assert compare(cl100k_folder, odd) == {"same": 10, "control token": 2}
 
 
+def newline_in_first_token(answer: str) -> str:
+    """The header's newline, which cl100k's pattern joins with an answer that begins with one, spaces between or not."""
+    leading = answer[: len(answer) - len(answer.lstrip())]
+    return "\n" if "\n" in leading or "\r" in leading else ""
+
+
 def test_tokens_are_the_text(cl100k_folder: Path, real: list[Conversation]) -> None:
     """Oracle: the template's text, the trained part of it by string operations; where ids may differ, too."""
     theirs, ours = theirs_of(cl100k_folder), ours_of(cl100k_folder)
@@ -159,7 +165,8 @@ def test_tokens_are_the_text(cl100k_folder: Path, real: list[Conversation]) -> N
         encoded = ours.encode(messages)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         assert ours.tokenizer.decode(encoded.ids.tolist()) == theirs.apply_chat_template(messages, tokenize=False)
-        assert ours.tokenizer.decode(encoded.ids[encoded.trained].tolist()) == "".join(a + IM_END for a in answers)
+        trained = "".join(newline_in_first_token(answer) + answer + IM_END for answer in answers)
+        assert ours.tokenizer.decode(encoded.ids[encoded.trained].tolist()) == trained
         whole = "".join(f"<|im_start|>assistant\n{answer}{IM_END}\n" for answer in answers)
         assert ours.tokenizer.decode(encoded.ids[encoded.answers].tolist()) == whole
 

@@ -1,6 +1,6 @@
 """Long calls into other languages, beside a main thread that heeds signals.
 
-    call --in_background--> a daemon thread --> Future --result()--> the main thread, interruptible while it waits
+    call --in_background--> a daemon thread --> Future --result_of--> the main thread, interruptible while it waits
 
 Python runs a signal's handler between two instructions of its main thread, so a call into Rust or C++ that takes
 minutes delays Ctrl-C by minutes. A main thread that waits for a future is woken. A daemon thread does not hold up the
@@ -9,12 +9,14 @@ end of the process, as those of `concurrent.futures` do.
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
+
+LOOK_UP_EVERY_S = 1.0
 
 _idle: SimpleQueue[SimpleQueue] = SimpleQueue()
 """Threads that wait for a call, by the queue each reads. A new thread for each call would take memory of its own."""
@@ -30,6 +32,13 @@ def in_background(call: Callable[[], Result]) -> Future[Result]:
         threading.Thread(target=_work, args=(calls,), daemon=True).start()
     calls.put((call, future))
     return future
+
+
+def result_of(future: Future[Result]) -> Result:
+    """Wait for a call, and look up now and then: a signal that comes just before a wait begins does not end it."""
+    while not future.done():
+        wait([future], timeout=LOOK_UP_EVERY_S)
+    return future.result()
 
 
 def _work(calls: SimpleQueue) -> None:

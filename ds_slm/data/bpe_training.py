@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import regex
 
-from ds_slm.data.background import in_background
+from ds_slm.data.background import in_background, result_of
 
 LONGEST_RUN = 256
 """Characters. Ordinary text stays whole: no run in 36 MB of prose and chats, or in the demo's text, has even 100."""
@@ -111,7 +111,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> tupl
     # The main thread waits, so that it is woken by a signal while the trainer computes. Python can end while another
     # thread computes in Rust, but not while Rust has called it to read the next text.
     try:
-        in_background(lambda: learner.train_from_iterator(pieces(), trainer)).result()
+        result_of(in_background(lambda: learner.train_from_iterator(pieces(), trainer)))
     except BaseException:
         interrupted.set()
         reading.acquire(timeout=LONGEST_READ_S)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ds_slm.data.background import in_background
+from ds_slm.data.background import in_background, result_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -120,7 +120,7 @@ def bulk_encoder(backend: "tokenizers.Tokenizer") -> Callable[[Sequence[str]], l
 
         # Not tiktoken's own threads: the end of the process would wait for all their texts.
         for thread in [in_background(work) for _ in range(threads)]:
-            thread.result()
+            result_of(thread)
         return encoded
 
     return encode

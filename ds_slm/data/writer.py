@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_slm.data.background import in_background
+from ds_slm.data.background import in_background, result_of
 from ds_slm.data.corpus import DocumentStream
 from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype, tell_skipped
@@ -220,12 +220,12 @@ def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch
     """Each batch with its ids; while one is consumed, the next is read and encoded."""
     encoding: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
     for batch in batches:
-        encoded = None if encoding is None else (encoding[0], encoding[1].result())
+        encoded = None if encoding is None else (encoding[0], result_of(encoding[1]))
         encoding = batch, in_background(partial(encode, [text for _, text in batch.documents]))
         if encoded is not None:
             yield encoded
     if encoding is not None:
-        yield encoding[0], encoding[1].result()
+        yield encoding[0], result_of(encoding[1])
 
 
 def _refuse_unusable(name: str, shards: ShardsInProgress, form: Form, first: str) -> None:

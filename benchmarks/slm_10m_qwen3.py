@@ -55,10 +55,13 @@ LAST_STEPS = 20
 Record = dict[str, Any]
 
 
-def overrides(steps: int) -> list[str]:
-    """What is changed in the recipe: a batch and a schedule for two cores, in the proportions of the recipe's."""
+def overrides(steps: int, given: Sequence[str] = ()) -> list[str]:
+    """What is changed in the recipe: a batch and a schedule for two cores, in the proportions of the recipe's.
+
+    Settings that the user has given take the place of these.
+    """
     decay_start_step = steps * 85 // 100
-    return [
+    ours = [
         f"train.steps={steps}",
         "train.global_batch_tokens=4096",
         f"schedule.warmup_steps={steps // 5}",
@@ -75,6 +78,8 @@ def overrides(steps: int) -> list[str]:
         f"run.save_every_steps={max(steps // 3, 1)}",
         "run.keep_best=false",
     ]
+    places = {one.partition("=")[0].strip() for one in given}
+    return [*(one for one in ours if one.partition("=")[0] not in places), *given]
 
 
 def run_ours(prose: Path, out: Path, settings: list[str], on_gpu: bool) -> int:
@@ -297,7 +302,7 @@ def main() -> int:
         )
     import torch
 
-    settings, on_gpu = [*overrides(args.steps), *args.set], torch.cuda.is_available()
+    settings, on_gpu = overrides(args.steps, args.set), torch.cuda.is_available()
     recipe = schema.load("slm-10m", settings)
     args.out.mkdir(parents=True, exist_ok=True)
     if code := run_ours(args.prose, args.out, settings, on_gpu):

@@ -1,17 +1,16 @@
 """Helpers for tests that run whole programs: a generated corpus, a tiny recipe, the real launcher, the records."""
 
 import json
-import os
 import random
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 from ds_slm.data import shards
+from tests import warm
 
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
+ROOT = warm.ROOT
+BIN = warm.BIN
 
 TINY = """
 [card]
@@ -115,12 +114,13 @@ def deepspeed_command(ranks: int, *arguments: object, script: Path = ROOT / "ds_
 
 def environment(**extra: str) -> dict[str, str]:
     """One thread a rank, the virtual environment first on the path, no GPU."""
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+    return {**warm.base_environment(), **extra}
 
 
 def run(command: list[str], cwd: Path, timeout_s: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and return what it printed."""
+    """Run a command to its end and return what it printed. Programs of the project are forked from a warm process."""
+    if warm.can_run(command, environment(**extra)):
+        return warm.run(command, cwd, environment(**extra), timeout_s)
     return subprocess.run(
         command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=timeout_s, check=False
     )

@@ -51,6 +51,17 @@ def test_a_run_folder_tells_the_whole_story(finished: Path) -> None:
     assert json.loads((finished / "ds_config.json").read_text())["gradient_clipping"] == 1.0
 
 
+def test_an_eager_run_does_not_import_the_compiler(recipe: Path) -> None:
+    """Oracle: the interpreter's own list of imports. torch's compiler takes as long as all of torch."""
+    script = runs.ROOT / "ds_slm" / "pretrain.py"
+    flags = ["--recipe", recipe, "--run-dir", "imports", "--max-steps", "1"]
+    command = [runs.BIN / "python", "-X", "importtime", script, *flags]
+    done = runs.run([str(part) for part in command], cwd=recipe.parent)
+    assert done.returncode == 0
+    assert "deepspeed.runtime.engine" in done.stderr
+    assert "torch._inductor" not in done.stderr
+
+
 def test_golden_losses(finished: Path) -> None:
     """Oracle: losses written down earlier; a change that means to change nothing leaves them as they are."""
     golden = json.loads((runs.ROOT / "tests" / "golden" / "tiny-fp32.json").read_text())

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_slm.model import kernels
 from ds_slm.model.kernels import attention, embed, product
 from ds_slm.model.loss import LossSums, chunked_loss
 from ds_slm.recipe import schema
@@ -267,6 +268,7 @@ class Decoder(nn.Module):
             from torch._inductor import config as inductor
 
             inductor.deterministic = True  # no kernel is chosen by a timing
+        kernels.answer_while_compiling()
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.compiled = True

@@ -30,7 +30,6 @@ Either form runs on every CPU, so the arithmetic of another kind of CPU can be t
 instructions takes torch's reference loops."""
 
 
-@torch.compiler.assume_constant_result  # asked when a block is compiled, not traced
 def multiplies(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the device has fast products in this dtype; a CPU needs AVX-512 or AMX for the half-precision ones."""
     if device_type != "cpu" or dtype not in HALF:
@@ -57,12 +56,18 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
+def answer_while_compiling() -> None:
+    """Let the questions about a device be asked when a block is compiled, and not be traced."""
+    for question in (multiplies, _is_ampere_or_newer):
+        torch.compiler.assume_constant_result(question)  # a decorator would import the compiler in every process
+
+
 def fix_sums(deterministic: bool) -> None:
     """Make a GPU sum products in fp32; and, if `deterministic`, in an order that is the same every time.
 
     By default cuBLAS may add the parts of a half-precision product in half precision, and the backward passes of
     torch's attention kernels (flash, cuDNN, memory-efficient) add with atomics, in the order in which blocks finish.
-    Call it before the first product. A CPU sums as before, deterministic or not.
+    Call it before the first product. An eager CPU sums in one order anyhow.
     """
     products = torch.backends.cuda.matmul
     products.allow_bf16_reduced_precision_reduction = False
@@ -71,7 +76,8 @@ def fix_sums(deterministic: bool) -> None:
     products.allow_tf32 = False
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)  # imports torch's compiler, which takes seconds
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; torch insists on it
         # a help to find mistakes, which takes time and is no part of determinism
@@ -159,7 +165,6 @@ def _flash_attends(q_BHTE: Tensor, mask: Tensor | None) -> bool:
     return q_BHTE.dtype in HALF and mask is None and _is_ampere_or_newer()
 
 
-@torch.compiler.assume_constant_result
 def _is_ampere_or_newer() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -133,6 +134,12 @@ def connect() -> Control:
     return Control()
 
 
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed asks whether the optimiser is its Muon. Importing that loads all of torch's compiler, for seconds."""
+    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+
+
 def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
     """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
 
@@ -179,6 +186,7 @@ class Engine:
     def __init__(self, recipe: Recipe, joined: Joined, model: Decoder, control: Control, interrupt: Interrupt) -> None:
         import deepspeed
 
+        _import_muon_uncompiled()
         self.recipe, self.joined, self.control, self.interrupt = recipe, joined, control, interrupt
         self.deepspeed: Any = deepspeed.initialize(
             model=model,

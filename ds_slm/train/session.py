@@ -144,7 +144,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             "tokenizer_sha256": corpus.tokenizer_sha256,
             **task.identity(),
         }
-        kernels.fix_sums(joined.deterministic)
+        kernels.fix_sums(joined.deterministic and (joined.compiled or engines.device_type() != "cpu"))
         if options.micro_batch == "auto":
             joined = _join(recipe, options, world_size, _fastest_micro_batch(recipe, joined, control))
         if joined.compiled:  # on all ranks, or on none

@@ -11,7 +11,6 @@ Known gaps: torch's CPU attention keeps its upcast operands until the backward p
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -82,15 +81,6 @@ def fix_sums(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; torch insists on it
         # a help to find mistakes, which takes time and is no part of determinism
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def compiler(device_type: str) -> str | None:
-    """The compiler that torch.compile calls: of C++ for a CPU, of C for Triton on a GPU; None where it is missing."""
-    if device_type == "cuda" and torch.cuda.get_device_capability() < (7, 0):
-        return None  # Triton has no code for it
-    names = ("g++", "clang++") if device_type == "cpu" else ("gcc", "clang")
-    wanted = [os.environ.get("CXX" if device_type == "cpu" else "CC"), *names]
-    return next((found for name in wanted if name and (found := shutil.which(name))), None)
 
 
 def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bool = False) -> dict[str, str]:

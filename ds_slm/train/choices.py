@@ -29,7 +29,7 @@ def effective_choices(recipe: Recipe, options: "Options", joined: Joined, contro
             **kernels.effective_kernels(
                 device, engines.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
             ),
-            "blocks": "compiled" if joined.compiled else "eager",
+            "blocks": blocks(joined),
         },
         "zero_stage": joined.deepspeed["zero_optimization"]["stage"],
         "optimizer": recipe.optimizer.name,
@@ -45,3 +45,10 @@ def effective_choices(recipe: Recipe, options: "Options", joined: Joined, contro
         "skip_rows": [[some.start, some.stop] for some in options.skip_rows],
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }
+
+
+def blocks(joined: Joined) -> str:
+    """How the model's blocks run, and why they are eager although the launch asks for compiled ones."""
+    if joined.compiled:
+        return "compiled"
+    return f"eager ({joined.eager_reason})" if joined.eager_reason else "eager"

@@ -72,9 +72,11 @@ class Joined:
     filler_rows: int
     """Rows of weight 0 that make the step divide by the devices."""
     compiled: bool
-    """Whether blocks and loss are to be compiled, where there is a compiler."""
+    """Whether blocks and loss are compiled."""
     deterministic: bool = False
     """Whether a GPU is to sum in an order that never changes."""
+    eager_reason: str | None = None
+    """Why blocks are eager although the ds_config, or the length of the run, asks for compiled ones."""
 
 
 def read(path: Path) -> dict[str, Any]:

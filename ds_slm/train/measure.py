@@ -4,10 +4,13 @@ MFU = FLOPs the model needs per token * tokens per second / peak FLOP/s of all d
 known GPU and a measured matrix product on a CPU; an unknown GPU has no MFU rather than a guessed one.
 """
 
+import contextlib
+import os
 import platform
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,8 +46,34 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.machine()) + " (cpu)"
 
 
+def hardware(device: torch.device) -> list[Any]:
+    """What speed and memory of a device depend on: its name, its memory in bytes, its instructions, its cores."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return [gpu.name, gpu.total_memory, gpu.major, gpu.minor]
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return [device_name(device), memory_bytes, torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
+
+
+def available_gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process holds or can still allocate."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that is not in use back to the device, and start `peak_memory_bytes` again."""
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # an error that the GPU cannot recover from: the run will raise it
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # some containers forbid it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process ever held: the device's on a GPU, resident memory on a CPU."""
+    """Most memory this process held since `release_memory`: the device's on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

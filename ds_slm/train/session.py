@@ -22,6 +22,7 @@ from ds_slm.recipe.schema import Recipe
 from ds_slm.train import (
     agreement,
     checkpointing,
+    compile_probe,
     ds_config,
     flags,
     launches,
@@ -144,12 +145,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             "tokenizer_sha256": corpus.tokenizer_sha256,
             **task.identity(),
         }
-        kernels.fix_sums(joined.deterministic and (joined.compiled or engines.device_type() != "cpu"))
-        if options.micro_batch == "auto":
-            joined = _join(recipe, options, world_size, _fastest_micro_batch(recipe, joined, control))
-        if joined.compiled:  # on all ranks, or on none
-            compilers = control.gather(kernels.compiler(engines.device_type()))
-            joined = replace(joined, compiled=None not in compilers)
+        # Before any rank acts on its recipe or ds_config: ranks that differ would wait for different messages.
         agreement.agree_on_inputs(control, identity, recipe, joined, task.identity())
         done = max(control.gather(run_folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
         if done.get("step", -1) >= recipe.train.steps:
@@ -162,6 +158,12 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         found = None if options.resume == "never" else checkpointing.find(control, options.run_dir, identity)
         if found is None and options.resume == "must":
             raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
+
+        joined = _eager_if_compiling_fails(joined, control)
+        kernels.fix_sums(joined.deterministic and (joined.compiled or engines.device_type() != "cpu"))
+        if options.micro_batch == "auto":
+            joined = _with_fastest_micro_batch(recipe, options, joined, control)
+
         log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
         launch = launches.begin(control, options.run_dir)
         with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal, ExitStack() as held:
@@ -311,15 +313,24 @@ def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -
     return ds_config.join(recipe, ds_file, world_size, engines.device_type(), rows)
 
 
-def _fastest_micro_batch(recipe: Recipe, joined: ds_config.Joined, control: Control) -> int:
-    device, dtype = engines.current_device(), engines.DTYPES[recipe.train.precision]
-    zero, name = joined.deepspeed["zero_optimization"], measure.device_name(device)
+def _eager_if_compiling_fails(joined: ds_config.Joined, control: Control) -> ds_config.Joined:
+    """Blocks are compiled on all ranks, or on none. Collective."""
+    reason = compile_probe.eager_reason(control, engines.current_device()) if joined.compiled else None
+    return replace(joined, compiled=False, eager_reason=reason) if reason else joined
+
+
+def _with_fastest_micro_batch(
+    recipe: Recipe, options: Options, joined: ds_config.Joined, control: Control
+) -> ds_config.Joined:
+    """The same launch with the micro-batch that trains fastest. Collective."""
 
     def say(line: str) -> None:
         if control.rank == 0:
             print(line, flush=True)
 
-    return micro_batch.choose(recipe, zero, control, device, name, dtype, say)
+    trial = micro_batch.Trial(recipe, joined, engines.current_device(), engines.DTYPES[recipe.train.precision])
+    changed = _join(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
+    return replace(changed, compiled=joined.compiled, eager_reason=joined.eager_reason)
 
 
 def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:

@@ -112,7 +112,9 @@ def test_stopped_while_compiling(folder: Path, tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     ) as runner:
-        matrix.wait_for(lambda: matrix.below(runner.pid, "cc1plus"))
+        # The log exists once signals are handled: after the probe, which compiles too.
+        log = folder / name / "logs" / "rank-00000.log"
+        matrix.wait_for(lambda: log.is_file() and matrix.below(runner.pid, "cc1plus"), 240)
         matrix.below(runner.pid, "deepspeed.launcher.launch")[0].send_signal(signal.SIGTERM)
         told, _ = runner.communicate(timeout=90)
     sign = folder / name / "stopped.json"

@@ -116,10 +116,12 @@ def plan_recipe(
         host_count = nodes or 1
         world_size = host_count * (gpus_per_node or 1)
     found = plan.plan(recipe, name, ds_configs.read(ds_config), world_size, host_count, network)
+    inherited = schema.inherited(name)
     if as_json:
-        print_json({**asdict(found), "memory": {**asdict(found.memory), "device_bytes": found.memory.device_bytes}})
+        memory = {**asdict(found.memory), "device_bytes": found.memory.device_bytes}
+        print_json({**asdict(found), "memory": memory, "inherited": inherited})
     else:
-        tables.show_plan(found)
+        tables.show_plan(found, inherited)
 
 
 @app.command()

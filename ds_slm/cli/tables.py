@@ -18,9 +18,11 @@ def show_recipes(rows: list[dict[str, Any]]) -> None:
     _console().print(table, highlight=False)
 
 
-def show_plan(plan: Plan) -> None:
-    """The plan's figures, the time on each kind of device, and what both rest on."""
+def show_plan(plan: Plan, inherited: list[str]) -> None:
+    """The plan's figures, the time on each kind of device, and what both rest on; first what the recipe inherits."""
     print(f"{plan.recipe}: {plan.reproduces}\n")
+    if inherited:
+        print(textwrap.fill("From its base: " + "; ".join(inherited) + ".", width=100) + "\n")
     for name, value in _facts(plan).items():
         print(f"{name:18}{value}")
     print()

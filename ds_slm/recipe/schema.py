@@ -19,6 +19,7 @@ from pydantic import ValidationError, ValidationInfo, model_validator
 
 from ds_slm.errors import RecipeError
 from ds_slm.recipe import effects
+from ds_slm.recipe.inheritance import inherited_places, tables_of, with_base
 from ds_slm.recipe.problems import closest, nearest, sentences
 from ds_slm.recipe.sections import (
     Card,
@@ -54,6 +55,7 @@ __all__ = [
     "Train",
     "changes",
     "field_names",
+    "inherited",
     "library_names",
     "load",
     "load_recorded",
@@ -151,9 +153,9 @@ def library_names() -> list[str]:
     return sorted(names, key=lambda name: (name in tuned, not name.startswith("demo"), name))
 
 
-def recipe_path(name_or_path: str) -> Path:
-    """The recipe's file. Raises RecipeError where there is none."""
-    for path in (LIBRARY / f"{name_or_path}.toml", SFT_LIBRARY / f"{name_or_path}.toml", Path(name_or_path)):
+def recipe_path(name_or_path: str, folder: Path = Path()) -> Path:
+    """The recipe's file; a path is one from `folder`. Raises RecipeError where there is none."""
+    for path in (LIBRARY / f"{name_or_path}.toml", SFT_LIBRARY / f"{name_or_path}.toml", folder / name_or_path):
         if path.suffix == ".toml" and path.is_file():
             return path
     raise RecipeError(
@@ -174,13 +176,14 @@ def load(name_or_path: str, overrides: list[str] | None = None, run: Path | None
     Raises:
         RecipeError: with every problem of the file and the overrides.
     """
-    path = recipe_path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark before the text
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {name_or_path!r} cannot be read: {error}.") from error
+    tables, _ = with_base(recipe_path(name_or_path), name_or_path, recipe_path)
     recorded = run is not None and (run / RECIPE_FILE).is_file()
-    return parse(text, overrides, origin=name_or_path, recorded=recorded)
+    return _checked(tables, overrides or [], name_or_path, recorded)
+
+
+def inherited(name_or_path: str) -> list[str]:
+    """`section.key = value` of all that a recipe takes from its base. Raises RecipeError where one cannot be read."""
+    return list(inherited_places(with_base(recipe_path(name_or_path), name_or_path, recipe_path)[1]))
 
 
 def load_recorded(run: Path) -> Recipe:
@@ -199,17 +202,17 @@ def load_recorded(run: Path) -> Recipe:
 
 
 def parse(text: str, overrides: list[str] | None = None, origin: str = "recipe", recorded: bool = False) -> Recipe:
-    """A recipe from TOML text; a `recorded` one, of a run, is not refused for settings that have no effect.
+    """A recipe from TOML text without a base; a `recorded` one, of a run, is not refused for settings without effect.
 
     Raises:
         RecipeError: with every problem found.
     """
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {origin!r} is not TOML: {error}.") from error
-    problems = _given_twice(overrides or [])
-    problems += [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
+    return _checked(tables_of(text, origin), overrides or [], origin, recorded)
+
+
+def _checked(tables: dict[str, Any], overrides: list[str], origin: str, recorded: bool) -> Recipe:
+    problems = _given_twice(overrides)
+    problems += [problem for override in overrides if (problem := _apply_override(tables, override))]
     problems += _settle_unknown_keys(tables, Recipe)
     recipe = None
     try:

@@ -4,9 +4,10 @@ r"""Conversations as token ids, and which of them are trained: one function for 
              --encode--> [im_start] role \n content [im_end] \n, for each turn; ids and a mask of the same length
 
 Ids and masks are those of the chat template's text in the exported tokenizer (`sft.probe` proves it), but for one
-thing: control tokens come by id alone, so a literal `<|im_end|>` in a message stays text. A prompt's ids are a prefix
-of the whole conversation's, unless an answer begins with white space that the tokenizer joins with the header's
-newline: that token is then a target.
+thing: control tokens come by id alone, so a literal `<|im_end|>` in a message stays text. The literal of an added
+token that is not special (`<think>` in many a base) gives its id, as it does in the template's text. A prompt's ids
+are a prefix of the whole conversation's, unless an answer begins with white space that the tokenizer joins with the
+header's newline: that token is then a target.
 
 Masks, each True where the token is a target:
     assistant  content and im_end of every assistant turn; not the header, which a prompt supplies, nor the newline

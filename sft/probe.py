@@ -3,8 +3,8 @@
     hard conversations --ChatML--> ids, targets
                        --the folder that is exported, transformers' apply_chat_template--> ids, targets: the same
 
-Compared is everything but literals of control tokens, which are text to us and control tokens to transformers: of
-those, that no control token comes out of them.
+Compared is everything, the literals of added tokens included, but for those of control tokens, which are text to us and
+control tokens to transformers: of those, that no control token comes out of them.
 """
 
 from functools import lru_cache
@@ -44,6 +44,12 @@ def hard_conversations() -> list[list[dict[str, Any]]]:
     return [*short, *([turn, *_turns(["a", "b"])] for turn in system), _turns([*HARD, *HARD]), _turns(["a"])]
 
 
+def _with_added_tokens(tokens: list[str]) -> list[list[dict[str, Any]]]:
+    """Literals of added tokens alone, first, last, between words, between spaces and beside each other."""
+    places = ("{0}", "{0}a", "a{0}", "a{0}b", "a {0} b", " {0}\n", "{0}{0}")
+    return [_turns([place.format(token) for place in places for _ in range(2)]) for token in tokens]
+
+
 def _turns(contents: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
 
@@ -57,7 +63,7 @@ def refuse_other_encoding(tokenizer: Tokenizer) -> None:
         tokenizer.save(Path(folder))
         theirs = AutoTokenizer.from_pretrained(folder)
     chatml = ChatML(tokenizer)
-    conversations = hard_conversations()
+    conversations = [*hard_conversations(), *_with_added_tokens(tokenizer.plain_added_tokens)]
     for messages, encoded in zip(conversations, chatml.encode_batch(conversations), strict=True):
         made = theirs.apply_chat_template(
             messages, chat_template=CHAT_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from ds_slm.data.control_text import ControlText
 from ds_slm.data.sentencepiece_model import read_sentencepiece
 from ds_slm.data.tokenizer import IM_END, IM_START, Tokenizer
 from ds_slm.errors import DataError
@@ -101,6 +102,53 @@ def test_turns_encoded_alone_are_found(llama: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(chatml.ChatML, "_newline", property(lambda self: self.tokenizer.encode("\n")))
     with pytest.raises(DataError, match="would give other ids"):
         probe.refuse_other_encoding(assistant(llama, normalized=False))
+
+
+ADDED = {
+    "a reasoning token": AddedToken("<think>", special=False, normalized=False),
+    "a word": AddedToken("zyx", special=False, normalized=True),
+    "a whole word": AddedToken("zyx", special=False, single_word=True),
+    "indents": AddedToken("   ", special=False, normalized=True),
+    "swallows spaces": AddedToken("<tool_call>", special=False, lstrip=True, rstrip=True),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_added_tokens_in_contents_have_their_ids(name: str) -> None:
+    """Oracle: the probe's, transformers' apply_chat_template, for a byte-level BPE; and the token's own id, counted."""
+    token = ADDED[name]
+    backend = Backend.from_str(conversations.tokenizer()._backend.to_str())
+    backend.add_tokens([token])
+    made = Tokenizer(backend, "<|endoftext|>", "<|pad|>")
+    probe.refuse_other_encoding(made)
+    talk = [{"role": "user", "content": "b"}, {"role": "assistant", "content": f"{token.content} b"}]
+    encoded = ChatML(made).encode(talk)
+    assert (encoded.ids[encoded.trained] == made.token_id(token.content)).sum() == 1
+    if token.content.strip():
+        assert made.token_id(token.content) not in made.encode(f"{token.content} b")  # a document's text is text
+
+
+def test_the_probe_covers_added_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: their literals encoded as letters, as in a document."""
+    backend = Backend.from_str(conversations.tokenizer()._backend.to_str())
+    backend.add_tokens([AddedToken("<think>", special=False)])
+    made = Tokenizer(backend, "<|endoftext|>", "<|pad|>")
+    text = made._encoder
+    monkeypatch.setattr(Tokenizer, "control_text", lambda self, tokens: ControlText(text, tokens, []))
+    with pytest.raises(DataError, match=r"<think>.*training has"):
+        probe.refuse_other_encoding(made)
+
+
+def test_an_eos_is_text_however_it_is_marked() -> None:
+    """Oracle: counting: a literal of an EOS that is not marked special gives no EOS in a conversation."""
+    content = json.loads(conversations.tokenizer()._backend.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in (IM_START, IM_END)
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 9_000, "content": "<t>", "special": False})
+    made = Tokenizer(Backend.from_str(json.dumps(content)), "<|endoftext|>", "<|pad|>")
+    assert made.plain_added_tokens == ["<t>"]
+    ids = ChatML(made).encode([{"role": "user", "content": "<|endoftext|> <|pad|> <t>"}]).ids.tolist()
+    assert (ids.count(made.eos_id), ids.count(made.pad_id), ids.count(made.token_id("<t>"))) == (0, 0, 1)
 
 
 def test_both_ways_to_encode_agree() -> None:

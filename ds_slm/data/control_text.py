@@ -2,6 +2,8 @@
 
     text with marks --> the tokenizer, to which a mark is a control token and nothing else is one --> ids, spans
 
+Added tokens that are not special, such as <think>, are found in the text as they are in a template's.
+
 What stands beside a control token may depend on it: whether a space is put before a word, or white space is swallowed.
 So the tokenizer itself cuts the text, with marks in the tokens' places. A mark is drawn anew for each encoder, so that
 no text can hold one, and a literal of a control token stays text.
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
 class ControlText:
     """A tokenizer that reads marks as control tokens."""
 
-    def __init__(self, backend: "tokenizers.Tokenizer", tokens: Sequence[str]) -> None:
-        """`backend` takes literals as text. Raises DataError for tokens that it would not cut out of a text."""
+    def __init__(self, backend: "tokenizers.Tokenizer", tokens: Sequence[str], plain: Sequence[str]) -> None:
+        """Takes the literals of all added tokens but the `plain` ones as text.
+
+        Raises DataError for control tokens that the tokenizer would not cut out of a text.
+        """
         from tokenizers import Tokenizer
 
         content = json.loads(backend.to_str())
@@ -37,14 +42,18 @@ class ControlText:
                     for token in missing
                 ]
             )
+        for token in added.values():
+            token["special"] = token["content"] not in plain
         self.marks = {token: f"<|{secrets.token_hex(16)}|>" for token in tokens}
         """What stands for each token in a text."""
         for token, mark in self.marks.items():
             added[token] |= {"content": mark, "special": False}
         self._backend = Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
-        ids = {self._backend.token_to_id(mark): backend.token_to_id(token) for token, mark in self.marks.items()}
-        self._ids = {mark: number for mark, number in ids.items() if mark is not None and number is not None}
+        # Marks are new words, so that the ids of all added tokens may be others than in the tokenizer.
+        written = {token: self.marks.get(token, token) for token in added}
+        ids = {self._backend.token_to_id(text): backend.token_to_id(token) for token, text in written.items()}
+        self._ids = {here: there for here, there in ids.items() if here is not None and there is not None}
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         """The ids of each text, and where each token lies in it: int64 [N, 2], in characters."""

@@ -9,8 +9,10 @@ cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ones as 
 hf      a local folder, a tokenizer.json, a SentencePiece tokenizer.model, or a hub id.
 
 Text is text: an added token's literal inside a document is encoded as ordinary text, whether it is marked special or
-not; only added tokens of white space, which some tokenizers have for indents, are part of how text is cut. The saved
-folder's default, for those who load it with transformers, does parse control tokens, as chat templates need.
+not; only added tokens of white space, which some tokenizers have for indents, are part of how text is cut. In
+conversations (`control_text`) the literal of an added token that is not special, such as <think>, gives its id, as it
+does in the chat template's text. The saved folder's default, for those who load it with transformers, does parse
+control tokens, as chat templates need.
 
 Ids depend on the text alone: what is random in a tokenizer, or depends on its last use, is switched off, and so it is
 in the folder that is saved and in the hash (`_switch_off`).
@@ -90,12 +92,22 @@ class Tokenizer:
 
     @property
     def cuts_alone(self) -> bool:
-        """Whether text between two control tokens always has the ids it has alone."""
-        return self._bulk is not None
+        """Whether text between two control tokens always has the ids that `encode` gives it."""
+        return self._bulk is not None and not self.plain_added_tokens
+
+    @cached_property
+    def plain_added_tokens(self) -> list[str]:
+        """The added tokens whose literals in a conversation give their ids: those that are not special.
+
+        An EOS, a pad or a ChatML token is none of them, however its file marks it.
+        """
+        control = {self.eos_token, self.pad_token, IM_START, IM_END}
+        added = self._backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if not token.special and token.content not in control]
 
     def control_text(self, tokens: Sequence[str]) -> ControlText:
         """Encodes text with these control tokens in it. Raises DataError for those it would not cut out of a text."""
-        return ControlText(self._encoder, tokens)
+        return ControlText(self._backend, tokens, self.plain_added_tokens)
 
     @cached_property
     def _bulk(self) -> Callable[[Sequence[str]], list[list[int]]] | None:

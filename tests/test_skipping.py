@@ -95,6 +95,22 @@ def test_a_great_range_within_a_long_run_is_passed_quickly() -> None:
     assert begin == half and len(drawn) == 512 and rows.drawn == 1
 
 
+def test_a_run_without_an_end_is_walked_as_far_as_asked() -> None:
+    """Oracle: the steps that are looked at: those up to the last position asked for, whatever the run's length."""
+
+    class Counting(Steps):
+        looked_at = 0
+
+        def next_position(self, position: int) -> int:
+            self.looked_at += 1
+            assert self.looked_at < 100
+            return super().next_position(position)
+
+    for asked in (range(5), range(60, 70)):
+        found = skipping.resolve([asked], ((14, 21),), Counting(), 0, 10**12)
+        assert found.ranges == skipping.merged([(14, 21), (asked.start, asked.stop)])
+
+
 def test_a_step_passed_over_makes_room_for_another() -> None:
     """Oracle: the run that leaves out its last step, 133 to 139, draws 140 to 146: these may be left out, too."""
     first = skipping.resolve([range(133, 140)], (), Steps(), 0, 20)

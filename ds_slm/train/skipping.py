@@ -109,10 +109,11 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
         said.append(f"rows at {_told(recorded)} are no longer left out")
 
     new = sorted((one for one in asked if one), key=lambda one: one.stop)
-    measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges) if new else 0
+    greatest = new[-1].stop if new else 0
+    measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges, greatest)
     for one in new:
         if one.stop > max(limit, position) and measured != ranges:  # steps that are passed over are made up for
-            measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges)
+            measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges, greatest)
         if one.stop > max(limit, position):
             problems.append(
                 f"--skip-rows {one.start}:{one.stop}: the run ends before position {limit}, so no row from there on is "
@@ -151,9 +152,11 @@ def _valid(found: Any) -> Ranges:
         return ()
 
 
-def _end_of_run(rows: Positions, position: int, steps_left: int, skipped: Ranges) -> int:
-    """The position behind the last row of the run; walks its steps without drawing a row."""
+def _end_of_run(rows: Positions, position: int, steps_left: int, skipped: Ranges, greatest: int) -> int:
+    """The position behind the last row of the run, or one from `greatest` on; walks steps without drawing a row."""
     for _ in range(steps_left):
+        if position >= greatest:
+            break
         position = rows.next_position(_behind_skipped_steps(rows, position, skipped) if skipped else position)
     return position
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,51 @@ def test_damaged_newer_checkpoints_take_no_place(tmp_path: Path) -> None:
         write(tmp_path, step)
     for step in (100, 150):
         damage(checkpoint_format.folder_of_step(tmp_path, step))
-    whole = {50}
+    whole = {50: retention.stamps(checkpoint_format.folder_of_step(tmp_path, 50))}
     for step in (60, 70, 80):
-        write(tmp_path, step)
-        whole.add(step)
+        whole[step] = retention.stamps(write(tmp_path, step))
         said = retention.retain(tmp_path, keep_last=2, keep_best=True, whole=whole)
         assert len(said) == (2 if step == 60 else 0)
     assert checkpoint_format.steps(tmp_path) == [70, 80]
     aside = [path.name for path in retention.set_aside_ones(tmp_path)]
     assert aside == ["step-00000100", "step-00000150"]
+
+
+def lose(checkpoint: Path) -> None:
+    """One file less."""
+    (checkpoint / "model.safetensors").unlink()
+
+
+def flip(checkpoint: Path) -> None:
+    """One bit, the size stays."""
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("harm", [damage, lose, flip])
+def test_what_is_damaged_after_it_was_written_takes_no_place(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    """Steps 50 to 80 are written by one launch; 60 and 70 are damaged before 80 comes. Oracle: 50 and 80 stay."""
+    whole = {step: retention.stamps(write(tmp_path, step)) for step in (50, 60, 70, 80)}
+    for step in (60, 70):
+        harm(checkpoint_format.folder_of_step(tmp_path, step))
+    said = retention.retain(tmp_path, keep_last=2, keep_best=True, whole=whole)
+    assert len(said) == 2 and checkpoint_format.steps(tmp_path) == [50, 80] == sorted(whole)
+    assert not any(checkpoint_format.verify(checkpoint_format.folder_of_step(tmp_path, step)) for step in (50, 80))
+
+
+def test_a_checkpoint_whose_times_changed_is_read_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the files that are hashed: none of one that was just written, all of one whose times changed, once."""
+    whole = {50: retention.stamps(write(tmp_path, 50))}
+    read: list[str] = []
+    fingerprint = checkpoint_format._fingerprint
+    monkeypatch.setattr(checkpoint_format, "_fingerprint", lambda path: read.append(path.name) or fingerprint(path))
+    retention.retain(tmp_path, 2, keep_best=True, whole=whole)
+    assert read == []
+    os.utime(checkpoint_format.folder_of_step(tmp_path, 50) / "state.json")
+    retention.retain(tmp_path, 2, keep_best=True, whole=whole)
+    retention.retain(tmp_path, 2, keep_best=True, whole=whole)
+    assert sorted(read) == ["model.safetensors", "optimizer-exp_avg.safetensors", "state.json"]
 
 
 def test_what_was_set_aside_is_told_of(tmp_path: Path) -> None:
@@ -102,15 +139,19 @@ def test_one_that_cannot_be_deleted_keeps_no_other(tmp_path: Path, monkeypatch: 
 
 
 def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: which ones are verified: of three old ones the newest, once; never what is known, or goes anyway."""
+    """Oracle: which ones are read: of three old ones the newest, once; never what is known, or goes anyway."""
     read: list[str] = []
-    monkeypatch.setattr(retention, "verify", lambda checkpoint: read.append(checkpoint.name) or [])
+
+    def verify(checkpoint: Path, read_it: bool) -> list[str]:
+        read.extend([checkpoint.name] if read_it else [])
+        return []
+
+    monkeypatch.setattr(retention, "verify", lambda checkpoint, read: verify(checkpoint, read))
     for step in (1, 2, 3):
         write(tmp_path, step)
-    whole: set[int] = set()
+    whole: dict[int, retention.Stamps] = {}
     for step in (4, 5):
-        write(tmp_path, step)
-        whole.add(step)
+        whole[step] = retention.stamps(write(tmp_path, step))
         retention.retain(tmp_path, keep_last=3, keep_best=True, whole=whole)
     assert read == ["step-00000003", "step-00000002"]
     assert checkpoint_format.steps(tmp_path) == [3, 4, 5]

@@ -28,9 +28,12 @@ from ds_slm.files import writer_name
 
 DAMAGED = "damaged"
 
+Stamps = dict[str, tuple[int, int, int]]
+"""Name of a checkpoint's file -> its size, and when its content and its inode changed, in ns."""
+
 
 def retain(
-    run: Path, keep_last: int, keep_best: bool, whole: set[int] | None = None, best_step: int | None = None
+    run: Path, keep_last: int, keep_best: bool, whole: dict[int, Stamps] | None = None, best_step: int | None = None
 ) -> list[str]:
     """Delete all but the newest whole checkpoints and the best; set aside what is in their place and is not whole.
 
@@ -38,20 +41,20 @@ def retain(
         run: the run folder.
         keep_last: number of whole checkpoints to keep.
         keep_best: whether to keep what `best` names, and `best_step`.
-        whole: steps known to be whole; a checkpoint that is found whole is added, so that each is read once.
+        whole: steps known to be whole, with the stamps under which they were found so (`stamps`); a checkpoint that is
+            found whole is added, so that each is read once. One whose files have changed since is read again.
         best_step: the run's best step, which `best` may not name yet on this disk.
 
     Returns:
         What was set aside, and what could not be put in order: a line each.
     """
-    known = set() if whole is None else whole
+    known = {} if whole is None else whole
     kept = {named_by(run, "latest"), *((named_by(run, "best"), best_step) if keep_best else ())}
     said: list[str] = []
     newest = 0
     for step in reversed(steps(run)):
         checkpoint = folder_of_step(run, step)
-        if newest < keep_last and (step in known or not verify(checkpoint)):
-            known.add(step)
+        if newest < keep_last and _is_whole(checkpoint, step, known):
             newest += 1
         elif newest >= keep_last and (step in known or _looks_like_one(checkpoint)):
             if step not in kept:
@@ -60,6 +63,23 @@ def retain(
             _attempt(said, checkpoint, lambda path: said.append(f"{path} is damaged: moved to {set_aside(path)}"))
     _delete_leftovers(run)
     return said
+
+
+def stamps(checkpoint: Path) -> Stamps:
+    """How a checkpoint's files are now: equal stamps say that none was changed, cut, removed or put back."""
+    with contextlib.suppress(OSError):
+        found = {path.name: path.lstat() for path in checkpoint.iterdir()}
+        return {name: (one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found.items()}
+    return {}
+
+
+def _is_whole(checkpoint: Path, step: int, known: dict[int, Stamps]) -> bool:
+    """Whether a checkpoint is whole: by its files' names and sizes where nothing changed since it was known to be."""
+    now = stamps(checkpoint)
+    whole = not verify(checkpoint, read=not now or known.pop(step, None) != now)
+    if whole:
+        known[step] = now
+    return whole
 
 
 def set_aside(checkpoint: Path) -> Path:

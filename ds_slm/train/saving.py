@@ -88,11 +88,12 @@ class Saver:
         """
         self._engine, self._run, self._launch, self._identity, self._say = engine, run, launch, identity, say
         self._writers = writers[: engine.recipe.run.checkpoint_copies]
+        self._has_folder = engine.control.rank in writers
         self._control = engine.control.background()
         self._thread: threading.Thread | None = None
         self._result = Saved()
-        self._whole: set[int] = set()
-        """Steps of this host's checkpoints that this launch wrote or read to the end."""
+        self._whole: dict[int, retention.Stamps] = {}
+        """Steps of this host's checkpoints that this launch wrote or read to the end, and how their files were then."""
         self.durable_step = -1
         """Of the newest checkpoint that this launch knows to lie on a disk."""
 
@@ -149,10 +150,17 @@ class Saver:
         if saved.durable:
             self.durable_step = step
         if not saved.replaced:
+            self._leave_sign(step, saved)
             self._tell(step, saved)
         for host, one in zip(hosts, outcomes, strict=True):
             for note in one.notes:
                 self._say(f"step {step}: {host}: {note}")
+
+    def _leave_sign(self, step: int, saved: Saved) -> None:
+        """In every host's folder: a later launch on hosts that hold no checkpoint knows that there was one."""
+        if saved.durable and self._has_folder and not launches.is_replaced(self._run, self._launch):
+            with contextlib.suppress(OSError):  # the checkpoint is there
+                run_folder.tell_saved(self._run, step, saved.held_by)
 
     def _tell(self, step: int, saved: Saved) -> None:
         name, failed = checkpoint_format.folder_of_step(self._run, step).name, "; ".join(saved.failed)
@@ -200,7 +208,7 @@ class Saver:
     def _put_in_order(self, content: Mapping[str, Any]) -> Outcome:
         """`latest`, `best` and retention, once the checkpoint is durable: what fails of these costs no checkpoint."""
         step, best_step, settings = content["step"], content["best_step"], self._engine.recipe.run
-        self._whole.add(step)
+        self._know_whole(step)
         notes: list[str] = []
         try:
             self._if_ours(notes, lambda: self._point("latest", step, step))
@@ -212,6 +220,9 @@ class Saver:
         except Superseded:
             return Outcome("replaced")
         return Outcome("held", notes=tuple(notes))
+
+    def _know_whole(self, step: int) -> None:
+        self._whole[step] = retention.stamps(checkpoint_format.folder_of_step(self._run, step))
 
     def _if_ours(self, notes: list[str], action: Callable[[], object]) -> None:
         """Do it if no newer launch holds the folder; a disk that refuses is noted. Raises Superseded."""
@@ -234,7 +245,8 @@ class Saver:
         """
         notes: list[str] = []
         if self.writes and found:
-            self._whole |= {found.own_step} - {-1}
+            if found.own_step >= 0:
+                self._know_whole(found.own_step)
             for checkpoint in found.damaged:
                 with noted(notes):
                     if checkpoint_format.verify(checkpoint):  # still

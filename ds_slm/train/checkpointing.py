@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_slm.checkpoint import format as checkpoint_format
 from ds_slm.errors import CheckpointError, UserError
 from ds_slm.model import decoder
-from ds_slm.train import masters, zero_state
+from ds_slm.train import masters, run_folder, zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.engine import Engine
 
@@ -65,14 +65,16 @@ class Found:
     """The newest whole checkpoint of this rank's host, where it leads it."""
     damaged: tuple[Path, ...] = ()
     """The newer ones there that are not whole."""
+    lost: str = ""
+    """What to say of a newer step that was saved, and that no host of this launch holds whole."""
 
 
 def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     """The newest whole checkpoint of any host, or None. Collective.
 
     Raises:
-        CheckpointError: on every rank, where it was made from other data or another tokenizer, or where none of those
-            that are there is whole.
+        CheckpointError: on every rank, where it was made from other data or another tokenizer, where none of those
+            that are there is whole, or where none is there although records say that one was saved.
     """
     if control.leads_host:
         checkpoint_format.put_back(run)
@@ -80,18 +82,29 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
     own_step = checkpoint_format.read_state(own)["step"] if own else -1
     offers = control.gather(own_step)
     source = offers.index(max(offers))
+    saved, held_by = max(control.gather(run_folder.newest_saved(run) if control.leads_host else (0, [])))
+    holders = f" on {', '.join(held_by)}" if held_by else ""
     if offers[source] < 0:
         there = sorted({step for steps in control.gather(checkpoint_format.steps(run)) for step in steps})
         if there:
             raise CheckpointError(
                 f"{run} holds checkpoints of steps {', '.join(map(str, there))}, none of them whole "
-                f"(`ds-slm verify {run}` says why): restore one from a copy, or remove them all to begin anew."
+                f"(`ds-slm verify {run}` says why): restore one from a copy, or begin anew in another --run-dir."
+            )
+        if saved:
+            raise CheckpointError(
+                f"{run}: step {saved} was saved{holders}, and no host of this launch holds a checkpoint: mount the "
+                "disk, or name the host, that does, and launch the same command again. To begin anew name another "
+                "--run-dir, or move this folder away first (--resume never takes an empty one)."
             )
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
     refuse_other_beginning(run, content, identity)
-    return Found(source, own if is_source else None, content, own_step, tuple(damaged))
+    lost = (
+        f"step {saved} was saved{holders}, and no host of this launch holds it whole" if saved > offers[source] else ""
+    )
+    return Found(source, own if is_source else None, content, own_step, tuple(damaged), lost)
 
 
 def refuse_other_beginning(run: Path, content: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -9,18 +9,35 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError, RecipeError
-from ds_slm.files import fsync, new_folder, obstacle, read_json, replace_bytes, replace_text, write_json
+from ds_slm.files import (
+    fsync,
+    new_folder,
+    obstacle,
+    read_json,
+    refuse_unwritable,
+    replace_bytes,
+    replace_text,
+    write_json,
+)
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import RECIPE_FILE, Recipe
 from ds_slm.train import software
 
 STOPPED = "stopped.json"
 """Left by a run that a signal ended, with its step and generation; the next launch removes it."""
+SAVED = "saved.json"
+"""The newest step that was saved, and the hosts that hold it: on every host, also on those that keep no checkpoints."""
+FOLDERS, FILES = (
+    ("checkpoints", "logs", "tb"),
+    ("env.json", "ds_config.json", "metrics.jsonl", "changes.jsonl", "done.json", STOPPED, SAVED),
+)
+"""What a launch writes into, by name."""
 
 
 LEFTOVERS = re.compile(r"logs|tokenizer|changes\.jsonl|\.host-.+|\.tokenizer\.tmp|\..+\.tmp-.+")
@@ -73,6 +90,22 @@ def _refuse_unless_trained_with(run: Path, recipe: Recipe, damage: RecipeError) 
         )
 
 
+def refuse_unusable(run: Path) -> None:
+    """Raise where a launch could not write: something is in the way of its files, or a disk refuses. Changes nothing.
+
+    Raises:
+        CheckpointError: for each name that is something else than it must be, a link to nothing among them.
+        OSError: where the folder, or that of the checkpoints, cannot be written to.
+    """
+    problems = [in_the_way for name in FOLDERS if (in_the_way := obstacle(run / name))]
+    folders = [path for path in (run / name for name in FILES) if path.is_dir()]
+    problems += [f"{path} is a folder, expected a file: move it away." for path in folders]
+    if problems:
+        raise CheckpointError(problems)
+    for folder in (run, run / "checkpoints"):
+        refuse_unwritable(folder)
+
+
 def finished(run: Path) -> dict[str, Any]:
     """What the run left when it was finished: its step, losses and hashes; nothing where it was not.
 
@@ -85,6 +118,41 @@ def finished(run: Path) -> dict[str, Any]:
 def tell_stopped(run: Path, step: int) -> None:
     """Leave the sign that a signal ended the run, with a whole checkpoint of this step."""
     write_json(run / STOPPED, {"step": step, "generation": generation(run)})
+
+
+def tell_saved(run: Path, step: int, held_by: Sequence[str]) -> None:
+    """Leave the sign that a checkpoint of this step lies whole on some hosts' disks."""
+    write_json(run / SAVED, {"step": step, "held_by": list(held_by)})
+
+
+def newest_saved(run: Path) -> tuple[int, list[str]]:
+    """The newest step that a folder's records say was saved, and the hosts that held it; 0 where none was.
+
+    Older versions left no saved.json. There a save counts that another one followed: it had come to its end.
+    """
+    saved = read_json(run / SAVED)
+    signs = [sign for sign in (saved, read_json(run / "done.json"), read_json(run / STOPPED)) if sign]
+    found = {sign["step"]: sign.get("held_by") for sign in signs if isinstance(sign.get("step"), int)}
+    if saved is None:
+        found |= dict.fromkeys(_recorded_saves(run)[:-1])
+    step = max(found, default=0)
+    hosts = found.get(step)
+    return step, [str(host) for host in hosts] if isinstance(hosts, list) else []
+
+
+def _recorded_saves(run: Path) -> list[int]:
+    """The steps whose saves metrics.jsonl says were begun, in ascending order; damaged lines are passed over."""
+    records = (record for record in _json_lines(run / "metrics.jsonl") if record.get("kind") == "save")
+    return sorted({record["step"] for record in records if isinstance(record.get("step"), int)})
+
+
+def keep_records(run: Path, generation: int) -> Path | None:
+    """Keep a copy of metrics.jsonl, whose later steps this launch takes again from other weights; None without one."""
+    records, kept = run / "metrics.jsonl", run / f"metrics.before-generation-{generation}.jsonl"
+    if not records.is_file():
+        return None
+    replace_bytes(kept, records.read_bytes())
+    return kept
 
 
 def generation(run: Path) -> int:
@@ -105,7 +173,7 @@ def generation_elsewhere(run: Path) -> int:
 
 
 def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> list[str]:
-    """Write recipe.toml, ds_config.json, env.json and tokenizer/; changes of the recipe are recorded.
+    """Write recipe.toml, ds_config.json, env.json, saved.json and tokenizer/; changes of the recipe are recorded.
 
     recipe.toml comes first, for it tells a run folder from others: a kill after any of these writes leaves a folder
     that the same command accepts. A done.json of a run that now goes on longer is removed: it is the sign of success.
@@ -134,6 +202,8 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
         record_change(run, facts["generation"], {"skipped_rows": facts["skip_rows"]})
 
     notes += mend_tokenizer(run, tokenizer)
+    if read_json(run / SAVED) is None:
+        tell_saved(run, facts.get("begins_at_step", 0), [])
     write_json(run / "ds_config.json", deepspeed)
     write_json(run / "env.json", {**facts, **software.describe()})
     return notes
@@ -185,15 +255,20 @@ def _tokenizer_problem(mine: Path, prepared: Path) -> str | None:
 
 def read_changes(run: Path) -> list[dict[str, Any]]:
     """The lines of changes.jsonl; damaged ones are passed over."""
+    return list(_json_lines(run / "changes.jsonl"))
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line; damaged lines, and a file that cannot be read, are passed over."""
     try:
-        lines = (run / "changes.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []
-    changes = []
+        return
     for line in lines:
         with contextlib.suppress(ValueError):
-            changes.append(json.loads(line))
-    return [change for change in changes if isinstance(change, dict)]
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:

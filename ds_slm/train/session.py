@@ -15,7 +15,6 @@ from typing import Any, Literal, Protocol, TextIO, TypeVar
 from torch import Tensor, nn
 
 from ds_slm.errors import RAISED_ON_ALL_RANKS, CheckpointError, Superseded, UserError
-from ds_slm.files import refuse_unwritable
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import effects, schema
 from ds_slm.recipe.schema import Recipe
@@ -200,7 +199,7 @@ def _train(
     steps_left = recipe.train.steps - content.get("step", 0)
     skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
     facts = {**launch.facts(), **effective_choices(recipe, options, joined, control), **differing, **identity}
-    facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges}
+    facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges, "begins_at_step": content.get("step", 0)}
     facts["replaced_sources"] = corpus.replaced_sources
     facts["warnings"] = [
         *effects.warnings(recipe),
@@ -237,7 +236,14 @@ def _train(
     stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
     if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
         raise Superseded
+    kept = (
+        run_folder.keep_records(options.run_dir, launch.generation)
+        if control.rank == 0 and found and found.lost
+        else None
+    )
     report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
+    if found and found.lost:
+        report.say(f"warning: {found.lost}" + (f"; records of what is taken again are in {kept}" if kept else ""))
     if found:
         report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
         if state.step >= stop_at_step:
@@ -304,7 +310,7 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
     problems: list[str] = []
     if control.leads_host:
-        _attempt(problems, lambda: refuse_unwritable(run))
+        _attempt(problems, lambda: run_folder.refuse_unusable(run))
     agreement.agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 

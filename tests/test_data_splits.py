@@ -37,14 +37,29 @@ HELD_OUT = [
         "val.d/x",
         "data/val-00000-of-1",
     ),
+    *("testsplit", "validSplit", "evalData", "TestSet", "testA", "eng.testb", "DEVSET", "wikiTest", "en.val2014"),
+    *("tests", "evals/x", "devel", "validations", "tst", "en-de.tst2013", "newstest2016", "newsdev2016", "val2"),
+    *("validate", "validate_1", "development", "unseen", "blind", "evaluate/1", "x.test", "validation_matched"),
     *("train/valid", "train_dev", "dev.train", "test/story of training", "train/test/0", "train_test/1"),
 ]
 OF_TRAIN = [
     *("train", "training", "TRAIN", "train-00000-of-00010", "wiki.train.tokens", "xy_train", "c4-train.00000-of-00008"),
     *("train/a", "data/train/1", "split=train/0", "training/b/c", "Train (2)", "trainset", "train_data", "dev/train"),
     *("train/how to test", "data/train-00001-of-00002", "training_0001"),
+    *("trainsplit", "trainSplit", "TrainSet", "trn", "en.train2014", "trainData"),
 ]
 TITLES = ["testimonials", "developer", "validated_books", "latest", "devotional", "attest/a", "pretrain", "evaluated"]
+TITLES += [
+    "contest",
+    "contest2016",
+    "valley",
+    "DevOps",
+    "protest-1999",
+    "WikiText",
+    "web-development",
+    "validate-your-ideas",
+]
+TITLES += ["blind-people", "greatest", "interval", "trains", "deva", "unseen-worlds", "Testament"]
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
@@ -207,6 +222,36 @@ def test_token_files_of_another_split_are_not_trained_on(tmp_path: Path) -> None
     recipe = data_recipes.recipe(data_recipes.source("ids", kind="tokens", path=folder), tokenizer=tokenizer)
     prepared = data_recipes.prepare(recipe, tmp_path / "data")
     assert 7 not in prepared.tokens("train")[0][:] and 7 not in prepared.tokens("val")[0][:]
+
+
+def test_a_name_as_of_held_out_data_is_not_hidden_behind_others(tmp_path: Path) -> None:
+    """Oracle: the line that says what is read: names that nobody can tell come first, all of them are counted."""
+    for name in [f"part-{number}" for number in range(9)] + ["wikival"]:
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    assert (locate(files_source(tmp_path)).tell("train") or "").startswith("reads wikival.jsonl, part-0.jsonl, ")
+    for number in range(7):
+        (tmp_path / f"interval-{number}.jsonl").write_text('{"text": "a"}\n')
+    told = locate(files_source(tmp_path)).tell("train") or ""
+    assert told.endswith("and 12 more, 8 with names as of held-out data")
+
+
+def test_data_of_a_version_that_knew_fewer_names_can_be_used(tmp_path: Path) -> None:
+    """Oracle: a warning with the name at every launch, and the same shards; a file of another size is refused."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    files = [write_jsonl(folder / f"{name}.jsonl", texts(50, seed=seed)) for seed, name in enumerate(("a", "newstest"))]
+    recipe = data_recipes.recipe(data_recipes.source("made", path=folder))
+    prepared = data_recipes.prepare(recipe, tmp_path / "data")
+    path = prepared.folder / "made" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = [[file.name, file.stat().st_size] for file in files]
+    path.write_text(json.dumps(manifest | {"left_out": {}}))
+    told: list[str] = []
+    assert data_recipes.prepare(recipe, tmp_path / "data", report=told.append).sha256 == prepared.sha256
+    assert len(told) == 1 and "'train' as well: newstest.jsonl;" in told[0]
+    write_jsonl(folder / "newstest.jsonl", texts(51, seed=1))
+    with pytest.raises(DataError, match="other local files"):
+        data_recipes.prepare(recipe, tmp_path / "data")
 
 
 def as_older_version(folder: Path, source: Source, split_files: list[Path]) -> None:

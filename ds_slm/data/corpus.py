@@ -24,10 +24,10 @@ from typing import Any, Literal
 from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.hub import Hub, Report, way_out
 from ds_slm.data.readers import READERS, START, Mark, TextFile, read_documents, suffix_of
-from ds_slm.data.splits import ALL, NotTold, choose
+from ds_slm.data.splits import ALL, TRAIN, NotTold, canonical, choose, looks_held_out
 from ds_slm.data.stand_ins import HEAD_BYTES, stand_in_at
 from ds_slm.errors import DataError
-from ds_slm.files import shortened
+from ds_slm.files import NAMES_TOLD, shortened
 from ds_slm.recipe.schema import Source
 
 TOKENS_SUFFIX = ".bin"
@@ -67,8 +67,12 @@ class Place:
         """One line: which local files are read, and which are not; None where there are no local files."""
         if not self.files:
             return None
-        below = [str(path.relative_to(self.root)) if path != self.root else path.name for path in self.files]
-        line = f"reads {shortened(below)}"
+        below = [path.relative_to(self.root) if path != self.root else PurePath(path.name) for path in self.files]
+        doubtful = [path for path in below if canonical(split) == TRAIN and looks_held_out(path)]
+        first = dict.fromkeys([*doubtful, *below])  # of many names only the first are shown
+        line = f"reads {shortened([str(path) for path in first])}"
+        if len(doubtful) > NAMES_TOLD:
+            line += f", {len(doubtful):,} with names as of held-out data"
         if parts := tell_left_out(self.left_out()):
             line += f" ({len(below):,} of {len(below) + len(self.other_split) + len(self.beside):,} files)"
             line += f", those of split {split!r}; left out: {parts}"

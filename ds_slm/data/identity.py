@@ -138,8 +138,10 @@ def _has_other_files(source: Source, manifest: Mapping[str, Any], replacement: P
     """Whether the source's local files differ in name or size; files that have moved away since are not missed."""
     if not _is_local(source, manifest, replacement):
         return False
-    if LEFT_OUT in manifest:
-        return corpus.locate(source, replacement).file_sizes() != manifest["files"]
+    if LEFT_OUT in manifest and corpus.locate(source, replacement).file_sizes() == manifest["files"]:
+        return False
+
+    # Older versions knew fewer names of splits: they have read what is read now, and more of what is there.
     everything = corpus.locate(source.model_copy(update={"split": ALL}), replacement)
     found, chosen = Counter(map(tuple, manifest["files"])), Counter(map(tuple, _chosen(source, replacement)))
     return not chosen <= found <= Counter(map(tuple, everything.file_sizes()))
@@ -150,12 +152,12 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
 
     Older versions read nearly every file of a folder. What they prepared can be read, so that a run on it can go on.
     """
-    if LEFT_OUT in manifest:
-        return
     is_local = _is_local(source, manifest, replacement)
     names = Counter(name for name, _ in manifest["files"])
     if is_local:
         others = sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
+    elif LEFT_OUT in manifest:  # a file's folder may have told its split
+        others = []
     else:
         others = corpus.of_another_split(sorted(names.elements()), source.split)
     if others:
@@ -164,7 +166,7 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
             f"{shortened(others)}; their text is in the shards"
         )
     everything = source.model_copy(update={"split": ALL})
-    if is_local and (pointers := corpus.stand_ins(corpus.locate(everything, replacement))):
+    if is_local and LEFT_OUT not in manifest and (pointers := corpus.stand_ins(corpus.locate(everything, replacement))):
         yield f"prepared by an older version, which took for text what is none: {shortened(pointers)}"
 
 

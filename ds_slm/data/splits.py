@@ -4,9 +4,9 @@
 
 The rule is the one by which `datasets` reads a repository (`datasets.data_files`), so that a folder and its copy on the
 hub give the same text: a split's keyword between characters that are not letters names the split, and a folder's name
-counts before a word in a file's name. Beyond it, case does not matter, `split=train` and `train(1)` are understood, and
-so are the words that are in WORDS alone. A file whose whole name is a split's (`valid.jsonl`) is of that split whatever
-its folder is called.
+counts before a word in a file's name. Beyond it, case does not matter, `split=train`, `train(1)` and `trainSplit` are
+understood, and so are the words that are in WORDS and ALONE only. A file whose whole name is a split's (`valid.jsonl`)
+is of that split whatever its folder is called.
 
     read                       the files that are named for the split
     nothing is named for it    train: the files that are named for no split; refused for any other split
@@ -16,7 +16,8 @@ its folder is called.
 A name with the words of two splits (`train_dev.jsonl`) is of neither. The root's own name, and the folders above it,
 say nothing.
 
-Known gap: nobody can tell a title (`strength-training.txt`) from a split's name. Where few files name a split among
+Known gaps: words that are written as one in small letters (`wikival`) name no split, but come first where it is said
+what is read. Nobody can tell a title (`strength-training.txt`) from a split's name. Where few files name a split among
 many that name none, the folder is refused, with the way out.
 """
 
@@ -28,22 +29,41 @@ from pathlib import PurePath
 TRAIN, ALL = "train", "all"
 
 WORDS = {
-    TRAIN: ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation", "devtest"),
+    TRAIN: ("train", "training", "trn"),
+    "validation": ("validation", "valid", "dev", "val", "devel", "validations", "newsdev", "newsdiscussdev"),
+    "test": (
+        *("test", "testing", "eval", "evaluation", "devtest", "tests", "tst", "evals", "evaluations"),
+        *("testa", "testb", "newstest", "newsdiscusstest"),
+    ),
     "held out": ("heldout", "holdout"),
 }
-"""Split -> the words that name it, in `testset` and `testdata` too; those of `datasets` first."""
+"""Split -> the words that name it, in `testset`, `testdata` and `testsplit` too; those of `datasets` first."""
 
-BESIDE = frozenset(("of", "part", "shard", "split", "set", "data"))
+ALONE = {
+    "validate": "validation",
+    "development": "validation",
+    "evaluate": "test",
+    "blind": "test",
+    "unseen": "held out",
+}
+"""Words that are parts of titles as well: they name a split where the file or folder has no other word."""
+
+NO_SPLIT = frozenset(("devops", "devtools", "devrel"))
+"""Single words that are written as if they were two."""
+
+BESIDE = frozenset(("of", "part", "shard", "split", "splits", "set", "data"))
 """Words beside a split's in the name of a file that has no other name, as in `train-00000-of-00010`."""
 
 TITLES_PER_NAME = 10
 """So many files that name no split to each that does, and the words are taken for parts of titles."""
 
-_SPLIT_OF = {word + end: split for split, words in WORDS.items() for word in words for end in ("", "set", "data")}
+ENDS = ("", "set", "sets", "data", "split", "splits")
+
+_SPLIT_OF = {word + end: split for split, words in WORDS.items() for word in words for end in ENDS}
 _LETTERS = re.compile(r"[^\W\d_]+")
-_HELD_OUT = re.compile(r"(?<![^\W\d_])(held|hold)[\W_]?out(?![^\W\d_])")
+_CAMEL = re.compile(r"(?<=[^\W\d_A-Z])(?=[A-Z])")
+_HELD_OUT = re.compile(r"(?<![^\W\d_])(held|hold)[\W_]?out(?![^\W\d_])", re.IGNORECASE)
+_LOOKS_HELD_OUT = re.compile(r"test|tst|dev|val|(held|hold)[\W_]?out|blind|gold|hidden|unseen", re.IGNORECASE)
 _SHARDED = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
 """`datasets` takes what stands before the numbers, in the folder data/, for the whole name of a split."""
 
@@ -103,10 +123,8 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
 
 def canonical(split: str) -> str:
     """A split's one spelling: valid, val and dev are validation; one that nobody knows is its own words."""
-    words = _words(split)
-    known = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
-    whole = len(known) == 1 and all(word in _SPLIT_OF or word in BESIDE for word in words)
-    return known.pop() if whole else split.lower()
+    known = _splits_in(split)
+    return known.pop() if len(known) == 1 and _is_a_splits(split) else split.lower()
 
 
 def splits_of(path: PurePath, wanted: str = TRAIN) -> set[str]:
@@ -120,7 +138,7 @@ def splits_of(path: PurePath, wanted: str = TRAIN) -> set[str]:
     own = canonical(wanted)
     if sharded := _sharded(path):
         return {canonical(sharded)} if _splits_in(sharded) or canonical(sharded) == own else set()
-    if len(whole := _splits_in(name)) == 1 and all(word in _SPLIT_OF or word in BESIDE for word in _words(name)):
+    if len(whole := _splits_in(name)) == 1 and _is_a_splits(name):
         return whole
 
     for part in (*reversed(folders), name):
@@ -144,9 +162,29 @@ def _holds(part: str, wanted: str) -> bool:
     return canonical(wanted) not in WORDS and bool(own) and own in spans
 
 
+def looks_held_out(path: PurePath) -> bool:
+    """Whether a name may be that of held-out data although no rule says so; it may as well be a valley's."""
+    return bool(_LOOKS_HELD_OUT.search(str(path)))
+
+
 def _splits_in(name: str) -> set[str]:
-    return {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
+    found = {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
+    if not found and _is_a_splits(name):
+        found = {ALONE[word] for word in _words(name) if word in ALONE}
+    return found
+
+
+def _is_a_splits(name: str) -> bool:
+    """Whether a name has no word but a split's and those that stand beside one."""
+    return all(word in _SPLIT_OF or word in ALONE or word in BESIDE or len(word) == 1 for word in _words(name))
 
 
 def _words(name: str) -> list[str]:
-    return _LETTERS.findall(_HELD_OUT.sub(r"\1out", name.lower()))
+    """The words in lower case; what is written like `trainSplit` is two where one of them names a split."""
+    found = []
+    for word in _LETTERS.findall(_HELD_OUT.sub(r"\1out", name)):
+        parts = [part.lower() for part in _CAMEL.split(word)]
+        joined = "".join(parts)
+        is_one = joined in _SPLIT_OF or joined in NO_SPLIT or not any(part in _SPLIT_OF for part in parts)
+        found += [joined] if is_one else parts
+    return found

@@ -334,6 +334,17 @@ def test_token_files_are_downloaded(kind: int | str | None, hub: HubStandIn, wai
     assert place.kind == "tokens" and not [request for request in hub.requests if request.path.endswith(".txt")]
 
 
+def test_token_files_are_those_of_the_revision(hub: HubStandIn, waits_s: list[float]) -> None:
+    """Oracle: what the hub was asked for: the revision's commit; one that is not there gives nothing."""
+    hub.datasets["made/ids"] = TOKENS
+    assert len(locate(ids(revision=COMMIT)).files) == 2
+    assert hub.requests[0].path.endswith(f"/revision/{COMMIT}")
+    hub.requests.clear()
+    with pytest.raises(DataError, match="the hub gave no 'made/ids'"):
+        locate(ids(revision="no-such-tag"))
+    assert not any(".bin" in request.path for request in hub.requests)
+
+
 def test_token_files_that_stay_away(
     hub: HubStandIn, waits_s: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

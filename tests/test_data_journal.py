@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ds_slm.data import journal, shards, writer
+from ds_slm.data import journal, shards, token_files, writer
 from ds_slm.data import prepare as preparing
 from ds_slm.data.progress import Progress
 from ds_slm.errors import DataError
@@ -28,7 +28,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SHARD_TOKENS", 2_000)
     monkeypatch.setattr(writer, "BATCH_DOCUMENTS", 16)
     monkeypatch.setattr(writer, "JOURNAL_TOKENS", 2_500)
-    monkeypatch.setattr(writer, "COPY_TOKENS", 700)
+    monkeypatch.setattr(token_files, "COPY_TOKENS", 700)
 
 
 def text_recipe(folder: Path) -> Recipe:

@@ -199,12 +199,47 @@ def test_zeros_at_the_end_of_token_files_are_padding(dtype: str, eos: str, tmp_p
 
 def test_zeros_between_documents_are_not_taken_for_wide_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the ids that were written: a block of zeros says nothing about their width."""
-    monkeypatch.setattr("ds_slm.data.writer.COPY_TOKENS", 100)
-    ids = np.concatenate([np.arange(1, 80), np.zeros(500), np.arange(1, 80)]).astype("<u2")
+    monkeypatch.setattr("ds_slm.data.token_files.COPY_TOKENS", 20)
+    ids = np.concatenate([np.arange(1, 80), np.zeros(60), np.arange(1, 80)]).astype("<u2")
     ids.tofile(tmp_path / "ids.bin")
     prepared = data_recipes.prepare(ids_recipe(tmp_path), tmp_path / "data")
     found = [np.asarray(prepared.tokens(split)[0]) for split in ("train", "val")]
     assert np.array_equal(np.concatenate(found), ids)
+
+
+@pytest.mark.parametrize("place", [0, 700, 2_500, 4_900])
+@pytest.mark.parametrize(("eos", "zeros"), [("!", 65), ("a", 512)])
+def test_ids_that_were_never_written_are_refused_wherever_they_stand(
+    place: int, eos: str, zeros: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the place, in blocks of any size, whether 0 ends documents or is a letter; fewer zeros are copied."""
+    ids = np.random.default_rng(0).integers(1, 90, 5_000).astype("<u2")
+    made = ids_recipe(tmp_path, eos=eos, val_fraction=0.2)
+    for block, count in ((100, zeros), (1 << 24, zeros), (100, zeros - 1)):
+        monkeypatch.setattr("ds_slm.data.token_files.COPY_TOKENS", block)
+        np.concatenate([ids[:place], np.zeros(count, "<u2"), ids[place:]]).tofile(tmp_path / "ids.bin")
+        if count == zeros:
+            with pytest.raises(DataError, match=rf"ids\.bin: from position {place} on id 0 stands .*is no text"):
+                data_recipes.prepare(made, tmp_path / f"data{block}")
+        else:
+            assert data_recipes.prepare(made, tmp_path / "fewer").train_tokens > 3_900
+
+
+def test_another_id_many_times_in_a_row_is_told_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a line with the letter and the place at every launch; a run of 511 is not told."""
+    monkeypatch.setattr("ds_slm.data.token_files.COPY_TOKENS", 300)
+    ids = np.random.default_rng(0).integers(1, 90, 5_000).astype("<u2")
+    made = ids_recipe(tmp_path)
+    told: list[str] = []
+    np.concatenate([ids[:99], np.full(511, 5, "<u2"), ids[99:]]).tofile(tmp_path / "ids.bin")
+    data_recipes.prepare(made, tmp_path / "short", report=told.append)
+    assert not any("in a row" in line for line in told)
+    np.concatenate([ids[:99], np.full(600, 5, "<u2"), ids[99:]]).tofile(tmp_path / "ids.bin")
+    for _ in range(2):
+        told.clear()
+        data_recipes.prepare(made, tmp_path / "long", report=told.append)
+        (line,) = [line for line in told if "in a row" in line]
+        assert line.startswith("ids: id 5 ('&') stands at least 600") and "from position 99 of ids.bin on" in line
 
 
 @pytest.mark.parametrize(
@@ -214,9 +249,16 @@ def test_zeros_between_documents_are_not_taken_for_wide_ids(tmp_path: Path, monk
         (b"", "", "is empty, 0 bytes"),
         (LFS, "", "git lfs pull"),
         (HTML, "", "a web server"),
-        (np.arange(1, 89, dtype="<u8").tobytes(), "uint32", "every other 32-bit id is 0.*anew as uint16 or uint32"),
+        (np.arange(1, 89, dtype="<u8").tobytes(), "uint32", "every other 32-bit id is 0.*64-bit.*anew as 32-bit"),
+        (np.arange(1, 89, dtype="<i8").tobytes(), "", r"three of four 16-bit ids are 0.*int64.*astype\('uint32'\)"),
+        (np.arange(1, 89, dtype="<u4").tobytes(), "", "every other 16-bit id is 0.*data.source.dtype = 'uint32'"),
         (b"\x93NUMPY\x01\x00" + bytes(120), "", "numpy's own format"),
-        (np.array([5] * 95 + [0] * 5, "<u2").tobytes(), "", "is no text, only control tokens such as id 0"),
+        (np.array([5] * 95 + [0] * 5, "<u2").tobytes(), "", "4 ids that are held out, 4 are no text .* id 0:"),
+        (
+            np.array([5] * 950 + [0] * 30 + [7] * 20, "<u2").tobytes(),
+            "",
+            "the 49 ids that are held out, 29 are no text",
+        ),
     ],
 )
 def test_token_files_that_hold_no_text(content: bytes, dtype: str, reason: str, tmp_path: Path) -> None:

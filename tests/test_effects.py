@@ -45,6 +45,11 @@ MISTAKES = {
     "a path under hub": ([(FILES, f'{HUB}\npath = "x"')], [], "path = 'x' of source 'generated' is not read"),
     "a path under embedded": ([(FILES, 'kind = "embedded"\npath = "x"')], [], "path = 'x'"),
     "an id beside a path": ([(FILES, 'kind = "tokens"\npath = "x"\nid = "a/b"')], [], "'tokens' beside path"),
+    "a config of token files": (
+        [(FILES, 'kind = "tokens"\nid = "a/b"\nconfig = "c"')],
+        [],
+        "config = 'c' of source 'generated' is not read under kind = 'tokens': take it out",
+    ),
     "a tokenizer's path under bpe": ([], ["tokenizer.path=somewhere"], "tokenizer.path = 'somewhere' is not read"),
     "a warm-up from above": ([], ["schedule.warmup_start_lr=1.0"], "warmup_start_lr = 1.0 exceeds optimizer.lr"),
     "an end above the peak": ([], ["optimizer.min_lr=1.0"], "min_lr = 1.0 exceeds optimizer.lr"),

@@ -51,7 +51,7 @@ class ControlText:
         self._backend = Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
         # Marks are new words, so that the ids of all added tokens may be others than in the tokenizer.
-        written: dict[str, str] = {token: self.marks.get(token, token) for token in added}
+        written = dict(zip(added, added, strict=True)) | self.marks
         ids = {self._backend.token_to_id(text): backend.token_to_id(token) for token, text in written.items()}
         self._ids = {here: there for here, there in ids.items() if here is not None and there is not None}
 

@@ -87,10 +87,14 @@ class Hub:
         )
 
     def token_files(self, suffix: str) -> Path:
-        """A local folder with the dataset's files of a suffix, downloaded. Raises DataError where one is missing."""
+        """A local folder with the dataset's files of a suffix, downloaded, at the source's revision.
+
+        Raises:
+            DataError: where one is missing, as `ask` does, or the hub knows no such revision.
+        """
         from huggingface_hub import HfApi, snapshot_download
 
-        name, commit = str(self.source.id), self.commit()
+        name, commit = str(self.source.id), self.commit(self.source.revision)
         listed = self.ask(lambda: HfApi().dataset_info(name, revision=commit, files_metadata=True)).siblings or []
         sizes = {file.rfilename: file.size for file in listed if file.rfilename.endswith(suffix)}
         download = partial(snapshot_download, name, repo_type="dataset", revision=commit, allow_patterns=[*sizes])

@@ -25,22 +25,15 @@ from ds_slm.data.corpus import DocumentStream
 from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype, tell_skipped
 from ds_slm.data.progress import Progress
+from ds_slm.data.token_files import PADDING, TokenFiles
 from ds_slm.data.tokenizer import Tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Data
 
 BATCH_DOCUMENTS = 4_096
 BATCH_CHARACTERS = 4_000_000
-COPY_TOKENS = 1 << 24
-"""Ids of a ready-made token file copied at a time."""
 JOURNAL_TOKENS = 1 << 25
 """A kill costs at most this much work and a batch."""
-WIDE_IDS = 32
-"""So many ids of which each is followed by a 0 are ids of twice their width."""
-PADDING_IDS = 64
-"""More than so many equal ids at a file's end, of 0, EOS or the padding token, are no text."""
-PADDING = "ids of padding at the end of a file"
-NUMPY = b"\x93NUMPY"
 DRAWS = 1 << 20
 """Rows whose draws are held at a time."""
 EMPTY = "empty or unreadable"
@@ -276,15 +269,15 @@ def write_token_files(
     Padding at the end of a file is cut off and counted.
 
     Raises:
-        DataError: for a file that is no whole number of ids, holds nothing but padding or an id beyond the vocabulary,
-            or looks as if its ids were wider than `file_dtype`; for a held-out part without text.
+        DataError: as `TokenFiles` does, and for a held-out part that is mostly no text.
     """
-    ids = _TokenFiles(files, file_dtype, tokenizer)
+    ids = TokenFiles(files, file_dtype, tokenizer)
     if ids.padding:
         shards.totals.skipped[PADDING] = ids.padding
     border = ids.held_out_border(data.val_fraction)
     train_tokens = int(min(border, token_limit))
     begin = shards.position["token"] if shards.position else 0
+    ids.long_run = shards.position.get("long_run") if shards.position else None
     unsaved_tokens = 0
     for block in ids.blocks(begin):
         shards.totals.add_content(block.tobytes())
@@ -292,119 +285,30 @@ def write_token_files(
             "train": block[: max(train_tokens - begin, 0)],
             "val": block[max(border - begin, 0) :],
         }
-        for split, ids in parts.items():
-            if len(ids):
-                shards.add(split, ids)
+        for split, part in parts.items():
+            if len(part):
+                shards.add(split, part)
                 shards.end_document(split)
         begin += len(block)
         unsaved_tokens += len(block)
         progress.advance(len(block), block.nbytes)
         if unsaved_tokens >= JOURNAL_TOKENS:
-            shards.save({"token": begin})
+            shards.save({"token": begin, "long_run": ids.long_run})
             unsaved_tokens = 0
     written = _finished(name, shards, data)
     paths = [shards.folder / shard["file"] for shard in written["shards"]["val"]]
     held_out = np.concatenate([np.fromfile(path, id_dtype(tokenizer.vocab_size)) for path in paths])
     val_bytes = len(decode_documents(tokenizer, held_out).encode())
-    if not val_bytes or np.isin(held_out, (tokenizer.eos_id, tokenizer.pad_id)).all():
+    of_no_text = int(np.isin(held_out, sorted(ids.no_text)).sum())
+    if not val_bytes or 2 * of_no_text > len(held_out):
         raise DataError(
-            f"source {name!r}: its end, the {len(held_out):,} ids that are held out, is no text, only control tokens "
-            f"such as id {held_out[-1]}: cut them off, or hold out more with --set data.val_fraction=..."
+            f"source {name!r}: of its end, the {len(held_out):,} ids that are held out, {of_no_text:,} are no text but "
+            f"control tokens, the last one id {held_out[-1]}: cut them off, or hold out more with --set "
+            "data.val_fraction=..."
         )
+    notes = [ids.long_run] if ids.long_run else []
     unknown = {"documents": None, "bytes": {"train": None, "val": val_bytes}}
-    return written | unknown | {"whole": train_tokens == border, "made_from": None}
-
-
-class _TokenFiles:
-    """The ids of several raw files, one after the other."""
-
-    def __init__(self, files: Sequence[Path], dtype: np.dtype, tokenizer: Tokenizer) -> None:
-        self._files, self._dtype, self._tokenizer = files, dtype, tokenizer
-        self._counts = [path.stat().st_size // dtype.itemsize for path in files]
-        problems = [
-            f"{path} has {path.stat().st_size} bytes, no whole number of {8 * dtype.itemsize}-bit ids: it was cut "
-            "short, or is of another type (data.source.dtype); get an intact copy."
-            for path in files
-            if path.stat().st_size % dtype.itemsize
-        ]
-        problems += [
-            f"{path} is a file of numpy's own format: write its ids alone, with array.tofile(...)."
-            for path in files
-            if _begins_with(path, NUMPY)
-        ]
-        if problems:
-            raise DataError(problems)
-
-        paddings = [self._padding_of(path, count) for path, count in zip(files, self._counts, strict=True)]
-        self.padding = sum(paddings)
-        """Ids that are cut off at the ends of the files."""
-        self._counts = [count - padding for count, padding in zip(self._counts, paddings, strict=True)]
-        problems = [
-            f"{path} holds nothing but one id that is no text: get an intact copy."
-            for path, count, padding in zip(files, self._counts, paddings, strict=True)
-            if padding and count <= 1
-        ]
-        if problems:
-            raise DataError(problems)
-
-    def _padding_of(self, path: Path, count: int) -> int:
-        """Ids at a file's end that are padding; an EOS, which ends the last document, is left."""
-        run, last = 0, None
-        while run < count:
-            begin = max(count - run - COPY_TOKENS, 0)
-            block = np.fromfile(path, self._dtype, count=count - run - begin, offset=begin * self._dtype.itemsize)
-            last = block[-1] if last is None else last
-            others = np.flatnonzero(block != last)
-            run += len(block) - (int(others[-1]) + 1 if len(others) else 0)
-            if len(others):
-                break
-        fillers = (0, self._tokenizer.eos_id, self._tokenizer.pad_id)
-        if run <= PADDING_IDS or last not in fillers:
-            return 0
-        return run - int(last == self._tokenizer.eos_id)
-
-    def held_out_border(self, val_fraction: float) -> int:
-        """The position at which held-out tokens begin: behind the first EOS of the last `val_fraction`."""
-        begin = nominal = int(sum(self._counts) * (1 - val_fraction))
-        for block in self.blocks(nominal):
-            ends = np.flatnonzero(block == self._tokenizer.eos_id)
-            if len(ends):
-                border = begin + int(ends[0]) + 1
-                return nominal if border == sum(self._counts) else border
-            begin += len(block)
-        return nominal
-
-    def blocks(self, begin: int) -> Iterator[np.ndarray]:
-        """The ids from a position on, in blocks of at most COPY_TOKENS."""
-        file_begin = 0
-        for path, count in zip(self._files, self._counts, strict=True):
-            place = max(begin - file_begin, 0)
-            while place < count:
-                offset = place * self._dtype.itemsize
-                block = np.fromfile(path, self._dtype, count=min(COPY_TOKENS, count - place), offset=offset)
-                self._refuse_strange(path, block, place)
-                yield block
-                place += len(block)
-            file_begin += count
-
-    def _refuse_strange(self, path: Path, block: np.ndarray, place: int) -> None:
-        vocab_size, beyond = self._tokenizer.vocab_size, int(block.argmax())
-        if block[beyond] >= vocab_size:
-            raise DataError(
-                f"{path} holds id {block[beyond]} at position {place + beyond}, beyond the vocabulary of {vocab_size}: "
-                "it was made with another tokenizer (name that one in the recipe) or is of another type "
-                "(data.source.dtype)."
-            )
-        own, between = block[place % 2 :: 2], block[1 - place % 2 :: 2]
-        if not between.any() and np.count_nonzero(own) >= WIDE_IDS:
-            bits = 8 * self._dtype.itemsize
-            way_out = "set data.source.dtype = 'uint32'" if bits == 16 else "write them anew as uint16 or uint32"
-            raise DataError(f"{path}: every other {bits}-bit id is 0, as in a file of {2 * bits}-bit ones: {way_out}.")
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+    return written | unknown | {"whole": train_tokens == border, "made_from": None, "notes": notes}
 
 
 def decode_documents(tokenizer: Tokenizer, ids: np.ndarray) -> str:

@@ -24,7 +24,7 @@ READ_FROM = {
     "embedded": (),
     "files": ("path",),
     "hub": ("id", "config", "revision"),
-    "tokens": ("path", "id", "config", "revision", "dtype"),
+    "tokens": ("path", "id", "revision", "dtype"),
 }
 """Kind of source -> the fields that say where and how it is read."""
 
@@ -62,12 +62,12 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
 def _unread_places(source: Source) -> Iterator[str]:
     """The fields of a source that its kind never reads."""
     read = READ_FROM[source.kind]
+    beside = ""
     if source.kind == "tokens" and source.path is not None:
-        read = ("path", "dtype")
+        read, beside = ("path", "dtype"), " beside path"
     for field in ("path", "id", "config", "revision", "dtype"):
         value = getattr(source, field)
         if value is not None and field not in read:
-            beside = " beside path" if source.kind == "tokens" else ""
             yield (
                 f"data.source: {field} = {value!r} of source {source.name!r} is not read under kind = "
                 f"{source.kind!r}{beside}: take it out, or change the kind (--source {source.name}=PATH reads local "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds_slm.data import journal, prepare, writer
+from ds_slm.data import journal, prepare, token_files, writer
 from ds_slm.recipe import schema
 
 KILLED = 9
@@ -22,7 +22,7 @@ EVERY_ADD = 47
 journal.SHARD_TOKENS = 2_000
 writer.BATCH_DOCUMENTS = 16
 writer.JOURNAL_TOKENS = 2_500
-writer.COPY_TOKENS = 700
+token_files.COPY_TOKENS = 700
 
 
 def main(recipe_path: str, folder: Path) -> None:

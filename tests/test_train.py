@@ -16,7 +16,7 @@ from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError, ConfigError, Superseded, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
-from ds_slm.train import checkpointing, ds_config, loop, optim, run_folder, session, zero_state
+from ds_slm.train import agreement, checkpointing, ds_config, loop, optim, run_folder, zero_state
 from ds_slm.train.launches import Launch
 from ds_slm.train.report import Report
 from ds_slm.train.saving import Saved
@@ -128,9 +128,9 @@ def test_sums_are_fp32_and_in_a_fixed_order_where_asked(recipe: schema.Recipe, d
 
 def test_hosts_that_multiply_in_different_ways_are_told() -> None:
     """Oracle: by hand: a host with bf16 instructions beside one without; and two of one kind."""
-    [told] = session._mixed_products(["new", "new", "old"], ["cpu bfloat16", "cpu bfloat16", "cpu fp32, upcast"])
+    [told] = agreement.mixed_products(["new", "new", "old"], ["cpu bfloat16", "cpu bfloat16", "cpu fp32, upcast"])
     assert "(new: cpu bfloat16; old: cpu fp32, upcast)" in told
-    assert session._mixed_products(["one", "two"], ["cpu bfloat16", "cpu bfloat16"]) == []
+    assert agreement.mixed_products(["one", "two"], ["cpu bfloat16", "cpu bfloat16"]) == []
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])

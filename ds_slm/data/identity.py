@@ -63,6 +63,7 @@ class _Tokenizer(BaseModel):
 
     identity: dict[str, Any]
     sha256: str
+    older_sha256: str | None = None
     vocab_size: NonNegativeInt
     eos_id: NonNegativeInt
     pad_id: NonNegativeInt

@@ -209,6 +209,7 @@ def _prepare_tokenizer(
         "format": FORMAT,
         "identity": tokenizer_identity(recipe),
         "sha256": tokenizer.sha256,
+        "older_sha256": tokenizer.older_sha256,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,

@@ -27,7 +27,7 @@ import numpy as np
 
 from ds_slm.data.identity import TOKENIZER, conflicts, read_manifest
 from ds_slm.data.journal import SPLITS, Split
-from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.data.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.data.writer import decode_documents
 from ds_slm.errors import DataError
 from ds_slm.files import locked, read_json, write_json
@@ -107,8 +107,20 @@ class Prepared:
     @property
     def sha256(self) -> str:
         """One hash of the tokenizer and all shards: equal wherever the same rows will be read, wherever from."""
+        return self._sha256_with(self.tokenizer_sha256)
+
+    @property
+    def older_sha256s(self) -> dict[str, str]:
+        """The hashes that an older version gave the same tokenizer and data, by name; nothing where they are the same.
+
+        Older versions left padding, truncation and dropout of a tokenizer as they were, and hashed them.
+        """
+        older = self.tokenizer_manifest.get("older_sha256")
+        return {"tokenizer_sha256": older, "data_sha256": self._sha256_with(older)} if older else {}
+
+    def _sha256_with(self, tokenizer_sha256: str) -> str:
         shards = [[name, manifest["dtype"], manifest["shards"]] for name, manifest in self.manifests.items()]
-        content = [self.tokenizer_sha256, *shards]
+        content = [tokenizer_sha256, *shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -194,8 +206,17 @@ def open_prepared(
     if missing := [part for part in expected if part not in manifests]:
         raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {name}.")
     refuse(conflicts(recipe, folder, {}, encoding or {}))
-    prepared = Prepared(folder, tokenizer_manifest=manifests.pop(TOKENIZER), manifests=manifests)
-    refuse([*_tokenizer_problems(prepared), *(_size_problems(prepared) or _changed_shards(prepared, report))])
+    tokenizer_manifest, tokenizer = manifests.pop(TOKENIZER), load_tokenizer(folder / TOKENIZER)
+    problems = _tokenizer_problems(folder, tokenizer, tokenizer_manifest, manifests)
+    if not problems and tokenizer_manifest["sha256"] != tokenizer.sha256:
+        tokenizer_manifest |= {"sha256": tokenizer.sha256, "older_sha256": tokenizer.older_sha256}
+        report(
+            f"warning: {folder} was prepared by an older version, which used its tokenizer with "
+            f"{', '.join(tokenizer.switched_off)}: its shards may hold other ids than their text has now. A run on "
+            "them goes on; for a new one name another --data-root"
+        )
+    prepared = Prepared(folder, tokenizer_manifest=tokenizer_manifest, manifests=manifests)
+    refuse([*problems, *(_size_problems(prepared) or _changed_shards(prepared, report))])
     return prepared
 
 
@@ -299,13 +320,16 @@ def _size_problems(prepared: Prepared) -> list[str]:
     return problems
 
 
-def _tokenizer_problems(prepared: Prepared) -> list[str]:
-    found, expected = load_tokenizer(prepared.tokenizer_folder).sha256, prepared.tokenizer_sha256
-    if found != expected:
-        return [f"{prepared.tokenizer_folder} was changed: sha256 {found}, not {expected}; {_again(prepared.folder)}."]
+def _tokenizer_problems(
+    folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """A tokenizer that is not the one its manifest says, or sources that were made with another."""
+    found, expected = tokenizer.sha256, manifest["sha256"]
+    if not tokenizer.has_sha256(expected):
+        return [f"{folder / TOKENIZER} was changed: sha256 {found}, not {expected}; {_again(folder)}."]
     return [
-        f"{prepared.folder / name} was made with the tokenizer {manifest['tokenizer_sha256']}, and the one beside it "
-        f"is {expected}: {_again(prepared.folder / name)}."
-        for name, manifest in prepared.manifests.items()
-        if manifest["tokenizer_sha256"] != expected
+        f"{folder / name} was made with the tokenizer {source['tokenizer_sha256']}, and the one beside it is "
+        f"{expected}: {_again(folder / name)}."
+        for name, source in sources.items()
+        if not tokenizer.has_sha256(source["tokenizer_sha256"])
     ]

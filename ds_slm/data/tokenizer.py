@@ -15,7 +15,7 @@ does in the chat template's text. The saved folder's default, for those who load
 control tokens, as chat templates need.
 
 Ids depend on the text alone: what is random in a tokenizer, or depends on its last use, is switched off, and so it is
-in the folder that is saved and in the hash (`_switch_off`).
+in the folder that is saved and in the hash (`_switch_off`). Older versions left it on: their hash is known as well.
 
 Known gaps: an hf tokenizer's chat template is not carried over.
 """
@@ -65,8 +65,11 @@ class Tokenizer:
 
     def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str) -> None:
         """Raises DataError where the vocabulary lacks the EOS or the pad token, naming both."""
-        self.switched_off = _switch_off(backend)
+        self.switched_off = _leftovers(backend)
         """Settings that would have made ids depend on more than the text, for people."""
+        self.older_sha256 = _sha256(backend) if self.switched_off else None
+        """The hash that older versions gave it, which left these settings as they were; None without any."""
+        _switch_off(backend)
         self._backend = backend
         self._encoder = _text_encoder(backend)
         self.eos_token, self.pad_token = eos_token, pad_token
@@ -135,8 +138,12 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of tokenizer.json's content, whatever its layout."""
-        return hashlib.sha256(_canonical(self._backend.to_str())).hexdigest()
+        """Hash of tokenizer.json's content, whatever its layout, without what is switched off."""
+        return _sha256(self._backend)
+
+    def has_sha256(self, sha256: str) -> bool:
+        """Whether a hash that was recorded, by this version or an older one, is this tokenizer's."""
+        return sha256 in (self.sha256, self.older_sha256)
 
     @property
     def _adds_prefix_space(self) -> bool:
@@ -158,22 +165,28 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _switch_off(backend: "tokenizers.Tokenizer") -> list[str]:
-    """Switch off what is random, or was left by a tokenizer's last use; returns what that was."""
+def _leftovers(backend: "tokenizers.Tokenizer") -> list[str]:
+    """What is random in a tokenizer, or was left by its last use."""
     found = []
     if dropout := getattr(backend.model, "dropout", None):
-        backend.model.dropout = None
         found.append(f"BPE dropout of {dropout:g}, which joins letters at random")
     if getattr(backend.model, "nbest_size", None) or getattr(backend.model, "alpha", None):
-        backend.model.nbest_size = backend.model.alpha = None
         found.append("sampling of a text's ids")
     if backend.truncation:
-        backend.no_truncation()
         found.append("truncation")
     if backend.padding:
-        backend.no_padding()
         found.append("padding")
     return found
+
+
+def _switch_off(backend: "tokenizers.Tokenizer") -> None:
+    """Leave none of `_leftovers`; what is off already stays as it is, for it is part of the hash."""
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
+    if getattr(backend.model, "nbest_size", None) or getattr(backend.model, "alpha", None):
+        backend.model.nbest_size = backend.model.alpha = None
+    backend.no_truncation()
+    backend.no_padding()
 
 
 def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
@@ -189,8 +202,9 @@ def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     return backend
 
 
-def _canonical(tokenizer_json: str) -> bytes:
-    return json.dumps(json.loads(tokenizer_json), sort_keys=True).encode()
+def _sha256(backend: "tokenizers.Tokenizer") -> str:
+    canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True).encode()
+    return hashlib.sha256(canonical).hexdigest()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -50,10 +50,10 @@ def export_run(
     recipe = schema.load_recorded(run)
     checkpoint = checkpoint_format.choose(run, step=step, best=best)
     notes = checkpoint_format.read_state(checkpoint)
-    found, trained_with = load_tokenizer(run / "tokenizer").sha256, notes.get("tokenizer_sha256")
-    if trained_with not in (found, None):
+    tokenizer, trained_with = load_tokenizer(run / "tokenizer"), notes.get("tokenizer_sha256")
+    if trained_with is not None and not tokenizer.has_sha256(trained_with):
         raise CheckpointError(
-            f"{run / 'tokenizer'} has sha256 {found}, {checkpoint} was trained with {trained_with}: "
+            f"{run / 'tokenizer'} has sha256 {tokenizer.sha256}, {checkpoint} was trained with {trained_with}: "
             "restore the tokenizer the run had."
         )
     state = checkpoint_format.read_model(checkpoint)

@@ -171,7 +171,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_other_tokenizer(folder: Path, trained_with: str | None) -> None:
-    if trained_with is not None and trained_with != (found := load_tokenizer(folder).sha256):
+    if trained_with is not None and not (found := load_tokenizer(folder)).has_sha256(trained_with):
         raise CheckpointError(
-            f"{folder} holds the tokenizer {found}, its model was trained with {trained_with}: get an intact copy."
+            f"{folder} holds the tokenizer {found.sha256}, its model was trained with {trained_with}: get an intact "
+            "copy."
         )

@@ -10,7 +10,7 @@ A rank that left alone would keep the others waiting.
 import hashlib
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,17 @@ def agree_on_inputs(
             problems.append(f"the hosts differ in their {what} ({seen}): copy the right one over the others.")
     if problems:
         raise DataError(problems)
+
+
+def mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
+    """A warning where hosts, of different kinds of CPU perhaps, multiply in different ways."""
+    if len(set(products)) == 1:
+        return []
+    by_host = dict(zip(hosts, products, strict=True))
+    return [
+        f"hosts multiply in different ways ({'; '.join(f'{host}: {how}' for host, how in by_host.items())}): a resumed "
+        "run is bit for bit the same only while each rank stays on its kind of host."
+    ]
 
 
 def _hash(content: Any) -> str:

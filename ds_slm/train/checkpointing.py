@@ -69,8 +69,14 @@ class Found:
     """What to say of a newer step that was saved, and that no host of this launch holds whole."""
 
 
-def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
+def find(control: Control, run: Path, identity: dict[str, Any], older: Mapping[str, str] | None = None) -> Found | None:
     """The newest whole checkpoint of any host, or None. Collective.
+
+    Args:
+        control: the ranks' connection.
+        run: the run folder, each host's own.
+        identity: hashes of what this launch trains with.
+        older: the hashes that an older version gave the same.
 
     Raises:
         CheckpointError: on every rank, where it was made from other data or another tokenizer, where none of those
@@ -100,16 +106,26 @@ def find(control: Control, run: Path, identity: dict[str, Any]) -> Found | None:
         return None
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
-    refuse_other_beginning(run, content, identity)
+    refuse_other_beginning(run, content, identity, older or {})
     lost = (
         f"step {saved} was saved{holders}, and no host of this launch holds it whole" if saved > offers[source] else ""
     )
     return Found(source, own if is_source else None, content, own_step, tuple(damaged), lost)
 
 
-def refuse_other_beginning(run: Path, content: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a run began with other data, another tokenizer or another base than this launch."""
-    other = [key for key in identity if key != "recipe_sha256" and content.get(key) != identity[key]]
+def refuse_other_beginning(
+    run: Path, content: Mapping[str, Any], identity: Mapping[str, Any], older: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError where a run began with other data, another tokenizer or another base than this launch.
+
+    Args:
+        run: the run folder.
+        content: what a checkpoint, or done.json, says.
+        identity: hashes of what this launch trains with.
+        older: the hashes that an older version gave the same.
+    """
+    same = {key: (identity[key], older.get(key, identity[key])) for key in identity if key != "recipe_sha256"}
+    other = [key for key, hashes in same.items() if content.get(key) not in hashes]
     if other:
         raise CheckpointError(
             [f"{run} was trained with {key} {content.get(key)}, this launch has {identity[key]}." for key in other]

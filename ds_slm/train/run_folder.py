@@ -97,7 +97,11 @@ def refuse_unusable(run: Path) -> None:
         CheckpointError: for each name that is something else than it must be, a link to nothing among them.
         OSError: where the folder, or that of the checkpoints, cannot be written to.
     """
-    problems = [in_the_way for name in FOLDERS if (in_the_way := obstacle(run / name))]
+    in_the_way = [path for path in (run / name for name in FOLDERS) if os.path.lexists(path) and not path.is_dir()]
+    problems = [
+        f"{path} is {'a file' if path.exists() else 'a link to nothing'}, expected a folder: mend or remove it."
+        for path in in_the_way
+    ]
     folders = [path for path in (run / name for name in FILES) if path.is_dir()]
     problems += [f"{path} is a folder, expected a file: move it away." for path in folders]
     if problems:

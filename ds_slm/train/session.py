@@ -6,7 +6,7 @@ Whatever can be wrong on one host only (its data, its run folder) is gathered fr
 left alone would keep the others waiting.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +57,11 @@ class Corpus(Protocol):
     @property
     def tokenizer_sha256(self) -> str:
         """Hash of the tokenizer's content."""
+        ...
+
+    @property
+    def older_sha256s(self) -> Mapping[str, str]:
+        """What an older version called the same data and tokenizer; see `ds_slm.data.shards.Prepared`."""
         ...
 
     @property
@@ -148,13 +153,17 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         agreement.agree_on_inputs(control, identity, recipe, joined, task.identity())
         done = max(control.gather(run_folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
         if done.get("step", -1) >= recipe.train.steps:
-            checkpointing.refuse_other_beginning(options.run_dir, done, identity)
+            checkpointing.refuse_other_beginning(options.run_dir, done, identity, corpus.older_sha256s)
             _mend_finished(control, options.run_dir, corpus)
             if control.rank == 0:
                 print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
             return
         _refuse_unwritable(control, options.run_dir)
-        found = None if options.resume == "never" else checkpointing.find(control, options.run_dir, identity)
+        found = (
+            None
+            if options.resume == "never"
+            else checkpointing.find(control, options.run_dir, identity, corpus.older_sha256s)
+        )
         if found is None and options.resume == "must":
             raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
 
@@ -219,7 +228,7 @@ def _train(
     agreement.agree(control, problems)
     if any(control.gather(newer)):
         raise Superseded
-    mixed = _mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
+    mixed = agreement.mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
     mended = [line for lines in control.gather(mended or []) for line in lines]
     if control.rank == 0:
         said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
@@ -353,17 +362,6 @@ def _problems_of(error: UserError | OSError, place: str) -> list[str]:
     if isinstance(error, UserError):
         return error.problems
     return [f"{error.filename or place}: {error.strerror or error}."]
-
-
-def _mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
-    """A warning where hosts, of different kinds of CPU perhaps, multiply in different ways."""
-    if len(set(products)) == 1:
-        return []
-    by_host = dict(zip(hosts, products, strict=True))
-    return [
-        f"hosts multiply in different ways ({'; '.join(f'{host}: {how}' for host, how in by_host.items())}): a resumed "
-        "run is bit for bit the same only while each rank stays on its kind of host."
-    ]
 
 
 def _announce(facts: dict[str, Any], options: Options, warnings: list[str], terminal: Any) -> None:

@@ -15,7 +15,7 @@ from ds_slm import pretrain
 from ds_slm.data.order import RowId, next_step_position
 from ds_slm.errors import RecipeError
 from ds_slm.recipe import schema
-from ds_slm.train import checkpointing, run_folder, skipping
+from ds_slm.train import checkpointing, run_folder, skipped_rows, skipping
 from ds_slm.train.launches import Launch
 from tests import ranks
 
@@ -142,7 +142,7 @@ def test_what_was_left_out_is_remembered(tmp_path: Path) -> None:
     content = {"skipped_rows": [[7, 14]]}
 
     def recorded(control: Any) -> skipping.Ranges:
-        return skipping.recorded(control, tmp_path / control.hosts[control.rank], content)
+        return skipped_rows.recorded(control, tmp_path / control.hosts[control.rank], content)
 
     def found() -> skipping.Ranges:
         first, second = ranks.run(["a", "b"], recorded)

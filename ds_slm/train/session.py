@@ -31,6 +31,7 @@ from ds_slm.train import (
     network,
     rendezvous,
     run_folder,
+    skipped_rows,
     skipping,
 )
 from ds_slm.train import engine as engines
@@ -204,7 +205,7 @@ def _train(
     writers: list[int],
 ) -> None:
     content = found.content if found else {}
-    recorded = skipping.recorded(control, options.run_dir, content)
+    recorded = skipped_rows.recorded(control, options.run_dir, content)
     steps_left = recipe.train.steps - content.get("step", 0)
     skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
     facts = {**launch.facts(), **effective_choices(recipe, options, joined, control), **differing, **identity}

@@ -8,16 +8,12 @@ for as much longer.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ds_slm.data.order import RowId
 from ds_slm.errors import RecipeError
-from ds_slm.files import read_json
-from ds_slm.train import launches
-from ds_slm.train.control import Control
 
 Ranges = tuple[tuple[int, int], ...]
 """First position and the one behind the last, ascending; none overlap or touch."""
@@ -126,30 +122,6 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
     if problems:
         raise RecipeError(problems)
     return Skipping(ranges, tuple(said))
-
-
-def recorded(control: Control, run: Path, content: Mapping[str, Any]) -> Ranges:
-    """What the launches before this one left out: the newest one's env.json says it, else the checkpoint. Collective.
-
-    Args:
-        control: the ranks' connection.
-        run: the run folder, each host's own.
-        content: state.json of the checkpoint that is resumed; empty where none is.
-    """
-    mine = (read_json(run / "env.json") or {}).get("skipped_rows")
-    holders = [(*order, ranges) for order, ranges in control.gather([launches.holder(run).order, mine])]
-    generation, launch_id, ranges = max(holders, key=lambda one: one[:2])
-    of_launch, of_checkpoint = _valid(ranges), _valid(content.get("skipped_rows"))
-    if generation and launch_id and ranges is not None:
-        return of_launch
-    return merged([*of_launch, *of_checkpoint])  # an older version's launch recorded its own flags alone
-
-
-def _valid(found: Any) -> Ranges:
-    try:
-        return merged(found or ())
-    except (TypeError, ValueError, IndexError):
-        return ()
 
 
 def _end_of_run(rows: Positions, position: int, steps_left: int, skipped: Ranges, greatest: int) -> int:

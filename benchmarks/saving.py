@@ -22,7 +22,7 @@ from ds_slm.data.rows import Rows
 from ds_slm.errors import DataError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
-from ds_slm.train import ds_config, rendezvous
+from ds_slm.train import devices, ds_config, process_group, rendezvous
 from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.interrupt import Interrupt
@@ -61,8 +61,8 @@ def main() -> int:
     rank, world_size = world.rank, world.size
     overrides = [f"data.seq_len={SEQ_LEN}", f"train.global_batch_tokens={SEQ_LEN * world_size}", "run.keep_last=1"]
     recipe = schema.load(args.recipe, [*args.set, *overrides])
-    joined = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, engines.device_type(), 1)
-    control = engines.connect()
+    joined = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, devices.device_type(), 1)
+    control = process_group.connect()
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     rng = np.random.default_rng(rank)
     rows = Rows(rng.integers(0, recipe.model.vocab_size, (1, SEQ_LEN + 1)), np.ones((1, SEQ_LEN), dtype=np.float32))
@@ -93,7 +93,7 @@ def main() -> int:
             f"{whole_s:.2f} s alone"
         )
         shutil.rmtree(args.out)
-    engines.disconnect(control)
+    process_group.disconnect(control)
     return 0
 
 

@@ -17,6 +17,7 @@ from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.control import Control
 from ds_slm.train.interrupt import Interrupt
+from ds_slm.train.process_group import connected
 from tests import runs
 
 
@@ -27,7 +28,7 @@ def process_group() -> Iterator[Control]:
     os.environ.pop("RANK", None)
     rendezvous._current = rendezvous.Rendezvous(world.read(), rendezvous.INTERVALS)
     try:
-        with engines.connected() as control:
+        with connected() as control:
             yield control
     finally:
         rendezvous._current = meeting

@@ -184,7 +184,7 @@ def test_one_host_that_cannot_compile_makes_all_ranks_eager(reasons: list[str | 
 def test_a_launch_says_why_its_blocks_are_eager(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
     """Oracle: compiled if it works; else eager, with the reason, also after the micro-batch was measured."""
     monkeypatch.setattr(compile_probe, "eager_reason", lambda control, device: reason)
-    monkeypatch.setattr(session.engines, "current_device", lambda: CPU)
+    monkeypatch.setattr(session.devices, "current_device", lambda: CPU)
     control: Any = SimpleNamespace(rank=0, world_size=1)
     joined = session._eager_if_compiling_fails(ds_config.Joined({}, 1, 1, 0, compiled=True), control)
     expected = "compiled" if reason is None else f"eager ({reason})"

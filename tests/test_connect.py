@@ -16,10 +16,10 @@ MEET = """
 import sys
 import torch
 import torch.distributed as dist
-from ds_slm.train import engine, rendezvous
+from ds_slm.train import process_group, rendezvous
 def main():
     rendezvous.current().arrive(None)
-    with engine.connected() as control:
+    with process_group.connected() as control:
         if control.rank == 1:
             raise ZeroDivisionError("on rank 1 alone")
         dist.all_reduce(torch.ones(1), group=control.group)  # never answered

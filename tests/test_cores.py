@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_slm.train import engine
+from ds_slm.train import devices
 
 OFFLOADED, NOT_OFFLOADED = {"offload_optimizer": {"device": "cpu"}}, {"offload_optimizer": {"device": "none"}}
 ALL, HALF = [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3]
@@ -44,11 +44,11 @@ def test_ranks_on_the_same_cores_share_them(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is put back
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores[0]))
-    monkeypatch.setattr(engine, "device_type", lambda: device)
+    monkeypatch.setattr(devices, "device_type", lambda: device)
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     ranks: Any = Ranks(cores)
-    assert engine.share_cores(ranks, zero) == threads
+    assert devices.share_cores(ranks, zero) == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     chosen[:] = [8]
-    assert engine.share_cores(ranks, zero) == 8  # whoever sets the variable has chosen
+    assert devices.share_cores(ranks, zero) == 8  # whoever sets the variable has chosen

@@ -13,7 +13,7 @@ from ds_slm.data.rows import PretrainRows
 from ds_slm.errors import ConfigError, DeviceError
 from ds_slm.model import kernels
 from ds_slm.recipe import schema
-from ds_slm.train import engine
+from ds_slm.train import devices
 from tests import runs
 
 
@@ -220,16 +220,16 @@ def test_a_precision_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(
             DeviceError, match=r"'fp16'.* use --set train\.precision=fp32 or --set train\.precision=bf16"
         ):
-            engine.refuse_missing_precision(precision)
+            devices.refuse_missing_precision(precision)
     else:
-        engine.refuse_missing_precision(precision)
+        devices.refuse_missing_precision(precision)
 
 
 def test_products_in_unknown_words_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the refusal, before anything is prepared."""
     monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "fast")
     with pytest.raises(ConfigError, match="DS_SLM_HALF_PRODUCTS=fast: expected native, upcast, or unset"):
-        engine.refuse_missing_precision("fp32")
+        devices.refuse_missing_precision("fp32")
 
 
 def test_a_recipe_of_fine_tuning_is_refused(tmp_path: Path) -> None:

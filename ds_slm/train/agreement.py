@@ -17,8 +17,7 @@ import torch
 
 from ds_slm.errors import ConfigError, DataError, UserError
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import ds_config, measure, network, rendezvous, software
-from ds_slm.train import engine as engines
+from ds_slm.train import devices, ds_config, measure, network, rendezvous, software
 from ds_slm.train.control import Control
 
 
@@ -31,7 +30,7 @@ def meet(meeting: rendezvous.Rendezvous, allow_mixed: bool) -> dict[str, list[st
     Raises:
         ConfigError: on all ranks, where code or libraries differ and that is not allowed.
     """
-    world, device = meeting.world, torch.device(engines.device_type())
+    world, device = meeting.world, torch.device(devices.device_type())
     everyone = meeting.arrive(
         {
             "host": socket.gethostname(),

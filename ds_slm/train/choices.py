@@ -7,8 +7,7 @@ import torch
 
 from ds_slm.model import kernels
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import engine as engines
-from ds_slm.train import measure, network
+from ds_slm.train import devices, measure, network
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def effective_choices(recipe: Recipe, options: "Options", joined: Joined, control: Control) -> dict[str, Any]:
     """The effective choices of this launch, by name: they stand in env.json. Needs the process group."""
-    device = torch.device(engines.device_type())
+    device = torch.device(devices.device_type())
     return {
         "recipe": recipe.card.name,
         "recipe_name": options.recipe_name,
@@ -27,7 +26,7 @@ def effective_choices(recipe: Recipe, options: "Options", joined: Joined, contro
         "precision": recipe.train.precision,
         "kernels": {
             **kernels.effective_kernels(
-                device, engines.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
+                device, devices.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
             ),
             "blocks": blocks(joined),
         },

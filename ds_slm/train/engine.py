@@ -9,9 +9,8 @@ micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps
 
 import importlib
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +21,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_slm.data.rows import Rows
-from ds_slm.errors import RAISED_ON_ALL_RANKS, AgreedDataError, DeviceError
-from ds_slm.model import kernels
+from ds_slm.errors import AgreedDataError
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import masters, rendezvous, zero_state
+from ds_slm.train import devices, masters, zero_state
 from ds_slm.train.control import Control
 from ds_slm.train.ds_config import Joined
 from ds_slm.train.interrupt import Interrupt, Wish, micro_batches_per_vote
 from ds_slm.train.optim import build_optimizer, set_learning_rate
 from ds_slm.train.row_reader import Share
-from ds_slm.train.store import first_line, taken
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -68,116 +63,10 @@ class Totals:
     micro_batches_per_vote: int
 
 
-def device_type() -> str:
-    """'cpu', or the accelerator DeepSpeed found."""
-    return _accelerator().device_name()
-
-
-def current_device() -> torch.device:
-    """This rank's device, once it is connected."""
-    kind = device_type()
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def _accelerator() -> Any:
-    if not (torch.version.cuda or torch.version.hip):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches, and warns that it found none
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator()
-
-
-def refuse_missing_precision(precision: str) -> None:
-    """Raise DeviceError where the device cannot compute in the recipe's precision, ConfigError where it is told how in
-    unknown words.
-    """
-    kernels.chosen_products()
-    device = _accelerator()
-    supported = {
-        "fp32": True,
-        "fp16": bool(device.is_fp16_supported()),
-        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if device.device_name() == "cuda" else True,
-    }
-    if not supported[precision]:
-        others = " or ".join(f"--set train.precision={name}" for name, there in supported.items() if there)
-        raise DeviceError(
-            f"train.precision = {precision!r}: this device ({device.device_name()}) lacks it; use {others}."
-        )
-
-
-def connect() -> Control:
-    """Join the process group of all ranks, which have met. The backend is DeepSpeed's choice: gloo or nccl.
-
-    Raises:
-        DeviceError: a device that is not there, or a host that the others cannot reach.
-    """
-    import deepspeed
-
-    # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine;
-    # a process killed meanwhile leaves a lock that hangs the next). Training never calls it.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    if device_type() == "cuda":
-        local_rank = rendezvous.current().world.local_rank
-        if local_rank >= torch.cuda.device_count():
-            raise DeviceError(
-                f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} CUDA devices: give it fewer "
-                "slots in the hostfile, or widen CUDA_VISIBLE_DEVICES."
-            )
-        torch.cuda.set_device(local_rank)
-    try:
-        deepspeed.init_distributed(verbose=False)
-    except dist.DistNetworkError as error:
-        world = rendezvous.current().world
-        if world.size == 1:
-            raise DeviceError(taken(world)) from error
-        raise DeviceError(f"the ranks cannot connect to each other: {first_line(error)}.") from error
-    return Control()
-
-
 def _import_muon_uncompiled() -> None:
     """DeepSpeed asks whether the optimiser is its Muon. Importing that loads all of torch's compiler, for seconds."""
     with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-
-
-def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
-    """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
-
-    Without it each of them starts as many threads as there are cores. Ranks compute on cores where there is no GPU, and
-    where the optimiser is offloaded. OMP_NUM_THREADS is heeded: whoever sets it has chosen.
-
-    Args:
-        control: the ranks' connection.
-        zero: DeepSpeed's zero_optimization section.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    machine = control.leaders_of_ranks[control.rank]
-    everyone = control.gather([machine, cores])
-    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if "OMP_NUM_THREADS" not in os.environ and (device_type() == "cpu" or offloads):
-        threads = max(torch.get_num_threads() // everyone.count([machine, cores]), 1)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # bitsandbytes has an OpenMP of its own, loaded later
-    return torch.get_num_threads()
-
-
-@contextmanager
-def connected() -> Iterator[Control]:
-    """The process group, left where all ranks leave alike. After any other error it stays: the process ends with it."""
-    control = connect()
-    try:
-        yield control
-    except RAISED_ON_ALL_RANKS:
-        disconnect(control)
-        raise
-    disconnect(control)
-
-
-def disconnect(control: Control) -> None:
-    """Leave the process group. Collective: only where all ranks leave alike, for another may be inside a collective."""
-    rendezvous.current().close()
-    control.barrier()
-    dist.destroy_process_group()
 
 
 class Engine:
@@ -199,7 +88,7 @@ class Engine:
         self.topology = {**zero_state.topology(self.deepspeed), "partitions": masters.layout(self.deepspeed, control)}
         """What must be equal for a return to be bit-exact."""
         self.device = torch.device(self.deepspeed.device)
-        self.dtype = DTYPES[recipe.train.precision]
+        self.dtype = devices.DTYPES[recipe.train.precision]
         self._micro_batch_s = 0.0
         if self.loss_scaler:
             self.loss_scaler.raise_error_at_min_scale = False  # the loop tells it, with the rows
@@ -265,7 +154,7 @@ class Engine:
 
     def synchronise(self) -> None:
         """Wait for the device: a clock read earlier says when its work was handed over, not when it was done."""
-        _accelerator().synchronize()
+        devices.accelerator().synchronize()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:

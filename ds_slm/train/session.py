@@ -22,6 +22,7 @@ from ds_slm.train import (
     agreement,
     checkpointing,
     compile_probe,
+    devices,
     ds_config,
     flags,
     launches,
@@ -29,15 +30,16 @@ from ds_slm.train import (
     measure,
     micro_batch,
     network,
+    process_group,
     rendezvous,
     run_folder,
     skipped_rows,
     skipping,
 )
-from ds_slm.train import engine as engines
 from ds_slm.train.checkpointing import State
 from ds_slm.train.choices import effective_choices
 from ds_slm.train.control import Control
+from ds_slm.train.engine import Engine
 from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.launches import Launch
 from ds_slm.train.profile import Profile
@@ -134,7 +136,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     wanted = None if options.micro_batch == "auto" else options.micro_batch
     joined = _attempt(problems, lambda: _join(recipe, options, world_size, wanted))
     _attempt(problems, lambda: flags.refuse(recipe, options))
-    _attempt(problems, lambda: engines.refuse_missing_precision(recipe.train.precision))
+    _attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
     _attempt(problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
     corpus = None if problems else _attempt(problems, task.prepare)
     rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
@@ -142,8 +144,8 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         raise UserError(problems)  # which ends the other ranks, too
 
     differing = agreement.meet(meeting, options.allow_mixed)
-    with engines.connected() as control:
-        engines.share_cores(control, joined.deepspeed["zero_optimization"])
+    with process_group.connected() as control:
+        devices.share_cores(control, joined.deepspeed["zero_optimization"])
         identity = {
             "recipe_sha256": recipe.identity_sha256(),
             "data_sha256": corpus.sha256,
@@ -169,7 +171,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
 
         joined = _eager_if_compiling_fails(joined, control)
-        kernels.fix_sums(joined.deterministic and (joined.compiled or engines.device_type() != "cpu"))
+        kernels.fix_sums(joined.deterministic and (joined.compiled or devices.device_type() != "cpu"))
         if options.micro_batch == "auto":
             joined = _with_fastest_micro_batch(recipe, options, joined, control)
 
@@ -237,7 +239,7 @@ def _train(
     interrupt.sign_off = lambda: found is not None  # nothing was applied since
     # The model's weights come once DeepSpeed has its partitions: from a checkpoint, a base, or the recipe's seed.
     model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
-    engine = engines.Engine(recipe, joined, model, control, interrupt)
+    engine = Engine(recipe, joined, model, control, interrupt)
     if found:
         state = checkpointing.load(engine, found)
     else:
@@ -326,12 +328,12 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
 
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.Joined:
     ds_file = ds_config.read(options.ds_config)
-    return ds_config.join(recipe, ds_file, world_size, engines.device_type(), rows)
+    return ds_config.join(recipe, ds_file, world_size, devices.device_type(), rows)
 
 
 def _eager_if_compiling_fails(joined: ds_config.Joined, control: Control) -> ds_config.Joined:
     """Blocks are compiled on all ranks, or on none. Collective."""
-    reason = compile_probe.eager_reason(control, engines.current_device()) if joined.compiled else None
+    reason = compile_probe.eager_reason(control, devices.current_device()) if joined.compiled else None
     return replace(joined, compiled=False, eager_reason=reason) if reason else joined
 
 
@@ -344,7 +346,7 @@ def _with_fastest_micro_batch(
         if control.rank == 0:
             print(line, flush=True)
 
-    trial = micro_batch.Trial(recipe, joined, engines.current_device(), engines.DTYPES[recipe.train.precision])
+    trial = micro_batch.Trial(recipe, joined, devices.current_device(), devices.DTYPES[recipe.train.precision])
     changed = _join(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
     return replace(changed, compiled=joined.compiled, eager_reason=joined.eager_reason)
 

@@ -31,7 +31,8 @@ from ds_slm.files import write_json  # noqa: E402
 from ds_slm.publish.generate import sampler  # noqa: E402
 from ds_slm.publish.models import open_model  # noqa: E402
 from ds_slm.recipe import schema, zero_keys  # noqa: E402
-from ds_slm.train import ds_config, engine, loop, rendezvous, saving, session  # noqa: E402
+from ds_slm.train import ds_config, engine, loop, process_group, rendezvous, saving, session  # noqa: E402
+from ds_slm.train.control import Control  # noqa: E402
 from ds_slm.train.row_reader import Share  # noqa: E402
 
 AGREE = engine.Engine.agree
@@ -246,16 +247,16 @@ def main() -> None:
         get_accelerator().is_fp16_supported = lambda: True
     connected: list = []
 
-    def connect_once() -> engine.Control:
-        connected.append(engine_connect() if not connected else connected[0])
+    def connect_once() -> Control:
+        connected.append(connect() if not connected else connected[0])
         return connected[0]
 
-    engine_connect, engine.connect = engine.connect, connect_once
-    engine_disconnect, engine.disconnect = engine.disconnect, lambda control: None
+    connect, process_group.connect = process_group.connect, connect_once
+    disconnect, process_group.disconnect = process_group.disconnect, lambda control: None
     for case in args.cases:
         name, _, settings = case.partition(":")
         run_case(args.recipe, args.out, name, [setting for setting in settings.split(",") if setting])
-    engine_disconnect(connected[0])
+    disconnect(connected[0])
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def accelerator() -> Any:
     """DeepSpeed's accelerator."""
     if not (torch.version.cuda or torch.version.hip):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches, and warns that it found none
-    from deepspeed.accelerator import getaccelerator
+    from deepspeed.accelerator import get_accelerator
 
-    return getaccelerator()
+    return get_accelerator()
 
 
 def refuse_missing_precision(precision: str) -> None:

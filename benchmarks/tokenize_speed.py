@@ -9,7 +9,7 @@ shards         ds_slm.data.writer.write_documents: split, ids, hashes and files,
 datasets.map   one row at a time through the folder as transformers loads it
 
 Each round runs all three, so what else the machine does falls on all of them; ratios are medians over the rounds.
-Without a file the text is the embedded corpus. Reading it is in none of the times.
+Without a file the text is the built-in corpus. Reading it is in none of the times.
 """
 
 import argparse
@@ -41,8 +41,8 @@ KINDS = {
 
 
 def read_texts(place: Path | None, max_bytes: float) -> list[str]:
-    """The documents of a file or folder, or of the embedded corpus, up to so many bytes."""
-    source = schema.Source(name="text", kind="embedded", weight=1)
+    """The documents of a file or folder, or of the built-in corpus, up to so many bytes."""
+    source = schema.Source(name="text", kind="builtin", weight=1)
     texts, size_bytes = [], 0
     for text in filter(None, corpus.documents(source, place)):
         texts.append(text)
@@ -134,7 +134,7 @@ def measure(tokenizer: Tokenizer, texts: list[str], rounds: int) -> tuple[dict[s
 def main() -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("text", nargs="?", type=Path, help="a file or folder of text (default: the embedded corpus)")
+    parser.add_argument("text", nargs="?", type=Path, help="a file or folder of text (default: the built-in corpus)")
     parser.add_argument("--ranks", type=Path, help="cl100k_base.tiktoken; without it cl100k is left out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-mb", type=float, default=25.0, help="text to read at most (default 25)")

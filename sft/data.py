@@ -37,7 +37,7 @@ from ds_slm.data.writer import Encode, Form
 from ds_slm.errors import DataError
 from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
-from sft import embedded
+from sft import builtin
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
 from sft.forms import EXPECTED, read_messages
 from sft.packing import pack, shuffled
@@ -68,7 +68,7 @@ def form(recipe: Recipe) -> Form:
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
         expected=EXPECTED,
         notes=lambda: sorted(notes),
-        embedded=lambda: [json.dumps(messages) for messages in embedded.conversations()],
+        builtin=lambda: [json.dumps(messages) for messages in builtin.conversations()],
         as_json=True,
         row_limit=settings.max_rows,
         dtype=np.dtype("<u4"),

@@ -13,13 +13,13 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from ds_slm.data import byte_level
 from ds_slm.data import tokenizer as room
+from ds_slm.data.builtin import builtin_documents
 from ds_slm.data.byte_level import bulk_encoder
-from ds_slm.data.embedded import embedded_documents
 from tests.data_recipes import character_folder, recipe, source
 
 VOCAB_SIZE = 1_000
 BPE = f'kind = "bpe"\nvocab_size = {VOCAB_SIZE}\nspecial_tokens = {{ "<|endoftext|>" = 0, "<|pad|>" = 700 }}'
-TEXTS = embedded_documents()[:400]
+TEXTS = builtin_documents()[:400]
 SNIPPETS = [
     " ",
     "  ",
@@ -64,7 +64,7 @@ def learned() -> Backend:
 def test_merges_by_rank_are_those_of_the_trainer(bpe: room.Tokenizer) -> None:
     """Oracle: the trainer's own tokens, for the text it saw and for text it did not."""
     theirs = learned()
-    for text in embedded_documents()[:800]:
+    for text in builtin_documents()[:800]:
         names = [bpe._backend.id_to_token(token_id) for token_id in bpe.encode(text)]
         assert names == theirs.encode(text).tokens
 

@@ -1,4 +1,4 @@
-"""Sources of documents: the embedded corpus, local files of every kind, a hub that is not there."""
+"""Sources of documents: the built-in corpus, local files of every kind, a hub that is not there."""
 
 import hashlib
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.data import embedded
+from ds_slm.data import builtin
+from ds_slm.data.builtin import builtin_documents
 from ds_slm.data.corpus import documents, locate
-from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.writer import split_documents
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def demo_split() -> dict[str, list[str]]:
-    """The embedded corpus as the demo recipe splits it."""
+    """The built-in corpus as the demo recipe splits it."""
     split: dict[str, list[str]] = {"train": [], "val": []}
-    for side, text in split_documents(embedded_documents(), schema.load("demo").data):
+    for side, text in split_documents(builtin_documents(), schema.load("demo").data):
         split[side].append(text)
     return split
 
@@ -40,7 +40,7 @@ def test_hidden_files_are_no_text(tmp_path: Path) -> None:
     assert [path.name for path in place.files] == ["one.jsonl"]
 
 
-def test_embedded_corpus_is_large_enough() -> None:
+def test_builtin_corpus_is_large_enough() -> None:
     """Oracle: at least 8 MB in all, and 256 kB held out under the demo recipe."""
     split = demo_split()
     held_out_bytes = sum(len(text.encode()) for text in split["val"])
@@ -58,24 +58,24 @@ def test_train_and_held_out_text_share_no_paragraph() -> None:
     assert len(everything) == len(set(everything))
 
 
-def test_embedded_corpus_is_prose() -> None:
+def test_builtin_corpus_is_prose() -> None:
     """Oracle: no doctest, signature, heading or argument table; a share of function words that only English has."""
-    paragraphs = [part for text in embedded_documents() for part in text.split("\n\n")]
+    paragraphs = [part for text in builtin_documents() for part in text.split("\n\n")]
     assert not [part for part in paragraphs if re.search(r">>>|^def |^class |^import |\n|---|===|```", part)]
     words = " ".join(paragraphs).lower().split()
     assert sum(word in {"the", "a", "of", "to", "is", "in", "and", "for"} for word in words) / len(words) > 0.2
 
 
-def test_embedded_corpus_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builtin_corpus_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: sys.modules of a new process after reading it; and the same text as here, in the same order."""
-    monkeypatch.setattr(embedded, "PACKAGES", ("numpy", "pydantic"))
+    monkeypatch.setattr(builtin, "PACKAGES", ("numpy", "pydantic"))
     program = (
-        "import sys, hashlib\nfrom ds_slm.data import embedded\nembedded.PACKAGES = ('numpy', 'pydantic')\n"
-        "text = '\\0'.join(embedded.embedded_documents())\n"
+        "import sys, hashlib\nfrom ds_slm.data import builtin\nbuiltin.PACKAGES = ('numpy', 'pydantic')\n"
+        "text = '\\0'.join(builtin.builtin_documents())\n"
         "assert not {'numpy', 'pydoc_data.topics'} & set(sys.modules)\n"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
-    here = "\0".join(embedded.embedded_documents.__wrapped__())
+    here = "\0".join(builtin.builtin_documents.__wrapped__())
     environment = {**os.environ, "PYTHONHASHSEED": "11"}
     found = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -101,11 +101,11 @@ def test_misspelt_column(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_local_folder_replaces_any_source(tmp_path: Path) -> None:
-    """Oracle: the documents that were written, for a hub dataset and for the embedded corpus."""
+    """Oracle: the documents that were written, for a hub dataset and for the built-in corpus."""
     write_jsonl(tmp_path / "made.jsonl", texts(30))
     (tmp_path / "README.md").write_text("no data")
     assert list(documents(schema.Source(name="web", kind="hub", id="a/b"), tmp_path)) == texts(30)
-    assert list(documents(schema.Source(name="docs", kind="embedded"), tmp_path / "made.jsonl")) == texts(30)
+    assert list(documents(schema.Source(name="docs", kind="builtin"), tmp_path / "made.jsonl")) == texts(30)
 
 
 def test_a_hub_that_does_not_answer() -> None:

@@ -56,16 +56,16 @@ def test_a_position_goes_on_where_reading_stopped(suffix: str, tmp_path: Path) -
     assert list(documents(source, position=position)) == []
 
 
-def test_the_embedded_corpus_has_positions_too() -> None:
+def test_the_builtin_corpus_has_positions_too() -> None:
     """Oracle: the list that the corpus is; another list refuses the position."""
     from ds_slm.recipe.schema import Source
 
-    source = Source(name="docs", kind="embedded")
-    stream = documents(source, embedded=lambda: MADE)
+    source = Source(name="docs", kind="builtin")
+    stream = documents(source, builtin=lambda: MADE)
     assert list(islice(stream, 4)) == MADE[:4]
-    assert list(documents(source, position=stream.position(), embedded=lambda: MADE)) == MADE[4:]
+    assert list(documents(source, position=stream.position(), builtin=lambda: MADE)) == MADE[4:]
     with pytest.raises(DataError, match="not what it was"):
-        documents(source, position=stream.position(), embedded=lambda: MADE[1:])
+        documents(source, position=stream.position(), builtin=lambda: MADE[1:])
 
 
 def test_a_position_belongs_to_its_files(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ MISTAKES = {
     "a revision under files": ([(FILES, f'{FILES}\nrevision = "main"')], [], "revision = 'main' of source"),
     "a dtype under files": ([(FILES, f'{FILES}\ndtype = "uint16"')], [], "dtype = 'uint16' of source"),
     "a path under hub": ([(FILES, f'{HUB}\npath = "x"')], [], "path = 'x' of source 'generated' is not read"),
-    "a path under embedded": ([(FILES, 'kind = "embedded"\npath = "x"')], [], "path = 'x'"),
+    "a path under builtin": ([(FILES, 'kind = "builtin"\npath = "x"')], [], "path = 'x'"),
     "an id beside a path": ([(FILES, 'kind = "tokens"\npath = "x"\nid = "a/b"')], [], "'tokens' beside path"),
     "a config of token files": (
         [(FILES, 'kind = "tokens"\nid = "a/b"\nconfig = "c"')],

@@ -34,7 +34,7 @@ pad_token = "<|pad|>"
 seq_len = 256
 [[data.source]]
 name = "documentation"
-kind = "embedded"
+kind = "builtin"
 weight = 1
 [optimizer]
 name = "adamw8bit"
@@ -199,7 +199,7 @@ def test_all_problems_at_once() -> None:
         ("decay_steps = 30\n", "", "needs decay_start_step and decay_steps"),
         ("warmup_steps = 10", "warmup_steps = 99", "comes before warmup_steps = 99 is over"),
         ("min_lr = 4e-4", "min_lr = 4e-2", "exceeds optimizer.lr"),
-        ('kind = "embedded"', 'kind = "hub"', "names no id"),
+        ('kind = "builtin"', 'kind = "hub"', "names no id"),
         ('name = "documentation"', 'name = "The Docs"', "data.source.0.name"),
         ('name = "documentation"', 'name = "tokenizer"', "the tokenizer's folder"),
         ('name = "documentation"', 'name = "tokenizer.tmp"', "the tokenizer's folder"),

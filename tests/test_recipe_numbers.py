@@ -70,7 +70,7 @@ def test_whole_numbers_of_more_than_64_bits_are_refused_by_field(tiny: Path) -> 
 
 def test_a_mix_that_fits_into_no_memory_is_refused(tiny: Path) -> None:
     """Oracle: the rows of one cycle; a common divisor does not count."""
-    source = '[[data.source]]\nname = "two"\nkind = "embedded"\n'
+    source = '[[data.source]]\nname = "two"\nkind = "builtin"\n'
     text = tiny.read_text().replace("[optimizer]", source + "[optimizer]")
     schema.parse(text, ["data.source.0.weight=2000000000", "data.source.1.weight=1000000000"])
     with pytest.raises(RecipeError, match=r"add up to 2,000,000,001 .* round them"):

@@ -1,4 +1,4 @@
-"""Document sources: the embedded corpus, local files, datasets on the hub.
+"""Document sources: the built-in corpus, local files, datasets on the hub.
 
     Source (+ a local replacement) --locate--> Place --documents--> DocumentStream: one str per document
     DocumentStream --position--> plain data --documents--> the stream from there on
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from ds_slm.data.embedded import embedded_documents
+from ds_slm.data.builtin import builtin_documents
 from ds_slm.data.hub import Hub, Report, way_out
 from ds_slm.data.readers import READERS, START, Mark, TextFile, read_documents, suffix_of
 from ds_slm.data.splits import ALL, TRAIN, NotTold, canonical, choose, looks_held_out
@@ -29,6 +29,7 @@ from ds_slm.data.stand_ins import HEAD_BYTES, stand_in_at
 from ds_slm.errors import DataError
 from ds_slm.files import NAMES_TOLD, shortened
 from ds_slm.recipe.schema import Source
+from ds_slm.recipe.sections import OLD_WORD
 
 TOKENS_SUFFIX = ".bin"
 
@@ -41,7 +42,7 @@ def _quiet(line: str) -> None:
 class Place:
     """Where a source is really read from."""
 
-    kind: Literal["embedded", "hub", "text", "tokens"]
+    kind: Literal["builtin", "hub", "text", "tokens"]
     files: tuple[Path, ...] = ()
     """Local files, in the order they are read."""
     other_split: tuple[Path, ...] = ()
@@ -105,7 +106,7 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
         DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, or none of the
             split, and for what looks like a data file and is none: a broken link, a pipe.
     """
-    if replacement is None and source.kind in ("embedded", "hub"):
+    if replacement is None and source.kind in ("builtin", "hub"):
         return Place(source.kind)
     root = replacement or (Path(source.path) if source.path else Hub(source, report).token_files(TOKENS_SUFFIX))
     who = f"source {source.name!r}"
@@ -221,12 +222,12 @@ def documents(
     position: dict[str, Any] | None = None,
     report: Report = _quiet,
     as_json: bool = False,
-    embedded: Callable[[], Sequence[str]] = embedded_documents,
+    builtin: Callable[[], Sequence[str]] = builtin_documents,
 ) -> DocumentStream:
     """The documents of a source, from its beginning or from a position of an earlier stream on.
 
     The sequence is the same however often it was cut. `report` takes a line for every try that fails. With
-    `as_json` the column holds lists or tables, and a document is one of them as JSON; `embedded` gives what an embedded
+    `as_json` the column holds lists or tables, and a document is one of them as JSON; `builtin` gives what a built-in
     source holds.
 
     Raises:
@@ -239,10 +240,10 @@ def documents(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
             "that made them, 'hf' or 'cl100k'."
         )
-    if place.kind == "embedded":
-        texts = embedded()
-        made_from: dict[str, Any] = {"kind": "embedded", "sha256": _sha256(texts)}
-        read: Callable[[Any], Iterator[tuple[str, Any]]] = partial(_read_embedded, texts)
+    if place.kind == "builtin":
+        texts = builtin()
+        made_from: dict[str, Any] = {"kind": OLD_WORD, "sha256": _sha256(texts)}
+        read: Callable[[Any], Iterator[tuple[str, Any]]] = partial(_read_builtin, texts)
         start: Any = 0
     elif place.kind == "hub":
         hub = Hub(source, report)
@@ -279,7 +280,7 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read_embedded(texts: Sequence[str], mark: int) -> Iterator[tuple[str, int]]:
+def _read_builtin(texts: Sequence[str], mark: int) -> Iterator[tuple[str, int]]:
     for place in range(mark, len(texts)):
         yield texts[place], place + 1
 

@@ -17,6 +17,7 @@ from ds_slm.errors import DataError
 from ds_slm.files import is_plain_name, read_json, shortened
 from ds_slm.recipe.problems import sentences
 from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.sections import HASHED
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -95,7 +96,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
     """The part of the recipe that decides a source's shards. Its weight and the run's length do not."""
     return {
-        "source": source.model_dump(mode="json", exclude={"weight"}),
+        "source": source.model_dump(mode="json", exclude={"weight"}, context=HASHED),
         "data": recipe.data.model_dump(mode="json", include={"val_fraction", "held_out", "split_seed"}),
         "tokenizer": recipe.tokenizer.model_dump(mode="json"),
     }
@@ -105,9 +106,8 @@ def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that decides the tokenizer: of a trained one, also its text and the mix."""
     identity = {"tokenizer": recipe.tokenizer.model_dump(mode="json")}
     if recipe.tokenizer.kind == "bpe":
-        identity["data"] = recipe.data.model_dump(
-            mode="json", include={"val_fraction", "held_out", "split_seed", "source"}
-        )
+        included = {"val_fraction", "held_out", "split_seed", "source"}
+        identity["data"] = recipe.data.model_dump(mode="json", include=included, context=HASHED)
     return identity
 
 

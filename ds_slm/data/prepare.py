@@ -263,7 +263,7 @@ def _prepare_source(
             else:
 
                 def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
-                    return corpus.documents(source, replacement, position, report, form.as_json, form.embedded)
+                    return corpus.documents(source, replacement, position, report, form.as_json, form.builtin)
 
                 written = write_documents(
                     source.name,
@@ -289,7 +289,7 @@ def _prepare_source(
 
 def _changed_since(manifest: Mapping[str, Any], source: Source, replacement: Path | None) -> bool:
     """Whether local files of the same names and sizes are there, but younger than those that were prepared."""
-    if source.kind in ("embedded", "hub") and replacement is None:
+    if source.kind in ("builtin", "hub") and replacement is None:
         return False
     if replacement is None and (manifest["replaced"] or source.path is None):
         return False

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ds_slm.data.background import in_background, result_of
+from ds_slm.data.builtin import builtin_documents
 from ds_slm.data.corpus import DocumentStream
-from ds_slm.data.embedded import embedded_documents
 from ds_slm.data.journal import SPLITS, ShardsInProgress, Split, id_dtype, tell_skipped
 from ds_slm.data.progress import Progress
 from ds_slm.data.token_files import PADDING, TokenFiles
@@ -56,8 +56,8 @@ class Form:
     """What a source's documents are, and how they become what is written. By default text, and its ids."""
 
     encode: Callable[[Tokenizer], Encode] = encode_text
-    embedded: Callable[[], Sequence[str]] = embedded_documents
-    """The documents of an embedded source."""
+    builtin: Callable[[], Sequence[str]] = builtin_documents
+    """The documents of a built-in source."""
     as_json: bool = False
     """Whether documents are lists or tables, as JSON, rather than text."""
     row_limit: int | None = None

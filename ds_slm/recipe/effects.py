@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ds_slm.recipe.schema import Recipe
 
 READ_FROM = {
-    "embedded": (),
+    "builtin": (),
     "files": ("path",),
     "hub": ("id", "config", "revision"),
     "tokens": ("path", "id", "revision", "dtype"),
@@ -176,7 +176,7 @@ def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             yield f"data.{key} has no effect: of ready-made token files the end is held out"
     for source in sources:
         given = set_keys(source, resolved)
-        unread = {"embedded": {"split"}, "tokens": {"column", *({"split"} if source.path else ())}}
+        unread = {"builtin": {"split"}, "tokens": {"column", *({"split"} if source.path else ())}}
         for key in sorted(given & unread.get(source.kind, set())):
             yield f"data.source: {key} of source {source.name!r} has no effect under kind = {source.kind!r}"
         if len(sources) == 1 and source.weight != 1 and recipe.tokenizer.kind != "bpe":

@@ -9,7 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    PositiveInt,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 BYTES = 256
 WHOLE_NUMBERS = range(-(1 << 63), 1 << 63)
@@ -142,13 +151,19 @@ class Tokenizer(Section):
         return self
 
 
+HASHED = {"hashed": True}
+"""Context of a dump that is hashed, or compared with one that was written earlier: words are those of version 0.1."""
+OLD_WORD = "embedded"
+"""What version 0.1 called the builtin kind of source."""
+
+
 class Source(Section):
     """One corpus of documents."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """A slug: the folder of its shards."""
-    kind: Literal["embedded", "files", "hub", "tokens"]
-    """embedded: the documentation every installation has; files: local text; hub: a dataset; tokens: raw ids."""
+    kind: Literal["builtin", "files", "hub", "tokens"]
+    """builtin: the documentation every installation has; files: local text; hub: a dataset; tokens: raw ids."""
     id: str | None = None
     """hub: the dataset's id."""
     config: str | None = None
@@ -166,6 +181,15 @@ class Source(Section):
     """hub: a branch, tag or commit; by default the newest state there is when the source is prepared."""
     weight: SmallInt = 1
     """Integer share of the mix."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _new_word(cls, kind: Any) -> Any:
+        return "builtin" if kind == OLD_WORD else kind
+
+    @field_serializer("kind")
+    def _old_word_in_hashes(self, kind: str, info: FieldSerializationInfo) -> str:
+        return OLD_WORD if kind == "builtin" and info.context == HASHED else kind
 
     @model_validator(mode="after")
     def _has_a_place(self) -> Self:

@@ -155,7 +155,7 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
     runs.write_corpus(folder / "corpus.jsonl", documents=8)
     texts = [json.loads(line)["text"] for line in runs.write_corpus(scratch / "texts", documents=13, seed=1).open()]
     talks = [json.dumps(talk) for talk in conversations.made(30, longest=2)]
-    form, chat_form = replace(TEXT, embedded=lambda: texts), replace(sft_data.form(tuning), embedded=lambda: talks)
+    form, chat_form = replace(TEXT, builtin=lambda: texts), replace(sft_data.form(tuning), builtin=lambda: talks)
     tokenizer, root = scratch / "tokenizer", folder / facts.DATA
     build_tokenizer(recipe, lambda source: iter(texts)).save(tokenizer)
     prepared = prepare(recipe, facts.PRETRAINING, root, form=form, tokenizer_from=tokenizer)

@@ -9,7 +9,7 @@ conversation. Every object is in one conversation only: held-out conversations a
 
 Known gaps: objects written in C come from `builtins` alone, and one that is written in C and in Python has the latter's
 docstring; definitions under `if` and `try` are not seen; the text changes with the versions of Python and of the
-packages, as the embedded corpus does.
+packages, as the built-in corpus does.
 """
 
 import ast
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_slm.data.embedded import PLAIN_WORD, module_files, package_folder
+from ds_slm.data.builtin import PLAIN_WORD, module_files, package_folder
 
 PACKAGES = ("numpy", "networkx")
 """Read beside the standard library: well documented, and no installation is without them."""

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from sft import embedded
+from sft import builtin
+from sft.builtin import Conversation, Entry, answer_of, conversations, conversations_about, entries
 from sft.chatml import problem_of
-from sft.embedded import Conversation, Entry, answer_of, conversations, conversations_about, entries
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,7 +81,7 @@ def test_there_are_enough_of_every_form(everything: list[Conversation]) -> None:
 
 def test_the_standard_library_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the promised number, with no package installed."""
-    monkeypatch.setattr(embedded, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(builtin, "PACKAGES", ("no_such_package",))
     assert len(conversations()) >= 3_000
 
 
@@ -207,8 +207,8 @@ def test_names_are_those_that_users_know(tmp_path: Path, monkeypatch: pytest.Mon
     for name, text in PACKAGE.items():
         (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "made" / name).write_text(text)
-    monkeypatch.setattr(embedded, "_roots", lambda: [(tmp_path / "made", tmp_path)])
-    monkeypatch.setattr(embedded, "_builtins", lambda: iter(()))
+    monkeypatch.setattr(builtin, "_roots", lambda: [(tmp_path / "made", tmp_path)])
+    monkeypatch.setattr(builtin, "_builtins", lambda: iter(()))
     assert {entry.name: (entry.kind, entry.module, entry.answer) for entry in entries()} == {
         "made": ("module", "made", "A package that was made for a test."),
         "made.shown": ("function", "made", "Show what the package exports."),
@@ -236,7 +236,7 @@ def test_one_changed_docstring_changes_one_conversation() -> None:
 def test_the_same_in_every_process(everything: list[Conversation]) -> None:
     """Oracle: the text of another process with another hash seed, which has imported nothing that was read."""
     program = (
-        "import sys, hashlib, json\nfrom sft.embedded import conversations\n"
+        "import sys, hashlib, json\nfrom sft.builtin import conversations\n"
         "text = json.dumps(conversations())\n"
         "assert not {'numpy', 'networkx', 'tkinter', 'pydoc', 'this'} & set(sys.modules)\n"
         "print(hashlib.sha256(text.encode()).hexdigest())"

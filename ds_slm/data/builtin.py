@@ -1,4 +1,4 @@
-"""The embedded corpus: real English that every installation already has, for runs without any data.
+"""The built-in corpus: real English that every installation already has, for runs without any data.
 
     help topics, packages' sources --> docstrings --> paragraphs --> prose only, each once --> documents
 
@@ -60,7 +60,7 @@ _NO_LETTERS = (string.punctuation + string.digits + string.whitespace).encode()
 
 
 @cache
-def embedded_documents() -> tuple[str, ...]:
+def builtin_documents() -> tuple[str, ...]:
     """All documents, in an order that depends on the installed packages only."""
     seen: set[bytes] = set()
     return tuple(document for docstring in _docstrings() if (document := _document(docstring, seen)))

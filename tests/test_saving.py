@@ -72,7 +72,7 @@ class Host:
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         if not (self.folder / "env.json").exists():
             (self.folder / "env.json").write_text(json.dumps(launch.facts()))
-        settings = SimpleNamespace(checkpoint_copies=2, keep_last=keep_last, keep_best=True)
+        settings = SimpleNamespace(checkpoint_copies=2, keep_last=keep_last, keep_best=True, eval_rows=8)
         engine: Any = SimpleNamespace(
             control=control, deepspeed=control.rank, loss_scaler=None, topology={"world_size": 2},
             recipe=SimpleNamespace(run=settings), interrupt=SimpleNamespace(saved=lambda: None),

@@ -36,6 +36,8 @@ class State:
     """Hash chain: the data's hash, then the row ids of each step."""
     best_val_loss: float | None = None
     best_step: int = -1
+    best_eval_rows: int | None = None
+    """The `run.eval_rows` of the evaluations that `best_val_loss` compares; None in checkpoints of older versions."""
     evaluated_step: int = -1
     """The last step whose evaluation was finished."""
     skipped_rows: tuple[tuple[int, int], ...] = ()
@@ -133,15 +135,40 @@ def refuse_other_beginning(
         )
 
 
-def held_best(run: Path, until_step: int) -> dict[int, float]:
-    """Step -> held-out loss of each checkpoint in a folder that was the run's best when it was saved."""
+def best_over(state: State, eval_rows: int, was_changed: bool) -> tuple[State, str]:
+    """The state whose best is one over this launch's held-out rows; and, where it begins anew, what to say of it.
+
+    Args:
+        state: of the checkpoint that is resumed.
+        eval_rows: this launch's number of held-out rows in an evaluation.
+        was_changed: whether any launch changed that number: asked of checkpoints that do not say it.
+    """
+    before = state.best_eval_rows
+    state = replace(state, best_eval_rows=eval_rows)
+    if state.best_step < 0 or before == eval_rows or (before is None and not was_changed):
+        return state, ""
+    which = "other held-out rows" if before is None else f"{before:,} held-out rows"
+    note = (
+        f"the best checkpoint, step {state.best_step} (loss {state.best_val_loss:.4f}), was the best over {which}, and "
+        f"run.eval_rows is {eval_rows:,} now: losses over other rows do not compare, so the next evaluation decides "
+        "anew; it is kept until then"
+    )
+    return replace(state, best_val_loss=None, best_step=-1), note
+
+
+def held_best(run: Path, state: State) -> dict[int, float]:
+    """Step -> held-out loss of each checkpoint in a folder that was the run's best when it was saved.
+
+    Of those up to the state's step, whose losses are over the same held-out rows.
+    """
     held = {}
     for step in checkpoint_format.steps(run):
         checkpoint = checkpoint_format.folder_of_step(run, step)
-        if step <= until_step and not checkpoint_format.verify(checkpoint, read=False):
+        if step <= state.step and not checkpoint_format.verify(checkpoint, read=False):
             with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged state
                 content = checkpoint_format.read_state(checkpoint)
-                if content.get("best_step") == step and content.get("best_val_loss") is not None:
+                comparable = content.get("best_eval_rows") in (None, state.best_eval_rows)
+                if comparable and content.get("best_step") == step and content.get("best_val_loss") is not None:
                     held[step] = float(content["best_val_loss"])
     return held
 

@@ -28,7 +28,7 @@ from ds_slm.checkpoint.tensor_file import TensorFile
 from ds_slm.errors import Superseded, TrainingError, UserError
 from ds_slm.files import write_json
 from ds_slm.train import launches, masters, run_folder, zero_state
-from ds_slm.train.checkpointing import Found, State, best_held, file_of_kind, held_best, scaler_state
+from ds_slm.train.checkpointing import Found, State, best_held, best_over, file_of_kind, held_best, scaler_state
 from ds_slm.train.engine import Engine
 from ds_slm.train.gathering import Gathering, Shapes, Span, notes_of, spans_of_kind
 from ds_slm.train.launches import Launch
@@ -241,7 +241,8 @@ class Saver:
         """Put every host's checkpoints in order as a launch begins; returns the state to go on from. Collective.
 
         What was passed over as damaged is set aside. `best` names the run's best checkpoint where a host holds it;
-        where none does (its only host is gone), the best of those that are held takes its place.
+        where none does (its only host is gone), the best of those that are held takes its place. Where this launch
+        evaluates other held-out rows, the next evaluation decides anew.
         """
         notes: list[str] = []
         if self.writes and found:
@@ -255,8 +256,12 @@ class Saver:
                 with noted(notes):
                     checkpoint_format.mark_latest(checkpoint_format.folder_of_step(self._run, found.own_step))
 
+        changed = any("run.eval_rows" in (one.get("changes") or {}) for one in run_folder.read_changes(self._run))
+        was_changed = any(self._control.gather(changed))
+        state, note = best_over(state, self._engine.recipe.run.eval_rows, was_changed)
+        notes += [note] if note and self._control.rank == 0 else []
         if self._engine.recipe.run.keep_best and state.best_step >= 0:
-            held = held_best(self._run, state.step) if self.writes else {}
+            held = held_best(self._run, state) if self.writes else {}
             state, note = best_held(state, self._control.gather(sorted(held.items())))
             notes += [note] if note and self._control.rank == 0 else []
             if state.best_step in held and checkpoint_format.named_by(self._run, "best") != state.best_step:

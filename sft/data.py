@@ -19,7 +19,8 @@ were all cut off is left out and counted. With the `card` mask a target weighs 1
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ds_slm.data.identity import TOKENIZER
-from ds_slm.data.journal import tell_skipped
+from ds_slm.data.journal import SPLITS, tell_skipped
 from ds_slm.data.order import RowId
 from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import Rows, Split
@@ -40,6 +41,7 @@ from ds_slm.recipe.schema import Recipe, Sft
 from sft import builtin
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
 from sft.forms import EXPECTED, read_messages
+from sft.older import SAMPLE, refuse_other_ids
 from sft.packing import pack, shuffled
 from sft.probe import refuse_other_encoding
 
@@ -47,6 +49,8 @@ TRAINED, BEGIN, ANSWER, CUT = (np.uint32(1 << bit) for bit in (31, 30, 29, 28))
 IDS = np.uint32((1 << 28) - 1)
 
 PACK_WINDOW = 4_096
+ENCODING = {"conversations": 2}
+"""In manifests: encoded as the chat template's text. Older versions, which say nothing, encoded contents alone."""
 NO_TARGETS = "without a target"
 SCAN_TOKENS = 1 << 24
 NAMED_PROBLEMS = 10
@@ -73,6 +77,7 @@ def form(recipe: Recipe) -> Form:
         row_limit=settings.max_rows,
         dtype=np.dtype("<u4"),
         identity={"sft": {**deciding, "seq_len": recipe.data.seq_len}},
+        version=ENCODING,
     )
 
 
@@ -103,10 +108,26 @@ def prepare_conversations(
             f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
             f"name the base it was made for, another --data-root, or remove the folder."
         )
+    _refuse_older_ids(prepared)
     template = prepared.tokenizer_folder / CHAT_TEMPLATE_FILE
     if not template.is_file():
         replace_text(template, CHAT_TEMPLATE)
     return prepared
+
+
+def _refuse_older_ids(prepared: Prepared) -> None:
+    """Raises DataError where an older version has prepared conversations with other ids than the template's."""
+
+    def sample(name: str) -> Iterator[list[int]]:
+        part = replace(prepared, manifests={name: prepared.manifests[name]})
+        for split in SPLITS:
+            found = Conversations(part.tokens(split))
+            for number in range(0, len(found), max(len(found) // SAMPLE, 1)):
+                yield (found[number] & IDS).tolist()
+
+    if older := [name for name, manifest in prepared.manifests.items() if not ENCODING.items() <= manifest.items()]:
+        tokenizer = load_tokenizer(prepared.tokenizer_folder)
+        refuse_other_ids(tokenizer, {str(prepared.folder / name): sample(name) for name in older})
 
 
 def tell(summary: Mapping[str, Any]) -> str:

@@ -244,6 +244,7 @@ def _prepare_source(
         "files": place.file_sizes(),
         "newest_change_ns": place.newest_change_ns(),
         "tokenizer_sha256": tokenizer.sha256,
+        **form.version,
     }
     shards = ShardsInProgress(target, dtype, {**described, "token_limit": token_limit})
     if shards.position is not None:

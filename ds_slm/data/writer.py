@@ -70,6 +70,8 @@ class Form:
     """Of what is written; None: that of the tokenizer's ids."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What decides the encoding, beside the recipe's data and tokenizer."""
+    version: Mapping[str, Any] = field(default_factory=dict)
+    """Said in the manifest as well: how documents are encoded, where older versions did it in another way."""
 
 
 TEXT = Form()

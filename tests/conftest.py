@@ -4,9 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import data_recipes, tolerances
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is slow, not wrong
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

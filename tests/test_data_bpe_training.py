@@ -50,7 +50,7 @@ def test_no_long_pre_token_is_learned_from(name: str) -> None:
     assert len("".join(pieces).encode()) + long_runs.left_out_bytes == len(text.encode())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     runs=st.lists(
         st.tuples(st.sampled_from(["a", "é", "7", "=", "日", "😀", "\n", " ", "\x1c", "'s "]), st.integers(1, 9)),

@@ -69,7 +69,7 @@ def test_merges_by_rank_are_those_of_the_trainer(bpe: room.Tokenizer) -> None:
         assert names == theirs.encode(text).tokens
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     parts=st.lists(
         st.one_of(st.sampled_from(SNIPPETS), st.sampled_from(TEXTS).map(lambda text: text[:50]), st.text(max_size=9)),

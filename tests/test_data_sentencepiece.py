@@ -78,7 +78,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return room.load_tokenizer(folder / "saved"), oracle
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(parts=TEXT)
 def test_ids_are_those_of_sentencepiece(pair: tuple[room.Tokenizer, Any], parts: list[str]) -> None:
     """Oracle: the sentencepiece library; the text comes back, but for U+2581, which is a space to both."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_slm.data import tokenizer as room
@@ -67,7 +67,6 @@ def test_bpe_is_deterministic(bpe: room.Tokenizer, tmp_path: Path) -> None:
     assert found.stdout.strip() == bpe.sha256
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_any_unicode_comes_back(bpe: room.Tokenizer, text: str) -> None:
     """Oracle: the text itself, for a tokenizer that never saw most of these characters."""
@@ -76,7 +75,6 @@ def test_any_unicode_comes_back(bpe: room.Tokenizer, text: str) -> None:
     assert bpe.encode_batch([text, ""]) == [ids, []]
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.one_of(st.sampled_from(CONTROLS), st.text("ab <|>_", max_size=5)), max_size=8))
 def test_control_tokens_in_text_are_text(bpe: room.Tokenizer, parts: list[str]) -> None:
     """Oracle: no control id comes out of any text, and the text comes back."""

@@ -42,6 +42,7 @@ class Launch:
         self.mains: list[tuple[int, threading.Thread]] = []
         self._log = os.open(folder / "terminal", os.O_CREAT | os.O_RDWR | os.O_APPEND)
         self._path = folder / "terminal"
+        self.made: list[Rendezvous] = []
         self.ranks = [self.rank(number) for number in range(size)]
 
     def rank(self, number: int) -> Rendezvous:
@@ -49,7 +50,8 @@ class Launch:
             self.codes.setdefault(number, code)
             raise SystemExit
 
-        return Rendezvous(replace(self.world, rank=number), self.intervals, self._log, end)
+        self.made.append(Rendezvous(replace(self.world, rank=number), self.intervals, self._log, end))
+        return self.made[-1]
 
     @property
     def told(self) -> str:
@@ -77,9 +79,15 @@ class Launch:
             time.sleep(0.01)
 
     def close(self) -> None:
-        for rank in self.ranks:
+        for rank in self.made:
             rank._met.set()  # a main thread whose process ended in earnest would be gone
             rank.close()
+
+        # A thread that comes back from C++ while the interpreter ends would abort it.
+        for rank in self.made:
+            if rank._thread is not None:
+                rank._thread.join(timeout=30)
+                assert not rank._thread.is_alive()
         os.close(self._log)
 
 

@@ -20,7 +20,7 @@ def ours() -> ChatML:
     return ChatML(conversations.tokenizer())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     contents=st.lists(
         st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n<|>_imstarend")), max_size=30),

@@ -19,7 +19,7 @@ from tests import conversations
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), scan=st.integers(1, 9), ending=st.sampled_from([[7], [7, 8], [7, 8, 9]]))
 def test_missing_terminators_are_found(data: st.DataObject, scan: int, ending: list[int]) -> None:
     """Oracle: a search through each trained run; read in blocks of a few tokens, so that all lies on borders."""

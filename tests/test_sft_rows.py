@@ -123,7 +123,7 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(capacity=st.integers(1, 40), data=st.data())
 def test_pack_is_best_fit(capacity: int, data: st.DataObject) -> None:
     """Oracle: a search through all rows for every item; capacity is never exceeded, every item is in one row."""

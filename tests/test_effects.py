@@ -81,6 +81,7 @@ def test_a_run_that_was_begun_with_a_mistake_goes_on(tmp_path: Path) -> None:
     assert ["id = 'a/b' of source 'generated' is not read" in line for line in effects.warnings(loaded)] == [True]
 
 
+TARGET = '[[targets]]\nmetric = "loss"\npublished = 1.0\nsource = "x"\nstep = {step}\n'
 WARNINGS = {
     "warm-up to the end": ([], ["schedule.warmup_steps=20"], ["warmup_steps = 20 does not end before"]),
     "a start without a warm-up": ([("warmup_steps = 4", "warmup_start_lr = 1e-4")], [], ["warmup_start_lr has no"]),
@@ -91,6 +92,21 @@ WARNINGS = {
     ),
     "decay beyond the end": ([('kind = "cosine"', WSD)], ["schedule.decay_steps=11"], ["ends at step 21, beyond"]),
     "decay never begins": ([('kind = "cosine"', WSD)], ["train.steps=10"], ["never decays"]),
+    "a decay of the step behind the last": (
+        [('kind = "cosine"', WSD)],
+        ["schedule.decay_start_step=19", "schedule.decay_steps=1"],
+        ["decay_steps = 1 from step 19 on: the last of train.steps = 20 runs at the peak of 0.003"],
+    ),
+    "no decay after the warm-up": ([], ["schedule.warmup_steps=19"], ["warmup_steps = 19 of train.steps = 20"]),
+    "an end at the peak": ([], ["optimizer.min_lr=3e-3"], ["optimizer.min_lr = 0.003 is optimizer.lr"]),
+    "a target beyond the end": (
+        [("[eval]", "".join(TARGET.format(step=step) for step in (20, 21)) + "[eval]")],
+        [],
+        ["'loss' was measured at step 21, beyond train.steps = 20"],
+    ),
+    "a column of builtin text": (
+        [(FILES, 'kind = "builtin"\ncolumn = "a"')], [], ["column of source 'generated' has no effect under kind = 'b"]
+    ),
     "bits under adamw": ([], ["optimizer.embedding_bits=8"], ["embedding_bits = 8 has no effect"]),
     "tasks": ([], ['eval.tasks=["arc"]', "eval.every_steps=5"], ["eval.every_steps has no", "eval.tasks has no"]),
     "evaluations beyond the end": ([], ["run.eval_every_steps=21"], ["run.eval_every_steps = 21 is more than"]),
@@ -160,22 +176,36 @@ def options(**given: object) -> Options:
     [
         ({"max_steps": 21}, "--max-steps 21 has no effect"),
         ({"profile": range(19, 25)}, "--profile 19:24: this launch ends after step 20"),
+        ({"max_steps": 1}, "--max-steps 1: the first step of the warm-up runs at a learning rate of 0"),
         ({"micro_batch": 5}, "--micro-batch 5: a device has no more than 4 rows of a step's 7"),
     ],
 )
 def test_flags_without_an_effect_are_told(given: dict[str, object], told: str) -> None:
     """Oracle: by hand, on two ranks: 20 steps of 7 rows; nothing is said of flags that have one."""
-    [line] = flags.warnings(tiny(), options(**given), world_size=2, keeping_hosts=1)
+    [line] = flags.warnings(tiny(), options(**given), world_size=2, keeping_hosts=1, held_out_rows=6)
     assert told in line
     used = {"max_steps": 20, "profile": range(19, 21), "micro_batch": 4}
-    assert not list(flags.warnings(tiny(), options(**used), world_size=2, keeping_hosts=1))
+    assert not list(flags.warnings(tiny(), options(**used), world_size=2, keeping_hosts=1, held_out_rows=6))
+
+
+def test_more_rows_to_evaluate_than_are_held_out_are_told() -> None:
+    """Oracle: the tiny recipe asks for 6; a default that is more than there are is silent."""
+    [line] = flags.warnings(tiny(), options(), 1, keeping_hosts=1, held_out_rows=5)
+    assert line == "run.eval_rows = 6: there are only 5 held-out rows"
+    assert not list(flags.warnings(tiny(("eval_rows = 6\n", "")), options(), 1, keeping_hosts=1, held_out_rows=5))
+
+
+@pytest.mark.parametrize("name", ["demo-instruct", "axiom-380m-instruct", "smol-smoltalk-packed"])
+def test_recipes_of_conversations_are_silent(name: str) -> None:
+    """Oracle: their columns are those of the files that `--source` puts in a built-in source's place."""
+    assert effects.warnings(schema.load(name)) == []
 
 
 def test_copies_that_no_host_can_keep_are_told() -> None:
     """Oracle: only where they were asked for: the default of two is silent on one host."""
-    assert not list(flags.warnings(tiny(), options(), 1, keeping_hosts=1))
+    assert not list(flags.warnings(tiny(), options(), 1, keeping_hosts=1, held_out_rows=6))
     recipe = tiny(overrides=("run.checkpoint_copies=3",))
-    assert "only 2 hosts have" in next(flags.warnings(recipe, options(), 4, keeping_hosts=2))
+    assert "only 2 hosts have" in next(flags.warnings(recipe, options(), 4, keeping_hosts=2, held_out_rows=6))
 
 
 @pytest.mark.parametrize("given", [{"profile": range(21, 23)}, {"profile": range(6, 8), "max_steps": 5}])

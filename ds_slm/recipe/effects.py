@@ -123,7 +123,15 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
         )
     if not schedule.warmup_steps and "warmup_start_lr" in set_keys(schedule, resolved):
         yield "schedule.warmup_start_lr has no effect: schedule.warmup_steps is 0"
+    lr, min_lr, last = recipe.optimizer.lr, recipe.optimizer.min_lr, learning_rate(recipe, steps - 1)
+    if min_lr == lr:
+        yield f"optimizer.min_lr = {min_lr:g} is optimizer.lr: the learning rate never decays"
     if schedule.kind == "cosine":
+        if schedule.warmup_steps < steps and last == lr > min_lr:
+            yield (
+                f"schedule.warmup_steps = {schedule.warmup_steps:,} of train.steps = {steps:,}: the last step runs at "
+                f"the peak of {lr:g}, so the learning rate never decays"
+            )
         for key in sorted(set_keys(schedule, resolved) & {"decay_start_step", "decay_steps", "decay_shape"}):
             yield (
                 f"schedule.{key} = {getattr(schedule, key)!r} has no effect: kind = 'cosine' decays from the end of "
@@ -139,7 +147,12 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
     elif start + length - steps > length * ROUNDED_AWAY:
         yield (
             f"schedule: the decay ends at step {start + length:,}, beyond train.steps = {steps:,}: the last step runs "
-            f"at a learning rate of {learning_rate(recipe, steps - 1):g}, min_lr is {recipe.optimizer.min_lr:g}"
+            f"at a learning rate of {last:g}, min_lr is {min_lr:g}"
+        )
+    elif last == lr > min_lr:
+        yield (
+            f"schedule.decay_steps = {length:,} from step {start:,} on: the last of train.steps = {steps:,} runs at "
+            f"the peak of {lr:g}, so the learning rate never decays"
         )
 
 
@@ -167,6 +180,12 @@ def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
     for key in sorted(set_keys(recipe.eval, resolved) & {"tasks", "every_steps"}):
         if getattr(recipe.eval, key):
             yield f"eval.{key} has no effect: benchmarks are not run during training in this version"
+    for target in recipe.targets:
+        if target.step and target.step > steps:
+            yield (
+                f"targets: {target.metric!r} was measured at step {target.step:,}, beyond train.steps = {steps:,}: "
+                "nothing of this run compares with it"
+            )
 
 
 def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
@@ -176,7 +195,9 @@ def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             yield f"data.{key} has no effect: of ready-made token files the end is held out"
     for source in sources:
         given = set_keys(source, resolved)
-        unread = {"builtin": {"split"}, "tokens": {"column", *({"split"} if source.path else ())}}
+        # Conversations name their column for the files that `--source` may put in their place.
+        builtin = {"split"} if recipe.sft else {"split", "column"}
+        unread = {"builtin": builtin, "tokens": {"column", *({"split"} if source.path else ())}}
         for key in sorted(given & unread.get(source.kind, set())):
             yield f"data.source: {key} of source {source.name!r} has no effect under kind = {source.kind!r}"
         if len(sources) == 1 and source.weight != 1 and recipe.tokenizer.kind != "bpe":

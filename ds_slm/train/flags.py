@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ds_slm.errors import ConfigError
 from ds_slm.recipe.effects import is_set
+from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def refuse(recipe: Recipe, options: "Options") -> None:
         )
 
 
-def warnings(recipe: Recipe, options: "Options", world_size: int, keeping_hosts: int) -> Iterator[str]:
+def warnings(
+    recipe: Recipe, options: "Options", world_size: int, keeping_hosts: int, held_out_rows: int
+) -> Iterator[str]:
     """What was asked for and will not happen, a line each.
 
     Args:
@@ -33,10 +36,18 @@ def warnings(recipe: Recipe, options: "Options", world_size: int, keeping_hosts:
         options: the launch's flags.
         world_size: ranks of all hosts.
         keeping_hosts: hosts that have a run folder of their own.
+        held_out_rows: all that the data have.
     """
     end, rows = last_step(recipe, options), recipe.rows_per_step
     if options.max_steps is not None and options.max_steps > recipe.train.steps:
         yield f"--max-steps {options.max_steps} has no effect: the run ends after step {recipe.train.steps}"
+    elif options.max_steps == 1 and not learning_rate(recipe, 0):
+        yield (
+            "--max-steps 1: the first step of the warm-up runs at a learning rate of 0 and changes nothing; take more, "
+            "or set schedule.warmup_start_lr"
+        )
+    if is_set(recipe, "run", "eval_rows") and recipe.run.eval_rows > held_out_rows:
+        yield f"run.eval_rows = {recipe.run.eval_rows:,}: there are only {held_out_rows:,} held-out rows"
     if options.profile and options.profile[-1] > end:
         yield f"--profile {_spelled(options.profile)}: this launch ends after step {end}, so does the profile"
     rows_per_rank = -(-rows // world_size)

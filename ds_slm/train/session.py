@@ -215,7 +215,7 @@ def _train(
     facts["replaced_sources"] = corpus.replaced_sources
     facts["warnings"] = [
         *effects.warnings(recipe),
-        *flags.warnings(recipe, options, control.world_size, len(writers)),
+        *flags.warnings(recipe, options, control.world_size, len(writers), len(rows.val_row_ids(None))),
         *rows.warnings(),
     ]
     problems: list[str] = []

@@ -1,5 +1,6 @@
 """Hosts that train together: the same code and libraries, and the network interface that leads to each other."""
 
+import hashlib
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -17,15 +18,15 @@ HOSTS = ["node1", "node2", "node2"]
 def host(**changes: Any) -> dict[str, Any]:
     """What software.describe says of a host."""
     versions = {**dict.fromkeys(software.PACKAGES, "1.0"), "torch": "2.13.0+cpu", **changes.pop("versions", {})}
-    found = {"commit": "c" * 40, "sources_sha256": "5" * 64, "python": "3.11.7", "torch_cuda": "none"}
+    found = {"commit": "c" * 40, "sources_sha256": "5" * 64, "script_sha256": "5" * 64}
+    found |= {"python": "3.11.7", "torch_cuda": "none"}
     return {**found, "versions": versions, **changes}
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"commit": "d" * 40}, "the commit of ds_slm"),
-        ({"commit": "c" * 40 + "-dirty"}, "the commit of ds_slm"),
+        ({"script_sha256": "6" * 64}, "the launched script"),
         ({"sources_sha256": "6" * 64}, "the source files of ds_slm"),
         ({"commit": "unknown", "sources_sha256": "6" * 64}, "the source files of ds_slm"),
         ({"python": "3.12.1"}, "Python"),
@@ -49,6 +50,27 @@ def test_hosts_that_are_alike() -> None:
     device, build = software.notes(HOSTS, [host(), other, other], ["EPYC", "H200", "H200"])
     assert "(EPYC on node1; H200 on node2)" in device
     assert "2.13.0+cpu, CUDA none on node1; 2.13.0+cu128, CUDA 12.8 on node2" in build
+
+
+@pytest.mark.parametrize("commit", ["d" * 40, "c" * 40 + "-dirty"])
+def test_another_commit_of_the_same_sources_is_noted(commit: str) -> None:
+    """Oracle: no difference, and one note with both; where the sources differ as well, two differences and no note."""
+    found = [host(), host(commit=commit), host(commit=commit)]
+    assert software.differences(HOSTS, found) == []
+    (note,) = software.notes(HOSTS, found, ["cpu"] * 3)
+    assert "the commit of ds_slm" in note and f"{commit} on node2" in note and "not in the source files" in note
+    found = [host(), *2 * [host(commit=commit, sources_sha256="6" * 64)]]
+    sources, commits = software.differences(HOSTS, found)
+    assert "source files" in sources and "the commit of ds_slm" in commits
+    assert software.notes(HOSTS, found, ["cpu"] * 3) == []
+
+
+def test_the_launched_script_is_part_of_the_code(tmp_path: Path) -> None:
+    """Oracle: the file's own hash; none for what is no file."""
+    script = tmp_path / "mine.py"
+    script.write_text("x = 1")
+    assert software.script_sha256(script) == hashlib.sha256(b"x = 1").hexdigest()
+    assert software.script_sha256(tmp_path) == software.UNKNOWN
 
 
 class Meeting:

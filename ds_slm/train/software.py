@@ -1,14 +1,16 @@
 """What a host computes with: its code and its libraries, compared over all hosts before they train together.
 
-Two hosts with other code or library versions train something that neither would train alone. The code is compared by
-commit, where both are git checkouts, and by a hash of the sources always: two changed trees of one commit differ.
+Two hosts with other code or library versions train something that neither would train alone. The code is compared by a
+hash of the source files that run: two changed trees of one commit differ, and two commits that differ in other files do
+not; that the commits are not the same is noted.
 """
 
 import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ def describe() -> dict[str, Any]:
     return {
         "commit": _commit(ROOT),
         "sources_sha256": sources_sha256(ROOT),
+        "script_sha256": script_sha256(Path(sys.argv[0])),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "torch_cuda": torch.version.cuda or torch.version.hip or "none",
@@ -44,6 +47,14 @@ def sources_sha256(root: Path) -> str:
     return found.hexdigest()
 
 
+def script_sha256(script: Path) -> str:
+    """Hash of the script that was launched, which may be a user's own; 'unknown' where there is no such file."""
+    try:
+        return hashlib.sha256(script.read_bytes()).hexdigest()
+    except OSError:
+        return UNKNOWN
+
+
 def differences(hosts: Sequence[str], found: Sequence[dict[str, Any]]) -> list[str]:
     """What is not the same on all hosts and may change results; one sentence for each, which names every host.
 
@@ -51,30 +62,51 @@ def differences(hosts: Sequence[str], found: Sequence[dict[str, Any]]) -> list[s
         hosts: the name of each rank's host.
         found: what `describe` says there.
     """
-    facts = {
-        "the commit of ds_slm": [one["commit"] for one in found],
+    code = {
         "the source files of ds_slm": [one["sources_sha256"][:16] for one in found],
+        "the launched script": [one.get("script_sha256", UNKNOWN)[:16] for one in found],
+    }
+    facts = {
+        **code,
+        **({} if _are_alike(code.values()) else _commits(found)),  # what may have made the difference
         "Python": [one["python"] for one in found],
         **{name: [_public(one["versions"].get(name)) for one in found] for name in PACKAGES},
     }
     return [
         f"the hosts differ in {what} ({_by_value(hosts, values)})."
         for what, values in facts.items()
-        if len(set(values) - {UNKNOWN}) > 1
+        if not _are_alike([values])
     ]
 
 
+def _commits(found: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    return {"the commit of ds_slm": [one["commit"] for one in found]}
+
+
+def _are_alike(facts: Iterable[Sequence[str]]) -> bool:
+    """Whether none of the facts differs between hosts that know it."""
+    return all(len(set(values) - {UNKNOWN}) <= 1 for values in facts)
+
+
 def notes(hosts: Sequence[str], found: Sequence[dict[str, Any]], devices: Sequence[str]) -> list[str]:
-    """What is not the same on all hosts and only rounds differently: builds of torch, kinds of devices."""
+    """What is not the same on all hosts and trains the same: the commit of equal sources; and builds of torch and kinds
+    of devices, which only round differently.
+    """
     builds = [f"{one['versions'].get('torch')}, CUDA {one['torch_cuda']}" for one in found]
     public = [_public(one["versions"].get("torch")) for one in found]
     facts = {"their kind of device": list(devices)}
     if len(set(public)) == 1:  # else it is a difference
         facts["their build of torch"] = builds
-    return [
+    rounded = [
         f"the hosts differ in {what} ({_by_value(hosts, values)}): results are rounded differently."
         for what, values in facts.items()
         if len(set(values)) > 1
+    ]
+    equal_sources = len({one["sources_sha256"] for one in found}) == 1  # else it is told beside that difference
+    return rounded + [
+        f"the hosts differ in {what} ({_by_value(hosts, values)}), not in the source files that run."
+        for what, values in _commits(found).items()
+        if equal_sources and not _are_alike([values])
     ]
 
 

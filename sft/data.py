@@ -19,6 +19,7 @@ were all cut off is left out and counted. With the `card` mask a target weighs 1
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -40,7 +41,7 @@ from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
 from sft import builtin
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
-from sft.forms import EXPECTED, read_messages
+from sft.forms import EXPECTED, read_messages, tell_notes
 from sft.older import SAMPLE, refuse_other_ids
 from sft.packing import pack, shuffled
 from sft.probe import refuse_other_encoding
@@ -67,11 +68,11 @@ def form(recipe: Recipe) -> Form:
     """How conversations are read and encoded."""
     settings = section(recipe)
     deciding = settings.model_dump(mode="json", include={"mask", "system_turns", "max_rows", "invalid"})
-    notes: set[str] = set()
+    notes: Counter[str] = Counter()
     return Form(
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
         expected=EXPECTED,
-        notes=lambda: sorted(notes),
+        notes=lambda: tell_notes(notes),
         builtin=lambda: [json.dumps(messages) for messages in builtin.conversations()],
         as_json=True,
         row_limit=settings.max_rows,
@@ -140,7 +141,7 @@ def tell(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: set[str]) -> Encode:
+def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: Counter[str]) -> Encode:
     settings, chatml = section(recipe), ChatML(tokenizer)
     refuse_other_encoding(tokenizer)
     limit = recipe.data.seq_len + 1

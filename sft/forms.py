@@ -8,10 +8,15 @@
     parts
 
 A message that has both pairs of keys, and a conversation with messages of both forms, say two things at once: they
-cannot be used. Other keys of a message are left alone.
+cannot be used, and neither can a message whose flags say both that it is trained and that it is not. `"train": false`
+(or `training`, `loss`) is `"weight": 0`. What stands beside a content and would be text of its own (UNREAD) is counted
+and left out; other keys of a message are left alone. A byte order mark at the start of a content is no part of it.
 """
 
+from collections import Counter
 from typing import Any
+
+from ds_slm.data.readers import BYTE_ORDER_MARK
 
 EXPECTED = (
     "a list of messages, each with 'role' (system, user or assistant) and 'content' (a string), or with 'from' "
@@ -27,17 +32,29 @@ SPEAKERS = {
 }
 """Who speaks in messages of `from` and `value`, and the role that is."""
 
+FLAGS = ("train", "training", "loss")
+"""Keys that say, as true or false, whether a message is trained."""
+UNREAD = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "images", "audio", "videos")
+"""Keys whose values are a part of what was said."""
+
+TWO_WEIGHTS = "a message that is to be trained and not to be trained"
+NOT_TRAINED = "messages that say 'train': false are read as those of 'weight': 0"
 TWO_FORMS = "messages of two forms at once"
 FROM_VALUE = "messages of 'from' and 'value' are read as 'role' and 'content' (human: user, gpt: assistant)"
 TEXT_PARTS = "contents that are lists of text parts are joined"
 
 
-def read_messages(value: Any, notes: set[str]) -> tuple[Any, str | None]:
+def tell_notes(notes: Counter[str]) -> list[str]:
+    """What `read_messages` has noted, for people."""
+    return [f"{note}, in {count:,} messages" for note, count in sorted(notes.items())]
+
+
+def read_messages(value: Any, notes: Counter[str]) -> tuple[Any, str | None]:
     """A conversation in the one form, and why it cannot be told which one it has; else None.
 
     Args:
         value: what the column holds. What is no list of messages comes back as it is.
-        notes: gets a line for each form that was found, beside `role` and `content`.
+        notes: counts the messages of each form that was found, beside `role` and `content`.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return value, None
@@ -49,9 +66,11 @@ def read_messages(value: Any, notes: set[str]) -> tuple[Any, str | None]:
 
     messages = value
     if value and all(of_speakers):
-        notes.add(FROM_VALUE)
+        notes[FROM_VALUE] += len(value)
         messages = [_with_role(message) for message in value]
-    return [_with_text(message, notes) for message in messages], None
+    if any(len(_flags(message)) > 1 for message in messages):
+        return value, TWO_WEIGHTS
+    return [_with_weight(_with_text(message, notes), notes) for message in messages], None
 
 
 def _with_role(message: dict[str, Any]) -> dict[str, Any]:
@@ -60,12 +79,29 @@ def _with_role(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "role": role, "content": message["value"]}
 
 
-def _with_text(message: dict[str, Any], notes: set[str]) -> dict[str, Any]:
-    parts = message.get("content")
-    if not isinstance(parts, list) or not parts or not all(map(_is_text, parts)):
+def _flags(message: dict[str, Any]) -> set[bool]:
+    """Whether a message is trained, as far as its keys say so: nothing, one answer, or both."""
+    weight = [bool(message["weight"])] if message.get("weight") in (0, 1) else []
+    return {*weight, *(message[key] for key in FLAGS if isinstance(message.get(key), bool))}
+
+
+def _with_weight(message: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+    """The message with what its flags say as its weight; what it holds beside its content is counted."""
+    notes.update(f"{key!r} beside the content is not read" for key in UNREAD if message.get(key))
+    if _flags(message) != {False} or message.get("weight") == 0:
         return message
-    notes.add(TEXT_PARTS)
-    return {**message, "content": "".join(part["text"] for part in parts)}
+    notes[NOT_TRAINED] += 1
+    return {**message, "weight": 0}
+
+
+def _with_text(message: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and content and all(map(_is_text, content)):
+        notes[TEXT_PARTS] += 1
+        content = "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return {**message, "content": content.lstrip(BYTE_ORDER_MARK)}
+    return message
 
 
 def _is_text(part: Any) -> bool:

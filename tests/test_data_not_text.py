@@ -170,6 +170,30 @@ def test_two_columns_of_one_name_are_refused(kind: str, tmp_path: Path) -> None:
     assert len(list(documents(files_source(tmp_path, kind), as_json=kind == "messages"))) == 1
 
 
+def test_marks_of_joined_files_and_of_strings_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the text without them, in one piece and in many; a mark inside a line stays."""
+    mark = "\ufeff"
+    lines = [f"line {number}\n" for number in range(300)]
+    (tmp_path / "a.txt").write_text(mark * 2 + mark.join(lines) + f"a{mark}b", encoding="utf-8")
+    for whole_bytes in (1 << 20, 50):
+        monkeypatch.setattr("ds_slm.data.readers.WHOLE_TXT_BYTES", whole_bytes)
+        monkeypatch.setattr("ds_slm.data.readers.TXT_PIECE_BYTES", 50)
+        assert "".join(documents(files_source(tmp_path))) == "".join(lines) + f"a{mark}b"
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"{mark}one"}) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{mark}{mark}two", None, f"t{mark}"]}), tmp_path / "b.parquet")
+    assert list(documents(files_source(tmp_path))) == ["one", "two", "", f"t{mark}"]
+
+
+@pytest.mark.parametrize("head", [b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf \r\n"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_pointer_behind_a_mark_or_a_blank_line_is_one(head: bytes, suffix: str, tmp_path: Path) -> None:
+    """Oracle: the way to fetch it."""
+    (tmp_path / f"a{suffix}").write_bytes(head + LFS)
+    with pytest.raises(DataError, match="git lfs pull"):
+        list(documents(files_source(tmp_path)))
+
+
 def ids_recipe(folder: Path, dtype: str = "", val_fraction: float = 0.05, eos: str = "!"):
     """A recipe whose tokenizer is 90 characters, `!` being id 0, and whose source is folder/ids.bin."""
     if not (letters := folder / "letters").exists():

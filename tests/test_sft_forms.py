@@ -1,6 +1,7 @@
 """The forms in which conversations are published: read where they are unambiguous, else shown and refused."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ PLAIN = [{"role": role, "content": text} for role, text in TURNS]
 SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} for role, text in TURNS]
 
 
+UNREAD_REASON = "'reasoning_content' beside the content is not read"
+
+
 def parts(*texts: str, **extra: Any) -> list[dict[str, Any]]:
     """A content of text parts."""
     return [{"type": "text", "text": text, **extra} for text in texts]
@@ -37,16 +41,19 @@ def parts(*texts: str, **extra: Any) -> list[dict[str, Any]]:
         ([{"role": "user", "content": parts(ASKED, image=None)}, PLAIN[1]], [forms.TEXT_PARTS]),
         ([{"from": "human", "value": parts(ASKED)}, SHAREGPT[1]], [forms.FROM_VALUE, forms.TEXT_PARTS]),
         ([{**turn, "role": None, "content": None} for turn in SHAREGPT], [forms.FROM_VALUE]),
+        ([PLAIN[0], {**PLAIN[1], "reasoning_content": "hm", "tool_calls": []}], [UNREAD_REASON]),
+        ([{**PLAIN[0], "train": False}, {**PLAIN[1], "train": True, "weight": 1}], [forms.NOT_TRAINED]),
+        ([{"role": role, "content": f"\ufeff{text}"} for role, text in TURNS], []),
         ([{**turn, "from": None, "value": None, "name": "x"} for turn in PLAIN], []),
     ],
 )
 def test_common_forms_are_one_conversation(value: Any, notes: list[str]) -> None:
     """Oracle: the two turns; parquet fills keys that a message lacks with null."""
-    found: set[str] = set()
+    found: Counter[str] = Counter()
     messages, problem = read_messages(value, found)
     assert problem is None and problem_of(messages) is None
     assert [(message["role"], message["content"]) for message in messages] == TURNS
-    assert found == set(notes)
+    assert set(found) == set(notes)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,8 @@ def test_common_forms_are_one_conversation(value: Any, notes: list[str]) -> None
         ([{"role": "user", "content": [{"type": "image", "url": "a"}]}, PLAIN[1]], "content that is no string"),
         ([{"role": "user", "content": parts("a", image="b")}, PLAIN[1]], "content that is no string"),
         ([{"role": "user", "content": [{"text": "a"}]}, PLAIN[1]], "content that is no string"),
+        ([PLAIN[0], {**PLAIN[1], "train": False, "weight": 1}], forms.TWO_WEIGHTS),
+        ([PLAIN[0], {**PLAIN[1], "train": False, "loss": True}], forms.TWO_WEIGHTS),
         ([{"user": "a", "assistant": "b"}], "a message without a role"),
         ({"user": "a"}, "no list of messages"),
         ([], "no list of messages"),
@@ -71,7 +80,7 @@ def test_common_forms_are_one_conversation(value: Any, notes: list[str]) -> None
 )
 def test_other_forms_are_no_conversation(value: Any, problem: str) -> None:
     """Oracle: the reason, by hand; what is ambiguous is not guessed."""
-    messages, unclear = read_messages(value, set())
+    messages, unclear = read_messages(value, Counter())
     assert (unclear or problem_of(messages)) == problem
 
 
@@ -104,11 +113,27 @@ def test_sharegpt_gives_the_tokens_of_plain_messages(suffix: str, tmp_path: Path
     told: list[str] = []
     found = prepare(path, tmp_path / "theirs", told)
     assert all_of(found) == all_of(plain)
-    assert f"made: {forms.FROM_VALUE}" in told
+    messages = sum(len(turns) for turns in theirs)
+    assert f"made: {forms.FROM_VALUE}, in {messages:,} messages" in told
     assert told.count("made: there is no column 'messages', 'conversations' is read instead") == 1
     told.clear()
     prepare(path, tmp_path / "theirs", told)
-    assert f"made: {forms.FROM_VALUE}" in told
+    assert f"made: {forms.FROM_VALUE}, in {messages:,} messages" in told
+
+
+def test_what_is_not_trained_or_not_read_is_counted(tmp_path: Path) -> None:
+    """Oracle: the shards of the same conversations with weights and without what is not read; counts by hand."""
+    made = conversations.made(40)
+    flagged = [[{**turn, "train": turn["role"] == "user", "thinking": "hm"} for turn in turns] for turns in made[:10]]
+    weighted = [[{**turn, "weight": int(turn["role"] == "user")} for turn in turns] for turns in made[:10]]
+    expected = prepare(conversations.write(tmp_path / "w.jsonl", [*weighted, *made[10:]]), tmp_path / "w", [])
+    told: list[str] = []
+    found = prepare(conversations.write(tmp_path / "f.jsonl", [*flagged, *made[10:]]), tmp_path / "f", told)
+    assert all_of(found) == all_of(expected)
+    answers = sum(turn["role"] != "user" for turns in made[:10] for turn in turns)
+    assert f"made: {forms.NOT_TRAINED}, in {answers:,} messages" in told
+    messages = sum(map(len, made[:10]))
+    assert f"made: 'thinking' beside the content is not read, in {messages:,} messages" in told
 
 
 @pytest.mark.parametrize("invalid", ["drop", "refuse"])

@@ -12,10 +12,10 @@ start. `.parquet`: row group and row in it; the groups before are not touched, a
           than LINE_BYTES is refused with its number.
 .parquet  one document a row. A column of another type than strings is refused.
 
-A byte order mark at the start of a file, or of a line of JSON, is no part of the text; UTF-16 and UTF-32 are refused by
-name, and so is what a download left in a file's place (`ds_slm.data.stand_ins`). In a column of lists or tables, binary
-that is UTF-8 is text; any other value that JSON lacks (a time, a decimal, binary) becomes a table of its type and what
-it looks like, {"datetime": "2020-01-01 00:00:00"}, so that nobody takes it for text.
+A byte order mark at the start of a file, of a line in it, or of a string in a column, is no part of the text; UTF-16
+and UTF-32 are refused by name, and so is what a download left in a file's place (`ds_slm.data.stand_ins`). In a column
+of lists or tables, binary that is UTF-8 is text; any other value that JSON lacks (a time, a decimal, binary) becomes a
+table of its type and what it looks like, {"datetime": "2020-01-01 00:00:00"}, so that nobody takes it for text.
 
 A document that is null, no string, or no valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
 comes out as "": whoever consumes them counts and skips it. Damage that a format can show (a checksum, a file cut short,
@@ -29,6 +29,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """Byte order marks, longer ones first, for one begins with another."""
+BYTE_ORDER_MARK = "\ufeff"
+"""UTF-8's, as a character."""
+_MARK_AT_LINE = re.compile(rf"(?<=\n){BYTE_ORDER_MARK}+")
 OTHER_NAMES = {"messages": "conversations", "conversations": "messages"}
 """A column of conversations is called either; where only the other one is there, it is read."""
 
@@ -180,8 +184,13 @@ def _txt(file: io.BufferedIOBase, name: str, column: Column, mark: Mark) -> Docu
             text = block.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {begin + error.start} is no UTF-8: {error.reason}") from error
-        yield text.removeprefix("\ufeff") if begin == 0 else text, (begin + len(block), piece + 1)
+        yield _without_marks(text), (begin + len(block), piece + 1)
         begin, piece = begin + len(block), piece + 1
+
+
+def _without_marks(text: str) -> str:
+    """Text of files that were joined, without the mark at the start of each; a piece begins behind a line end."""
+    return _MARK_AT_LINE.sub("", text.lstrip(BYTE_ORDER_MARK)) if BYTE_ORDER_MARK in text else text
 
 
 def _refuse_other_text(block: bytes) -> None:
@@ -263,7 +272,7 @@ def _text(value: Any, as_json: bool) -> str:
             return json.dumps(value, default=_spelled)
         except TypeError as error:
             raise ValueError(f"a table's keys are no strings: {error}") from error
-    return value if isinstance(value, str) and is_unicode(value) else ""
+    return value.lstrip(BYTE_ORDER_MARK) if isinstance(value, str) and is_unicode(value) else ""
 
 
 def _spelled(value: Any) -> Any:
@@ -352,14 +361,14 @@ def _value(value: "pyarrow.Scalar") -> Any:
 
 def _strings(values: "pyarrow.Array") -> list[str]:
     try:
-        return [value or "" for value in values.to_pylist()]
+        return [(value or "").lstrip(BYTE_ORDER_MARK) for value in values.to_pylist()]
     except UnicodeDecodeError:  # at least one of them
         return [_string(value) for value in values]
 
 
 def _string(value: "pyarrow.Scalar") -> str:
     try:
-        return value.as_py() or ""
+        return (value.as_py() or "").lstrip(BYTE_ORDER_MARK)
     except UnicodeDecodeError:
         return ""
 

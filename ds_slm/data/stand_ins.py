@@ -7,6 +7,7 @@ server answers instead of a file: HTML, or the XML of a storage service. Neither
 the pointers, whose form is fixed.
 """
 
+import codecs
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ HEAD_BYTES = 1024
 """A pointer is shorter than this, and a page shows what it is within it."""
 
 _LFS = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v1\s")
-_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|\?xml|error>)", re.IGNORECASE)
+_PAGE = re.compile(rb"<(!doctype\s+html|html|head|\?xml|error>)", re.IGNORECASE)
 
 
 def stand_in(head: bytes, pages: bool = True) -> str | None:
@@ -24,11 +25,13 @@ def stand_in(head: bytes, pages: bool = True) -> str | None:
         head: its first HEAD_BYTES, or all of it where it is shorter.
         pages: whether a page is no data either, as in every kind of file but plain text.
     """
-    if _LFS.match(head) and b"oid sha256:" in head and len(head) < HEAD_BYTES:
+    short = len(head) < HEAD_BYTES
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()  # as an editor may have left a pointer
+    if _LFS.match(head) and b"oid sha256:" in head and short:
         return "it is a pointer of Git LFS, not the file itself: run git lfs pull where it was cloned"
-    if head.startswith(b"# xet version") and len(head) < HEAD_BYTES:
+    if head.startswith(b"# xet version") and short:
         return "it is a pointer of Git Xet, not the file itself: run git xet checkout where it was cloned"
-    if head.startswith((b"/annex/objects/", b"annex/objects/")) and len(head) < HEAD_BYTES:
+    if head.startswith((b"/annex/objects/", b"annex/objects/")) and short:
         return "it is a pointer of git-annex, not the file itself: run git annex get where it was cloned"
     if pages and _PAGE.match(head):
         return "it is a page of a web server, not the file itself: the download failed, fetch it again"

@@ -9,7 +9,7 @@ import pytest
 
 from ds_slm.cluster import hostfile, launch, runner_flags
 from ds_slm.cluster.hostfile import Host
-from ds_slm.errors import HostfileError
+from ds_slm.errors import ConfigError, HostfileError
 
 
 def test_no_flag_of_deepspeed_is_forgotten() -> None:
@@ -37,6 +37,53 @@ def test_hosts_that_do_not_answer_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "pdsh").unlink()
     with pytest.raises(HostfileError, match="no 'pdsh' on this machine"):
         runner_flags.refuse_unreachable([Host("good", 1)], None, {"PATH": str(tmp_path)})
+
+
+def flags(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int)
+    runner_flags.add_runner_flags(parser)
+    return parser.parse_args(arguments)
+
+
+BIND = "--bind_cores_to_rank"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "told"),
+    [
+        ([BIND], {}, "needs the program 'numactl', which is not on the PATH: install numactl"),
+        ([BIND], {"KMP_AFFINITY": "x"}, "KMP_AFFINITY: unset it"),
+        ([BIND, "--devices", "5"], {}, "5 ranks need a core each, this machine has 4"),
+        ([BIND, "--bind_core_list", "0-9"], {}, "this machine has cores 0 to 3"),
+        *[([BIND, "--bind_core_list", text], {}, "such as 0-3,8") for text in ("", "a", "3-1", "2,1", "0-1-2", "1,,2")],
+        (["--bind_core_list", "0-1"], {}, "has no effect without --bind_cores_to_rank"),
+        (["--venv_script", "/nope"], {}, "/nope is sourced on hosts that are reached over ssh"),
+        (["--venv_script", "/nope", "--bind_core_list", "0"], {}, "has no effect without"),
+    ],
+)
+def test_flags_that_deepspeed_would_not_heed_are_refused(
+    arguments: list[str], environ: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    """Oracle: by hand, on a machine of four cores without numactl; the flag and the way out."""
+    with pytest.raises(ConfigError) as refused:
+        runner_flags.refuse_unusable(flags(*arguments), [], {"PATH": str(tmp_path), **environ}, cores=4)
+    assert told in str(refused.value)
+
+
+def test_flags_that_work_are_passed_on(tmp_path: Path) -> None:
+    """Oracle: the same flags where the program is there, or where hosts are reached over ssh, whose own it is."""
+    program = tmp_path / "numactl"
+    program.write_text("")
+    program.chmod(0o755)
+    bound = flags(BIND, "--bind_core_list", "0-1,3-3")
+    runner_flags.refuse_unusable(bound, [], {"PATH": str(tmp_path)}, cores=4)
+    runner_flags.refuse_unusable(flags(), [], {"PATH": ""}, cores=4)
+    sourced = flags(BIND, "--bind_core_list", "0-99", "--venv_script", "/there")
+    two = [Host("one", 1), Host("two", 1)]
+    runner_flags.refuse_unusable(sourced, two, {"PATH": ""}, cores=4)
+    with pytest.raises(ConfigError):
+        runner_flags.refuse_unusable(sourced, two[:1], {"PATH": ""}, cores=4)
 
 
 @pytest.mark.parametrize(("code", "is_shown"), [(0, False), (3, True)])

@@ -96,7 +96,8 @@ def start(script: Path, line: CommandLine) -> None:
     run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
     schema.load(line.recipe, args.set, run_folder)
     hosts = runner_flags.chosen_hosts(args)
-    if hosts and not args.no_ssh_check and (len(hosts) > 1 or args.force_multi):
+    runner_flags.refuse_unusable(args, hosts)
+    if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
     cpu_ranks, devices = None, args.devices
     if not hosts:

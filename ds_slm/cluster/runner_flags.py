@@ -60,6 +60,56 @@ def refuse_others(arguments: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
+def over_ssh(args: argparse.Namespace, hosts: Sequence[Host]) -> bool:
+    """Whether DeepSpeed reaches the hosts over ssh, rather than start the ranks on this machine itself."""
+    return bool(hosts) and (len(hosts) > 1 or args.force_multi)
+
+
+def refuse_unusable(
+    args: argparse.Namespace, hosts: Sequence[Host], environ: Mapping[str, str] = os.environ, cores: int | None = None
+) -> None:
+    """Raise ConfigError for flags that DeepSpeed would answer with a traceback, or pass over in silence.
+
+    Args:
+        args: the command line.
+        hosts: those that are chosen; none for this machine.
+        environ: where programs are looked for.
+        cores: of this machine, in place of those it has.
+    """
+    problems, cores = [], cores or os.cpu_count() or 1
+    here = not over_ssh(args, hosts)
+    if args.venv_script is not None and here:
+        problems.append(
+            f"--venv_script {args.venv_script} is sourced on hosts that are reached over ssh, and this launch starts "
+            "on this machine itself: activate the environment first, and leave the flag out."
+        )
+    if args.bind_core_list is not None:
+        problems += _core_list_problems(args.bind_core_list, cores if here else None, args.bind_cores_to_rank)
+    if args.bind_cores_to_rank and here and shutil.which("numactl", path=environ.get("PATH")) is None:
+        problems.append("--bind_cores_to_rank needs the program 'numactl', which is not on the PATH: install numactl.")
+    if args.bind_cores_to_rank and here and (args.devices or 1) > cores:
+        problems.append(f"--bind_cores_to_rank: {args.devices} ranks need a core each, this machine has {cores}.")
+    if args.bind_cores_to_rank and here and "KMP_AFFINITY" in environ:
+        problems.append("--bind_cores_to_rank does not go with the environment's KMP_AFFINITY: unset it.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _core_list_problems(text: str, cores: int | None, is_used: bool) -> list[str]:
+    """What is wrong with a list of cores; `cores` None where those of other machines are meant."""
+    if not is_used:
+        return [f"--bind_core_list {text} has no effect without --bind_cores_to_rank: give both, or none."]
+    pieces = [piece.split("-") for piece in text.split(",")]
+    if not all(number.isascii() and number.isdecimal() for piece in pieces for number in piece):
+        return [f"--bind_core_list {text}: expected numbers and ranges in ascending order, such as 0-3,8."]
+    numbers = [int(number) for piece in pieces for number in dict.fromkeys(piece)]
+    if any(len(piece) > 2 for piece in pieces) or sorted(set(numbers)) != numbers:
+        return [f"--bind_core_list {text}: expected numbers and ranges in ascending order, such as 0-3,8."]
+    if cores is not None and numbers[-1] >= cores:
+        return [f"--bind_core_list {text}: this machine has cores 0 to {cores - 1}."]
+    return []
+
+
 def chosen_hosts(args: argparse.Namespace) -> list[Host]:
     """The hosts of the hostfile that --include, --exclude and --num_nodes leave; none without a hostfile.
 

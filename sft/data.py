@@ -35,7 +35,7 @@ from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import Rows, Split
 from ds_slm.data.shards import Prepared, Tokens
 from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
-from ds_slm.data.writer import Encode, Form
+from ds_slm.data.writer import Encode, Form, UnusableDocuments
 from ds_slm.errors import DataError
 from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
@@ -54,7 +54,7 @@ ENCODING = {"conversations": 2}
 """In manifests: encoded as the chat template's text. Older versions, which say nothing, encoded contents alone."""
 NO_TARGETS = "without a target"
 SCAN_TOKENS = 1 << 24
-NAMED_PROBLEMS = 10
+WAY_OUT = f"expected: {EXPECTED}; mend them, or set sft.invalid = 'drop' to leave such ones out and count them."
 
 
 def section(recipe: Recipe) -> Sft:
@@ -151,7 +151,9 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: Counter[str]) -> Encode
         conversations = [messages for messages, _ in read]
         problems = [unclear or problem_of(messages) for messages, unclear in read]
         if settings.invalid == "refuse" and any(problems):
-            raise DataError(_told(texts, problems))
+            told = enumerate(zip(texts, problems, strict=True))
+            wrong = {place: f"a conversation has {why}: {text[:200]}" for place, (text, why) in told if why}
+            raise UnusableDocuments(wrong, WAY_OUT)
         sound = [
             _turns(messages, settings) for messages, problem in zip(conversations, problems, strict=True) if not problem
         ]
@@ -159,19 +161,6 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: Counter[str]) -> Encode
         return [problem or flagged(next(encoded), limit) for problem in problems]
 
     return encode
-
-
-def _told(texts: list[str], problems: list[str | None]) -> list[str]:
-    """What to say of conversations that are not to be left out."""
-    wrong = [
-        f"a conversation has {problem}: {text[:200]}" for text, problem in zip(texts, problems, strict=True) if problem
-    ]
-    more = len(wrong) - NAMED_PROBLEMS
-    way_out = f"expected: {EXPECTED}; mend them, or set sft.invalid = 'drop' to leave such ones out and count them."
-    return [
-        *wrong[:NAMED_PROBLEMS],
-        f"and {more:,} more among these {len(texts):,}; {way_out}" if more > 0 else way_out,
-    ]
 
 
 def _turns(messages: list[dict[str, Any]], settings: Sft) -> list[dict[str, Any]]:

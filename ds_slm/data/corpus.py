@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -197,9 +198,22 @@ def _files_under(root: Path) -> list[Path]:
 class DocumentStream:
     """The documents of a source, in a fixed order, from a position on."""
 
-    def __init__(self, made_from: dict[str, Any], read: Callable[[Any], Iterator[tuple[str, Any]]], mark: Any) -> None:
-        """Args: what tells this source from others; what gives its documents with their marks; the mark to begin at."""
-        self.made_from, self._read, self._mark = made_from, read, mark
+    def __init__(
+        self,
+        made_from: dict[str, Any],
+        read: Callable[[Any], Iterator[tuple[str, Any]]],
+        mark: Any,
+        names: list[str] | None = None,
+    ) -> None:
+        """Begin at a mark.
+
+        Args:
+            made_from: what tells this source from others.
+            read: gives its documents with their marks.
+            mark: where to begin.
+            names: of the files; None where the documents come from no file.
+        """
+        self.made_from, self._read, self._mark, self._names = made_from, read, mark, names
 
     def __iter__(self) -> Iterator[str]:
         """The documents behind the last one yielded; "" for one that is empty, null or undecodable.
@@ -210,6 +224,18 @@ class DocumentStream:
         for text, mark in self._read(self._mark):
             self._mark = mark
             yield text
+
+    def find(self, places: Sequence[int]) -> list[str]:
+        """File and row of some documents, by how many stand before each; reads to the last of them."""
+        found: dict[int, str] = {}
+        first_row: dict[str, int] = {}
+        for place, (_, mark) in enumerate(islice(self._read(self._mark), max(places) + 1)):
+            name = self._names[mark[0]] if self._names else "the built-in source"
+            row = place - first_row.setdefault(name, place) + 1
+            if place in places:
+                is_lines = (suffix_of(name) or "").startswith(".jsonl")
+                found[place] = f"{name}, {f'line {mark[2]:,}' if is_lines else f'row {row:,}'}"
+        return [found[place] for place in places]
 
     def position(self) -> dict[str, Any]:
         """Plain JSON data: where the document after the last one yielded begins."""
@@ -235,6 +261,7 @@ def documents(
     """
     place = locate(source, replacement, report)
     say = _once(lambda line: report(f"{source.name}: {line}"))
+    files: list[TextFile] = []
     if place.kind == "tokens":
         raise DataError(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
@@ -249,19 +276,21 @@ def documents(
         hub = Hub(source, report)
         commit = hub.commit((position or {}).get("made_from", {}).get("commit") or source.revision)
         made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
-        read, start = partial(_read_files, hub.text_files(commit), source.column, as_json, say), [0, *START]
+        files, start = hub.text_files(commit), [0, *START]
+        read = partial(_read_files, files, source.column, as_json, say)
     else:
         files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
         made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}
         read, start = partial(_read_files, files, source.column, as_json, say), [0, *START]
+    names = [file.name for file in files]
     if position is None:
-        return DocumentStream(made_from, read, start)
+        return DocumentStream(made_from, read, start, names)
     if position.get("made_from") != made_from:
         raise DataError(
             f"source {source.name!r}: its text is not what it was when reading it was interrupted (other files, names "
             "or sizes): bring that back, or remove the source's prepared folder to begin anew."
         )
-    return DocumentStream(made_from, read, position["mark"])
+    return DocumentStream(made_from, read, position["mark"], names)
 
 
 def _once(report: Report) -> Report:

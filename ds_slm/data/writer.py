@@ -37,6 +37,7 @@ JOURNAL_TOKENS = 1 << 25
 DRAWS = 1 << 20
 """Rows whose draws are held at a time."""
 EMPTY = "empty or unreadable"
+NAMED_PROBLEMS = 10
 SHOWN_CHARACTERS = 400
 """Of a document, in a message."""
 
@@ -44,6 +45,15 @@ SHOWN_CHARACTERS = 400
 Ids = Sequence[int] | np.ndarray
 Encode = Callable[[list[str]], Sequence[Ids | str]]
 """Documents to the ids that are written for each, or to the reason why one is left out."""
+
+
+class UnusableDocuments(Exception):
+    """Raised by an `Encode` where documents are not to be left out: what is wrong, by their places in the list."""
+
+    def __init__(self, problems: Mapping[int, str], way_out: str) -> None:
+        """`way_out` is told once, behind the problems."""
+        super().__init__(way_out)
+        self.problems, self.way_out = problems, way_out
 
 
 def encode_text(tokenizer: Tokenizer) -> Encode:
@@ -125,6 +135,8 @@ def split_documents(
 class _Batch:
     documents: list[tuple[Split, str]]
     """Those that are not empty."""
+    places: list[int]
+    """Where each of them stands in the source, from 0 on."""
     rows: int
     """All that were read."""
     position: dict[str, Any] | None
@@ -163,7 +175,9 @@ def write_documents(
     stream = documents(shards.position)
     texts = iter(stream) if form.row_limit is None else islice(stream, form.row_limit - totals.rows_read)
     split = split_documents(texts, data, totals.rows_read, cut_single=not form.as_json)
-    for batch, encoded in _encoded(_batches(split, stream, totals.rows_read), form.encode(tokenizer)):
+    for batch, encoded in _encoded(
+        _batches(split, stream, totals.rows_read), form.encode(tokenizer), lambda: documents(None)
+    ):
         totals.rows_read += batch.rows
         totals.skip(EMPTY, batch.rows - len(batch.documents))
         for (split, text), ids in zip(batch.documents, encoded, strict=True):
@@ -197,30 +211,54 @@ def write_documents(
 
 def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_row: int) -> Iterator[_Batch]:
     documents: list[tuple[Split, str]] = []
+    places: list[int] = []
     rows = characters = 0
     for side, text in split:
         rows += 1
         characters += len(text)
         if text:
             documents.append((side, text))
+            places.append(first_row + rows - 1)
         if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             # splitting reads two documents ahead at the start
-            yield _Batch(documents, rows, stream.position() if rows > 1 or first_row else None)
+            yield _Batch(documents, places, rows, stream.position() if rows > 1 or first_row else None)
             first_row += rows
-            documents, rows, characters = [], 0, 0
-    yield _Batch(documents, rows, None)
+            documents, places, rows, characters = [], [], 0, 0
+    yield _Batch(documents, places, rows, None)
 
 
-def _encoded(batches: Iterable[_Batch], encode: Encode) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
-    """Each batch with its ids; while one is consumed, the next is read and encoded."""
+def _encoded(
+    batches: Iterable[_Batch], encode: Encode, reopen: Callable[[], DocumentStream]
+) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
+    """Each batch with its ids; while one is consumed, the next is read and encoded.
+
+    Raises DataError for documents that are not to be left out, with where they are: `reopen` gives all from the first.
+    """
     encoding: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
+
+    def finished(batch: _Batch, future: Future[Sequence[Ids | str]]) -> tuple[_Batch, Sequence[Ids | str]]:
+        try:
+            return batch, result_of(future)
+        except UnusableDocuments as error:
+            raise DataError(_told_with_places(error, batch, reopen())) from None
+
     for batch in batches:
-        encoded = None if encoding is None else (encoding[0], result_of(encoding[1]))
+        encoded = None if encoding is None else finished(*encoding)
         encoding = batch, in_background(partial(encode, [text for _, text in batch.documents]))
         if encoded is not None:
             yield encoded
     if encoding is not None:
-        yield encoding[0], result_of(encoding[1])
+        yield finished(*encoding)
+
+
+def _told_with_places(error: UnusableDocuments, batch: _Batch, stream: DocumentStream) -> list[str]:
+    """The first of the problems with files and rows, and how many more there are."""
+    first = list(error.problems)[:NAMED_PROBLEMS]
+    where = stream.find([batch.places[number] for number in first])
+    more = len(error.problems) - len(first)
+    among = f"and {more:,} more among these {len(batch.documents):,}; " if more else ""
+    named = zip(where, first, strict=True)
+    return [*(f"{place}: {error.problems[number]}" for place, number in named), f"{among}{error.way_out}"]
 
 
 def _refuse_unusable(name: str, shards: ShardsInProgress, form: Form, first: str) -> None:

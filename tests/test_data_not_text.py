@@ -241,9 +241,12 @@ def test_ids_that_were_never_written_are_refused_wherever_they_stand(
     made = ids_recipe(tmp_path, eos=eos, val_fraction=0.2)
     for block, count in ((100, zeros), (1 << 24, zeros), (100, zeros - 1)):
         monkeypatch.setattr("ds_slm.data.token_files.COPY_TOKENS", block)
+        monkeypatch.setattr("ds_slm.data.token_files.LOOK_TOKENS", block)
         np.concatenate([ids[:place], np.zeros(count, "<u2"), ids[place:]]).tofile(tmp_path / "ids.bin")
         if count == zeros:
-            with pytest.raises(DataError, match=rf"ids\.bin: from position {place} on id 0 stands .*is no text"):
+            with pytest.raises(
+                DataError, match=rf"ids\.bin: from position {place} on id 0 stands {zeros} times.*no text"
+            ):
                 data_recipes.prepare(made, tmp_path / f"data{block}")
         else:
             assert data_recipes.prepare(made, tmp_path / "fewer").train_tokens > 3_900
@@ -263,7 +266,7 @@ def test_another_id_many_times_in_a_row_is_told_and_copied(tmp_path: Path, monke
         told.clear()
         data_recipes.prepare(made, tmp_path / "long", report=told.append)
         (line,) = [line for line in told if "in a row" in line]
-        assert line.startswith("ids: id 5 ('&') stands at least 600") and "from position 99 of ids.bin on" in line
+        assert line.startswith("ids: id 5 ('&') stands 600 times") and "from position 99 of ids.bin on" in line
 
 
 @pytest.mark.parametrize(

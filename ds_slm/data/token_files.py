@@ -157,18 +157,38 @@ class TokenFiles:
             for run in np.flatnonzero(lengths > NO_TEXT_RUN):
                 self._look_at_run(path, int(part[begins[run]]), place + first + int(begins[run]), int(lengths[run]))
 
-    def _look_at_run(self, path: Path, number: int, begin: int, length: int) -> None:
+    def _look_at_run(self, path: Path, number: int, place: int, length: int) -> None:
         if number in self.no_text or (number == 0 and length >= LONG_RUN):
+            begin, end = self._whole_run(path, number, place)
             raise DataError(
-                f"{path}: from position {begin} on id {number} stands at least {length:,} times in a row, which is no "
+                f"{path}: from position {begin} on id {number} stands {end - begin:,} times in a row, which is no "
                 "text: ids that were never written read as zeros, and documents are not padded; get an intact copy, or "
                 "write the file anew without them."
             )
         if length >= LONG_RUN and self.long_run is None:
+            begin, end = self._whole_run(path, number, place)
             self.long_run = (
-                f"id {number} ({self._tokenizer.decode([number])!r}) stands at least {length:,} times in a row, from "
+                f"id {number} ({self._tokenizer.decode([number])!r}) stands {end - begin:,} times in a row, from "
                 f"position {begin} of {path.name} on: look whether that is text"
             )
+
+    def _whole_run(self, path: Path, number: int, place: int) -> tuple[int, int]:
+        """Where a run that holds a place begins and ends."""
+        ids = np.memmap(path, self._dtype, mode="r")
+        begin = end = place
+        while begin:
+            block = ids[max(begin - LOOK_TOKENS, 0) : begin]
+            others = np.flatnonzero(block != number)
+            begin -= len(block) if not len(others) else len(block) - 1 - int(others[-1])
+            if len(others):
+                break
+        while end < len(ids):
+            block = ids[end : end + LOOK_TOKENS]
+            others = np.flatnonzero(block != number)
+            end += len(block) if not len(others) else int(others[0])
+            if len(others):
+                break
+        return begin, end
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:

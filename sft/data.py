@@ -41,7 +41,7 @@ from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
 from sft import builtin
 from sft.chatml import CHAT_TEMPLATE, ChatML, Encoded, problem_of
-from sft.forms import EXPECTED, read_messages, tell_notes
+from sft.forms import EXPECTED, read_messages
 from sft.older import SAMPLE, refuse_other_ids
 from sft.packing import pack, shuffled
 from sft.probe import refuse_other_encoding
@@ -72,7 +72,7 @@ def form(recipe: Recipe) -> Form:
     return Form(
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
         expected=EXPECTED,
-        notes=lambda: tell_notes(notes),
+        notes=lambda: notes,
         builtin=lambda: [json.dumps(messages) for messages in builtin.conversations()],
         as_json=True,
         row_limit=settings.max_rows,

@@ -37,16 +37,12 @@ FLAGS = ("train", "training", "loss")
 UNREAD = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "images", "audio", "videos")
 """Keys whose values are a part of what was said."""
 
+UNREAD_KEY = "messages have {!r} beside their content, which is not read"
 TWO_WEIGHTS = "a message that is to be trained and not to be trained"
 NOT_TRAINED = "messages that say 'train': false are read as those of 'weight': 0"
 TWO_FORMS = "messages of two forms at once"
 FROM_VALUE = "messages of 'from' and 'value' are read as 'role' and 'content' (human: user, gpt: assistant)"
 TEXT_PARTS = "contents that are lists of text parts are joined"
-
-
-def tell_notes(notes: Counter[str]) -> list[str]:
-    """What `read_messages` has noted, for people."""
-    return [f"{note}, in {count:,} messages" for note, count in sorted(notes.items())]
 
 
 def read_messages(value: Any, notes: Counter[str]) -> tuple[Any, str | None]:
@@ -87,7 +83,7 @@ def _flags(message: dict[str, Any]) -> set[bool]:
 
 def _with_weight(message: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
     """The message with what its flags say as its weight; what it holds beside its content is counted."""
-    notes.update(f"{key!r} beside the content is not read" for key in UNREAD if message.get(key))
+    notes.update(UNREAD_KEY.format(key) for key in UNREAD if message.get(key))
     if _flags(message) != {False} or message.get("weight") == 0:
         return message
     notes[NOT_TRAINED] += 1

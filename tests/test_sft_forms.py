@@ -9,6 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ds_slm.data import writer
+from ds_slm.data.journal import ShardsInProgress
 from ds_slm.data.shards import Prepared
 from ds_slm.errors import DataError
 from sft import forms
@@ -23,7 +25,7 @@ PLAIN = [{"role": role, "content": text} for role, text in TURNS]
 SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} for role, text in TURNS]
 
 
-UNREAD_REASON = "'reasoning_content' beside the content is not read"
+REASONING = forms.UNREAD_KEY.format("reasoning_content")
 
 
 def parts(*texts: str, **extra: Any) -> list[dict[str, Any]]:
@@ -41,7 +43,7 @@ def parts(*texts: str, **extra: Any) -> list[dict[str, Any]]:
         ([{"role": "user", "content": parts(ASKED, image=None)}, PLAIN[1]], [forms.TEXT_PARTS]),
         ([{"from": "human", "value": parts(ASKED)}, SHAREGPT[1]], [forms.FROM_VALUE, forms.TEXT_PARTS]),
         ([{**turn, "role": None, "content": None} for turn in SHAREGPT], [forms.FROM_VALUE]),
-        ([PLAIN[0], {**PLAIN[1], "reasoning_content": "hm", "tool_calls": []}], [UNREAD_REASON]),
+        ([PLAIN[0], {**PLAIN[1], "reasoning_content": "hm", "tool_calls": []}], [REASONING]),
         ([{**PLAIN[0], "train": False}, {**PLAIN[1], "train": True, "weight": 1}], [forms.NOT_TRAINED]),
         ([{"role": role, "content": f"\ufeff{text}"} for role, text in TURNS], []),
         ([{**turn, "from": None, "value": None, "name": "x"} for turn in PLAIN], []),
@@ -114,11 +116,11 @@ def test_sharegpt_gives_the_tokens_of_plain_messages(suffix: str, tmp_path: Path
     found = prepare(path, tmp_path / "theirs", told)
     assert all_of(found) == all_of(plain)
     messages = sum(len(turns) for turns in theirs)
-    assert f"made: {forms.FROM_VALUE}, in {messages:,} messages" in told
+    assert f"made: {messages:,} {forms.FROM_VALUE}" in told
     assert told.count("made: there is no column 'messages', 'conversations' is read instead") == 1
     told.clear()
     prepare(path, tmp_path / "theirs", told)
-    assert f"made: {forms.FROM_VALUE}, in {messages:,} messages" in told
+    assert f"made: {messages:,} {forms.FROM_VALUE}" in told
 
 
 def test_what_is_not_trained_or_not_read_is_counted(tmp_path: Path) -> None:
@@ -131,9 +133,37 @@ def test_what_is_not_trained_or_not_read_is_counted(tmp_path: Path) -> None:
     found = prepare(conversations.write(tmp_path / "f.jsonl", [*flagged, *made[10:]]), tmp_path / "f", told)
     assert all_of(found) == all_of(expected)
     answers = sum(turn["role"] != "user" for turns in made[:10] for turn in turns)
-    assert f"made: {forms.NOT_TRAINED}, in {answers:,} messages" in told
+    assert f"made: {answers:,} {forms.NOT_TRAINED}" in told
     messages = sum(map(len, made[:10]))
-    assert f"made: 'thinking' beside the content is not read, in {messages:,} messages" in told
+    assert f"made: {messages:,} {forms.UNREAD_KEY.format('thinking')}" in told
+
+
+def test_counts_are_those_of_all_messages_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the lines of a preparation that nothing ended; it is ended behind the third journal, and goes on."""
+    monkeypatch.setattr(writer, "BATCH_DOCUMENTS", 16)
+    monkeypatch.setattr(writer, "JOURNAL_TOKENS", 1)
+    talks = [[{**turn, "thinking": "hm"} for turn in turns] for turns in conversations.made(90)]
+    path = conversations.write(tmp_path / "made.jsonl", talks)
+    whole: list[str] = []
+    prepare(path, tmp_path / "whole", whole)
+
+    saved: list[int] = []
+    save = ShardsInProgress.save
+
+    def save_and_end(self: ShardsInProgress, position: dict[str, Any]) -> None:
+        save(self, position)
+        saved.append(self.totals.rows_read)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    told: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ShardsInProgress, "save", save_and_end)
+        prepare(path, tmp_path / "cut", [])
+    prepare(path, tmp_path / "cut", told)
+    assert any("goes on behind" in line for line in told) and 0 < saved[-1] < 90
+    notes = [line for line in whole if "beside their content" in line]
+    assert len(notes) == 1 and notes == [line for line in told if "beside their content" in line]
 
 
 @pytest.mark.parametrize("invalid", ["drop", "refuse"])

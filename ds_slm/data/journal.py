@@ -45,6 +45,8 @@ class Totals:
     text_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     skipped: dict[str, int] = field(default_factory=dict)
     """Why a document was left out -> how many were."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """What a user should know of how documents were read -> how many parts of them were read so."""
     rows_read: int = 0
     """Documents the source has given, those left out included."""
     content_sha256: str = ""

@@ -10,6 +10,7 @@ Known gap: the training text's bytes stay unknown for ready-made token files, fo
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -74,8 +75,8 @@ class Form:
     """Documents to read of each source at most."""
     expected: str = "text in the column that data.source.column names"
     """What a document must be, for those who have another kind."""
-    notes: Callable[[], Sequence[str]] = tuple
-    """What a user should know of how the documents were read, once they are encoded."""
+    notes: Callable[[], Mapping[str, int]] = dict
+    """What a user should know of how the documents were read, of all that were encoded by now, with counts."""
     dtype: np.dtype | None = None
     """Of what is written; None: that of the tokenizer's ids."""
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +142,8 @@ class _Batch:
     """All that were read."""
     position: dict[str, Any] | None
     """Where the source goes on behind it; None where a document more was already read, or the source is at its end."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Those of the form when it was encoded and no other batch after it."""
 
 
 def write_documents(
@@ -172,13 +175,13 @@ def write_documents(
     unsaved_tokens = 0
     first_unusable = ""
     totals = shards.totals
+    noted_before = Counter(totals.noted)
     stream = documents(shards.position)
     texts = iter(stream) if form.row_limit is None else islice(stream, form.row_limit - totals.rows_read)
     split = split_documents(texts, data, totals.rows_read, cut_single=not form.as_json)
-    for batch, encoded in _encoded(
-        _batches(split, stream, totals.rows_read), form.encode(tokenizer), lambda: documents(None)
-    ):
+    for batch, encoded in _encoded(_batches(split, stream, totals.rows_read), form, tokenizer, lambda: documents(None)):
         totals.rows_read += batch.rows
+        totals.noted = dict(noted_before + Counter(batch.notes))
         totals.skip(EMPTY, batch.rows - len(batch.documents))
         for (split, text), ids in zip(batch.documents, encoded, strict=True):
             if isinstance(ids, str):
@@ -205,7 +208,7 @@ def write_documents(
             continue
         break
     _refuse_unusable(name, shards, form, first_unusable)
-    notes = list(form.notes())
+    notes = [f"{count:,} {note}" for note, count in sorted(totals.noted.items())]
     return _finished(name, shards, data) | {"whole": whole, "made_from": stream.made_from, "notes": notes}
 
 
@@ -228,17 +231,20 @@ def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_r
 
 
 def _encoded(
-    batches: Iterable[_Batch], encode: Encode, reopen: Callable[[], DocumentStream]
+    batches: Iterable[_Batch], form: Form, tokenizer: Tokenizer, reopen: Callable[[], DocumentStream]
 ) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
     """Each batch with its ids; while one is consumed, the next is read and encoded.
 
     Raises DataError for documents that are not to be left out, with where they are: `reopen` gives all from the first.
     """
+    encode = form.encode(tokenizer)
     encoding: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
 
     def finished(batch: _Batch, future: Future[Sequence[Ids | str]]) -> tuple[_Batch, Sequence[Ids | str]]:
         try:
-            return batch, result_of(future)
+            encoded = result_of(future)
+            batch.notes = dict(form.notes())
+            return batch, encoded
         except UnusableDocuments as error:
             raise DataError(_told_with_places(error, batch, reopen())) from None
 

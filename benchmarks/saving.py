@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,12 @@ from ds_slm.model import decoder
 from ds_slm.recipe import schema
 from ds_slm.train import devices, ds_config, process_group, rendezvous
 from ds_slm.train import engine as engines
+from ds_slm.train.best import Best
 from ds_slm.train.checkpointing import State
 from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.launches import Launch
 from ds_slm.train.row_reader import Share
-from ds_slm.train.saving import Saver
+from ds_slm.train.saving import BackgroundSave
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN = 64
@@ -69,17 +71,17 @@ def main() -> int:
     optimiser_s, alone_s, waits_s, beside_s, saves_s = [], [], [], [], []
     with Interrupt(control, grace_s=60) as interrupt:
         engine = engines.Engine(recipe, joined, model, control, interrupt)
-        saver = Saver(engine, args.out, Launch(), [0], {}, lambda line: None)
+        saves = BackgroundSave(engine, args.out, Launch(), [0], lambda line: None)
         totals = engine.agree(Share([rows], []))
         for step in range(1, args.rounds + 2):  # the first makes the optimiser's state
             passes_s = timed(lambda: engine.forward_backward([rows], totals))
             optimiser_s.append(timed(lambda: engine.step(1e-4)))
             alone_s.append(passes_s + optimiser_s[-1])
             begin_s = time.perf_counter()
-            waits_s.append(timed(lambda step=step: saver.begin(State(step=step))))
+            waits_s.append(timed(lambda step=step: saves.begin({**asdict(State(step=step)), **Best().fields()})))
             passes_s = timed(lambda: engine.forward_backward([rows], totals))
             beside_s.append(passes_s + timed(lambda: engine.step(1e-4)))
-            saved = saver.finish()
+            saved = saves.finish()
             if saved is None or not saved.durable:
                 raise DataError(list(saved.failed) if saved else "nothing was saved")
             saves_s.append(time.perf_counter() - begin_s)

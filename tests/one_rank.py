@@ -58,9 +58,9 @@ def tiny_run(folder: Path, control: Control, micro_batch: int = 1, *overrides: s
     joined = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 1, "cpu", micro_batch)
     model = decoder.build(recipe.model, recipe.train.seed)
     engine = engines.Engine(recipe, joined, model, control, Interrupt(control, grace_s=60))
-    saver: Any = SimpleNamespace(superseded=False)
+    checkpoints: Any = SimpleNamespace(superseded=False)
     report: Any = Records()
     return loop.Run(
         folder=folder, recipe=recipe, engine=engine, rows=rows, report=report, state=State(),
-        stop_at_step=recipe.train.steps, saver=saver, identity={}, peak_flops=None, sample=lambda model: {},
+        stop_at_step=recipe.train.steps, checkpoints=checkpoints, identity={}, peak_flops=None, sample=lambda model: {},
     )  # fmt: skip

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.checkpoint import retention
 from ds_slm.errors import Superseded, TrainingError
-from ds_slm.train import gathering, launches, loop, masters, saving, zero_state
-from ds_slm.train.checkpointing import Found, State
+from ds_slm.train import gathering, launches, loop, manager, masters, zero_state
+from ds_slm.train.checkpointing import State
 from ds_slm.train.launches import Launch
-from ds_slm.train.saving import Saved, Saver
+from ds_slm.train.manager import Checkpoints
+from ds_slm.train.saving import Saved
 from ds_slm.train.zero_state import Snapshot, Stored
 from tests import ranks
 from tests.test_gathering import cut, tensors
@@ -67,21 +67,25 @@ def fail_at(host: str, point: str, *steps: int, error: Exception = FULL) -> Call
 class Host:
     """One rank's run as the loop sees it, and what it says."""
 
-    def __init__(self, control: Any, folder: Path, keep_last: int = 2, launch: Launch = LAUNCH) -> None:
+    def __init__(
+        self, control: Any, folder: Path, keep_last: int = 2, launch: Launch = LAUNCH, eval_rows: int = 8
+    ) -> None:
         self.folder = folder / HOSTS[control.rank]
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         if not (self.folder / "env.json").exists():
             (self.folder / "env.json").write_text(json.dumps(launch.facts()))
-        settings = SimpleNamespace(checkpoint_copies=2, keep_last=keep_last, keep_best=True, eval_rows=8)
+        settings = SimpleNamespace(checkpoint_copies=2, keep_last=keep_last, keep_best=True, eval_rows=eval_rows)
         engine: Any = SimpleNamespace(
             control=control, deepspeed=control.rank, loss_scaler=None, topology={"world_size": 2},
             recipe=SimpleNamespace(run=settings), interrupt=SimpleNamespace(saved=lambda: None),
         )  # fmt: skip
         self.said: list[str] = []
-        self.saver = Saver(engine, self.folder, launch, [0, 1], {"data_sha256": "d"}, self.said.append)
+        arguments = engine, self.folder, launch, [0, 1], {"data_sha256": "d"}, self.said.append
+        self.checkpoints = Checkpoints(*arguments)
         self.run: Any = SimpleNamespace(
-            saver=self.saver, engine=engine, report=SimpleNamespace(record=lambda *_: None, say=self.said.append),
-            state=State(), saved=None, best_on_disk=(None, -1), val_loss=0.0, folder=self.folder,
+            checkpoints=self.checkpoints, engine=engine,
+            report=SimpleNamespace(record=lambda *_: None, say=self.said.append),
+            state=State(), val_loss=0.0, folder=self.folder,
         )  # fmt: skip
 
     def save(self, step: int, loss: float | None = None) -> Saved | None:
@@ -89,10 +93,11 @@ class Host:
         self.run.state = replace(self.run.state, step=step, evaluated_step=step if loss is not None else -1)
         self.run.val_loss = loss
         loop.save(self.run)
-        finish, results = self.saver.finish, []
-        self.saver.finish = lambda: results.append(finish()) or results[-1]  # type: ignore[method-assign]
-        loop.settle(self.run)
-        self.saver.finish = finish  # type: ignore[method-assign]
+        background = self.checkpoints._background
+        finish, results = background.finish, []
+        background.finish = lambda: results.append(finish()) or results[-1]  # type: ignore[method-assign]
+        self.checkpoints.wait()
+        background.finish = finish  # type: ignore[method-assign]
         return results[0]
 
     @property
@@ -141,7 +146,7 @@ def test_a_step_is_saved_where_one_host_holds_it(tmp_path: Path, faults: list, p
             checkpoint_format.Writer(host.folder, 10).commit({"step": 10})
         saved = host.save(10, 2.0)
         assert saved == Saved(("host0",), (f"host1: {FULL}",)) and saved.durable
-        assert host.run.saved == host.run.state and host.saver.durable_step == 10
+        assert host.checkpoints.is_saved(host.run.state) and host.checkpoints.is_durable(10)
         return host
 
     def again(control: Any, host: Host) -> Host:
@@ -149,7 +154,7 @@ def test_a_step_is_saved_where_one_host_holds_it(tmp_path: Path, faults: list, p
         return host
 
     first, second = ranks.run(HOSTS, lambda control: again(control, rank(control)))
-    assert (first.run.state.best_step, first.run.state.best_val_loss) == (10, 2.0)
+    assert (first.checkpoints.best.step, first.checkpoints.best.val_loss) == (10, 2.0)
     assert (first.steps, first.best) == ([10, 15], 10)
     assert second.best == 5 and {5, 15} <= set(second.steps)
     assert "step 10: saved step-00000010 on host0, BUT NOT on host1: [Errno 28] No space left on device" in first.said
@@ -170,7 +175,7 @@ def test_a_host_that_comes_back_follows_the_best(tmp_path: Path, faults: list) -
 
     (first, marks0), (second, marks1) = ranks.run(HOSTS, rank)
     assert marks0 == [5, 5, 5, 20, 25] and marks1 == [5, 10, 10, 10, 25]
-    assert first.steps == second.steps == [25] and first.run.state.best_step == 25
+    assert first.steps == second.steps == [25] and first.checkpoints.best.step == 25
 
 
 def test_a_step_that_no_host_holds_was_not_saved(tmp_path: Path, faults: list) -> None:
@@ -181,12 +186,12 @@ def test_a_step_that_no_host_holds_was_not_saved(tmp_path: Path, faults: list) -
         host = Host(control, tmp_path)
         host.save(5, 3.0)
         saved = host.save(10, 2.0)
-        assert saved is not None and not saved.durable and host.run.saved is None
+        assert saved is not None and not saved.durable and not host.checkpoints.is_saved(host.run.state)
         host.save(15, 2.5)
         return host
 
     first, second = ranks.run(HOSTS, rank)
-    assert first.run.state.best_step == 15 and first.steps == second.steps == [5, 15]
+    assert first.checkpoints.best.step == 15 and first.steps == second.steps == [5, 15]
     assert any("COULD NOT BE SAVED: host0: [Errno 28]" in one and "host1: [Errno 28]" in one for one in first.said)
 
 
@@ -298,7 +303,7 @@ def test_the_run_is_done_where_one_host_holds_the_last_step(tmp_path: Path, faul
     def rank(control: Any) -> Host:
         host = Host(control, tmp_path)
         host.save(20)
-        host.saver.write_done(20, {"step": 20})
+        host.checkpoints.write_done(20, {"step": 20})
         return host
 
     first, second = ranks.run(HOSTS, rank)
@@ -311,68 +316,29 @@ def test_the_run_is_done_where_one_host_holds_the_last_step(tmp_path: Path, faul
 def test_a_host_that_cannot_write_done_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: host 1's disk refuses done.json: told; both refuse: the run has failed."""
     refusing = {"host1"}
-    write_json = saving.write_json
+    write_json = manager.write_json
 
     def refuse(path: Path, content: Any) -> None:
         if path.parent.name in refusing:
             raise FULL
         write_json(path, content)
 
-    monkeypatch.setattr(saving, "write_json", refuse)
+    monkeypatch.setattr(manager, "write_json", refuse)
 
     def rank(control: Any) -> Host:
         host = Host(control, tmp_path)
         host.save(20)
-        host.saver.write_done(20, {})
+        host.checkpoints.write_done(20, {})
         control.barrier()
         refusing.add("host0")
         control.barrier()
         with pytest.raises(TrainingError, match=r"host0: done\.json.*host1: done\.json"):
-            host.saver.write_done(20, {})
+            host.checkpoints.write_done(20, {})
         return host
 
     first, second = ranks.run(HOSTS, rank)
     assert (first.folder / "done.json").is_file() and not (second.folder / "done.json").exists()
     assert any(one.startswith("host1: done.json could not be written") for one in first.said)
-
-
-def test_resuming_puts_the_checkpoints_in_order(tmp_path: Path) -> None:
-    """Oracle: by hand. Host 1 lacks the best, step 10, and holds a damaged 20: set aside; its own best stays marked.
-
-    Where host 0 is gone, the best that is left takes the place of the one that is lost.
-    """
-
-    def train(control: Any) -> State:
-        host = Host(control, tmp_path, keep_last=2)
-        for step, loss in ((5, 3.0), (10, 2.0), (15, 2.5), (20, 2.6)):
-            if step == 10 and control.rank:
-                checkpoint_format.on_write_point.append(fail_at("host1", "state", 10))
-            control.barrier()
-            host.save(step, loss)
-        return host.run.state
-
-    state = ranks.run(HOSTS, train)[0]
-    checkpoint_format.on_write_point.clear()
-    broken = checkpoint_format.folder_of_step(tmp_path / "host1", 20)
-    (broken / "state.json").unlink()
-
-    def resume(control: Any) -> tuple[State, list[str]]:
-        host = Host(control, tmp_path)
-        own, damaged = checkpoint_format.newest_whole_and_damaged(host.folder, print)
-        found = Found(0, own, {}, int(own.name[5:]) if own else -1, tuple(damaged))
-        return host.saver.resume(state, found), host.said
-
-    resumed, said = ranks.run(HOSTS, resume)[0]
-    assert resumed.best_step == 10 and any("host1: " in one and "damaged" in one for one in said)
-    assert [path.name for path in retention.set_aside_ones(tmp_path / "host1")] == ["step-00000020"]
-    assert checkpoint_format.named_by(tmp_path / "host1", "latest") == 15
-    assert checkpoint_format.named_by(tmp_path / "host1", "best") == 5
-    assert checkpoint_format.named_by(tmp_path / "host0", "best") == 10
-
-    (tmp_path / "host0").rename(tmp_path / "gone")
-    resumed, said = ranks.run(HOSTS, resume)[0]
-    assert (resumed.best_step, resumed.best_val_loss) == (5, 3.0)
-    assert any("step 10 (loss 2.0000), lies on none of these hosts; step 5 (loss 3.0000)" in one for one in said)
 
 
 def test_weights_of_a_bad_step_are_written_where_they_can_be(tmp_path: Path) -> None:
@@ -381,7 +347,7 @@ def test_weights_of_a_bad_step_are_written_where_they_can_be(tmp_path: Path) -> 
 
     def rank(control: Any) -> list[str]:
         host = Host(control, tmp_path)
-        return host.saver.write_weights(host.folder / "weights")
+        return host.checkpoints.write_weights(host.folder / "weights")
 
     first, second = ranks.run(HOSTS, rank)
     assert first == second and len(first) == 1 and first[0].startswith("host1: ")
@@ -408,7 +374,8 @@ def test_a_run_ends_well_with_several_ranks_on_its_host(tmp_path: Path, monkeypa
     monkeypatch.setattr(checkpoint_format, "manifest_sha256", lambda folder: "a" * 64)
     control = SimpleNamespace(hosts=["node1", "node1"], gather=lambda own: [own, None])
     stand_in: Any = SimpleNamespace(
-        _control=control, _run=tmp_path, _writers=[0], writes=True, superseded=False, _named=lambda problem: []
-    )
-    Saver.write_done(stand_in, 3, {"step": 3})
+        _control=control, _run=tmp_path, _background=SimpleNamespace(writers=[0]), writes=True, superseded=False,
+        _named=lambda problem: [],
+    )  # fmt: skip
+    Checkpoints.write_done(stand_in, 3, {"step": 3})
     assert json.loads((tmp_path / "done.json").read_text())["held_by"] == ["node1"]

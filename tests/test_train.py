@@ -2,7 +2,6 @@
 
 import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,10 @@ from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError, ConfigError, Superseded, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
-from ds_slm.train import agreement, checkpointing, ds_config, loop, optim, run_folder, zero_state
+from ds_slm.train import agreement, checkpointing, ds_config, optim, run_folder, zero_state
+from ds_slm.train.best import Best
 from ds_slm.train.launches import Launch
+from ds_slm.train.manager import Checkpoints
 from ds_slm.train.report import Report
 from ds_slm.train.saving import Saved
 from tests import runs
@@ -272,22 +273,18 @@ def test_a_failed_save_leaves_the_best_what_it_was() -> None:
     """Oracle: by hand: 2.0 at step 10 is durable, 1.5 at step 20 was not saved: 1.8 at step 30 is the best."""
     outcomes = [Saved(("host",)), Saved(failed=("host: the disk is full",)), Saved(("other",), ("host: full",))]
     begun: list[tuple[int, int]] = []
-    saver = SimpleNamespace(
+    background: Any = SimpleNamespace(
         finish=lambda: outcomes.pop(0) if begun else None,
-        begin=lambda state: begun.append((state.step, state.best_step)),
+        begin=lambda content: begun.append((content["step"], content["best_step"])),
     )
-    quiet = SimpleNamespace(record=lambda *_: None)
-    run: Any = SimpleNamespace(
-        saver=saver, report=quiet, engine=SimpleNamespace(interrupt=SimpleNamespace(saved=lambda: None)),
-        saved=None, best_on_disk=(None, -1), state=checkpointing.State(), val_loss=0.0,
-    )  # fmt: skip
+    checkpoints = Checkpoints.__new__(Checkpoints)
+    checkpoints._engine, checkpoints._identity = SimpleNamespace(loss_scaler=None), {}  # type: ignore[assignment]
+    checkpoints._background, checkpoints.best, checkpoints._durable_best = background, Best(), Best()
     for step, loss in ((10, 2.0), (20, 1.5), (30, 1.8)):
-        run.state = replace(run.state, step=step, evaluated_step=step)
-        run.val_loss = loss
-        loop.save(run)
-    loop.settle(run)
+        checkpoints.save(checkpointing.State(step=step, evaluated_step=step), loss)
+    checkpoints.wait()
     assert begun == [(10, 10), (20, 20), (30, 30)]
-    assert (run.state.best_val_loss, run.state.best_step, run.best_on_disk) == (1.8, 30, (1.8, 30))
+    assert checkpoints.best == checkpoints._durable_best == Best(1.8, 30)
 
 
 def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@
 No shared file system is needed; where hosts share one, a single host writes for all (`Control.writers`).
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,6 @@ class State:
     """Targets trained on."""
     ledger: str = ""
     """Hash chain: the data's hash, then the row ids of each step."""
-    best_val_loss: float | None = None
-    best_step: int = -1
-    best_eval_rows: int | None = None
-    """The `run.eval_rows` of the evaluations that `best_val_loss` compares; None in checkpoints of older versions."""
     evaluated_step: int = -1
     """The last step whose evaluation was finished."""
     skipped_rows: tuple[tuple[int, int], ...] = ()
@@ -133,62 +128,6 @@ def refuse_other_beginning(
             [f"{run} was trained with {key} {content.get(key)}, this launch has {identity[key]}." for key in other]
             + ["Restore what it was trained with, or choose another --run-dir."]
         )
-
-
-def best_over(state: State, eval_rows: int, was_changed: bool) -> tuple[State, str]:
-    """The state whose best is one over this launch's held-out rows; and, where it begins anew, what to say of it.
-
-    Args:
-        state: of the checkpoint that is resumed.
-        eval_rows: this launch's number of held-out rows in an evaluation.
-        was_changed: whether any launch changed that number: asked of checkpoints that do not say it.
-    """
-    before = state.best_eval_rows
-    state = replace(state, best_eval_rows=eval_rows)
-    if state.best_step < 0 or before == eval_rows or (before is None and not was_changed):
-        return state, ""
-    which = "other held-out rows" if before is None else f"{before:,} held-out rows"
-    note = (
-        f"the best checkpoint, step {state.best_step} (loss {state.best_val_loss:.4f}), was the best over {which}, and "
-        f"run.eval_rows is {eval_rows:,} now: losses over other rows do not compare, so the next evaluation decides "
-        "anew; it is kept until then"
-    )
-    return replace(state, best_val_loss=None, best_step=-1), note
-
-
-def held_best(run: Path, state: State) -> dict[int, float]:
-    """Step -> held-out loss of each checkpoint in a folder that was the run's best when it was saved.
-
-    Of those up to the state's step, whose losses are over the same held-out rows.
-    """
-    held = {}
-    for step in checkpoint_format.steps(run):
-        checkpoint = checkpoint_format.folder_of_step(run, step)
-        if step <= state.step and not checkpoint_format.verify(checkpoint, read=False):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged state
-                content = checkpoint_format.read_state(checkpoint)
-                comparable = content.get("best_eval_rows") in (None, state.best_eval_rows)
-                if comparable and content.get("best_step") == step and content.get("best_val_loss") is not None:
-                    held[step] = float(content["best_val_loss"])
-    return held
-
-
-def best_held(state: State, held_by_rank: Sequence[Sequence[Sequence[float]]]) -> tuple[State, str]:
-    """The state whose best checkpoint lies on some host; and, where that is another one, what to say of it.
-
-    Args:
-        state: of the checkpoint that is resumed.
-        held_by_rank: pairs of step and held-out loss that each rank's host holds (`held_best`).
-    """
-    held = {int(step): loss for theirs in held_by_rank for step, loss in theirs}
-    if state.best_step in held:
-        return state, ""
-    lost = f"the best checkpoint, step {state.best_step} (loss {state.best_val_loss:.4f}), lies on none of these hosts"
-    if not held:
-        return replace(state, best_val_loss=None, best_step=-1), f"{lost}; the next evaluation decides anew"
-    step = min(held, key=lambda one: (held[one], one))
-    new = replace(state, best_val_loss=held[step], best_step=step)
-    return new, f"{lost}; step {step} (loss {held[step]:.4f}) is the best there is"
 
 
 def begin(engine: Engine, weights: Iterable[tuple[str, Tensor]] | None) -> None:

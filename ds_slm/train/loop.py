@@ -17,18 +17,18 @@ from torch import nn
 
 from ds_slm.data.order import extend_ledger
 from ds_slm.data.rows import share
-from ds_slm.errors import Stopped, Superseded, TrainingError
+from ds_slm.errors import Stopped, TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
 from ds_slm.train import bad_steps
 from ds_slm.train.checkpointing import State
 from ds_slm.train.engine import Engine, Sums
+from ds_slm.train.manager import Checkpoints
 from ds_slm.train.measure import StepClock, peak_memory_bytes
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report
 from ds_slm.train.row_reader import RowReader, RowSource, StepRows
-from ds_slm.train.saving import Saver
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Run:
     report: Report
     state: State
     stop_at_step: int
-    saver: Saver
+    checkpoints: Checkpoints
     identity: dict[str, Any]
     """Hashes of recipe, data and tokenizer: stored in every checkpoint."""
     peak_flops: float | None
@@ -52,13 +52,9 @@ class Run:
     val_tokens_per_byte: float | None = None
     evaluate_first: bool = False
     """Whether to evaluate before the first step."""
-    saved: State | None = None
-    """What the newest checkpoint holds."""
     val_loss: float = math.inf
     """Of the last evaluation."""
     profile: Profile | None = None
-    best_on_disk: tuple[float | None, int] = (None, -1)
-    """Held-out loss and step of the best checkpoint that is durable."""
     spikes: bad_steps.Spikes = field(default_factory=bad_steps.Spikes)
     reader: RowReader = field(init=False)
 
@@ -77,7 +73,7 @@ def train(run: Run) -> None:
         train_on(run)
     except Stopped as stopped:
         leave(run)
-        run.saver.sign_off(run.state.step)
+        run.checkpoints.mark_stopped(run.state.step)
         raise Stopped(f"step {run.state.step} is saved; the same command goes on from there.") from stopped
     finally:
         run.reader.close()
@@ -107,25 +103,30 @@ def after_step(run: Run) -> None:
     step, every = run.state.step, run.recipe.run
     if step % every.eval_every_steps == 0 and run.state.evaluated_step != step:
         evaluate(run)
-    if (step % every.save_every_steps == 0 or run.engine.interrupt.save_wanted) and run.saved != run.state:
+    if (step % every.save_every_steps == 0 or run.engine.interrupt.save_wanted) and not is_saved(run):
         save(run)
+
+
+def is_saved(run: Run) -> bool:
+    """Whether the newest checkpoint holds the last applied step."""
+    return run.checkpoints.is_saved(run.state)
 
 
 def leave(run: Run) -> None:
     """Do not leave before the last applied step is saved. Raises TrainingError where it cannot be."""
-    settle(run)
+    run.checkpoints.wait()
     for _ in range(2):  # a disk may have been full for a moment
-        if run.saved != run.state:
+        if not is_saved(run):
             save(run)
-            settle(run)
-    if run.saved != run.state:
+            run.checkpoints.wait()
+    if not is_saved(run):
         raise TrainingError(f"step {run.state.step} could not be saved; earlier checkpoints in {run.folder} are whole.")
 
 
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
-    if run.saver.superseded:
+    if run.checkpoints.superseded:
         engine.interrupt.give_way()
 
     # Which rows: a pure function of the position. Every rank has read its share of them.
@@ -172,11 +173,11 @@ def refuse_lost_step(run: Run, scale: float | None, rows: StepRows) -> None:
 
 def refuse(run: Run, rows: StepRows, why: str) -> NoReturn:
     """Dump the step's rows and the weights they met, and stop. Collective."""
-    settle(run)
+    run.checkpoints.wait()
     step = run.state.step + 1
     folder = bad_steps.folder_of(run.folder, step)
-    problems = run.saver.write_weights(folder / bad_steps.WEIGHTS)
-    if run.saver.writes and not run.saver.superseded and (folder / bad_steps.WEIGHTS).is_file():
+    problems = run.checkpoints.write_weights(folder / bad_steps.WEIGHTS)
+    if run.checkpoints.writes and not run.checkpoints.superseded and (folder / bad_steps.WEIGHTS).is_file():
         described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.rows.items()]
         what = {"step": step, "why": why, "rows": described}
         try:
@@ -243,30 +244,12 @@ def held_out(run: Run, limit: int | None) -> dict[str, float]:
 
 
 def save(run: Run) -> None:
-    """Save a checkpoint; `best` is the saved one whose evaluation, at this very step, was the lowest."""
+    """Save a checkpoint; an evaluation at this very step decides whether it is the best."""
     clock = StepClock()
-    settle(run)
-    best = math.inf if run.state.best_val_loss is None else run.state.best_val_loss
-    if run.state.evaluated_step == run.state.step and run.val_loss < best:
-        run.state = replace(run.state, best_val_loss=run.val_loss, best_step=run.state.step)
-    run.saver.begin(run.state)
-    run.saved = run.state
+    val_loss = run.val_loss if run.state.evaluated_step == run.state.step else None
+    run.checkpoints.save(run.state, val_loss)
     run.engine.interrupt.saved()
     run.report.record("save", run.state.step, {"wait_s": clock.elapsed_s()})
-
-
-def settle(run: Run) -> None:
-    """Wait for the save in flight; one that no host holds counts as never begun."""
-    saved = run.saver.finish()
-    if saved is None:
-        return
-    if saved.replaced:
-        raise Superseded
-    if not saved.durable:
-        loss, step = run.best_on_disk
-        run.saved, run.state = None, replace(run.state, best_val_loss=loss, best_step=step)
-    elif run.saved:
-        run.best_on_disk = run.saved.best_val_loss, run.saved.best_step
 
 
 def finish(run: Run) -> None:
@@ -278,4 +261,4 @@ def finish(run: Run) -> None:
     run.report.record("eval", run.state.step, values)
     done = {"step": run.state.step, **run.identity}
     done |= {f"val_{key}" if key != "tokens" else key: value for key, value in values.items()}
-    run.saver.write_done(run.state.step, done)
+    run.checkpoints.write_done(run.state.step, done)

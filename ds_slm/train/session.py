@@ -42,9 +42,9 @@ from ds_slm.train.control import Control
 from ds_slm.train.engine import Engine
 from ds_slm.train.interrupt import Interrupt
 from ds_slm.train.launches import Launch
+from ds_slm.train.manager import Checkpoints
 from ds_slm.train.profile import Profile
 from ds_slm.train.report import Report, captured_output
-from ds_slm.train.saving import Saver
 
 Result = TypeVar("Result")
 
@@ -262,20 +262,20 @@ def _train(
             report.say(f"--max-steps {stop_at_step}: nothing to do")
         elif options.profile and options.profile[-1] <= state.step:
             report.say("--profile has no effect: these steps were taken before")
-    saver = Saver(engine, options.run_dir, launch, writers, identity, report.say)
+    checkpoints = Checkpoints(engine, options.run_dir, launch, writers, identity, report.say)
     report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
-    state = replace(saver.resume(state, found), skipped_rows=skip.ranges)
+    state = replace(state, skipped_rows=skip.ranges)
+    if found:
+        checkpoints.resume(state, found)
     run = loop.Run(
         folder=options.run_dir,
         recipe=recipe,
         engine=engine,
         rows=rows,
-        best_on_disk=(state.best_val_loss, state.best_step),
         report=report,
         state=state,
-        saver=saver,
+        checkpoints=checkpoints,
         stop_at_step=stop_at_step,
-        saved=state if found else None,
         identity=identity,
         peak_flops=measure.peak_flops(engine.device, engine.dtype),
         sample=task.sample(corpus),
@@ -284,18 +284,12 @@ def _train(
         profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
     )
 
-    def sign_off() -> bool:
-        if run.state.step not in (saver.durable_step, found and found.content["step"]):
-            return False
-        saver.sign_off(run.state.step)
-        return True
-
     def leave() -> None:
         """All ranks do; one that fails alone waits for nobody."""
         control.barrier()  # whoever leaves first has the others ended
-        saver.finish()  # before the process group is gone
+        checkpoints.close()
 
-    interrupt.sign_off = sign_off
+    interrupt.sign_off = lambda: checkpoints.mark_stopped(run.state.step)
     try:
         loop.train(run)
     except RAISED_ON_ALL_RANKS:

@@ -141,7 +141,7 @@ def after_step(step: int, action: Callable[[loop.Run], None]) -> Callable[..., N
 
 def die(run: loop.Run) -> None:
     """SIGKILL, once what was saved before is durable."""
-    run.saver.finish()
+    run.checkpoints.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -151,7 +151,7 @@ PHASES = {
     "forward": (engine.Engine, "_on_device"),
     "optimiser": (engine.Engine, "step"),
     "evaluation": (engine.Engine, "evaluate"),
-    "saving": (saving.Saver, "_write"),
+    "saving": (saving.BackgroundSave, "_write"),
 }
 """Phase -> the function in which the signal arrives."""
 
@@ -204,9 +204,9 @@ def resave_into(folder: Path) -> Callable[[loop.Run], None]:
     def train_on(run: loop.Run) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "env.json").write_text((run.folder / "env.json").read_text())
-        run.saver._run = folder
-        run.saver.begin(run.state)
-        saved = run.saver.finish()
+        run.checkpoints._background.run = folder
+        run.checkpoints.save(run.state, None)
+        saved = run.checkpoints._background.finish()
         assert saved and saved.durable and not saved.failed
 
     return train_on

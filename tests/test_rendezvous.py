@@ -4,6 +4,7 @@ Oracle throughout: what users read, and the exit code of every rank.
 """
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -188,6 +189,53 @@ def test_an_interruption_ends_all(launch: Callable[..., Launch]) -> None:
     two.await_codes(2)
     assert two.codes == {0: 130, 1: 130}
     assert two.told == "interrupted: the same command goes on from what was saved last.\n"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interruption_waits_for_no_rank_that_never_came(launch: Callable[..., Launch], number: int) -> None:
+    """Rank 0 has nobody to serve, or rank 1 finds nobody: both would offer another failure for a minute."""
+    two = launch(2, linger_s=60)
+
+    def interrupted(rank: Rendezvous) -> None:
+        rank.open()
+        rank._message = "I am here"
+        rank.fail(KeyboardInterrupt())
+
+    two.ranks = two.ranks[number : number + 1]
+    two.run(interrupted)
+    two.await_codes(1)
+    assert two.codes == {number: 130}
+    assert two.told == "interrupted: the same command goes on from what was saved last.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_interrupts_the_wait(launch: Callable[..., Launch], number: signal.Signals) -> None:
+    """Further ones change nothing. Oracle: the exception that `run_rank` tells of; else the handlers there were."""
+    two = launch(2)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+
+    def send() -> None:
+        deadline_s = time.monotonic() + 20
+        while signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM] and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        if signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]:
+            two.ranks[0]._met.set()  # the signal would end this process
+        else:
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            arrives(two.ranks[0])
+        assert all(signal.getsignal(one) == signal.SIG_IGN for one in handlers)
+    finally:
+        sender.join()
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    two.ranks[0]._met.set()
+    arrives(two.ranks[0])
+    assert {one: signal.getsignal(one) for one in handlers} == handlers
 
 
 def test_who_waits_for_whom_is_said(launch: Callable[..., Launch]) -> None:

@@ -17,11 +17,12 @@ holds Python's lock for longer than `silent_s` passes for a dead rank.
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_slm.errors import (
@@ -65,7 +66,7 @@ class Rendezvous:
         self._message: str | None = None
         self._messages: list[Any] = []
         self._failure: Failure | None = None
-        self._was_told = False
+        self._was_told = self._follows = False
         self._wake, self._met, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._contact_s = time.monotonic()
 
@@ -84,15 +85,17 @@ class Rendezvous:
 
         Raises:
             DeviceError: rank 0's host no longer answers.
+            KeyboardInterrupt: SIGINT came, or SIGTERM.
         """
         if self.world.size == 1:
             return [message]
         self.open()
         self._message = json.dumps(message)
         self._wake.set()
-        while not self._met.wait(self._intervals.beat_s):
-            if self._store and time.monotonic() - self._contact_s > self._intervals.silent_s:
-                raise DeviceError(f"rank 0's host, {self.world.master}, no longer answers: look into its output.")
+        with _interrupted_by_sigterm():
+            while not self._met.wait(self._intervals.beat_s):
+                if self._store and time.monotonic() - self._contact_s > self._intervals.silent_s:
+                    raise DeviceError(f"rank 0's host, {self.world.master}, no longer answers: look into its output.")
         return self._messages
 
     def close(self) -> None:
@@ -104,9 +107,14 @@ class Rendezvous:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, and the user, once; then end this process with the error's exit code."""
-        failure, limit, was_open = failure_of(error, self.world.rank), self._intervals, self._thread is not None
-        if not was_open or failure.code == EXIT_INTERRUPTED:
-            self._tell_in_turn(failure.text, at_once=self.world.size == 1)
+        failure, was_open = failure_of(error, self.world.rank), self._thread is not None
+        patience_s, is_interrupted = self._patience_s(failure.code), failure.code == EXIT_INTERRUPTED
+        if self._thread is not None and is_interrupted and self._follows:  # the launcher ends whoever is left
+            self._thread.join(patience_s)
+            self._leave(failure.code)
+        if not was_open or is_interrupted:
+            wait_s = self._intervals.interrupted_s if is_interrupted else self._intervals.together_s
+            self._tell_in_turn(failure.text, 0 if self.world.size == 1 else wait_s)
         on_its_own = self.world.size == 1 or (self.world.on_one_host and not was_open)
         if not on_its_own:
             self._failure = failure
@@ -114,9 +122,9 @@ class Rendezvous:
                 self.open()
             self._wake.set()
         if self._thread is not None:  # it ends the process, unless the store does not answer
-            self._thread.join(limit.first_word_s)
+            self._thread.join(min(self._intervals.first_word_s, patience_s))
             self._tell_once(failure.text)
-            self._thread.join(limit.linger_s)
+            self._thread.join(patience_s)
         self._tell_once(failure.text)
         self._leave(failure.code)
 
@@ -138,7 +146,12 @@ class Rendezvous:
 
     def _is_needless(self, waited_s: float) -> bool:
         """Whether to look no longer for rank 0: this launch is over, or a failure was offered for long enough."""
-        return self._closed.is_set() or (self._failure is not None and waited_s > self._intervals.linger_s)
+        failure = self._failure
+        return self._closed.is_set() or (failure is not None and waited_s > self._patience_s(failure.code))
+
+    def _patience_s(self, code: int) -> float:
+        """How long a failure is offered to ranks that are still starting."""
+        return self._intervals.interrupted_s if code == EXIT_INTERRUPTED else self._intervals.linger_s
 
     def _watch(self, store: Store, board: FailureBoard) -> None:
         """Until the end of the launch: beat, look for failures, and at first for the other ranks."""
@@ -232,6 +245,7 @@ class Rendezvous:
 
     def _follow(self, store: Store, board: FailureBoard) -> None:
         """Another rank failed: end, as soon as it has told why."""
+        self._follows = True
         board.await_told()
         if self._met.is_set():  # the main thread may fail as well, and have more to say
             wait_until(lambda: self._failure is not None, self._intervals.come_out_s, self._intervals.poll_s)
@@ -248,7 +262,7 @@ class Rendezvous:
         """Rank 0 serves the others until they have noticed; a launcher on the same host ends them anyway."""
         store.count("left", 1)
         if self.world.rank == 0 and not self.world.on_one_host:
-            limit_s = self._intervals.come_out_s if self._met.is_set() else self._intervals.linger_s
+            limit_s = self._intervals.come_out_s if self._met.is_set() else self._patience_s(code)
             wait_until(lambda: store.count("left") >= self.world.size, limit_s, self._intervals.poll_s)
         self._leave(code)
 
@@ -258,10 +272,10 @@ class Rendezvous:
                 stream.flush()
         self._end(code)
 
-    def _tell_in_turn(self, text: str, at_once: bool) -> None:
+    def _tell_in_turn(self, text: str, wait_s: float) -> None:
         """Without the store: the first rank of a host tells, another only where that does not end it."""
-        if not at_once and not worlds.first_on_host():
-            time.sleep(self._intervals.together_s)
+        if not worlds.first_on_host():
+            time.sleep(wait_s)
         self._tell_once(text)
 
     def _tell_once(self, text: str) -> None:
@@ -276,6 +290,27 @@ class Rendezvous:
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError):
             os.write(self._terminal, f"{text}\n".encode(errors="backslashreplace"))
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as SIGINT does; after that the process ends, and neither counts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        before = signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _current: Rendezvous | None = None

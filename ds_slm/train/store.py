@@ -42,6 +42,8 @@ class Intervals:
     """What the main thread is given to end by itself once another rank has failed."""
     linger_s: float = 30.0
     """A failure before the ranks have met is offered so long to ranks that are still starting."""
+    interrupted_s: float = 0.5
+    """So long where the failure is that a user interrupted this rank: nobody waits for the end of a wait."""
 
 
 class Store:

@@ -11,7 +11,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test slow-test faults cluster-test demo sft-380m bench-gpu clean
+.PHONY: help setup check format test-unit test slow-test faults cluster-test demo sft-380m bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ check: .venv/.installed-dev  ## formatting, lint and types
 format: .venv/.installed-dev  ## rewrite files as `make check` wants them
 	$(IN_VENV) ruff format .
 	$(IN_VENV) ruff check --fix .
+
+test-unit: .venv/.installed-dev  ## the tests of single modules, in process
+	$(IN_VENV) pytest tests/unit -m 'not slow'
 
 test: .venv/.installed-dev  ## the test suite, without what takes minutes
 	$(IN_VENV) pytest tests --ignore=tests/cluster -m 'not slow'

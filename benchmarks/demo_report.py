@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ds_slm.data import shards
+from ds_slm.data.shards import prepared
 from ds_slm.errors import CheckpointError, run_program
 from ds_slm.publish import baselines
 from ds_slm.recipe import schema
@@ -61,7 +61,7 @@ def main() -> int:
     trained = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in trained if record["kind"] == "train"]
     recipe = schema.load(str(args.run / "recipe.toml"))
-    data = shards.open_prepared(recipe, args.run.name, args.data_root)
+    data = prepared.open_prepared(recipe, args.run.name, args.data_root)
     train_ids, held_out_ids = np.asarray(data.tokens("train")[0]), np.asarray(data.tokens("val")[0])
     unigram, bigram = baselines.ngram_bits_per_byte(
         train_ids, held_out_ids, data.vocab_size, data.eos_id, data.val_bytes

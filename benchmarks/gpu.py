@@ -27,12 +27,12 @@ if __name__ == "__main__":  # the folder of this file has a train.py, too
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import train as bench_train
+from ds_slm.engine.devices import DTYPES
 from ds_slm.errors import DataError, DeviceError, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import plan, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import measure
-from ds_slm.train.engine import DTYPES
+from ds_slm.run import measure
 
 LOSS_TOLERANCE = 2e-3
 """Relative, of a fresh model's loss."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from ds_slm.errors import RecipeError, run_program
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import measure
+from ds_slm.run import measure
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -111,8 +111,8 @@ def trainer(args: argparse.Namespace, recipe: Recipe) -> list[float]:
 
 def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
     """Step times of a plain loop: our decoder in the recipe's precision, fp32 gradients and masters, one reduction."""
+    from ds_slm.engine.optim import build_optimizer
     from ds_slm.model import decoder, kernels
-    from ds_slm.train.optim import build_optimizer
 
     kernels.fix_sums(deterministic=False)  # as a run of ours does
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

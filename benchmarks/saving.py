@@ -19,18 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_slm.checkpoint.best import Best
+from ds_slm.checkpoint.resume import State
+from ds_slm.checkpoint.saving import BackgroundSave
 from ds_slm.data.rows import Rows
+from ds_slm.distributed import rendezvous
+from ds_slm.distributed.stop import Interrupt
+from ds_slm.engine import devices, process_group
+from ds_slm.engine import engine as engines
+from ds_slm.engine.row_reader import Share
 from ds_slm.errors import DataError
 from ds_slm.model import decoder
-from ds_slm.recipe import schema
-from ds_slm.train import devices, ds_config, process_group, rendezvous
-from ds_slm.train import engine as engines
-from ds_slm.train.best import Best
-from ds_slm.train.checkpointing import State
-from ds_slm.train.interrupt import Interrupt
-from ds_slm.train.launches import Launch
-from ds_slm.train.row_reader import Share
-from ds_slm.train.saving import BackgroundSave
+from ds_slm.recipe import ds_config, schema
+from ds_slm.run.launches import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN = 64
@@ -63,14 +64,14 @@ def main() -> int:
     rank, world_size = world.rank, world.size
     overrides = [f"data.seq_len={SEQ_LEN}", f"train.global_batch_tokens={SEQ_LEN * world_size}", "run.keep_last=1"]
     recipe = schema.load(args.recipe, [*args.set, *overrides])
-    joined = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, devices.device_type(), 1)
+    engine_config = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, devices.device_type(), 1)
     control = process_group.connect()
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     rng = np.random.default_rng(rank)
     rows = Rows(rng.integers(0, recipe.model.vocab_size, (1, SEQ_LEN + 1)), np.ones((1, SEQ_LEN), dtype=np.float32))
     optimiser_s, alone_s, waits_s, beside_s, saves_s = [], [], [], [], []
     with Interrupt(control, grace_s=60) as interrupt:
-        engine = engines.Engine(recipe, joined, model, control, interrupt)
+        engine = engines.Engine(recipe, engine_config, model, control, interrupt)
         saves = BackgroundSave(engine, args.out, Launch(), [0], lambda line: None)
         totals = engine.agree(Share([rows], []))
         for step in range(1, args.rounds + 2):  # the first makes the optimiser's state

@@ -30,7 +30,7 @@ CARD_GB = 5.32
 
 def write_base(ranks: Path, folder: Path) -> int:
     """Fresh weights in the recipe's shape as a Hugging Face folder; returns how many parameters."""
-    from ds_slm.data.tokenizer import build_tokenizer
+    from ds_slm.data.tokenizers.tokenizer import build_tokenizer
     from ds_slm.model import decoder
     from ds_slm.publish.export import export
 

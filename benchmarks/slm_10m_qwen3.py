@@ -160,7 +160,7 @@ def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
     """Train the loop, its records printed now and then and all written to OUT/qwen3.jsonl."""
     import torch
 
-    from ds_slm.data import shards
+    from ds_slm.data.shards import prepared as shards
 
     records: list[Record] = []
     with (out / "qwen3.jsonl").open("w", buffering=1) as file:
@@ -178,8 +178,8 @@ def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
 
 def loading_s(recipe: Recipe, out: Path) -> float:
     """Seconds that drawing and reading one step's rows takes, all of them by one process: the mean over the run."""
-    from ds_slm.data import shards
     from ds_slm.data.rows import PretrainRows
+    from ds_slm.data.shards import prepared as shards
 
     rows, position = PretrainRows(recipe, shards.open_prepared(recipe, "slm-10m", out / "data")), 0
     begin_s = time.perf_counter()

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # the folder of this file has a train.py, too
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_slm.errors import TrainingError, run_program
-from tests import runs
+from tests.support import runs
 
 STEPS, WARM_STEPS = 400, 50
 

@@ -5,7 +5,7 @@
 python benchmarks/tokenize_speed.py [FILE or FOLDER] [--ranks cl100k_base.tiktoken] [--rounds 3] [--max-mb 25]
 
 encode_batch   tokenizers.Tokenizer.encode_batch over everything at once: ids in memory, no more
-shards         ds_slm.data.writer.write_documents: split, ids, hashes and files, synchronised
+shards         ds_slm.data.shards.writer.write_documents: split, ids, hashes and files, synchronised
 datasets.map   one row at a time through the folder as transformers loads it
 
 Each round runs all three, so what else the machine does falls on all of them; ratios are medians over the rounds.
@@ -26,11 +26,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 from rich.console import Console
 from rich.table import Table
 
-from ds_slm.data import corpus
-from ds_slm.data.journal import ShardsInProgress, id_dtype
-from ds_slm.data.progress import Progress
-from ds_slm.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from ds_slm.data.writer import write_documents
+from ds_slm.data.shards.journal import ShardsInProgress, id_dtype
+from ds_slm.data.shards.progress import Progress
+from ds_slm.data.shards.writer import write_documents
+from ds_slm.data.sources import documents
+from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from ds_slm.errors import run_program
 from ds_slm.recipe import schema
 
@@ -44,7 +44,7 @@ def read_texts(place: Path | None, max_bytes: float) -> list[str]:
     """The documents of a file or folder, or of the built-in corpus, up to so many bytes."""
     source = schema.Source(name="text", kind="builtin", weight=1)
     texts, size_bytes = [], 0
-    for text in filter(None, corpus.documents(source, place)):
+    for text in filter(None, documents.documents(source, place)):
         texts.append(text)
         size_bytes += len(text.encode())
         if size_bytes >= max_bytes:
@@ -81,7 +81,7 @@ def with_shards(tokenizer: Tokenizer, texts: list[str]) -> int:
         write_documents(
             "text",
             ShardsInProgress(Path(folder), dtype, {}),
-            lambda position: corpus.DocumentStream({}, lambda mark: ((text, 0) for text in texts), 0),
+            lambda position: documents.DocumentStream({}, lambda mark: ((text, 0) for text in texts), 0),
             tokenizer,
             data,
             float("inf"),

@@ -7,8 +7,8 @@
 
 python benchmarks/topologies.py [--out DIR] [--precision bf16]
 
-A tiny recipe (tests/runs.py) on a CPU: what is compared does not depend on size. Losses of two undisturbed topologies
-differ too, by the order of their sums: the diagonal and the last row show by how much.
+A tiny recipe (tests/support/runs.py) on a CPU: what is compared does not depend on size. Losses of two undisturbed
+topologies differ too, by the order of their sums: the diagonal and the last row show by how much.
 """
 
 import argparse
@@ -26,9 +26,9 @@ if __name__ == "__main__":  # the folder of this file has a train.py, too
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_slm.errors import DataError, run_program
-from tests import runs
+from tests.support import runs
 
-PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
+PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
 WRITTEN, STEPS = 6, 20
 
 

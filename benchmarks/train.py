@@ -35,9 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import plan, schema
+from ds_slm.recipe import ds_config, plan, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_STAGE = 1
@@ -275,8 +274,8 @@ def main() -> int:
     args = parser.parse_args()
     import torch
 
-    from ds_slm.train import measure as device_measure
-    from ds_slm.train.engine import DTYPES
+    from ds_slm.engine.devices import DTYPES
+    from ds_slm.run import measure as device_measure
 
     on_gpu = torch.cuda.is_available()
     out = args.out.resolve() / schema.recipe_path(args.recipe).stem

@@ -63,7 +63,7 @@ class TrainingError(Exception):
     """Training cannot go on: a non-finite loss or gradient. Not the user's mistake; exit code 1, no traceback."""
 
 
-class Superseded(TrainingError):
+class ReplacedByNewerLaunch(TrainingError):
     """A run folder has one writer at a time: an older launch leaves it alone."""
 
     def __init__(self, newer: str = "") -> None:
@@ -112,7 +112,7 @@ def print_any_name() -> None:
 def run_program(main: Callable[[], int | None]) -> int:
     """Run a program's `main` and return its exit code; a mistake of the user's is told on stderr without a traceback.
 
-    A training program's ranks run under `ds_slm.train.rendezvous.run_rank` instead.
+    A training program's ranks run under `ds_slm.distributed.rendezvous.run_rank` instead.
     """
     print_any_name()
     try:

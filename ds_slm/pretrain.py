@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from ds_slm.train import session
+    from ds_slm.train import launch
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -23,9 +23,9 @@ sys.path[:] = [str(PACKAGE.parent), *(entry for entry in sys.path if Path(entry 
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+from ds_slm.distributed import rendezvous  # noqa: E402
+from ds_slm.distributed import world as worlds  # noqa: E402
 from ds_slm.errors import ConfigError, DataError, RecipeError  # noqa: E402 - after the path is right
-from ds_slm.train import rendezvous  # noqa: E402
-from ds_slm.train import world as worlds  # noqa: E402
 
 first_on_host = worlds.first_on_host()
 
@@ -109,11 +109,11 @@ def run_dir(args: argparse.Namespace, recipe_name: str) -> Path:
     return args.run_dir or Path("runs") / recipe_name
 
 
-def options(args: argparse.Namespace, recipe_name: str) -> "session.Options":
-    """What a session takes of them."""
-    from ds_slm.train import session
+def options(args: argparse.Namespace, recipe_name: str) -> "launch.Options":
+    """What a launch takes of them."""
+    from ds_slm.train import launch
 
-    return session.Options(
+    return launch.Options(
         run_dir=run_dir(args, recipe_name),
         ds_config=args.ds_config,
         recipe_name=recipe_name,
@@ -183,7 +183,7 @@ def main() -> None:
     args = parser().parse_args()
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
-    from ds_slm.data.prepare import prepare
+    from ds_slm.data.shards.prepare import prepare
     from ds_slm.recipe import schema
 
     name = schema.recipe_path(args.recipe).stem
@@ -197,15 +197,15 @@ def main() -> None:
 
     from ds_slm.data.rows import PretrainRows
     from ds_slm.publish.generate import sampler
-    from ds_slm.train import session
+    from ds_slm.train import launch
 
-    task = session.Task(
+    task = launch.Task(
         prepare=lambda: prepare(recipe, name, args.data_root, sources, report=report),
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,
     )
-    session.run(recipe, options(args, name), task)
+    launch.run(recipe, options(args, name), task)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_slm.data.builtin import PLAIN_WORD, module_files, package_folder
+from ds_slm.data.sources.builtin import PLAIN_WORD, module_files, package_folder
 
 PACKAGES = ("numpy", "networkx")
 """Read beside the standard library: well documented, and no installation is without them."""

@@ -25,9 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ds_slm.data.control_text import ControlText
-from ds_slm.data.readers import is_unicode
-from ds_slm.data.tokenizer import IM_END, IM_START, Tokenizer
+from ds_slm.data.sources.readers import is_unicode
+from ds_slm.data.tokenizers.control_text import ControlText
+from ds_slm.data.tokenizers.tokenizer import IM_END, IM_START, Tokenizer
 from ds_slm.errors import DataError
 
 Mask = Literal["assistant", "last", "card", "all"]

@@ -1,6 +1,6 @@
 """From conversations to rows: what `ds_slm.data` does with text, here with turns, masks and packing.
 
-    sources --> messages as JSON --form (sft.forms)--> ids with flags --ds_slm.data.prepare--> shards, journal, manifest
+    sources --> messages as JSON --form (sft.forms)--> ids with flags --prepare--> shards, journal, manifest
     shards  --ConversationRows--> order of an epoch --pack--> rows --read--> ids, weights, document ids
 
 A shard is a flat file of uint32: an id in the low bits and flags in the high ones. So preparing, resuming, hashing and
@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from ds_slm.data.identity import TOKENIZER
-from ds_slm.data.journal import SPLITS, tell_skipped
 from ds_slm.data.order import RowId
-from ds_slm.data.prepare import prepare
 from ds_slm.data.rows import Rows, Split
-from ds_slm.data.shards import Prepared, Tokens
-from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
-from ds_slm.data.writer import Encode, Form, UnusableDocuments
+from ds_slm.data.shards.identity import TOKENIZER
+from ds_slm.data.shards.journal import SPLITS, tell_skipped
+from ds_slm.data.shards.prepare import prepare
+from ds_slm.data.shards.prepared import Prepared, Tokens
+from ds_slm.data.shards.writer import DocumentFormat, Encode, UnusableDocuments
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe, Sft
@@ -64,12 +64,12 @@ def section(recipe: Recipe) -> Sft:
     return recipe.sft
 
 
-def form(recipe: Recipe) -> Form:
+def conversation_format(recipe: Recipe) -> DocumentFormat:
     """How conversations are read and encoded."""
     settings = section(recipe)
     deciding = settings.model_dump(mode="json", include={"mask", "system_turns", "max_rows", "invalid"})
     notes: Counter[str] = Counter()
-    return Form(
+    return DocumentFormat(
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
         expected=EXPECTED,
         notes=lambda: notes,
@@ -90,7 +90,7 @@ def prepare_conversations(
     sources: Mapping[str, Path] | None = None,
     report: Callable[[str], None] = print,
 ) -> Prepared:
-    """Conversations as shards, in the base's tokenizer; as `ds_slm.data.prepare.prepare` does it.
+    """Conversations as shards, in the base's tokenizer; as `ds_slm.data.shards.prepare.prepare` does it.
 
     Without a `tokenizer_folder` the tokenizer is the one they were prepared with before, or the recipe's where that
     needs no training.
@@ -101,7 +101,13 @@ def prepare_conversations(
     if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (data_root / name / TOKENIZER).exists():
         raise DataError(f"recipe {name!r} has a tokenizer that is trained with its base: name that one, --base MODEL.")
     prepared = prepare(
-        recipe, name, data_root, sources, report=report, form=form(recipe), tokenizer_from=tokenizer_folder
+        recipe,
+        name,
+        data_root,
+        sources,
+        report=report,
+        document_format=conversation_format(recipe),
+        tokenizer_from=tokenizer_folder,
     )
     ours = prepared.tokenizer_sha256
     if tokenizer_folder and ours != (theirs := load_tokenizer(tokenizer_folder).sha256):

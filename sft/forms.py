@@ -16,7 +16,7 @@ and left out; other keys of a message are left alone. A byte order mark at the s
 from collections import Counter
 from typing import Any
 
-from ds_slm.data.readers import BYTE_ORDER_MARK
+from ds_slm.data.sources.readers import BYTE_ORDER_MARK
 
 EXPECTED = (
     "a list of messages, each with 'role' (system, user or assistant) and 'content' (a string), or with 'from' "

@@ -8,7 +8,7 @@ before each text do not, and neither do those whose added tokens stand in the co
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ds_slm.data.tokenizer import Tokenizer
+from ds_slm.data.tokenizers.tokenizer import Tokenizer
 from ds_slm.errors import DataError
 from sft.chatml import ChatML
 from sft.probe import refuse_other_encoding

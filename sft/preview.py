@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from ds_slm.data.shards import Prepared
-from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.data.shards.prepared import Prepared
+from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.recipe.schema import Recipe
 from sft.chatml import ChatML
 from sft.data import CUT, IDS, TRAINED, ConversationRows, tell

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ds_slm.data.tokenizer import IM_END, IM_START, Tokenizer
+from ds_slm.data.tokenizers.tokenizer import IM_END, IM_START, Tokenizer
 from ds_slm.errors import DataError
 from sft.chatml import CHAT_TEMPLATE, ChatML
 

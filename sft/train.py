@@ -16,9 +16,9 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+from ds_slm.distributed import rendezvous  # noqa: E402
 from ds_slm.errors import ConfigError  # noqa: E402 - after the path is right
 from ds_slm.pretrain import FlagParser, add_training_flags, first_on_host, options, parse_sources, report, run_dir  # noqa: E402
-from ds_slm.train import rendezvous  # noqa: E402
 
 
 def parser(prog: str = "train.py") -> FlagParser:
@@ -47,10 +47,10 @@ def main() -> None:
     sources = parse_sources(args.source)
     refuse_missing_hostfile()
 
-    from ds_slm.data.tokenizer import IM_END
+    from ds_slm.data.tokenizers.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
     from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
-    from ds_slm.train import session
+    from ds_slm.train import launch
     from sft.chatml import ChatML
 
     @cache
@@ -67,7 +67,7 @@ def main() -> None:
             print(data.tell(found.summary()), flush=True)
         return found
 
-    task = session.Task(
+    task = launch.Task(
         prepare=lambda: data.prepare_conversations(
             recipe, name, args.data_root, base().tokenizer_folder, sources, report
         ),
@@ -83,7 +83,7 @@ def main() -> None:
         evaluate_first=True,
         begin=lambda: base().tensors(),
     )
-    session.run(recipe, options(args, name), task)
+    launch.run(recipe, options(args, name), task)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_slm.checkpoint.format import (
-    MANIFEST,
-    checkpoints_folder,
-    folder_of_step,
-    named_by,
-    remove,
-    steps,
-    verify,
-)
+from ds_slm.checkpoint.files import MANIFEST, checkpoints_folder, folder_of_step, named_by, remove, steps, verify
 from ds_slm.files import writer_name
 
 DAMAGED = "damaged"

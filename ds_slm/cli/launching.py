@@ -90,7 +90,7 @@ def _without(arguments: Sequence[str], names: tuple[str, ...]) -> list[str]:
 
 def start(script: Path, line: CommandLine) -> None:
     """Run a training program under DeepSpeed, and end with its exit code."""
-    from ds_slm.train.run_folder import STOPPED
+    from ds_slm.run.folder import STOPPED
 
     args = line.args
     run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)

@@ -99,8 +99,8 @@ def plan_recipe(
     from dataclasses import asdict
 
     from ds_slm.cli import tables
+    from ds_slm.recipe import ds_config as ds_configs
     from ds_slm.recipe import plan, schema
-    from ds_slm.train import ds_config as ds_configs
 
     recipe = schema.load(name, overrides)
     if hostfile is not None:
@@ -135,8 +135,8 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenizer and token shards."""
-    from ds_slm.data import prepare as preparing
-    from ds_slm.data import shards
+    from ds_slm.data.shards import prepare as preparing
+    from ds_slm.data.shards import prepared as shards
     from ds_slm.pretrain import parse_sources
     from ds_slm.recipe import schema
 

@@ -17,7 +17,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
 
     Those that a launch has set aside are told of as well, and are no mistake.
     """
-    from ds_slm.checkpoint import format as checkpoint_format
+    from ds_slm.checkpoint import files as checkpoint_format
     from ds_slm.checkpoint import retention
 
     folders = [checkpoint_format.folder_of_step(run, step) for step in checkpoint_format.steps(run)]
@@ -52,9 +52,9 @@ def resuming(run: Path, flags: Sequence[str], as_json: bool) -> None:
 
 def bad_step(run: Path, step: int, as_json: bool) -> None:
     """Run a refused step's rows again, one by one. Raises CheckpointError where no such step was refused."""
-    from ds_slm.train import bad_steps
+    from ds_slm.train import guard
 
-    found = bad_steps.replay(run, step)
+    found = guard.replay(run, step)
     if as_json:
         print_json({"step": step, "found": list(found)})
     else:
@@ -64,7 +64,7 @@ def bad_step(run: Path, step: int, as_json: bool) -> None:
 
 def rows(run: Path, against: Path | None, as_json: bool) -> None:
     """The ledger of rows, or whether another run drew the same. Raises DataError where it did not."""
-    from ds_slm.train import ledger
+    from ds_slm.run import ledger
 
     ours = ledger.read(run)
     if against is None:

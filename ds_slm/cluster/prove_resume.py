@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_format
 from ds_slm.cluster import launch
 from ds_slm.errors import CheckpointError
 from ds_slm.files import read_json

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_at, step_row_ids
-from ds_slm.data.shards import Prepared
+from ds_slm.data.shards.prepared import Prepared
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
 

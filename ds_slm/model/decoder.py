@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Where the tokens of a batch stand and what each may see: the same for every block."""
 
     cos: Tensor
@@ -115,13 +115,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps) if shape.qk_norm else nn.Identity()
         self.exclusive = shape.exclusive_attention
 
-    def forward(self, x_BTD: Tensor, places: Places, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
         """What the block adds to x_BTD."""
-        q_BHTE = rotate(self.q_norm(self._heads(self.q_proj(x_BTD))).transpose(1, 2), places)
-        k_BKTE = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))).transpose(1, 2), places)
+        q_BHTE = rotate(self.q_norm(self._heads(self.q_proj(x_BTD))).transpose(1, 2), positions)
+        k_BKTE = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))).transpose(1, 2), positions)
         v_BKTE = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
         k_BKSE, v_BKSE = (k_BKTE, v_BKTE) if cache is None else cache.extend(layer, k_BKTE, v_BKTE)
-        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, places.mask_BTS, places.causal)
+        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, positions.mask_BTS, positions.causal)
         if self.exclusive:
             y_BHTE = exclude_own_value(y_BHTE, v_BKTE)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
@@ -141,10 +141,10 @@ def exclude_own_value(y_BHTE: Tensor, v_BKTE: Tensor) -> Tensor:
     return (y_BKGTE - share * v_BKGTE).flatten(1, 2).to(y_BHTE.dtype)
 
 
-def rotate(x: Tensor, places: Places) -> Tensor:
+def rotate(x: Tensor, positions: Positions) -> Tensor:
     """Rotary positions on x [B, heads, T, E]: component i turns against i + E / 2, in fp32."""
     left, right = x.float().chunk(2, dim=-1)
-    turned = left * places.cos - right * places.sin, right * places.cos + left * places.sin
+    turned = left * positions.cos - right * positions.sin, right * positions.cos + left * positions.sin
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
@@ -181,13 +181,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape)
 
-    def forward(self, x_BTD: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """The residual stream after this block."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), places, cache, layer)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), positions, cache, layer)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """Everything below the head."""
 
     def __init__(self, shape: schema.Model, gradient_checkpointing: bool) -> None:
@@ -200,21 +200,21 @@ class Trunk(nn.Module):
 
     def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Tensor:
         """Final hidden states, hidden_BTD."""
-        places = self.places(ids_BT, document_ids_BT, cache)
+        positions = self.positions(ids_BT, document_ids_BT, cache)
         x_BTD = self.embed_tokens(ids_BT)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
             if recompute:  # nothing in a block is random, so no generator state needs restoring
-                x_BTD = checkpoint(block, x_BTD, places, use_reentrant=False, preserve_rng_state=False)
+                x_BTD = checkpoint(block, x_BTD, positions, use_reentrant=False, preserve_rng_state=False)
             elif cache is None:
-                x_BTD = block(x_BTD, places)  # without its number, or a compiled block would serve one layer alone
+                x_BTD = block(x_BTD, positions)  # without its number, or a compiled block would serve one layer alone
             else:
-                x_BTD = block(x_BTD, places, cache, layer)
+                x_BTD = block(x_BTD, positions, cache, layer)
         if cache is not None:
             cache.length += ids_BT.shape[1]
         return self.norm(x_BTD)
 
-    def places(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Places:
+    def positions(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Positions:
         """Rotations and sight of each token: of all before it, or of all before it in its document."""
         T, seen = ids_BT.shape[1], cache.length if cache else 0
         limit = self.shape.max_position_embeddings
@@ -223,12 +223,12 @@ class Trunk(nn.Module):
         if document_ids_BT is not None:
             assert cache is None, "decoding of packed rows is not supported"
             positions_BT, mask_BTT = packed(document_ids_BT)
-            return Places(cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1), mask_BTT, causal=False)
+            return Positions(cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1), mask_BTT, causal=False)
         cos, sin = cos[seen : seen + T], sin[seen : seen + T]
         if seen == 0 or T == 1:  # one new token sees everything, and is_causal would align it with the first key
-            return Places(cos, sin, None, causal=T > 1)
+            return Positions(cos, sin, None, causal=T > 1)
         mask_TS = torch.ones(T, seen + T, dtype=torch.bool, device=ids_BT.device).tril(seen)
-        return Places(cos, sin, mask_TS.expand(len(ids_BT), -1, -1), causal=False)
+        return Positions(cos, sin, mask_TS.expand(len(ids_BT), -1, -1), causal=False)
 
 
 def packed(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
     def __init__(self, shape: schema.Model, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Trunk(shape, gradient_checkpointing)
+        self.model = Backbone(shape, gradient_checkpointing)
         self.lm_head = None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
         self.compiled = False
 

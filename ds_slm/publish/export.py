@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.data.identity import MANIFEST
-from ds_slm.data.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
+from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.data.shards.identity import MANIFEST
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.files import fsync, new_folder, writer_name
 from ds_slm.model import hf

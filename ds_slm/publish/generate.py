@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ds_slm.data.tokenizer import Tokenizer, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.model.decoder import Decoder, KVCache
 
 

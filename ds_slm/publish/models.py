@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.data.stand_ins import stand_in_at
-from ds_slm.data.tokenizer import load_tokenizer
+from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.data.sources.stand_ins import stand_in_at
+from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.files import is_plain_name, read_json
 from ds_slm.model import hf

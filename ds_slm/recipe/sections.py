@@ -169,7 +169,7 @@ class Source(Section):
     config: str | None = None
     """hub: the dataset's configuration."""
     split: str = Field("train", min_length=1)
-    """The split that is read, by its name on the hub or in the names of local files (ds_slm.data.splits); "all" reads
+    """The split that is read, by its name on the hub or in the names of local files (sources/splits.py); "all" reads
     every file."""
     column: str = "text"
     """The column that holds the text."""

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from ds_slm.distributed import network, rendezvous
+from ds_slm.distributed.ranks import Control
+from ds_slm.engine import devices
 from ds_slm.errors import ConfigError, DataError, UserError
+from ds_slm.recipe import ds_config
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import devices, ds_config, measure, network, rendezvous, software
-from ds_slm.train.control import Control
+from ds_slm.run import measure, software
 
 
 def meet(meeting: rendezvous.Rendezvous, allow_mixed: bool) -> dict[str, list[str]]:
@@ -62,13 +65,17 @@ def agree(control: Control, problems: list[str]) -> None:
 
 
 def agree_on_inputs(
-    control: Control, identity: dict[str, str], recipe: Recipe, joined: ds_config.Joined, beginning: Mapping[str, str]
+    control: Control,
+    identity: dict[str, str],
+    recipe: Recipe,
+    engine_config: ds_config.EngineConfig,
+    beginning: Mapping[str, str],
 ) -> None:
     """Refuse hosts that would train something else: another recipe, other data, another configuration."""
     inputs = {
         "recipe": _hash(recipe.model_dump(mode="json")),
         "data": identity["data_sha256"],
-        "ds_config or batch": _hash([joined.deepspeed, joined.compiled, joined.deterministic]),
+        "ds_config or batch": _hash([engine_config.deepspeed, engine_config.compiled, engine_config.deterministic]),
         **{name.removesuffix("_sha256"): sha256 for name, sha256 in beginning.items()},
     }
     problems = []

@@ -5,17 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_slm.distributed import network
+from ds_slm.distributed.ranks import Control
+from ds_slm.engine import devices
 from ds_slm.model import kernels
+from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import devices, measure, network
-from ds_slm.train.control import Control
-from ds_slm.train.ds_config import Joined
+from ds_slm.run import measure
 
 if TYPE_CHECKING:
-    from ds_slm.train.session import Options
+    from ds_slm.train.launch import Options
 
 
-def effective_choices(recipe: Recipe, options: "Options", joined: Joined, control: Control) -> dict[str, Any]:
+def effective_choices(
+    recipe: Recipe, options: "Options", engine_config: EngineConfig, control: Control
+) -> dict[str, Any]:
     """The effective choices of this launch, by name: they stand in env.json. Needs the process group."""
     device = torch.device(devices.device_type())
     return {
@@ -28,9 +32,9 @@ def effective_choices(recipe: Recipe, options: "Options", joined: Joined, contro
             **kernels.effective_kernels(
                 device, devices.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
             ),
-            "blocks": blocks(joined),
+            "blocks": blocks(engine_config),
         },
-        "zero_stage": joined.deepspeed["zero_optimization"]["stage"],
+        "zero_stage": engine_config.deepspeed["zero_optimization"]["stage"],
         "optimizer": recipe.optimizer.name,
         "world_size": control.world_size,
         "hosts": control.hosts,
@@ -38,16 +42,16 @@ def effective_choices(recipe: Recipe, options: "Options", joined: Joined, contro
         "threads_per_rank": torch.get_num_threads(),
         "resident_gb_before_model": measure.resident_memory_bytes() / 1e9,
         "rows_per_step": recipe.rows_per_step,
-        "micro_batch_rows": joined.micro_batch,
-        "accumulation_steps": joined.accumulation_steps,
-        "filler_rows_per_step": joined.filler_rows,
+        "micro_batch_rows": engine_config.micro_batch,
+        "accumulation_steps": engine_config.accumulation_steps,
+        "filler_rows_per_step": engine_config.filler_rows,
         "skip_rows": [[some.start, some.stop] for some in options.skip_rows],
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
     }
 
 
-def blocks(joined: Joined) -> str:
+def blocks(engine_config: EngineConfig) -> str:
     """How the model's blocks run, and why they are eager although the launch asks for compiled ones."""
-    if joined.compiled:
+    if engine_config.compiled:
         return "compiled"
-    return f"eager ({joined.eager_reason})" if joined.eager_reason else "eager"
+    return f"eager ({engine_config.eager_reason})" if engine_config.eager_reason else "eager"

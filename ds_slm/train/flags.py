@@ -9,7 +9,7 @@ from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from ds_slm.train.session import Options
+    from ds_slm.train.launch import Options
 
 
 def last_step(recipe: Recipe, options: "Options") -> int:

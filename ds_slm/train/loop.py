@@ -15,20 +15,20 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ds_slm.checkpoint.manager import Checkpoints
+from ds_slm.checkpoint.resume import State
 from ds_slm.data.order import extend_ledger
 from ds_slm.data.rows import share
+from ds_slm.engine.engine import Engine, Sums
+from ds_slm.engine.profile import Profile
+from ds_slm.engine.row_reader import RowReader, RowSource, StepRows
 from ds_slm.errors import Stopped, TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train import bad_steps
-from ds_slm.train.checkpointing import State
-from ds_slm.train.engine import Engine, Sums
-from ds_slm.train.manager import Checkpoints
-from ds_slm.train.measure import StepClock, peak_memory_bytes
-from ds_slm.train.profile import Profile
-from ds_slm.train.report import Report
-from ds_slm.train.row_reader import RowReader, RowSource, StepRows
+from ds_slm.run.measure import StepClock, peak_memory_bytes
+from ds_slm.run.report import Report
+from ds_slm.train import guard
 
 
 @dataclass
@@ -55,24 +55,24 @@ class Run:
     val_loss: float = math.inf
     """Of the last evaluation."""
     profile: Profile | None = None
-    spikes: bad_steps.Spikes = field(default_factory=bad_steps.Spikes)
+    spikes: guard.Spikes = field(default_factory=guard.Spikes)
     reader: RowReader = field(init=False)
 
     def __post_init__(self) -> None:
         engine, on_gpu = self.engine, self.engine.device.type == "cuda"
-        self.reader = RowReader(self.rows, engine.control, engine.joined, self.state.skipped_rows, on_gpu)
+        self.reader = RowReader(self.rows, engine.control, engine.engine_config, self.state.skipped_rows, on_gpu)
 
 
 def train(run: Run) -> None:
     """Train until the recipe's last step, or `stop_at_step`.
 
-    Raises Stopped where a signal ended it, once the last applied step is saved, and Superseded where a newer launch
-    writes into the run folder.
+    Raises Stopped where a signal ended it, once the last applied step is saved, and ReplacedByNewerLaunch where a newer
+    launch writes into the run folder.
     """
     try:
         train_on(run)
     except Stopped as stopped:
-        leave(run)
+        save_before_exit(run)
         run.checkpoints.mark_stopped(run.state.step)
         raise Stopped(f"step {run.state.step} is saved; the same command goes on from there.") from stopped
     finally:
@@ -95,7 +95,7 @@ def train_on(run: Run) -> None:
         run.profile.finish(run.engine.control.rank)
     if run.state.step >= last_step:
         finish(run)
-    leave(run)
+    save_before_exit(run)
 
 
 def after_step(run: Run) -> None:
@@ -103,7 +103,7 @@ def after_step(run: Run) -> None:
     step, every = run.state.step, run.recipe.run
     if step % every.eval_every_steps == 0 and run.state.evaluated_step != step:
         evaluate(run)
-    if (step % every.save_every_steps == 0 or run.engine.interrupt.save_wanted) and not is_saved(run):
+    if (step % every.save_every_steps == 0 or run.engine.interrupt.save_requested) and not is_saved(run):
         save(run)
 
 
@@ -112,7 +112,7 @@ def is_saved(run: Run) -> bool:
     return run.checkpoints.is_saved(run.state)
 
 
-def leave(run: Run) -> None:
+def save_before_exit(run: Run) -> None:
     """Do not leave before the last applied step is saved. Raises TrainingError where it cannot be."""
     run.checkpoints.wait()
     for _ in range(2):  # a disk may have been full for a moment
@@ -126,8 +126,8 @@ def leave(run: Run) -> None:
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
-    if run.checkpoints.superseded:
-        engine.interrupt.give_way()
+    if run.checkpoints.is_replaced:
+        engine.interrupt.note_replaced()
 
     # Which rows: a pure function of the position. Every rank has read its share of them.
     rows = run.reader.of_step(state.position, another_follows=state.step + 1 < run.stop_at_step)
@@ -153,7 +153,7 @@ def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
     """Stop before the optimiser step where a loss is not finite."""
     if not sums.nonfinite_ranks:
         return
-    control, micro_batch, row_ids = run.engine.control, run.engine.joined.micro_batch, list(rows.rows.values())
+    control, micro_batch, row_ids = run.engine.control, run.engine.engine_config.micro_batch, list(rows.rows.values())
     theirs = {
         rank: [tuple(row) for ids in share(row_ids, rank, control.world_size, micro_batch) for row in ids if row]
         for rank in sums.nonfinite_ranks
@@ -175,13 +175,13 @@ def refuse(run: Run, rows: StepRows, why: str) -> NoReturn:
     """Dump the step's rows and the weights they met, and stop. Collective."""
     run.checkpoints.wait()
     step = run.state.step + 1
-    folder = bad_steps.folder_of(run.folder, step)
-    problems = run.checkpoints.write_weights(folder / bad_steps.WEIGHTS)
-    if run.checkpoints.writes and not run.checkpoints.superseded and (folder / bad_steps.WEIGHTS).is_file():
+    folder = guard.folder_of(run.folder, step)
+    problems = run.checkpoints.write_weights(folder / guard.WEIGHTS)
+    if run.checkpoints.writes and not run.checkpoints.is_replaced and (folder / guard.WEIGHTS).is_file():
         described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.rows.items()]
         what = {"step": step, "why": why, "rows": described}
         try:
-            bad_steps.dump(folder, run.reader.whole(list(rows.rows.values())), what)
+            guard.dump(folder, run.reader.whole(list(rows.rows.values())), what)
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
     for problem in problems:
@@ -256,7 +256,7 @@ def finish(run: Run) -> None:
     """Evaluate, save, and write the loss on all held-out rows into done.json on every host that keeps checkpoints."""
     if run.state.evaluated_step != run.state.step:
         evaluate(run)
-    leave(run)
+    save_before_exit(run)
     values = held_out(run, limit=None)
     run.report.record("eval", run.state.step, values)
     done = {"step": run.state.step, **run.identity}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tolerances
 from tests.cluster.hosts import TwoHosts, missing_requirements
+from tests.support import tolerances
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TWO_HOSTS = ["deepspeed", "--hostfile", "hostfiles/two_node", "ds_slm/pretrain.py"]

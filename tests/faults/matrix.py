@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from ds_slm.checkpoint import format as checkpoint_format
-from tests import runs
+from ds_slm.checkpoint import files as checkpoint_format
+from tests.support import runs
 
 STEPS, SAVE_EVERY = 30, 3
 RECIPE = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint.format import WRITE_POINTS
+from ds_slm.checkpoint.files import WRITE_POINTS
 from tests.faults import matrix
 
 SEED = 20_261_121

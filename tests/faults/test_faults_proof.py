@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from ds_slm.cluster import prove_resume
-from tests import runs
 from tests.faults import matrix
-from tests.test_cli import ds_slm
+from tests.support import runs
+from tests.unit.cli.test_main import ds_slm
 
-PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
+PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
 
 
 @pytest.fixture(scope="module")

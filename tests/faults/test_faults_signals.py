@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import format as checkpoint_format
-from tests import runs
+from ds_slm.checkpoint import files as checkpoint_format
 from tests.faults import matrix
+from tests.support import runs
 
-PROGRAM = runs.ROOT / "tests" / "programs" / "cases.py"
+PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
 PHASES = {
     "start": ("0.start.SIGTERM", (0,)),
     "accumulation": ("4.forward.SIGTERM", (4,)),

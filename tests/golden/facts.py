@@ -1,4 +1,4 @@
-"""What is recorded of the golden artefacts when they are made, and measured again by tests/test_golden.py.
+"""What is recorded of the golden artefacts when they are made, and measured again by tests/launch/test_golden.py.
 
 The functions `of_...` ask the code for it: its names may change, what it gives may not.
 """
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_slm.checkpoint import format as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint.resume import file_of_kind
 from ds_slm.data.order import extend_ledger
-from ds_slm.data.shards import Prepared
+from ds_slm.data.shards.prepared import Prepared
+from ds_slm.engine.partitions import KINDS
 from ds_slm.publish.export import export, export_run
 from ds_slm.recipe.schema import Recipe
-from ds_slm.train.checkpointing import file_of_kind
-from ds_slm.train.zero_state import KINDS
 
 MADE = Path(__file__).parent / "made"
 """The artefacts, laid out as a user's working folder."""

@@ -31,19 +31,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_slm.checkpoint import format as checkpoint_format
-from ds_slm.data.prepare import prepare
+from ds_slm.checkpoint import files as checkpoint_format
 from ds_slm.data.rows import PretrainRows
-from ds_slm.data.tokenizer import build_tokenizer
-from ds_slm.data.writer import TEXT
+from ds_slm.data.shards.prepare import prepare
+from ds_slm.data.shards.writer import TEXT
+from ds_slm.data.tokenizers.tokenizer import build_tokenizer
 from ds_slm.files import write_json
 from ds_slm.publish.export import export_run
 from ds_slm.publish.models import open_model
 from ds_slm.recipe import schema
-from ds_slm.train import software
+from ds_slm.run import software
 from sft import data as sft_data
-from tests import conversations, runs
 from tests.golden import facts
+from tests.support import conversations, runs
 
 SHARED = """
 [card]

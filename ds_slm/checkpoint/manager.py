@@ -1,0 +1,240 @@
+"""A run's checkpoints, as the loop sees them: save, wait, is it durable; and which of them is the best.
+
+    save   --BackgroundSave--> files of one checkpoint on every writer, behind training
+    wait   what became of it: a save that no host holds counts as never begun, and the best is the one before
+    resume what earlier launches left is put in order: damaged ones set aside, `latest` and `best` marked
+
+`best` is the saved checkpoint whose evaluation, at its very step, gave the lowest held-out loss. It follows what is
+durable on any host. This file alone decides it.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import retention
+from ds_slm.checkpoint.best import Best, held_best
+from ds_slm.checkpoint.gathering import spans_of_kind
+from ds_slm.checkpoint.resume import ResumePoint, State, scaler_state
+from ds_slm.checkpoint.saving import BackgroundSave, Disk, noted, reason_of
+from ds_slm.checkpoint.tensor_file import TensorFile
+from ds_slm.engine.engine import Engine
+from ds_slm.errors import ReplacedByNewerLaunch, TrainingError
+from ds_slm.files import write_json
+from ds_slm.run import folder
+from ds_slm.run.launches import Launch
+
+
+class Checkpoints:
+    """All checkpoints of a run, and its signs of an end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: Path,
+        launch: Launch,
+        writers: list[int],
+        identity: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        """Collective.
+
+        Args:
+            engine: whose weights and moments are saved.
+            run: the run folder, each host's own.
+            launch: this one; where another holds the folder nothing is written.
+            writers: ranks that may keep checkpoints; the first `checkpoint_copies` of them do.
+            identity: stored in every checkpoint: hashes of recipe, data and tokenizer.
+            say: takes a line.
+        """
+        self._engine, self._run, self._identity, self._say = engine, run, identity, say
+        self._background = BackgroundSave(engine, run, launch, writers, say)
+        self._control = self._background.control
+        self.best = Best(eval_rows=engine.recipe.run.eval_rows)
+        """The best checkpoint, one that is being saved included."""
+        self._durable_best = self.best
+        self._saved: State | None = None
+        self._resumed_step = -1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank keeps checkpoints."""
+        return self._background.writes
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another launch holds this host's run folder."""
+        return self._background.is_replaced
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, state: State, val_loss: float | None) -> None:
+        """Save a state, behind training; waits for the save before it.
+
+        Args:
+            state: what is saved.
+            val_loss: held-out loss of an evaluation at this very step; None where there was none.
+
+        Raises:
+            ReplacedByNewerLaunch: a newer launch holds a host's folder.
+            TrainingError: on all ranks, where the weights to be written are not those the model computes with.
+        """
+        self.wait()
+        best = self.best.improved_by(state.step, val_loss)
+        scaler = scaler_state(self._engine)
+        self._background.begin({**asdict(state), **best.fields(), **self._identity, "loss_scaler": scaler})
+        self._saved, self.best = state, best
+
+    def wait(self) -> None:
+        """Wait for the save in flight; one that no host holds counts as never begun. Raises ReplacedByNewerLaunch."""
+        saved = self._background.finish()
+        if saved is None:
+            return
+        if saved.replaced:
+            raise ReplacedByNewerLaunch
+        if saved.durable:
+            self._durable_best = self.best
+        else:
+            self._saved, self.best = None, self._durable_best
+
+    def is_saved(self, state: State) -> bool:
+        """Whether the newest checkpoint, one that is being saved included, holds this state."""
+        return self._saved == state
+
+    def is_durable(self, step: int) -> bool:
+        """Whether a checkpoint of this step is known to lie whole on a disk."""
+        return step in (self._background.durable_step, self._resumed_step)
+
+    def close(self) -> None:
+        """Wait for the save in flight, whatever becomes of it. Before the process group is gone."""
+        self._background.finish()
+
+    # --- beside saving ----------------------------------------------------------------------------------------------
+
+    def resume(self, state: State, found: ResumePoint) -> None:
+        """Put every host's checkpoints in order as a launch goes on from one. Collective.
+
+        What was passed over as damaged is set aside. `best` names the run's best checkpoint where a host holds it;
+        where none does (its only host is gone), the best of those that are held takes its place. Where this launch
+        evaluates other held-out rows, the next evaluation decides anew.
+        """
+        notes: list[str] = []
+        if self.writes:
+            notes += self._put_in_order(found)
+
+        settings = self._engine.recipe.run
+        changed = any("run.eval_rows" in (one.get("changes") or {}) for one in folder.read_changes(self._run))
+        was_changed = any(self._control.gather(changed))
+        best, note = Best.of(found.content).over(settings.eval_rows, was_changed)
+        said = [note]
+        if settings.keep_best and best.step >= 0:
+            held = held_best(self._run, best, state.step) if self.writes else {}
+            best, note = best.held(self._control.gather(sorted(held.items())))
+            said.append(note)
+            if best.step in held and checkpoint_format.named_by(self._run, "best") != best.step:
+                with noted(notes):
+                    checkpoint_format.mark_best(checkpoint_format.folder_of_step(self._run, best.step))
+
+        self.best = self._durable_best = best
+        self._saved, self._resumed_step = state, state.step
+        notes += [one for one in said if one and self._control.rank == 0]
+        for host, theirs in zip(self._control.hosts, self._control.gather(notes), strict=True):
+            for note in theirs:
+                self._say(f"{host}: {note}")
+
+    def _put_in_order(self, found: ResumePoint) -> list[str]:
+        """Set aside what is damaged, and mark the newest whole one; returns what to say."""
+        notes: list[str] = []
+        if found.own_step >= 0:
+            self._background.know_whole(found.own_step)
+        for checkpoint in found.damaged:
+            with noted(notes):
+                if checkpoint_format.verify(checkpoint):  # still
+                    notes.append(f"{checkpoint} is damaged: moved to {retention.set_aside(checkpoint)}")
+        if found.own_step >= 0 and checkpoint_format.named_by(self._run, "latest") != found.own_step:
+            with noted(notes):
+                checkpoint_format.mark_latest(checkpoint_format.folder_of_step(self._run, found.own_step))
+        return notes
+
+    def write_weights(self, path: Path) -> list[str]:
+        """Write the fp32 weights of the last applied step on the ranks that keep checkpoints. Collective.
+
+        Returns what went wrong on any rank, with its host's name; the same on all.
+        """
+        own, problem = self._background.snapshot()
+        gathering, problem = self._background.gathering(problem)
+        if problems := self._named(problem):
+            return problems
+        assert own is not None and gathering is not None
+        disk = Disk()
+        file = disk.attempt(lambda: _new_file(path, own.shapes)) if self.writes and not self.is_replaced else None
+
+        def write(values: Tensor) -> None:
+            disk.attempt(lambda: file and file.write(values))
+
+        gathering.stream(own.shapes, spans_of_kind(own, "model"), write if self.writes else None)
+        if file:
+            disk.attempt(file.sync)
+            file.close()
+        if disk.error or gathering.problem:
+            checkpoint_format.remove(path)
+        return self._named(gathering.problem or (reason_of(disk.error) if disk.error else None))
+
+    def mark_stopped(self, step: int) -> bool:
+        """Leave a sign that a signal ended the run, where its last step is durable; returns whether it is.
+
+        Exit codes do not outlive the launcher.
+        """
+        if not self.is_durable(step):
+            return False
+        if self.writes and not self.is_replaced:
+            with contextlib.suppress(OSError):  # the exit code says so as well
+                folder.tell_stopped(self._run, step)
+        return True
+
+    def write_done(self, step: int, content: Mapping[str, Any]) -> None:
+        """Write done.json, with the last checkpoint's hash, on all hosts that can. Collective.
+
+        Raises:
+            ReplacedByNewerLaunch: a newer launch holds a host's folder.
+            TrainingError: no host holds the checkpoint, or none can write the file.
+        """
+        if any(self._control.gather(self.is_replaced)):
+            raise ReplacedByNewerLaunch
+        checkpoint, own = checkpoint_format.folder_of_step(self._run, step), None
+        with contextlib.suppress(OSError):
+            own = checkpoint_format.manifest_sha256(checkpoint) if self.writes else None
+        everyone = zip(self._control.hosts, self._control.gather(own), strict=True)
+        held = {host: sha256 for host, sha256 in everyone if sha256}  # of a host's ranks one writes
+        if not held:
+            raise TrainingError(f"{checkpoint} is not there any more on any host that keeps checkpoints.")
+
+        problem = None
+        if self.writes:
+            sha256 = own or next(iter(held.values()))
+            done = {**content, "checkpoint": checkpoint.name, "checkpoint_sha256": sha256, "held_by": list(held)}
+            try:
+                write_json(self._run / "done.json", done)
+            except OSError as error:
+                problem = f"done.json could not be written: {error}"
+        problems = self._named(problem)
+        if len(problems) == len(self._background.writers):
+            raise TrainingError("; ".join(problems))
+        for one in problems:
+            self._say(one)
+
+    def _named(self, problem: str | None) -> list[str]:
+        """Every rank's problem with its host's name, on every rank. Collective."""
+        everyone = zip(self._control.hosts, self._control.gather(problem), strict=True)
+        return [f"{host}: {one}" for host, one in everyone if one is not None]
+
+
+def _new_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> TensorFile:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of an earlier launch
+    return TensorFile(path, shapes)

@@ -1,0 +1,234 @@
+"""From a recipe to its tokenizer and token shards, whatever is missing of them.
+
+    recipe --prepare--> tokenizer/, then for each source: shards, then manifest.json --open_prepared--> Prepared
+
+One process of a host prepares, under a lock; the others wait and find the work done. Data that are whole are only read:
+that takes no lock and writes nothing, so they may lie on a read-only mount. The same text gives the same bytes, however
+often preparing was interrupted; a source goes on where its journal says.
+
+Held out are the documents whose keyed hash falls below `data.val_fraction`; of a source that is one single document,
+and of ready-made token files, the last `data.val_fraction`. Train and validation share no document.
+
+Known gaps: a source on the hub is read twice, once for a trained tokenizer. How far a long source was read is not part
+of the data's identity, so a longer run finds the same shards and repeats them; removing the folder prepares more.
+"""
+
+import errno
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ds_slm.data.shards.identity import (
+    LEFT_OUT,
+    MANIFEST,
+    TOKENIZER,
+    conflicts,
+    doubts_of_older_data,
+    read_manifest,
+    tokenizer_identity,
+)
+from ds_slm.data.shards.journal import JOURNAL, tell_skipped
+from ds_slm.data.shards.parts import Preparation, text_of, tokenizer_bytes
+from ds_slm.data.shards.prepared import Prepared, open_prepared, refuse
+from ds_slm.data.shards.writer import TEXT, DocumentFormat
+from ds_slm.data.sources import documents as corpus
+from ds_slm.errors import DataError
+from ds_slm.files import CANNOT_WRITE, locked, obstacle, shortened
+from ds_slm.recipe.problems import nearest
+from ds_slm.recipe.schema import Recipe, Source
+
+WHOLE_SOURCE_TOKENS = 20_000_000
+"""A source is read at least this far: about a minute's work, and room for a longer run."""
+MARGIN = 1.01
+"""Training tokens prepared for each that the run draws."""
+
+
+def prepare(
+    recipe: Recipe,
+    name: str,
+    data_root: Path,
+    sources: Mapping[str, Path] | None = None,
+    max_tokens: int | None = None,
+    report: Callable[[str], None] = print,
+    document_format: DocumentFormat = TEXT,
+    tokenizer_from: Path | None = None,
+) -> Prepared:
+    """Make whatever is missing of a recipe's tokenizer and shards in `data_root/name`, and open them.
+
+    Args:
+        recipe: what to prepare.
+        name: the folder's name, usually the recipe's.
+        data_root: where prepared data live.
+        sources: a local file or folder in place of a source, by the source's name.
+        max_tokens: training tokens of all sources together, to try things out; None prepares what the run needs.
+        report: takes lines of progress.
+        document_format: what the sources' documents are.
+        tokenizer_from: a folder whose tokenizer is taken, instead of making the recipe's.
+
+    Raises:
+        DataError: with every problem found; nothing that exists is overwritten.
+    """
+    replacements = {name: Path(path) for name, path in (sources or {}).items()}
+    known = [source.name for source in recipe.data.source]
+    unknown = [name for name in replacements if name not in known]
+    if unknown:
+        there = f"; it has {', '.join(known)}"
+        raise DataError(
+            [f"--source {name}: the recipe has no such source{nearest(name, known) or there}." for name in unknown]
+        )
+    folder = Path(data_root) / name
+    if in_the_way := obstacle(folder):
+        raise DataError(f"--data-root: {in_the_way}")
+    places: dict[str, corpus.SourceFiles] = {}
+    if _missing(recipe, folder):
+        with _locked(recipe, folder, report), _room_on_disk(folder):
+            if tokenizer_from is None:
+                _drop_lonely_tokenizer(recipe, folder, replacements)
+            refuse(conflicts(recipe, folder, replacements, document_format.identity))
+            places = _places(recipe, folder, replacements, report)
+            if _missing(recipe, folder):  # nobody has prepared it meanwhile
+                limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
+                if document_format.as_json and max_tokens is None:
+                    limits = dict.fromkeys(limits, math.inf)  # conversations are few, and an epoch holds all of them
+
+                preparation = Preparation(recipe, folder, replacements, limits, document_format, report)
+                tokenizer = preparation.make_tokenizer(tokenizer_from)
+                for source in recipe.data.source:
+                    if files := places.get(source.name):
+                        preparation.make_shards(source, files, tokenizer)
+    else:
+        refuse(conflicts(recipe, folder, replacements, document_format.identity))
+    for source in recipe.data.source:
+        with suppress(OSError):  # a kill came right after the manifest; of no use, and no harm on a read-only mount
+            (folder / source.name / JOURNAL).unlink(missing_ok=True)
+    prepared = open_prepared(recipe, name, data_root, document_format.identity, report)
+    for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
+        report(line)
+    return prepared
+
+
+def _missing(recipe: Recipe, folder: Path) -> list[str]:
+    """The parts of a recipe's data that are not there yet: of what is whole, the manifest was written last."""
+    parts = [TOKENIZER, *(source.name for source in recipe.data.source)]
+    return [part for part in parts if not (folder / part / MANIFEST).exists()]
+
+
+def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
+    """Remove a tokenizer of ours that no source was prepared with, and that this launch would make of other text."""
+    manifest = read_manifest(folder / TOKENIZER)
+    if manifest is None or any((folder / source.name / MANIFEST).exists() for source in recipe.data.source):
+        return
+    if (manifest["identity"], manifest.get("text")) != (tokenizer_identity(recipe), text_of(recipe, replacements)):
+        shutil.rmtree(folder / TOKENIZER)
+
+
+def _places(
+    recipe: Recipe, folder: Path, replacements: Mapping[str, Path], report: Callable[[str], None]
+) -> dict[str, corpus.SourceFiles]:
+    """Where to read each source that has no shards yet. Raises DataError with every path that is wrong."""
+    places, problems = {}, []
+    for source in recipe.data.source:
+        if not (folder / source.name / MANIFEST).exists():
+            try:
+                places[source.name] = place = corpus.locate(source, replacements.get(source.name), report)
+                problems += corpus.stand_ins(place)
+            except DataError as error:
+                problems += error.problems
+    refuse(problems)
+    for source in recipe.data.source:
+        if (place := places.get(source.name)) and (line := place.tell(source.split)):
+            report(f"{source.name}: {line}")
+    return places
+
+
+def _token_limit(recipe: Recipe, source: Source, max_tokens: int | None) -> float:
+    """Training tokens at which a source may be cut: its share of `max_tokens`, or of what the run draws."""
+    share = source.weight / sum(other.weight for other in recipe.data.source)
+    if max_tokens is not None:
+        return math.ceil(max_tokens * share)
+    drawn = recipe.train.steps * recipe.train.global_batch_tokens * share
+    return max(math.ceil(drawn * MARGIN) + recipe.data.seq_len + 1, WHOLE_SOURCE_TOKENS)
+
+
+def _changed_since(manifest: Mapping[str, Any], source: Source, replacement: Path | None) -> bool:
+    """Whether local files of the same names and sizes are there, but younger than those that were prepared."""
+    if source.kind in ("builtin", "hub") and replacement is None:
+        return False
+    if replacement is None and (manifest["replaced"] or source.path is None):
+        return False
+    try:
+        return corpus.locate(source, replacement).newest_change_ns() > manifest["newest_change_ns"]
+    except DataError:  # moved away since
+        return False
+
+
+@contextmanager
+def _room_on_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free_mb = shutil.disk_usage(folder).free / 1e6
+        raise DataError(
+            f"{folder}: the disk is full ({free_mb:,.0f} MB free): make room, or name another --data-root; preparing "
+            "goes on where it stopped."
+        ) from error
+
+
+@contextmanager
+def _locked(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """The folder's lock. Raises DataError where this user cannot write there what is missing."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder, report))
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            raise DataError(
+                f"{folder} lacks {', '.join(_missing(recipe, folder))}, and nothing can be written there "
+                f"({error.filename or folder}: {error.strerror}): name another --data-root, or prepare the data where "
+                "they can be written."
+            ) from error
+        yield
+
+
+def _notes(
+    recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path], max_tokens: int | None, told: Collection[str]
+) -> Iterator[str]:
+    """What a user may not expect of data that were found ready; of the sources in `told` their files are known."""
+    wanted = {source.name: tokenizer_bytes(_token_limit(recipe, source, max_tokens)) for source in recipe.data.source}
+    trained_on = prepared.tokenizer_manifest["cut_at_bytes"]
+    if short := [name for name, cut_bytes in trained_on.items() if cut_bytes < wanted[name]]:
+        read_mb, wanted_mb = (sum(sizes[name] for name in short) / 1e6 for sizes in (trained_on, wanted))
+        yield (
+            f"warning: {TOKENIZER} was trained for a shorter run, on {read_mb:,.1f} MB of {', '.join(short)} (this "
+            f"one: up to {wanted_mb:,.1f} MB): remove {prepared.folder} to prepare all of it anew"
+        )
+    for source in recipe.data.source:
+        manifest = prepared.manifests[source.name]
+        tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
+        if skipped := manifest["skipped"]:
+            what = "documents were skipped" if manifest["documents"] else "ids were skipped"
+            yield f"{source.name}: {sum(skipped.values()):,} {what}: {tell_skipped(skipped)}"
+        yield from (f"{source.name}: {note}" for note in manifest.get("notes", []))
+        if _changed_since(manifest, source, replacements.get(source.name)):
+            yield (
+                f"warning: {source.name}: its files have changed since they were prepared, the shards hold what was "
+                f"there before: remove {prepared.folder / source.name} to prepare it anew"
+            )
+        for doubt in doubts_of_older_data(source, manifest, replacements.get(source.name)):
+            yield f"warning: {source.name}: {doubt}: remove {prepared.folder / source.name} to prepare it anew"
+        if source.name not in told:
+            if manifest["replaced"]:
+                yield f"{source.name}: read from local files ({shortened([name for name, _ in manifest['files']])})"
+            if left_out := corpus.tell_left_out(manifest.get(LEFT_OUT, {})):
+                yield f"{source.name}: left out when it was prepared: {left_out}"
+        if not manifest["whole"] and tokens < _token_limit(recipe, source, None):
+            yield (
+                f"{source.name}: cut at {tokens:,} training tokens, the run will repeat them (remove {prepared.folder} "
+                "for more)"
+            )

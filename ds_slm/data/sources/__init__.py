@@ -1,0 +1,1 @@
+"""Text: where a source is, and its documents from a position on."""

@@ -1,0 +1,1 @@
+"""Tokenizers: trained, built or loaded."""

@@ -1,0 +1,110 @@
+"""Failures of ranks: who failed first, and what each rank still tells, so that every error is told once.
+
+the first that fails   waits a moment for the others' mistakes and tells all there are; a crash it tells at once
+another that fails     tells what the first did not
+a rank that did not    ends, and says so where none of its host failed
+"""
+
+import json
+import socket
+import traceback
+from dataclasses import asdict, dataclass
+
+from ds_slm.distributed.store import Intervals, Store, wait_until
+from ds_slm.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, describe
+
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank cannot go on."""
+
+    rank: int
+    host: str
+    code: int
+    text: str
+    """What its user is told."""
+    problems: tuple[str, ...] = ()
+    """Of a mistake of the user's: one sentence each."""
+
+    @property
+    def place(self) -> str:
+        """Which rank, and where."""
+        return f"rank {self.rank} on {self.host}"
+
+
+def failure_of(error: BaseException, rank: int) -> Failure:
+    """What a rank tells of an error: a sentence, or a traceback where it is nobody's mistake but ours."""
+    problems = tuple(error.told) if isinstance(error, UserError) else ()
+    text, code = describe(error) or ("".join(traceback.format_exception(error)).rstrip(), EXIT_FAILURE)
+    if isinstance(error, SystemExit) and error.code == EXIT_USER_ERROR:
+        code = EXIT_USER_ERROR
+    return Failure(rank, socket.gethostname(), code, text, problems)
+
+
+class FailureBoard:
+    """Where ranks post their failures, in the store of the launch."""
+
+    def __init__(self, store: Store, size: int, intervals: Intervals) -> None:
+        self._store, self._size, self._intervals = store, size, intervals
+        self._told: list[Failure] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no rank has failed."""
+        return self._store.count("failed") == 0
+
+    def post(self, own: Failure, was_told: bool) -> str | None:
+        """Post a rank's failure; returns what this rank is to tell, if anything, and then to call `mark_told`."""
+        self._store.set(f"failed/{own.rank}", json.dumps(asdict(own)))
+        if self._store.count("failed", 1) > 1:
+            return None if was_told else self._left_to_tell(own)
+        if not own.problems or was_told:
+            self._told = [own]
+            return None if was_told else own.text
+        wait_until(self._nobody_is_underway, self._intervals.together_s, POLL_S)
+        self._told = [one for one in self.failures() if one.problems]
+        return all_problems(self._told)
+
+    def mark_told(self) -> None:
+        """Let the other ranks end: the first failure is told."""
+        if not self._store.has("told"):
+            self._store.set("told", json.dumps([one.rank for one in self._told]))
+
+    def await_told(self) -> None:
+        """Wait until the first failure is told, but not for ever."""
+        limit_s = self._intervals.together_s + self._intervals.come_out_s
+        wait_until(lambda: self._store.has("told"), limit_s, POLL_S)
+
+    def failures(self) -> list[Failure]:
+        """All that were posted, in the order of ranks."""
+        posted = [rank for rank in range(self._size) if self._store.has(f"failed/{rank}")]
+        found = [json.loads(self._store.get(f"failed/{rank}")) for rank in posted]
+        return [Failure(**{**one, "problems": tuple(one["problems"])}) for one in found]
+
+    def _left_to_tell(self, own: Failure) -> str | None:
+        """What the first did not tell of this one."""
+        self.await_told()
+        told = json.loads(self._store.get("told")) if self._store.has("told") else []
+        self._told = [one for one in self.failures() if one.rank in told]
+        if own.rank in told or own.text in [one.text for one in self._told]:
+            return None
+        if self._told and not own.problems:  # most often: what it waited for will never come
+            return f"{own.place} ends, too ({self._told[0].place} had failed): {own.text.splitlines()[-1]}"
+        return own.text
+
+    def _nobody_is_underway(self) -> bool:
+        """Whether all have failed, or are ready and can fail no more."""
+        return self._store.count("failed") + self._store.count("arrived") >= self._size
+
+
+def all_problems(failures: list[Failure]) -> str:
+    """Every problem once; with its host where not all hosts that failed have it."""
+    by_host: dict[str, dict[str, None]] = {}
+    for one in failures:
+        by_host.setdefault(one.host, {}).update(dict.fromkeys(one.problems))
+    first, *others = by_host.values()
+    everywhere = [problem for problem in first if all(problem in those for those in others)]
+    elsewhere = [f"{host}: {one}" for host, those in by_host.items() for one in those if one not in everywhere]
+    return "error: " + "\n  ".join([*everywhere, *elsewhere])

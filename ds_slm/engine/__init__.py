@@ -1,0 +1,1 @@
+"""DeepSpeed's engine; no other package imports deepspeed."""

@@ -1,0 +1,73 @@
+"""The device of a rank: which kind DeepSpeed found, what it can compute in, and how ranks share a host's cores."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ds_slm.distributed.ranks import Control
+from ds_slm.errors import DeviceError
+from ds_slm.model import kernels
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""A recipe's precision -> what the model computes in."""
+
+
+def device_type() -> str:
+    """'cpu', or the accelerator DeepSpeed found."""
+    return accelerator().device_name()
+
+
+def current_device() -> torch.device:
+    """This rank's device, once it is connected."""
+    kind = device_type()
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def accelerator() -> Any:
+    """DeepSpeed's accelerator."""
+    if not (torch.version.cuda or torch.version.hip):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches, and warns that it found none
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
+def refuse_missing_precision(precision: str) -> None:
+    """Raise DeviceError where the device cannot compute in the recipe's precision, ConfigError where it is told how in
+    unknown words.
+    """
+    kernels.chosen_products()
+    device = accelerator()
+    supported = {
+        "fp32": True,
+        "fp16": bool(device.is_fp16_supported()),
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if device.device_name() == "cuda" else True,
+    }
+    if not supported[precision]:
+        others = " or ".join(f"--set train.precision={name}" for name, there in supported.items() if there)
+        raise DeviceError(
+            f"train.precision = {precision!r}: this device ({device.device_name()}) lacks it; use {others}."
+        )
+
+
+def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
+    """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
+
+    Without it each of them starts as many threads as there are cores. Ranks compute on cores where there is no GPU, and
+    where the optimiser is offloaded. OMP_NUM_THREADS is heeded: whoever sets it has chosen.
+
+    Args:
+        control: the ranks' connection.
+        zero: DeepSpeed's zero_optimization section.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    machine = control.leaders_of_ranks[control.rank]
+    everyone = control.gather([machine, cores])
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if "OMP_NUM_THREADS" not in os.environ and (device_type() == "cpu" or offloads):
+        threads = max(torch.get_num_threads() // everyone.count([machine, cores]), 1)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # bitsandbytes has an OpenMP of its own, loaded later
+    return torch.get_num_threads()

@@ -1,0 +1,209 @@
+"""DeepSpeed's engine behind four verbs: start, forward_backward, step, evaluate.
+
+    rows of a step -> micro-batches of this rank -> forward, backward (gradients add up) -> step
+
+The loss of a step is the sum over all its tokens, on all ranks and in all micro-batches, divided by the sum of their
+weights: never a mean of means. DeepSpeed divides by the accumulation steps and averages over ranks, so each
+micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps / sum of the step's weights.
+"""
+
+import importlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_slm.data.rows import Rows
+from ds_slm.distributed.ranks import Control
+from ds_slm.distributed.stop import Interrupt, Request, Vote, micro_batches_per_vote
+from ds_slm.engine import devices, masters, partitions
+from ds_slm.engine.optim import build_optimizer, set_learning_rate
+from ds_slm.engine.row_reader import Share
+from ds_slm.errors import AgreedDataError
+from ds_slm.model.decoder import Decoder
+from ds_slm.recipe.ds_config import EngineConfig
+from ds_slm.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over all rows of all ranks."""
+
+    nll: float
+    weight: float
+    z2: float
+    count: float
+    nonfinite_ranks: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean of the negative log-likelihood, in nats per token."""
+        return self.nll / self.weight
+
+    @property
+    def mean_z2(self) -> float:
+        """Mean of logsumexp squared over the tokens that count."""
+        return self.z2 / self.count
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all ranks' rows of a step, or of an evaluation, add up to: known before the first forward."""
+
+    weight: float
+    count: float
+    """Tokens of a weight above 0."""
+    micro_batches_per_vote: int
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed asks whether the optimiser is its Muon. Importing that loads all of torch's compiler, for seconds."""
+    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+
+
+class Engine:
+    """A model under DeepSpeed, with its optimiser."""
+
+    def __init__(
+        self, recipe: Recipe, engine_config: EngineConfig, model: Decoder, control: Control, interrupt: Interrupt
+    ) -> None:
+        import deepspeed
+
+        _import_muon_uncompiled()
+        self.recipe, self.engine_config, self.control, self.interrupt = recipe, engine_config, control, interrupt
+        self.deepspeed: Any = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, recipe.optimizer),
+            config=engine_config.deepspeed,
+            dist_init_required=False,
+        )[0]
+        if engine_config.compiled:
+            model.compile_parts()
+        self.topology = {**partitions.topology(self.deepspeed), "partitions": masters.layout(self.deepspeed, control)}
+        """What must be equal for a return to be bit-exact."""
+        self.device = torch.device(self.deepspeed.device)
+        self.dtype = devices.DTYPES[recipe.train.precision]
+        self._micro_batch_s = 0.0
+        if self.loss_scaler:
+            self.loss_scaler.raise_error_at_min_scale = False  # the loop tells it, with the rows
+
+    def agree(self, share: Share) -> Totals:
+        """What all ranks' rows add up to, before the first forward. Collective.
+
+        Raises DataError with every rank's problems on all ranks: one that left alone would keep the others waiting.
+        """
+        weight = sum(float(rows.weights.sum()) for rows in share.micro_batches)
+        count = sum(float((rows.weights > 0).sum()) for rows in share.micro_batches)
+        own = torch.tensor([len(share.problems), weight, count, self._micro_batch_s], dtype=torch.float64)
+        problems, weights, counts, durations_s = self._gather(own.to(self.device))
+        if any(problems):
+            self.raise_together(share.problems)
+        return Totals(sum(weights), sum(counts), micro_batches_per_vote(max(durations_s)))
+
+    def raise_together(self, problems: Sequence[str]) -> None:
+        """Raise DataError with every rank's problems, on all ranks, where any has one. Collective."""
+        if everyones := list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those)):
+            raise AgreedDataError(everyones)
+
+    def forward_backward(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
+        """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches.
+
+        Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
+        """
+        begin_s = time.perf_counter()
+        z_scale = self.recipe.train.z_loss * totals.weight / totals.count
+        scale = self.control.world_size * self.engine_config.accumulation_steps / totals.weight
+        self.deepspeed.train()
+        nll, z2 = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for index, rows in enumerate(micro_batches):
+            if index:
+                self.deepspeed.step()  # between micro-batches it only counts
+            sums = self.deepspeed(*self._on_device(rows), z_scale)
+            vote = self._start_vote(index, micro_batches, totals)  # its messages travel behind the backward pass
+            self.deepspeed.backward(sums.objective * scale)
+            vote.wait()
+            nll, z2 = nll + sums.nll, z2 + sums.z2
+
+        nll_by_rank, z2_by_rank = self._gather_sums(nll, z2)
+        self._micro_batch_s = (time.perf_counter() - begin_s) / len(micro_batches)
+        pairs = zip(nll_by_rank, z2_by_rank, strict=True)
+        nonfinite = tuple(rank for rank, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
+        return Sums(sum(nll_by_rank), totals.weight, sum(z2_by_rank), totals.count, nonfinite)
+
+    def step(self, learning_rate: float) -> bool:
+        """Clip, and take one optimiser step; False where it was not taken because a gradient was not finite."""
+        set_learning_rate(self.deepspeed.optimizer.optimizer, learning_rate)
+        self.deepspeed.step()
+        return bool(self.deepspeed.was_step_applied())
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.deepspeed.get_global_grad_norm())
+
+    @property
+    def loss_scaler(self) -> Any:
+        """fp16's dynamic loss scaler; None in other precisions."""
+        return self.deepspeed.optimizer.loss_scaler if self.recipe.train.precision == "fp16" else None
+
+    def synchronise(self) -> None:
+        """Wait for the device: a clock read earlier says when its work was handed over, not when it was done."""
+        devices.accelerator().synchronize()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
+        """Sums over held-out rows. Every rank passes as many micro-batches. Raises Stopped as `forward_backward`."""
+        self.deepspeed.eval()
+        own = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for index, rows in enumerate(micro_batches):
+            sums = self.deepspeed(*self._on_device(rows), 0.0)
+            own += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
+            self._start_vote(index, micro_batches, totals).wait()
+        nll, weight, z2, count = map(sum, self._gather_sums(*own))
+        return Sums(nll, weight, z2, count)
+
+    @contextmanager
+    def eager(self) -> Iterator[nn.Module]:
+        """The model without compiled parts, for batches of changing shape."""
+        with torch.compiler.set_stance("force_eager"):
+            yield self.deepspeed.module
+
+    def _start_vote(self, index: int, micro_batches: Sequence[Rows], totals: Totals) -> Vote:
+        """Begin to vote after a micro-batch where it is time to; the last one's vote goes along with the sums."""
+        done = index + 1
+        if done % totals.micro_batches_per_vote or done == len(micro_batches):
+            return Vote()
+        return self.interrupt.start_vote()
+
+    def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A GPU copies page-locked rows while it computes; they stay as they are until the step is done."""
+        ids, weights, documents = (
+            None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
+            for array in (rows.token_ids, rows.weights, rows.document_ids)
+        )
+        assert ids is not None
+        assert weights is not None
+        return ids[:, :-1], ids[:, 1:], weights, documents
+
+    def _gather_sums(self, *own: Tensor) -> list[list[float]]:
+        """Each sum's values on all ranks; their requests go along: Stopped or ReplacedByNewerLaunch may be raised."""
+        request = torch.tensor([int(self.interrupt.request)], dtype=torch.float64).to(self.device)
+        *sums, requests = self._gather(torch.cat([torch.stack(own), request]))
+        self.interrupt.act_on(Request(int(max(requests))))
+        return sums
+
+    def _gather(self, own: Tensor) -> list[list[float]]:
+        """Each value on all ranks, in the order of ranks: sums in that order are the same bits on every rank."""
+        gathered = own
+        if self.control.world_size > 1:
+            gathered = own.new_empty(self.control.world_size * len(own))
+            dist.all_gather_into_tensor(gathered, own)
+        return gathered.view(-1, len(own)).T.tolist()

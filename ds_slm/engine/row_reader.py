@@ -1,0 +1,188 @@
+"""The rows of a step, read in a thread while the step before trains.
+
+    position --> rows of the step, without skipped ones --share--> this rank's micro-batches --read--> StepRows
+    a GPU copies from page-locked memory, which its processor need not wait for (`PageLocked`)
+
+Which rows a step has is a pure function of its position, so they can be read early. A row that cannot be read is told
+where it is used, on all ranks at once, and never stops the step before. All rows are read in that one thread: a source
+need not be safe for several.
+
+Known gap: the rows of two steps lie in memory at a time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ds_slm.data.order import RowId
+from ds_slm.data.rows import Rows, Split, share
+from ds_slm.data.skipping import Ranges, draw
+from ds_slm.distributed.ranks import Control
+from ds_slm.errors import DataError
+from ds_slm.recipe.ds_config import EngineConfig
+
+ALIGNMENT = 64
+"""Bytes: where an array may begin in a buffer."""
+
+
+class RowSource(Protocol):
+    """Where rows come from; the same protocol for pretraining and fine-tuning."""
+
+    def row_ids(self, position: int) -> list[RowId]:
+        """Rows of the step that begins at a global position."""
+        ...
+
+    def next_position(self, position: int) -> int:
+        """Where the next step begins."""
+        ...
+
+    def val_row_ids(self, limit: int | None) -> list[RowId]:
+        """Held-out rows: always the same `limit` ones, or all."""
+        ...
+
+    def read(self, row_ids: Sequence[RowId | None], split: Split = "train") -> Rows:
+        """The rows themselves; None is a filler row of weight 0."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """What a user may not expect of these rows, a line each."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What all the rows hold, for env.json."""
+        ...
+
+    def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
+        """What a step's rows hold, for its record."""
+        ...
+
+    @property
+    def measures(self) -> Mapping[str, Split]:
+        """Ways of counting the held-out loss: the prefix of a value's name -> what `read` calls it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's micro-batches of some rows."""
+
+    micro_batches: list[Rows]
+    problems: list[str]
+    """Why rows could not be read; there are no micro-batches then."""
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one optimiser step."""
+
+    begin: int
+    """Where the step begins; later than asked for where all rows of a step are skipped."""
+    next_position: int
+    rows: dict[int, RowId]
+    """All ranks' rows by global position, without skipped ones."""
+    share: Share
+    contents: Mapping[str, int]
+    """What the rows hold, for the step's record."""
+
+
+class RowReader:
+    """Reads rows for one rank."""
+
+    def __init__(
+        self, source: RowSource, control: Control, engine_config: EngineConfig, skipped: Ranges, on_gpu: bool
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            source: where rows come from.
+            control: whose rank's share is read.
+            engine_config: how a step is cut up.
+            skipped: global positions of rows that are left out.
+            on_gpu: whether rows are put into page-locked memory.
+        """
+        self._source, self._control, self._config, self._skipped = source, control, engine_config, skipped
+        self._hold: Callable[[list[Rows]], list[Rows]] = PageLocked().hold if on_gpu else lambda rows: rows
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
+        self._ahead: tuple[int, Future[StepRows]] | None = None
+
+    def of_step(self, position: int, another_follows: bool) -> StepRows:
+        """Rows of the step that begins at a global position; those of the next one are read from now on.
+
+        Rows that a GPU copies stay as they are until the second step after this one is asked for.
+        """
+        begun, self._ahead = self._ahead, None
+        if begun and begun[0] == position:
+            rows = begun[1].result()
+        else:
+            rows = self._thread.submit(self._read_step, position).result()
+
+        if another_follows:
+            self._ahead = rows.next_position, self._thread.submit(self._read_step, rows.next_position)
+        return rows
+
+    def held_out(self, limit: int | None, split: Split) -> Share:
+        """Held-out rows: always the same `limit` ones, or all."""
+        return self._thread.submit(lambda: self._read_share(self._source.val_row_ids(limit), split)).result()
+
+    def whole(self, row_ids: Sequence[RowId]) -> Rows:
+        """Training rows as one batch, all ranks' shares of them."""
+        return self._thread.submit(self._source.read, row_ids).result()
+
+    def close(self) -> None:
+        """Forget what was read ahead."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read_step(self, position: int) -> StepRows:
+        begin, rows = draw(self._source, position, self._skipped)
+        row_ids = list(rows.values())
+        found = self._read_share(row_ids, "train", self._config.accumulation_steps)
+        held = Share(self._hold(found.micro_batches), found.problems)
+        return StepRows(begin, self._source.next_position(begin), rows, held, self._source.describe(row_ids))
+
+    def _read_share(self, row_ids: Sequence[RowId], split: Split, count: int = 0) -> Share:
+        """This rank's micro-batches, filled up to `count`: a short last step has as many forwards as the others."""
+        shares = share(row_ids, self._control.rank, self._control.world_size, self._config.micro_batch)
+        shares += [[None] * len(shares[0])] * (count - len(shares))
+        try:
+            return Share([self._source.read(ids, split) for ids in shares], [])
+        except DataError as error:
+            return Share([], error.problems)
+
+
+class PageLocked:
+    """Rows in two page-locked buffers in turn: one is copied to the device while the other is filled."""
+
+    def __init__(self, allocate: Callable[[int], np.ndarray] | None = None) -> None:
+        """Uses `allocate` for buffers of so many bytes (uint8)."""
+        self._allocate = allocate or _page_locked_bytes
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+
+    def hold(self, micro_batches: list[Rows]) -> list[Rows]:
+        """The same rows, in the buffer that was not filled last."""
+        arrays = [array for rows in micro_batches for array in (rows.token_ids, rows.weights, rows.document_ids)]
+        sizes = [0 if array is None else -(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+        buffer = self._buffers.pop(0)
+        if len(buffer) < sum(sizes):
+            buffer = self._allocate(sum(sizes))
+        self._buffers.append(buffer)
+
+        copies: list[Any] = []
+        begin = 0
+        for array, size in zip(arrays, sizes, strict=True):
+            copies.append(None if array is None else _copied(array, buffer[begin : begin + array.nbytes]))
+            begin += size
+        return [Rows(*copies[first : first + 3]) for first in range(0, len(copies), 3)]
+
+
+def _page_locked_bytes(size: int) -> np.ndarray:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _copied(array: np.ndarray, place: np.ndarray) -> np.ndarray:
+    view = place.view(array.dtype).reshape(array.shape)
+    np.copyto(view, array)  # not torch's copy, which would start threads of its own
+    return view

@@ -1,0 +1,284 @@
+"""A run's folder: who may continue it, and what it says of itself.
+
+Every launch has a generation number, one more than the last, and an id; they are in env.json (launches.py) beside the
+versions, the hosts and every effective choice.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from ds_slm.errors import CheckpointError, DataError, RecipeError
+from ds_slm.files import (
+    fsync,
+    new_folder,
+    obstacle,
+    read_json,
+    refuse_unwritable,
+    replace_bytes,
+    replace_text,
+    write_json,
+)
+from ds_slm.recipe import schema
+from ds_slm.recipe.schema import RECIPE_FILE, Recipe
+from ds_slm.run import software
+
+STOPPED = "stopped.json"
+"""Left by a run that a signal ended, with its step and generation; the next launch removes it."""
+SAVED = "saved.json"
+"""The newest step that was saved, and the hosts that hold it: on every host, also on those that keep no checkpoints."""
+FOLDERS, FILES = (
+    ("checkpoints", "logs", "tb"),
+    ("env.json", "ds_config.json", "metrics.jsonl", "changes.jsonl", "done.json", STOPPED, SAVED),
+)
+"""What a launch writes into, by name."""
+
+
+LEFTOVERS = re.compile(r"logs|tokenizer|changes\.jsonl|\.host-.+|\.tokenizer\.tmp|\..+\.tmp-.+")
+"""What a launch leaves that was killed before it wrote recipe.toml; an older version wrote the tokenizer before it."""
+
+
+def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -> None:
+    """Raise CheckpointError where this launch may not write into the folder.
+
+    Args:
+        run: the run folder, which need not exist.
+        recipe: what is to be trained.
+        resume: 'never' refuses any folder that is not empty.
+        allow_change: permit the changes that need permission.
+    """
+    if in_the_way := obstacle(run):
+        raise CheckpointError(f"--run-dir {in_the_way}")
+    if not run.exists() or all(LEFTOVERS.fullmatch(path.name) for path in run.iterdir()):
+        return
+    if resume == "never":
+        raise CheckpointError(
+            f"--run-dir {run} is not empty, and --resume never may not touch it: name another folder."
+        )
+    if not (run / RECIPE_FILE).is_file():
+        raise CheckpointError(f"--run-dir {run} is not empty and holds no recipe.toml: not a run folder; name another.")
+    try:
+        old = schema.load_recorded(run)
+    except RecipeError as error:
+        _refuse_unless_trained_with(run, recipe, error)
+        return
+    refused = schema.refused_changes(old, recipe, allow_change)
+    if refused:
+        raise CheckpointError(
+            [f"--run-dir {run} holds a run of another recipe:", *refused, "Name another --run-dir, or undo the change."]
+        )
+
+
+def _refuse_unless_trained_with(run: Path, recipe: Recipe, damage: RecipeError) -> None:
+    """Of a folder whose recipe.toml is damaged: its other files hold the hash of what it was trained with."""
+    newest_first = sorted(run.glob("checkpoints/step-*/state.json"), reverse=True)
+    kept = (read_json(path) for path in (*newest_first, run / "done.json", run / "env.json"))
+    trained_with = next((found["recipe_sha256"] for found in kept if found and "recipe_sha256" in found), None)
+    if trained_with not in (None, recipe.identity_sha256()):
+        raise CheckpointError(
+            [
+                f"--run-dir {run}:",
+                *damage.problems,
+                f"This launch has the recipe {recipe.identity_sha256()}, the run was trained with {trained_with}.",
+            ]
+        )
+
+
+def refuse_unusable(run: Path) -> None:
+    """Raise where a launch could not write: something is in the way of its files, or a disk refuses. Changes nothing.
+
+    Raises:
+        CheckpointError: for each name that is something else than it must be, a link to nothing among them.
+        OSError: where the folder, or that of the checkpoints, cannot be written to.
+    """
+    in_the_way = [path for path in (run / name for name in FOLDERS) if os.path.lexists(path) and not path.is_dir()]
+    problems = [
+        f"{path} is {'a file' if path.exists() else 'a link to nothing'}, expected a folder: mend or remove it."
+        for path in in_the_way
+    ]
+    folders = [path for path in (run / name for name in FILES) if path.is_dir()]
+    problems += [f"{path} is a folder, expected a file: move it away." for path in folders]
+    if problems:
+        raise CheckpointError(problems)
+    for folder in (run, run / "checkpoints"):
+        refuse_unwritable(folder)
+
+
+def finished(run: Path) -> dict[str, Any]:
+    """What the run left when it was finished: its step, losses and hashes; nothing where it was not.
+
+    A done.json that is damaged counts as none: the run's end, its last evaluation, is then done again.
+    """
+    done = read_json(run / "done.json") or {}
+    return done if isinstance(done.get("step"), int) else {}
+
+
+def tell_stopped(run: Path, step: int) -> None:
+    """Leave the sign that a signal ended the run, with a whole checkpoint of this step."""
+    write_json(run / STOPPED, {"step": step, "generation": generation(run)})
+
+
+def tell_saved(run: Path, step: int, held_by: Sequence[str]) -> None:
+    """Leave the sign that a checkpoint of this step lies whole on some hosts' disks."""
+    write_json(run / SAVED, {"step": step, "held_by": list(held_by)})
+
+
+def newest_saved(run: Path) -> tuple[int, list[str]]:
+    """The newest step that a folder's records say was saved, and the hosts that held it; 0 where none was.
+
+    Older versions left no saved.json. There a save counts that another one followed: it had come to its end.
+    """
+    saved = read_json(run / SAVED)
+    signs = [sign for sign in (saved, read_json(run / "done.json"), read_json(run / STOPPED)) if sign]
+    found = {sign["step"]: sign.get("held_by") for sign in signs if isinstance(sign.get("step"), int)}
+    if saved is None:
+        found |= dict.fromkeys(_recorded_saves(run)[:-1])
+    step = max(found, default=0)
+    hosts = found.get(step)
+    return step, [str(host) for host in hosts] if isinstance(hosts, list) else []
+
+
+def _recorded_saves(run: Path) -> list[int]:
+    """The steps whose saves metrics.jsonl says were begun, in ascending order; damaged lines are passed over."""
+    records = (record for record in _json_lines(run / "metrics.jsonl") if record.get("kind") == "save")
+    return sorted({record["step"] for record in records if isinstance(record.get("step"), int)})
+
+
+def keep_records(run: Path, generation: int) -> Path | None:
+    """Keep a copy of metrics.jsonl, whose later steps this launch takes again from other weights; None without one."""
+    records, kept = run / "metrics.jsonl", run / f"metrics.before-generation-{generation}.jsonl"
+    if not records.is_file():
+        return None
+    replace_bytes(kept, records.read_bytes())
+    return kept
+
+
+def generation(run: Path) -> int:
+    """Number of launches that wrote into this folder.
+
+    Where env.json does not say it, the greatest number that changes.jsonl or stopped.json knows. Checkpoints do not
+    know it: those of a run that was interrupted are the same bytes as those of one that was not.
+    """
+    recorded = (read_json(run / "env.json") or {}).get("generation")
+    return recorded if isinstance(recorded, int) else generation_elsewhere(run)
+
+
+def generation_elsewhere(run: Path) -> int:
+    """The last launch that changes.jsonl or stopped.json knows of; 0 where none does."""
+    known = [*read_changes(run), read_json(run / STOPPED)]
+    numbers = [found["generation"] for found in known if found and isinstance(found.get("generation"), int)]
+    return max(numbers, default=0)
+
+
+def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> list[str]:
+    """Write recipe.toml, ds_config.json, env.json, saved.json and tokenizer/; changes of the recipe are recorded.
+
+    recipe.toml comes first, for it tells a run folder from others: a kill after any of these writes leaves a folder
+    that the same command accepts. A done.json of a run that now goes on longer is removed: it is the sign of success.
+
+    Returns:
+        What was found damaged, and is mended, a line each.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    notes = []
+    for sign in ("done.json", STOPPED):
+        (run / sign).unlink(missing_ok=True)
+
+    # What this launch changes is recorded before the old recipe is replaced.
+    recorded = run / RECIPE_FILE
+    old = None
+    if recorded.is_file():
+        try:
+            old = schema.load_recorded(run)
+        except RecipeError:
+            notes.append(f"{recorded} was damaged: it is written anew, by the same recipe")
+    changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()} if old else {}
+    if changed:
+        record_change(run, facts["generation"], {"changes": changed})
+    replace_text(recorded, schema.to_toml(recipe))
+    if facts.get("skip_rows"):
+        record_change(run, facts["generation"], {"skipped_rows": facts["skip_rows"]})
+
+    notes += mend_tokenizer(run, tokenizer)
+    if read_json(run / SAVED) is None:
+        tell_saved(run, facts.get("begins_at_step", 0), [])
+    write_json(run / "ds_config.json", deepspeed)
+    write_json(run / "env.json", {**facts, **software.describe()})
+    return notes
+
+
+def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
+    """Give a run the tokenizer of its prepared data where it has none, or a damaged one.
+
+    The caller has made sure that the run was trained with these data. What was there is kept beside, in
+    tokenizer.damaged/.
+
+    Returns:
+        What to say of it.
+    """
+    mine = run / "tokenizer"
+    problem = _tokenizer_problem(mine, prepared)
+    if problem is None:
+        return []
+    temporary = run / ".tokenizer.tmp"
+    new_folder(temporary)
+    shutil.copytree(prepared, temporary, dirs_exist_ok=True)
+    for path in (*temporary.iterdir(), temporary):
+        fsync(path)
+    if os.path.lexists(mine):
+        aside = run / "tokenizer.damaged"
+        new_folder(aside)
+        aside.rmdir()
+        mine.rename(aside)
+    temporary.rename(mine)
+    fsync(run)
+    begun = any(run.glob("checkpoints/step-*"))
+    return [f"{mine} {problem}: it is copied anew from {prepared}"] if begun else []
+
+
+def _tokenizer_problem(mine: Path, prepared: Path) -> str | None:
+    """What is wrong with a run's tokenizer; None where it is that of the prepared data."""
+    if not mine.is_dir():
+        return "is missing"
+    try:
+        found, expected = load_tokenizer(mine), load_tokenizer(prepared)
+    except DataError:
+        return "is damaged"
+    if (found.sha256, found.eos_id, found.pad_id) != (expected.sha256, expected.eos_id, expected.pad_id):
+        return "is not the one of the data"
+    if (prepared / CHAT_TEMPLATE_FILE).is_file() and not (mine / CHAT_TEMPLATE_FILE).is_file():
+        return f"lacks its {CHAT_TEMPLATE_FILE}"
+    return None
+
+
+def read_changes(run: Path) -> list[dict[str, Any]]:
+    """The lines of changes.jsonl; damaged ones are passed over."""
+    return list(_json_lines(run / "changes.jsonl"))
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line; damaged lines, and a file that cannot be read, are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
+    """Add a line to changes.jsonl: what a launch does otherwise than those before it."""
+    path = run / "changes.jsonl"
+    before = path.read_bytes() if path.is_file() else b""
+    if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own
+        before += b"\n"
+    replace_bytes(path, before + json.dumps({"generation": generation, **what}).encode() + b"\n")

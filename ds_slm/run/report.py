@@ -1,0 +1,203 @@
+"""What a run tells: TensorBoard, metrics.jsonl, and a progress bar or plain lines on the terminal. Rank 0 alone speaks.
+
+    libraries' output (stdout, stderr) --> logs/rank-00000.log        (`captured_output`)
+    record --> metrics.jsonl, tb/ and the terminal                    (`Report`)
+
+DeepSpeed's own TensorBoard is not used: it writes rates against samples, and no loss.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from ds_slm.files import replace_text
+from ds_slm.run import launches
+from ds_slm.run.launches import Launch
+
+TAGS = {
+    "train": {
+        "loss": "train/loss", "z_loss": "train/z_loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
+        "tokens": "train/tokens", "loss_spike": "train/loss_spike", "loss_scale": "train/loss_scale",
+        "tokens_per_s": "perf/tokens_per_s",
+        "mfu": "perf/mfu", "step_s": "perf/step_s", "peak_memory_gb": "perf/peak_memory_gb",
+        "conversations": "rows/conversations", "real": "rows/real_tokens", "supervised": "rows/supervised_tokens",
+        "padded": "rows/padded_tokens",
+    },
+    "val": {
+        "loss": "val/loss", "perplexity": "val/perplexity", "bits_per_byte": "val/bits_per_byte",
+        "card_loss": "val/card_loss", "card_perplexity": "val/card_perplexity",
+    },
+    "eval": {
+        "loss": "final/loss", "perplexity": "final/perplexity", "bits_per_byte": "final/bits_per_byte",
+        "card_loss": "final/card_loss", "card_perplexity": "final/card_perplexity",
+    },
+    "save": {"wait_s": "perf/save_wait_s"},
+}  # fmt: skip
+"""Kind of record -> field -> TensorBoard tag."""
+
+
+LONGEST_SILENCE_S = 60.0
+"""Without a progress bar, a step at least this long after the last line gets one of its own."""
+
+
+@contextlib.contextmanager
+def captured_output(log: Path) -> Iterator[TextIO]:
+    """Send everything this process and its libraries print to a log file; yields the terminal as it was.
+
+    Works on file descriptors, so compilers and C++ libraries are caught as well. A traceback goes to the log and, after
+    the descriptors are restored, to the terminal.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield terminal
+        except BaseException:
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                traceback.print_exc()
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            terminal.close()
+
+
+class Report:
+    """Writes a run's records; on any rank but 0 every method does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        terminal: TextIO,
+        active: bool,
+        total_steps: int,
+        first_step: int = 0,
+        launch: Launch | None = None,
+    ) -> None:
+        """Nothing is recorded once another launch than `launch` holds the folder. Raises ReplacedByNewerLaunch."""
+        self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
+        self._launch = launch
+        self._lost_records = False
+        self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if launch:
+            launches.refuse_replaced(folder, launch)
+        self._forget_after(first_step)
+        self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1)
+        self.bar = self._progress_bar(first_step) if terminal.isatty() else None
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the records of steps that a resumed run takes again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                replace_text(path, "".join(kept))
+
+    def _progress_bar(self, first_step: int) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(), console=Console(file=self.terminal),
+        )  # fmt: skip
+        self.task = bar.add_task("", total=self.total_steps, completed=first_step)
+        bar.start()
+        return bar
+
+    def say(self, text: str) -> None:
+        """One line on the terminal."""
+        if not self.active:
+            return
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.terminal, flush=True)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A text in TensorBoard."""
+        if self.active and self._may_write:
+            with self._disk():
+                self.tensorboard.add_text(tag, text, step)
+
+    @property
+    def _may_write(self) -> bool:
+        return self._launch is None or not launches.is_replaced(self.folder, self._launch)
+
+    def record(self, kind: str, step: int, values: Mapping[str, Any], log: bool = True) -> None:
+        """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
+        if not self.active:
+            return
+        if log and self._may_write:
+            with self._disk():
+                self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                for field, tag in TAGS[kind].items():
+                    if values.get(field) is not None:
+                        self.tensorboard.add_scalar(tag, values[field], step)
+        if kind == "train":
+            self._progress(step, values)
+        elif kind != "save":
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
+            self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A full disk costs records, not the run; it is told once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost_records:
+                self.say(f"RECORDS ARE LOST: {self.folder}: {error}. Training goes on.")
+            self._lost_records = True
+
+    def _progress(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=numbers)
+        elif step % self.line_every_steps == 0 or step in (1, self.total_steps) or self._silent_s() > LONGEST_SILENCE_S:
+            self.spoke_at_s = time.monotonic()
+            left_s = (self.total_steps - step) * values["step_s"]
+            self.say(f"step {step}/{self.total_steps}: {numbers}, {left_s // 60:.0f} min {left_s % 60:.0f} s left")
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self.spoke_at_s
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.active:
+            if self.bar:
+                self.bar.stop()
+            for file in (self.metrics, self.tensorboard):
+                with self._disk():
+                    file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; a line that was cut or damaged belongs to none that is kept."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf

@@ -1,0 +1,366 @@
+"""One launch, from checked arguments to a finished run; pretraining and fine-tuning both come through here.
+
+    join the configuration -> prepare data, one process a host -> connect -> agree -> find a checkpoint -> train
+
+Whatever can be wrong on one host only (its data, its run folder) is gathered from all and refused on all: a rank that
+left alone would keep the others waiting.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO, TypeVar
+
+from torch import Tensor, nn
+
+from ds_slm.checkpoint import resume as checkpointing
+from ds_slm.checkpoint.manager import Checkpoints
+from ds_slm.checkpoint.resume import State
+from ds_slm.data import skipping
+from ds_slm.distributed import network, rendezvous
+from ds_slm.distributed.ranks import Control
+from ds_slm.distributed.stop import Interrupt
+from ds_slm.engine import compile_probe, devices, micro_batch, process_group
+from ds_slm.engine.engine import Engine
+from ds_slm.engine.profile import Profile
+from ds_slm.errors import RAISED_ON_ALL_RANKS, CheckpointError, ReplacedByNewerLaunch, UserError
+from ds_slm.model import decoder, kernels
+from ds_slm.recipe import ds_config, effects, schema
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run import folder, launches, measure, skipped_rows
+from ds_slm.run.launches import Launch
+from ds_slm.run.report import Report, captured_output
+from ds_slm.train import agreement, flags, loop
+from ds_slm.train.choices import effective_choices
+
+Result = TypeVar("Result")
+
+
+class Corpus(Protocol):
+    """Prepared data: what a session needs to know of it."""
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all that decides which rows are read."""
+        ...
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer's content."""
+        ...
+
+    @property
+    def older_sha256s(self) -> Mapping[str, str]:
+        """What an older version called the same data and tokenizer; see `ds_slm.data.shards.prepared.Prepared`."""
+        ...
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A Hugging Face tokenizer folder."""
+        ...
+
+    @property
+    def replaced_sources(self) -> list[str]:
+        """Sources that were read from other local files than the recipe names."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """A launch's flags, read and checked."""
+
+    run_dir: Path
+    ds_config: Path
+    recipe_name: str = ""
+    """What prepared data are filed under."""
+    resume: str = "auto"
+    max_steps: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
+    """Rows of a forward; None takes the ds_config's hint or a default, "auto" measures."""
+    allow_change: bool = False
+    allow_mixed: bool = False
+    """Train together on hosts whose code or libraries differ."""
+    profile: range | None = None
+    """Steps whose time is told apart."""
+    skip_rows: tuple[range, ...] = ()
+    """Global positions of rows that are left out, beside those that are recorded; an empty range forgets these."""
+    grace_s: float = 25.0
+    """From a signal that stops the run to the end of its processes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between pretraining and fine-tuning."""
+
+    prepare: Callable[[], Corpus]
+    """Prepare the data on this host, or find it prepared."""
+    rows: Callable[[Any], loop.RowSource]
+    """Rows of the prepared data."""
+    sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
+    """From prepared data to a function that continues the recipe's prompts."""
+    val_tokens_per_byte: Callable[[Any], float | None]
+    identity: Callable[[], Mapping[str, str]] = dict
+    """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
+    evaluate_first: bool = False
+    """Whether the weights a run begins with are worth an evaluation."""
+    begin: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    """Names and fp32 weights to begin with, one at a time; None: the recipe's initialisation."""
+
+
+def run(recipe: Recipe, options: Options, task: Task) -> None:
+    """Train a recipe on the ranks of this launch.
+
+    Raises:
+        UserError: on all ranks alike, with every host's problems, before anything is written but prepared data.
+    """
+    meeting = rendezvous.current()
+    meeting.open()
+    world_size = meeting.world.size
+
+    # Everything that can be wrong on this host alone, before anybody waits inside a collective.
+    problems: list[str] = []
+    _attempt(problems, network.refuse_unknown_interfaces)
+    wanted = None if options.micro_batch == "auto" else options.micro_batch
+    engine_config = _attempt(problems, lambda: _join(recipe, options, world_size, wanted))
+    _attempt(problems, lambda: flags.refuse(recipe, options))
+    _attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
+    _attempt(problems, lambda: folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
+    corpus = None if problems else _attempt(problems, task.prepare)
+    rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
+    if problems or engine_config is None or corpus is None or rows is None:
+        raise UserError(problems)  # which ends the other ranks, too
+
+    differing = agreement.meet(meeting, options.allow_mixed)
+    with process_group.connected() as control:
+        devices.share_cores(control, engine_config.deepspeed["zero_optimization"])
+        identity = {
+            "recipe_sha256": recipe.identity_sha256(),
+            "data_sha256": corpus.sha256,
+            "tokenizer_sha256": corpus.tokenizer_sha256,
+            **task.identity(),
+        }
+        # Before any rank acts on its recipe or ds_config: ranks that differ would wait for different messages.
+        agreement.agree_on_inputs(control, identity, recipe, engine_config, task.identity())
+        done = max(control.gather(folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
+        if done.get("step", -1) >= recipe.train.steps:
+            checkpointing.refuse_other_beginning(options.run_dir, done, identity, corpus.older_sha256s)
+            _mend_finished(control, options.run_dir, corpus)
+            if control.rank == 0:
+                print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
+            return
+        _refuse_unwritable(control, options.run_dir)
+        found = (
+            None
+            if options.resume == "never"
+            else checkpointing.find(control, options.run_dir, identity, corpus.older_sha256s)
+        )
+        if found is None and options.resume == "must":
+            raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
+
+        engine_config = _eager_if_compiling_fails(engine_config, control)
+        kernels.fix_sums(engine_config.deterministic and (engine_config.compiled or devices.device_type() != "cpu"))
+        if options.micro_batch == "auto":
+            engine_config = _with_fastest_micro_batch(recipe, options, engine_config, control)
+
+        log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
+        launch = launches.begin(control, options.run_dir)
+        with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal, ExitStack() as held:
+            writers = control.writers(options.run_dir)
+            for line in launches.take_over(control, options.run_dir, launch, writers, held):
+                print(line, file=terminal, flush=True)
+            try:
+                _train(
+                    recipe, options, task, engine_config, control, interrupt, corpus, rows, identity, found, differing,
+                    terminal, launch, writers,
+                )  # fmt: skip
+            except ReplacedByNewerLaunch as replaced:
+                raise ReplacedByNewerLaunch(str(launches.holder(options.run_dir))) from replaced
+
+
+def _train(
+    recipe: Recipe,
+    options: Options,
+    task: Task,
+    engine_config: ds_config.EngineConfig,
+    control: Control,
+    interrupt: Interrupt,
+    corpus: Corpus,
+    rows: loop.RowSource,
+    identity: dict[str, Any],
+    found: checkpointing.ResumePoint | None,
+    differing: dict[str, list[str]],
+    terminal: TextIO,
+    launch: Launch,
+    writers: list[int],
+) -> None:
+    content = found.content if found else {}
+    recorded = skipped_rows.recorded(control, options.run_dir, content)
+    steps_left = recipe.train.steps - content.get("step", 0)
+    skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
+    facts = {**launch.facts(), **effective_choices(recipe, options, engine_config, control), **differing, **identity}
+    facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges, "begins_at_step": content.get("step", 0)}
+    facts["replaced_sources"] = corpus.replaced_sources
+    facts["warnings"] = [
+        *effects.warnings(recipe),
+        *flags.warnings(recipe, options, control.world_size, len(writers), len(rows.val_row_ids(None))),
+        *rows.warnings(),
+    ]
+    problems: list[str] = []
+    mended, newer = None, ""
+    if control.rank in writers:
+        try:
+            with launches.claiming(options.run_dir, launch):
+                mended = folder.describe(
+                    options.run_dir, recipe, engine_config.deepspeed, facts, corpus.tokenizer_folder
+                )
+        except ReplacedByNewerLaunch:
+            newer = str(launches.holder(options.run_dir))
+        except (UserError, OSError) as error:
+            problems += _problems_of(error, f"--run-dir {options.run_dir}")
+    agreement.agree(control, problems)
+    if any(control.gather(newer)):
+        raise ReplacedByNewerLaunch
+    mixed = agreement.mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
+    mended = [line for lines in control.gather(mended or []) for line in lines]
+    if control.rank == 0:
+        said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
+        _announce(facts, options, said, terminal)
+    interrupt.mark_stopped = lambda: found is not None  # nothing was applied since
+    # The model's weights come once DeepSpeed has its partitions: from a checkpoint, a base, or the recipe's seed.
+    model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
+    engine = Engine(recipe, engine_config, model, control, interrupt)
+    if found:
+        state = checkpointing.load(engine, found)
+    else:
+        checkpointing.begin(engine, task.begin() if task.begin else None)
+        state = State(ledger=corpus.sha256)
+    stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
+    if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
+        raise ReplacedByNewerLaunch
+    kept = (
+        folder.keep_records(options.run_dir, launch.generation) if control.rank == 0 and found and found.lost else None
+    )
+    report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
+    if found and found.lost:
+        report.say(f"warning: {found.lost}" + (f"; records of what is taken again are in {kept}" if kept else ""))
+    if found:
+        report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
+        if state.step >= stop_at_step:
+            report.say(f"--max-steps {stop_at_step}: nothing to do")
+        elif options.profile and options.profile[-1] <= state.step:
+            report.say("--profile has no effect: these steps were taken before")
+    checkpoints = Checkpoints(engine, options.run_dir, launch, writers, identity, report.say)
+    report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
+    state = replace(state, skipped_rows=skip.ranges)
+    if found:
+        checkpoints.resume(state, found)
+    run = loop.Run(
+        folder=options.run_dir,
+        recipe=recipe,
+        engine=engine,
+        rows=rows,
+        report=report,
+        state=state,
+        checkpoints=checkpoints,
+        stop_at_step=stop_at_step,
+        identity=identity,
+        peak_flops=measure.peak_flops(engine.device, engine.dtype),
+        sample=task.sample(corpus),
+        val_tokens_per_byte=task.val_tokens_per_byte(corpus),
+        evaluate_first=task.evaluate_first,
+        profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
+    )
+
+    def leave() -> None:
+        """All ranks do; one that fails alone waits for nobody."""
+        control.barrier()  # whoever leaves first has the others ended
+        checkpoints.close()
+
+    interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
+    try:
+        loop.train(run)
+    except RAISED_ON_ALL_RANKS:
+        leave()
+        raise
+    else:
+        leave()
+    finally:
+        report.close()
+
+
+def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
+    """A finished run can be exported: its tokenizer is whole, or mended. Collective."""
+    problems: list[str] = []
+    notes = None
+    if control.leads_host and folder.finished(run):
+        notes = _attempt(problems, lambda: folder.mend_tokenizer(run, corpus.tokenizer_folder))
+    for line in dict.fromkeys(line for lines in control.gather([*(notes or []), *problems]) for line in lines):
+        if control.rank == 0:
+            print(f"warning: {line}", flush=True)
+
+
+def _refuse_unwritable(control: Control, run: Path) -> None:
+    """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
+    problems: list[str] = []
+    if control.leads_host:
+        _attempt(problems, lambda: folder.refuse_unusable(run))
+    agreement.agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
+
+
+def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.EngineConfig:
+    ds_file = ds_config.read(options.ds_config)
+    return ds_config.join(recipe, ds_file, world_size, devices.device_type(), rows)
+
+
+def _eager_if_compiling_fails(engine_config: ds_config.EngineConfig, control: Control) -> ds_config.EngineConfig:
+    """Blocks are compiled on all ranks, or on none. Collective."""
+    reason = compile_probe.eager_reason(control, devices.current_device()) if engine_config.compiled else None
+    return replace(engine_config, compiled=False, eager_reason=reason) if reason else engine_config
+
+
+def _with_fastest_micro_batch(
+    recipe: Recipe, options: Options, engine_config: ds_config.EngineConfig, control: Control
+) -> ds_config.EngineConfig:
+    """The same launch with the micro-batch that trains fastest. Collective."""
+
+    def say(line: str) -> None:
+        if control.rank == 0:
+            print(line, flush=True)
+
+    trial = micro_batch.Trial(recipe, engine_config, devices.current_device(), devices.DTYPES[recipe.train.precision])
+    changed = _join(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
+    return replace(changed, compiled=engine_config.compiled, eager_reason=engine_config.eager_reason)
+
+
+def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:
+    """The action's result; or None, and what was wrong, in `place` where it is not said, added to the problems."""
+    try:
+        return action()
+    except (UserError, OSError) as error:
+        problems += _problems_of(error, place)
+    return None
+
+
+def _problems_of(error: UserError | OSError, place: str) -> list[str]:
+    """What was wrong, in `place` where the error does not say it."""
+    if isinstance(error, UserError):
+        return error.problems
+    return [f"{error.filename or place}: {error.strerror or error}."]
+
+
+def _announce(facts: dict[str, Any], options: Options, warnings: list[str], terminal: Any) -> None:
+    hosts, filler = ", ".join(dict.fromkeys(facts["hosts"])), facts["filler_rows_per_step"]
+    taken = [f"{name or 'its own choice'} on {host}" for host, name in facts["interfaces"].items()]
+    over = f" over {', '.join(taken)}" if len(taken) > 1 else ""
+    lines = [
+        f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {hosts}",
+        f"{facts['backend']}{over}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; "
+        f"{facts['rows_per_step']} rows a step = {facts['world_size']} ranks x {facts['accumulation_steps']} forwards "
+        f"x {facts['micro_batch_rows']} rows" + (f" - {filler} filler" if filler else ""),
+        "; ".join(f"{what}: {kernel}" for what, kernel in facts["kernels"].items()),
+        f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
+        f"generation {facts['generation']}",
+        *(f"warning: {warning}" for warning in (*facts["mixed_hosts"], *warnings)),
+    ]
+    print("\n".join(lines), file=terminal, flush=True)

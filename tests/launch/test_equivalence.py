@@ -1,0 +1,137 @@
+"""The same steps whatever the topology: losses and gradient norms through the real `deepspeed` command.
+
+Every CPU runs bf16 in both of its forms (`PRODUCTS`), so what passes here does not depend on the kind of CPU. The
+oracle is a plain PyTorch loop in fp32: the same model and rows, one process, torch's AdamW, no DeepSpeed.
+"""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_slm.data.rows import PretrainRows
+from ds_slm.data.shards.prepare import prepare
+from ds_slm.engine.optim import build_optimizer
+from ds_slm.model import decoder, kernels
+from ds_slm.recipe import schema
+from ds_slm.recipe.schedule import learning_rate
+from tests.support import runs, tolerances
+
+PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
+
+COVERING = {
+    1: ["zero1-fp32", "zero2-fp32-gc", "zero3-bf16-gc", "zero1-bf16"],
+    2: ["zero1-fp32-gc", "zero3-fp32", "zero2-bf16", "zero1-bf16-gc", "zero1-fp32-compiled", "zero2-bf16-gc-compiled"],
+    3: ["zero2-fp32", "zero3-fp32-gc", "zero1-bf16", "zero1-fp32"],
+}
+"""World size -> cases: every pair of world size, stage, precision and checkpointing comes up."""
+PRODUCTS = {1: "upcast", 2: "native", 3: "upcast"}
+"""World size -> how the CPU multiplies bf16."""
+EVERYTHING = [
+    "-".join(parts).rstrip("-")
+    for parts in itertools.product(("zero1", "zero2", "zero3"), ("fp32", "bf16"), ("", "gc"))
+] + ["zero1-fp32-compiled", "zero2-fp32-gc-compiled", "zero1-bf16-compiled", "zero2-bf16-gc-compiled"]
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_recipe(tmp_path_factory.mktemp("equivalence"))
+
+
+@pytest.fixture(scope="module")
+def reference(recipe_path: Path) -> list[dict]:
+    """Loss and gradient norm of each step in a plain PyTorch loop."""
+    recipe = schema.load(str(recipe_path))
+    data = prepare(recipe, recipe_path.stem, recipe_path.parent / "data", report=lambda line: None)
+    rows, model = PretrainRows(recipe, data), decoder.build(recipe.model, recipe.train.seed)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    position, records = 0, []
+    for step in range(recipe.train.steps):
+        batch = rows.read(rows.row_ids(position))
+        position = rows.next_position(position)
+        logits = model(torch.from_numpy(batch.input_ids)).flatten(0, 1)
+        targets = torch.from_numpy(batch.target_ids).flatten()
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        (loss + recipe.train.z_loss * logits.logsumexp(-1).square().mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        records.append({"loss": loss.item(), "grad_norm": norm.item()})
+    return records
+
+
+def products(form: str) -> dict[str, str]:
+    """The environment in which a CPU multiplies bf16 in this form."""
+    return {kernels.PRODUCTS_VARIABLE: form}
+
+
+def launch(recipe_path: Path, out: Path, world_size: int, cases: list[str]) -> None:
+    """Run the cases on so many ranks."""
+    described = []
+    for case in cases:
+        zero, precision, *rest = case.split("-")
+        settings = [f"zero={zero[-1]}", f"set=train.precision={precision}", "max_steps=20"]
+        settings += ["set=train.gradient_checkpointing=true"] * ("gc" in rest) + ["compiled=1"] * ("compiled" in rest)
+        settings += [f"broken={r}" for r in rest if r not in ("gc", "compiled")]
+        described.append(f"{case}:{','.join(settings)}")
+    command = runs.deepspeed_command(world_size, "--recipe", recipe_path, "--out", out, *described, script=PROGRAM)
+    done = runs.run(command, cwd=out.parent, timeout_s=600, **products(PRODUCTS[world_size]))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def check_matrix(recipe_path: Path, out: Path, world_size: int, cases: list[str], reference: list[dict]) -> None:
+    launch(recipe_path, out, world_size, cases)
+    one_process = runs.records(out.parent / f"reference-bf16-{PRODUCTS[world_size]}")
+
+    # bf16 is compared with the first bf16 run: rounding moves every loss by more than the topologies differ
+    excesses = {}
+    for case in cases:
+        precision = case.split("-")[1]
+        expected = reference if precision == "fp32" else one_process
+        excesses[case] = tolerances.excess(runs.records(out / case), expected, precision)
+    assert max(excesses.values()) < 1, f"differences at world size {world_size}, in tolerances: {excesses}"
+
+    for case in cases:
+        ledgers = [record["ledger"] for record in runs.records(out / case)]
+        assert ledgers == [record["ledger"] for record in one_process]
+
+
+@pytest.fixture(scope="module")
+def reference_bf16(recipe_path: Path) -> None:
+    """One process, no gradient checkpointing, launched without the launcher: once for each form of products."""
+    for form in tolerances.PRODUCTS:
+        out = recipe_path.parent / f"reference-bf16-{form}"
+        flags = ["--recipe", recipe_path, "--run-dir", out, "--data-root", recipe_path.parent / "data"]
+        command = [str(runs.BIN / "python"), str(runs.ROOT / "ds_slm" / "pretrain.py"), *map(str, flags)]
+        command += ["--set", "train.precision=bf16", "--micro-batch", "7"]
+        done = runs.run(command, cwd=recipe_path.parent, **products(form))
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.usefixtures("reference_bf16")
+def test_every_topology_takes_the_same_steps(recipe_path: Path, reference: list[dict], world_size: int) -> None:
+    """Oracle: the plain PyTorch loop (fp32), one bf16 process (bf16)."""
+    check_matrix(recipe_path, recipe_path.parent / f"world{world_size}", world_size, COVERING[world_size], reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.usefixtures("reference_bf16")
+def test_every_topology_takes_the_same_steps_all(recipe_path: Path, reference: list[dict], world_size: int) -> None:
+    """The whole matrix; oracles as above."""
+    check_matrix(recipe_path, recipe_path.parent / f"all{world_size}", world_size, EVERYTHING, reference)
+
+
+@pytest.mark.usefixtures("reference_bf16")
+def test_a_mean_of_means_is_found(recipe_path: Path, reference: list[dict]) -> None:
+    """A mutation: where each rank divides by its own share, seven rows on two ranks must give other steps."""
+    out = recipe_path.parent / "broken"
+    launch(recipe_path, out, 2, ["zero1-fp32-mean_of_means", "zero1-bf16-mean_of_means"])
+    expected = {"fp32": reference, "bf16": runs.records(recipe_path.parent / f"reference-bf16-{PRODUCTS[2]}")}
+    for precision, whole in expected.items():
+        broken = runs.records(out / f"zero1-{precision}-mean_of_means")
+        assert tolerances.excess(broken, whole, precision) > tolerances.MUTATION_FACTOR, precision

@@ -1,0 +1,220 @@
+"""The verbs of `ds-slm`, as programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from ds_slm.cli import main
+from ds_slm.cli.main import app
+from ds_slm.recipe import plan, schema
+
+ROOT = Path(__file__).resolve().parents[3]
+INSTALLED = Path(sys.executable).parent / "ds-slm"
+COMMAND = [str(INSTALLED)] if INSTALLED.exists() else [sys.executable, "-c", "from ds_slm.cli.main import run; run()"]
+
+
+def ds_slm(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the real command."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says on stderr when it refuses: exit code 2, nothing on stdout. In this process, to be quick."""
+    monkeypatch.setattr(sys, "argv", ["ds-slm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.out == ""
+    assert "\n\n" not in printed.err.strip()
+    return printed.err
+
+
+def test_help_lists_the_verbs_that_exist() -> None:
+    """Oracle: the verbs of this release, no more."""
+    done = ds_slm("--help")
+    assert done.returncode == 0
+    commands = done.stdout.partition("Commands:")[2].split("\n")
+    assert [line.split()[0] for line in commands if line.strip()] == [
+        *("recipes", "plan", "prepare", "train", "sft", "verify", "export")
+    ]
+
+
+def test_light_verbs_import_nothing_heavy() -> None:
+    """Oracle: sys.modules after the verbs have run."""
+    script = (
+        "import sys\n"
+        "from ds_slm.cli.main import app\n"
+        "for line in ('--help', 'plan --help', 'recipes', 'plan axiom-380m', 'plan demo --json'):\n"
+        "    app(line.split(), standalone_mode=False)\n"
+        "    heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'datasets', 'bitsandbytes'} & set(sys.modules)\n"
+        "    assert not heavy, (line, heavy)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_recipes() -> None:
+    """Oracle: the library; the JSON is one object, the table one line per recipe."""
+    rows = json.loads(ds_slm("recipes", "--json").stdout)["recipes"]
+    assert [row["name"] for row in rows] == schema.library_names()
+    assert {row["name"]: row["params"] for row in rows} == {
+        name: plan.parameters(schema.load(name).model) for name in schema.library_names()
+    }
+    lines = CliRunner().invoke(app, ["recipes"]).stdout.splitlines()
+    assert lines[0].split() == ["recipe", "parameters", "tokens", "published", "ours"]
+    slm_10m = next(line for line in lines if line.startswith("slm-10m"))
+    assert slm_10m.split() == ["slm-10m", "9,968,640", "25B", "leaderboard/average", "32.38", "not", "yet", "run"]
+    assert len(lines) == 1 + len(rows)
+
+
+def test_plan_json() -> None:
+    """Oracle: the figures of the recipe and ds_slm.recipe.plan; a hostfile says how many devices and hosts."""
+    flags = ["--hostfile", "hostfiles/two_node", "--ds-config", "ds_configs/zero2.json", "--network", "10"]
+    done = ds_slm("plan", "axiom-380m", *flags, "--set", "train.steps=100", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["params"] == found["published_params"] == 385_849_344
+    assert found["flops_per_token"] == 2_617_085_952
+    assert (found["world_size"], found["nodes"], found["zero_stage"], found["steps"]) == (2, 2, 2, 100)
+    assert found["batch"]["rows_per_step"] == 320
+    assert found["memory"]["device_bytes"] == sum(
+        part for name, part in found["memory"].items() if name not in ("device_bytes", "host_bytes")
+    )
+
+
+def test_plan_table() -> None:
+    """Oracle: the same figures, for people."""
+    output = CliRunner().invoke(app, ["plan", "ant-10m", "--gpus-per-node", "8", "--nodes", "2"]).stdout
+    assert "9,902,336 (published: 9,902,464)" in output
+    assert "16 on 2 hosts, ZeRO-1" in output
+    assert "Assumed: " in output
+
+
+def test_plan_of_a_file(tmp_path: Path) -> None:
+    """Oracle: a recipe is a name or a path; what is written resolved plans the same."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(schema.to_toml(schema.load("slm-10m")))
+    runner = CliRunner()
+    by_path, by_name = (runner.invoke(app, ["plan", name, "--json"]).stdout for name in (str(recipe), "slm-10m"))
+    assert {**json.loads(by_path), "recipe": "slm-10m"} == json.loads(by_name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["plan", "slm10m"], ["the nearest is 'slm-10m'", "gpt-s-1.4m"]),
+        (
+            [
+                "plan",
+                "demo",
+                "--set",
+                "train.stpes=3",
+                "--set",
+                "model.num_attention_heads=5",
+                "--set",
+                "data.seq_len=255",
+            ],
+            ["the nearest is 'train.steps'", "num_attention_heads = 5", "cannot be split into rows"],
+        ),
+        (["plan", "demo", "--hostfile", "hostfiles/two_nodes"], ["hostfiles/two_node"]),
+        (
+            ["plan", "demo", "--hostfile", "hostfiles/two_node", "--nodes", "2"],
+            ["leave out --gpus-per-node and --nodes"],
+        ),
+        (["plan", "demo", "--ds-config", "ds_configs/zero9.json"], ["zero9.json"]),
+        (["prepare", "demo", "--source", "documentation"], ["expected NAME=PATH"]),
+        (["prepare", "demo-instruct"], ["'demo-instruct' fine-tunes a base", "ds-slm sft demo-instruct --base MODEL"]),
+    ],
+)
+def test_refusals(
+    arguments: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: exit code 2, one paragraph that names every problem."""
+    monkeypatch.chdir(ROOT)
+    message = refused(arguments, monkeypatch, capsys)
+    assert message.startswith("error: ")
+    assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("arguments", [["plan", "slm10m"], ["plan", "demo", "--nods=2"], ["trian"]])
+def test_mistakes_of_the_real_command(arguments: list[str]) -> None:
+    """Oracle: an unknown recipe, flag or verb ends in exit code 2, named on stderr and without a traceback."""
+    done = ds_slm(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert arguments[-1].partition("=")[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the manifests on disk; with --json one object on stdout, progress on stderr; --verify finds damage."""
+    (tmp_path / "texts").mkdir()
+    text = "\n\n".join(
+        f"Sentence number {number} of a small text that is only here to be cut into tokens." for number in range(999)
+    )
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"Document {number}.\n{text[number * 500 :][:4000]}")
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        schema.to_toml(
+            schema.load(
+                "demo",
+                [
+                    "data.source.0.kind=files",
+                    f"data.source.0.path={tmp_path / 'texts'}",
+                    "data.val_fraction=0.2",
+                    "tokenizer.vocab_size=300",
+                    "model.vocab_size=300",
+                ],
+            )
+        )
+    )
+    flags = ["prepare", str(recipe), "--data-root", str(tmp_path / "data")]
+    done = ds_slm(*flags, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    manifest = json.loads((tmp_path / "data" / "small" / "documentation" / "manifest.json").read_text())
+    assert summary["train_tokens"] == sum(shard["tokens"] for shard in manifest["shards"]["train"]) > 0
+    assert summary["vocab_size"] == 300
+    runner = CliRunner()
+    assert json.loads(runner.invoke(app, [*flags, "--verify", "--json"]).stdout)["sha256"] == summary["sha256"]
+    shard = next((tmp_path / "data" / "small" / "documentation").glob("train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert "sha256" in refused([*flags, "--verify"], monkeypatch, capsys)
+
+
+def test_export_passes_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the arguments that reach ds_slm.publish.export; two checkpoints at once are refused."""
+    calls = []
+    exported = {
+        "checkpoint": "runs/x/checkpoints/step-00000009",
+        "step": 9,
+        "params": 7,
+        "dtype": "fp32",
+        "folder": "out",
+    }
+
+    def export_run(*arguments: object, **keywords: object) -> dict[str, object]:
+        calls.append((arguments, keywords))
+        return exported
+
+    monkeypatch.setitem(sys.modules, "ds_slm.publish.export", SimpleNamespace(export_run=export_run))
+    runner = CliRunner()
+    flags = ["export", "runs/x", "--out", str(tmp_path / "out")]
+    done = runner.invoke(app, [*flags, "--best", "--json"])
+    assert json.loads(done.stdout) == exported
+    assert calls == [((Path("runs/x"), tmp_path / "out"), {"step": None, "best": True})]
+    assert "choose one" in str(runner.invoke(app, [*flags, "--best", "--step", "3"]).exception)
+    assert runner.invoke(app, flags).stdout == "out: 7 parameters of runs/x/checkpoints/step-00000009, fp32\n"
+    assert len(calls) == 2

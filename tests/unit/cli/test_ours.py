@@ -1,0 +1,83 @@
+"""`ds-slm recipes`: ours is what the runs there are say, and a run of something else says what."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_slm.cli.ours import ours_of
+from ds_slm.files import write_json
+from ds_slm.recipe import schema
+from tests.support.assistants import ds_slm
+
+DEMO = schema.load("demo")
+
+
+def write_run(runs: Path, name: str, *overrides: str, done: bool = True, **environment: Any) -> Path:
+    """A run folder of the demo, as a launch leaves it."""
+    recipe, folder = schema.load("demo", list(overrides)), runs / name
+    (folder / "checkpoints" / "step-00000400").mkdir(parents=True)
+    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
+    facts = {"recipe_name": "demo", "replaced_sources": [], "data_sha256": "d", **environment}
+    write_json(folder / "env.json", facts)
+    if done:
+        figures = {"val_loss": 2.5, "val_bits_per_byte": 1.716}
+        hashes = {"recipe_sha256": recipe.identity_sha256(), "data_sha256": "d"}
+        write_json(folder / "done.json", {"step": recipe.train.steps, **figures, **hashes})
+    return folder
+
+
+CASES = {
+    "finished": ({}, (), "1.716 bits per byte", True),
+    "unfinished": ({"done": False}, (), "step 400 of 800", False),
+    "replaced": ({"replaced_sources": ["docs"]}, (), "1.716 bits per byte (other data: docs)", False),
+    "unrecorded": ({"replaced_sources": None}, (), "1.716 bits per byte (its data are not recorded)", False),
+    "changed": ({}, ("train.seed=9",), "1.716 bits per byte (another recipe: train.seed 1337 -> 9)", False),
+    "prepared anew": ({"data_sha256": "e"}, (), "1.716 bits per byte (done.json is of other data)", False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_says_what_it_is(tmp_path: Path, case: str) -> None:
+    """Oracle: by hand: only a finished run of this recipe and its data counts as ours without another word."""
+    given, overrides, text, counts = CASES[case]
+    assert DEMO.train.seed == 1337 and DEMO.train.steps == 800
+    write_run(tmp_path, "any-name", *overrides, **given)
+    found = ours_of("demo", DEMO, tmp_path)
+    assert found is not None
+    assert (str(found), found.counts) == (text, counts)
+
+
+def test_the_run_that_counts_is_shown(tmp_path: Path) -> None:
+    """Oracle: of a longer run of another recipe, an unfinished one and the recipe's own, the last."""
+    write_run(tmp_path, "a", "train.steps=9000")
+    write_run(tmp_path, "b", done=False)
+    own = write_run(tmp_path, "c")
+    found = ours_of("demo", DEMO, tmp_path)
+    assert found is not None and found.run == str(own)
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "done.json", "env.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]"])
+def test_damaged_files_are_no_run_of_ours(tmp_path: Path, name: str, content: bytes) -> None:
+    """Oracle: no error, and nothing that counts."""
+    (write_run(tmp_path, "demo") / name).write_bytes(content)
+    found = ours_of("demo", DEMO, tmp_path)
+    assert found is None or not found.counts
+
+
+def test_the_verb_reads_the_runs_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the figure of a run, in the table and the JSON object; without runs every recipe is not yet run."""
+    monkeypatch.chdir(tmp_path)
+    assert ds_slm("recipes", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("not yet run") == len(schema.library_names())
+    write_run(tmp_path / "elsewhere", "demo")
+    assert ds_slm("recipes", "--runs", "elsewhere", monkeypatch=monkeypatch) == 0
+    assert "1.716 bits per byte" in capsys.readouterr().out
+    assert ds_slm("recipes", "--runs", "elsewhere", "--json", monkeypatch=monkeypatch) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["recipes"]}
+    assert rows["demo"]["ours"] == "1.716 bits per byte" and rows["demo"]["run"]["counts"]
+    assert rows["slm-10m"]["ours"] is None and rows["slm-10m"]["run"] is None

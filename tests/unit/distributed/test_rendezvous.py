@@ -1,0 +1,364 @@
+"""How ranks meet, and how one that fails ends the others. The ranks of a launch are threads of this process.
+
+Oracle throughout: what users read, and the exit code of every rank.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds_slm.distributed.rendezvous import Rendezvous
+from ds_slm.distributed.store import Intervals, Store
+from ds_slm.distributed.world import World
+from ds_slm.errors import DataError
+from tests.support import runs
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+QUICK = Intervals(
+    poll_s=0.01,
+    beat_s=0.02,
+    first_word_s=60,
+    word_every_s=60,
+    connect_s=20,
+    silent_s=20,
+    together_s=2,
+    come_out_s=0.2,
+    linger_s=0.5,
+)
+
+
+class Launch:
+    """Ranks of one launch, each with an end that is recorded instead of ending this process."""
+
+    def __init__(self, size: int, folder: Path, intervals: Intervals = QUICK) -> None:
+        self.world = World(size=size, port=runs.free_port())
+        self.intervals, self.codes = intervals, dict[int, int]()
+        self.mains: list[tuple[int, threading.Thread]] = []
+        self._log = os.open(folder / "terminal", os.O_CREAT | os.O_RDWR | os.O_APPEND)
+        self._path = folder / "terminal"
+        self.made: list[Rendezvous] = []
+        self.ranks = [self.rank(number) for number in range(size)]
+
+    def rank(self, number: int) -> Rendezvous:
+        def end(code: int) -> None:
+            self.codes.setdefault(number, code)
+            raise SystemExit
+
+        self.made.append(Rendezvous(replace(self.world, rank=number), self.intervals, self._log, end))
+        return self.made[-1]
+
+    @property
+    def told(self) -> str:
+        return self._path.read_text()
+
+    def run(self, *actions: Callable[[Rendezvous], object]) -> None:
+        """Each rank's main thread; returns when all have ended."""
+        for rank, action in zip(self.ranks, actions, strict=False):
+            main = threading.Thread(target=action, args=(rank,), daemon=True)
+            main.start()
+            self.mains.append((rank.world.rank, main))
+        deadline_s = time.monotonic() + 20
+        while self.unfinished and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert not self.unfinished
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Ranks whose main thread has neither returned nor been ended."""
+        return [rank for rank, main in self.mains if main.is_alive() and rank not in self.codes]
+
+    def await_codes(self, count: int) -> None:
+        deadline_s = time.monotonic() + 20
+        while len(self.codes) < count and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        for rank in self.made:
+            rank._met.set()  # a main thread whose process ended in earnest would be gone
+            rank.close()
+
+        # A thread that comes back from C++ while the interpreter ends would abort it.
+        for rank in self.made:
+            if rank._thread is not None:
+                rank._thread.join(timeout=30)
+                assert not rank._thread.is_alive()
+        os.close(self._log)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
+    made: list[Launch] = []
+
+    def make(size: int, **intervals: float) -> Launch:
+        made.append(Launch(size, tmp_path, replace(QUICK, **intervals)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def arrives(rank: Rendezvous) -> None:
+    rank.open()
+    rank.arrive(f"I am {rank.world.rank}")
+
+
+def fails(error: BaseException, when_open: bool = True) -> Callable[[Rendezvous], None]:
+    def action(rank: Rendezvous) -> None:
+        if when_open:
+            rank.open()
+        rank.fail(error)
+
+    return action
+
+
+def prepares(rank: Rendezvous) -> None:
+    """Opens, and is busy with something else from then on."""
+    rank.open()
+
+
+def test_ranks_that_meet_know_what_each_says(launch: Callable[..., Launch]) -> None:
+    three = launch(3)
+    messages: list[list[str]] = []
+    three.run(*(lambda rank: messages.append(rank.arrive(f"I am {rank.world.rank}")) for _ in range(3)))
+    assert messages == [["I am 0", "I am 1", "I am 2"]] * 3
+    assert three.told == "" and three.codes == {}
+
+
+def test_one_rank_meets_itself_without_a_store(launch: Callable[..., Launch]) -> None:
+    assert launch(1).ranks[0].arrive("alone") == ["alone"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_mistake_on_one_rank_ends_those_that_wait_and_those_that_prepare(
+    launch: Callable[..., Launch], failing: int
+) -> None:
+    three = launch(3, together_s=0.1)
+    actions = [arrives, prepares]
+    actions.insert(failing, fails(DataError(["this is wrong", "and this"])))
+    three.run(*actions)
+    three.await_codes(3)
+    assert three.codes == {0: 2, 1: 2, 2: 2}
+    assert three.told == "error: this is wrong\n  and this\n"
+
+
+def test_the_same_mistake_on_all_ranks_is_told_once_and_at_once(launch: Callable[..., Launch]) -> None:
+    three, began_s = launch(3, together_s=15), time.monotonic()
+    three.run(*[fails(DataError("this is wrong"))] * 3)
+    assert three.codes == {0: 2, 1: 2, 2: 2}
+    assert three.told == "error: this is wrong\n"
+    assert time.monotonic() - began_s < 10
+
+
+def test_mistakes_of_several_ranks_are_told_together(launch: Callable[..., Launch]) -> None:
+    two = launch(2)
+    two.run(fails(DataError("left is wrong")), fails(DataError("right is wrong")))
+    assert two.codes == {0: 2, 1: 2}
+    assert sorted(two.told.removeprefix("error: ").split()) == sorted(["left", "is", "wrong", "right", "is", "wrong"])
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), MemoryError("no memory"), SystemExit(3), ValueError("x")])
+def test_any_error_before_the_ranks_meet_ends_all(launch: Callable[..., Launch], error: BaseException) -> None:
+    two = launch(2)
+    two.run(arrives, fails(error))
+    two.await_codes(2)
+    assert two.codes == {0: 1, 1: 1}
+    assert two.told.startswith(type(error).__name__) or "Traceback" in two.told
+    assert str(error) in two.told
+
+
+def test_an_error_before_the_store_is_open_ends_all(launch: Callable[..., Launch]) -> None:
+    """As argparse's, or that of a recipe only this host lacks."""
+    two = launch(2)
+    two.run(arrives, fails(DataError("this host has no recipe"), when_open=False))
+    two.await_codes(2)
+    assert two.codes == {0: 2, 1: 2}
+    assert two.told == "error: this host has no recipe\n"
+
+
+def test_an_interruption_ends_all(launch: Callable[..., Launch]) -> None:
+    two = launch(2)
+    two.run(arrives, fails(KeyboardInterrupt()))
+    two.await_codes(2)
+    assert two.codes == {0: 130, 1: 130}
+    assert two.told == "interrupted: the same command goes on from what was saved last.\n"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interruption_waits_for_no_rank_that_never_came(launch: Callable[..., Launch], number: int) -> None:
+    """Rank 0 has nobody to serve, or rank 1 finds nobody: both would offer another failure for a minute."""
+    two = launch(2, linger_s=60)
+
+    def interrupted(rank: Rendezvous) -> None:
+        rank.open()
+        rank._message = "I am here"
+        rank.fail(KeyboardInterrupt())
+
+    two.ranks = two.ranks[number : number + 1]
+    two.run(interrupted)
+    two.await_codes(1)
+    assert two.codes == {number: 130}
+    assert two.told == "interrupted: the same command goes on from what was saved last.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_interrupts_the_wait(launch: Callable[..., Launch], number: signal.Signals) -> None:
+    """Further ones change nothing. Oracle: the exception that `run_rank` tells of; else the handlers there were."""
+    two = launch(2)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+
+    def send() -> None:
+        deadline_s = time.monotonic() + 20
+        while signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM] and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        if signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]:
+            two.ranks[0]._met.set()  # the signal would end this process
+        else:
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            arrives(two.ranks[0])
+        assert all(signal.getsignal(one) == signal.SIG_IGN for one in handlers)
+    finally:
+        sender.join()
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    two.ranks[0]._met.set()
+    arrives(two.ranks[0])
+    assert {one: signal.getsignal(one) for one in handlers} == handlers
+
+
+def test_who_waits_for_whom_is_said(launch: Callable[..., Launch]) -> None:
+    three = launch(3, first_word_s=0.2, word_every_s=0.2)
+    waiting = threading.Thread(target=arrives, args=(three.ranks[0],))
+    waiting.start()
+    prepares(three.ranks[1])
+    deadline_s = time.monotonic() + 20
+    while three.told.count("\n") < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    line, again = three.told.splitlines()[-2:]
+    host = socket.gethostname()
+    assert line.startswith(f"waiting at 127.0.0.1:{three.world.port} for 2 of 3 ranks, 0 s so far: rank 1")
+    assert again.endswith(f": rank 1 on {host} (preparing), rank 2 (not connected)")
+    three.run(lambda rank: None, arrives, arrives)
+    waiting.join(timeout=20)
+    assert not waiting.is_alive() and three.codes == {}
+
+
+def test_a_heartbeat_that_stops_ends_the_wait(launch: Callable[..., Launch]) -> None:
+    """A rank that beat once and was killed then, as by SIGKILL or with its host."""
+    two = launch(2, silent_s=0.3)
+    two.ranks[0].open()
+    while two.ranks[0]._store is None:
+        time.sleep(0.01)
+    dead = Store(replace(two.world, rank=1), QUICK)
+    dead.set("host/1", "node2")
+    dead.count("beat/1", 1)
+    two.run(arrives)
+    two.await_codes(1)
+    assert two.codes == {0: 1}
+    assert "rank 1 on node2 has given no sign of life for 0 s, so the 2 ranks cannot meet at 127.0.0.1:" in two.told
+
+
+def test_a_rank_that_never_connects_ends_the_wait(launch: Callable[..., Launch]) -> None:
+    two = launch(2, connect_s=0.3)
+    two.run(arrives)
+    two.await_codes(1)
+    assert two.codes == {0: 1}
+    assert "rank 1 has not connected for 0 s" in two.told
+
+
+def test_a_stopped_clock_alone_is_no_dead_rank(launch: Callable[..., Launch]) -> None:
+    """Oracle: a rank that prepares for ten times `silent_s`, beating, is waited for."""
+    two = launch(2, silent_s=0.2)
+    two.ranks[1].open()
+    waiting = threading.Thread(target=arrives, args=(two.ranks[0],))
+    waiting.start()
+    waiting.join(timeout=2)
+    assert waiting.is_alive() and two.codes == {} and two.told == ""
+    arrives(two.ranks[1])
+    waiting.join(timeout=20)
+    assert not waiting.is_alive()
+
+
+def test_nobody_at_the_address_is_said(launch: Callable[..., Launch]) -> None:
+    """As with the MASTER_ADDR of an earlier launch."""
+    two = launch(2, connect_s=0.3, first_word_s=0.1)
+    two.run(lambda rank: None, arrives)
+    two.await_codes(1)
+    assert two.codes == {1: 2}
+    waits, *error = two.told.splitlines()
+    assert "waits for rank 0 at 127.0.0.1:" in waits and "(Connection refused)" in waits
+    assert f"found nobody at {two.world.master}, where rank 0 should listen" in error[-1]
+    assert "MASTER_ADDR" in error[-1]
+
+
+def test_an_unknown_address_is_said(launch: Callable[..., Launch]) -> None:
+    two = launch(2, linger_s=0.1)
+    two.ranks[1].world = replace(two.world, rank=1, address="nowhere.invalid")
+    two.run(lambda rank: None, arrives)
+    two.await_codes(1)
+    assert two.codes == {1: 2}
+    assert "'nowhere.invalid' is not a known host name" in two.told
+
+
+def test_a_port_in_use_is_said(launch: Callable[..., Launch]) -> None:
+    two = launch(2)
+    with socket.socket() as taken:
+        taken.bind(("", two.world.port))
+        taken.listen()
+        two.run(arrives)
+        two.await_codes(1)
+    assert two.codes == {0: 2}
+    assert "is in use" in two.told and "--master_port" in two.told
+
+
+def test_a_rank_of_another_launch_is_refused(launch: Callable[..., Launch]) -> None:
+    """Another launch's rank at the same port: it ends, and those that were there first meet."""
+    two = launch(2)
+    two.run(arrives, arrives)
+    stranger = two.rank(1)
+    two.ranks[1] = stranger
+    two.run(lambda rank: None, arrives)
+    two.await_codes(1)
+    assert two.codes == {1: 2}
+    assert "in use, perhaps by another launch" in two.told
+
+
+def test_a_crash_after_the_ranks_have_met_ends_the_others(launch: Callable[..., Launch]) -> None:
+    """The others are inside a collective, which this thread must end. Told is the crash alone."""
+    three = launch(3)
+    three.run(arrives, arrives, arrives)
+    three.run(lambda rank: None, fails(ZeroDivisionError("division by zero")))
+    three.await_codes(3)
+    assert three.codes == {0: 1, 1: 1, 2: 1}
+    assert three.told == "ZeroDivisionError: division by zero\n"
+
+
+def test_what_follows_from_a_crash_is_one_line(launch: Callable[..., Launch]) -> None:
+    """A rank whose collective fails because another is gone says so, under the name of the first."""
+    two = launch(2, come_out_s=2)
+    two.run(arrives, arrives)
+
+    def is_torn_away(rank: Rendezvous) -> None:
+        while not two.told:
+            time.sleep(0.01)
+        rank.fail(RuntimeError("connection closed by peer"))
+
+    two.run(is_torn_away, fails(ZeroDivisionError("division by zero")))
+    first, second = two.told.splitlines()
+    assert first == "ZeroDivisionError: division by zero"
+    host = socket.gethostname()
+    assert (
+        second == f"rank 0 on {host} ends, too (rank 1 on {host} had failed): RuntimeError: connection closed by peer"
+    )

@@ -1,0 +1,185 @@
+"""What a step asks of its device and of the other ranks, with a real engine of one rank in this process."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds_slm.data.rows import Rows
+from ds_slm.distributed import stop
+from ds_slm.distributed.ranks import Control
+from ds_slm.distributed.stop import Request, micro_batches_per_vote
+from ds_slm.engine.engine import Sums, Totals
+from ds_slm.engine.row_reader import Share
+from ds_slm.errors import DataError, Stopped
+from ds_slm.train import loop
+from tests.support import one_rank
+
+
+@pytest.fixture(scope="module")
+def control() -> Iterator[Control]:
+    with one_rank.process_group() as control:
+        yield control
+
+
+@pytest.fixture(scope="module")
+def run(control: Control, tmp_path_factory: pytest.TempPathFactory) -> Iterator[loop.Run]:
+    """Seven micro-batches a step; four steps are taken: DeepSpeed's own clock begins behind the second."""
+    run = one_rank.tiny_run(tmp_path_factory.mktemp("step"), control)
+    for _ in range(4):
+        loop.take_step(run)
+    yield run
+    run.reader.close()
+
+
+def test_a_step_waits_for_its_device_once(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: calls of the accelerator's `synchronize`, in a step of seven micro-batches: where the clock is read."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: calls.append("waited"))
+    loop.take_step(run)
+    assert len(calls) == 1
+
+
+class Ranks:
+    """Of `count` ranks this one is the first; the others say what `others` makes of it."""
+
+    def __init__(self, count: int, others: Any) -> None:
+        self.rank, self.world_size, self.group = 0, count, None
+        self.hosts = [f"host{rank}" for rank in range(count)]
+        self.others, self.gathered = others, 0
+
+    def all_gather_into_tensor(self, into: torch.Tensor, own: torch.Tensor) -> None:
+        self.gathered += 1
+        assert into.shape == (self.world_size * len(own),)  # gloo refuses another shape
+        into.copy_(torch.cat([own, *(self.others(rank, own) for rank in range(1, self.world_size))]))
+
+    def gather(self, message: Any) -> list[Any]:
+        return [message, *(["theirs"] for _ in range(1, self.world_size))]
+
+
+def as_ranks(run: loop.Run, monkeypatch: pytest.MonkeyPatch, count: int, others: Any) -> Ranks:
+    """Let the engine believe that it has siblings."""
+    ranks = Ranks(count, others)
+    monkeypatch.setattr(run.engine, "control", ranks)
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", ranks.all_gather_into_tensor)
+    return ranks
+
+
+def share(weights: float, problems: list[str] | None = None) -> Share:
+    """One row of two targets."""
+    rows = Rows(np.ones((1, 3), np.int64), np.full((1, 2), weights, np.float32))
+    return Share([] if problems else [rows], problems or [])
+
+
+def test_one_message_says_what_a_step_holds(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: sums in the order of ranks, of values whose sum depends on it; the slowest rank's pace."""
+    own_s = run.engine._micro_batch_s
+    weights = [1.0, 1e16, 1.0, -1e16]
+    said = {rank: torch.tensor([0, weights[rank], 3, 0.25], dtype=torch.float64) for rank in range(1, 4)}
+    ranks = as_ranks(run, monkeypatch, 4, lambda rank, own: said[rank])
+    found = run.engine.agree(share(0.5))
+    assert found == Totals(sum(weights), 2.0 + 9.0, micro_batches_per_vote(max(own_s, 0.25)))
+    assert ranks.gathered == 1
+
+
+def test_any_ranks_problem_with_its_rows_is_raised_here(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: both ranks' problems; no first forward."""
+    as_ranks(run, monkeypatch, 2, lambda rank, own: torch.tensor([1, 0, 0, 0], dtype=torch.float64))
+    with pytest.raises(DataError) as error:
+        run.engine.agree(share(1.0))
+    assert error.value.problems == ["theirs"]
+    with pytest.raises(DataError) as error:
+        run.engine.agree(share(1.0, ["ours"]))
+    assert error.value.problems == ["ours", "theirs"]
+
+
+@pytest.mark.parametrize("phase", ["step", "evaluation"])
+def test_another_ranks_wish_comes_with_its_sums(run: loop.Run, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """Oracle: one message behind the last micro-batch; SAVE is noted, STOP raised, none changes nothing."""
+
+    def requests(request: Request) -> Any:
+        return lambda rank, own: torch.cat([own[:-1], torch.tensor([float(request)], dtype=torch.float64)])
+
+    rows = run.reader.of_step(0, another_follows=False).share.micro_batches
+    totals = Totals(224.0, 224.0, 100)
+
+    def take() -> Sums:
+        if phase == "evaluation":
+            return run.engine.evaluate(rows, totals)
+        try:
+            return run.engine.forward_backward(rows, totals)
+        finally:
+            run.engine.step(0.0)  # DeepSpeed counts micro-batches
+
+    monkeypatch.setattr(run.engine.interrupt, "start_vote", lambda: pytest.fail("it is not time to"))
+    monkeypatch.setattr(run.engine.interrupt, "_watch", lambda: None)
+    ranks = as_ranks(run, monkeypatch, 2, requests(Request.NONE))
+    alone = take()
+    assert ranks.gathered == 1 and not run.engine.interrupt.save_requested
+    ranks.others = requests(Request.SAVE)
+    assert take() == alone and run.engine.interrupt.save_requested
+    ranks.others = requests(Request.STOP)
+    with pytest.raises(Stopped):
+        take()
+    run.engine.interrupt.save_requested, run.engine.interrupt._request = False, Request.NONE
+
+
+@pytest.mark.parametrize(("every", "votes"), [(1, 6), (2, 3), (3, 2), (7, 0), (50, 0)])
+def test_ranks_vote_within_a_step_that_is_long(
+    run: loop.Run, monkeypatch: pytest.MonkeyPatch, every: int, votes: int
+) -> None:
+    """Oracle: by hand, of seven micro-batches: behind each `every`th, but the last, whose sums say it."""
+    asked = []
+    monkeypatch.setattr(run.engine.interrupt, "start_vote", lambda: SimpleNamespace(wait=lambda: asked.append(1)))
+    rows = run.reader.of_step(0, another_follows=False).share.micro_batches
+    run.engine.forward_backward(rows, Totals(224.0, 224.0, every))
+    assert len(asked) == votes
+    run.engine.evaluate(rows, Totals(224.0, 224.0, every))
+    assert len(asked) == 2 * votes
+    run.engine.step(0.0)
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(0.0, 1), (50.0, 1), (1.0, 1), (0.3, 3), (0.001, 1000)])
+def test_how_often_ranks_vote(seconds: float, every: int) -> None:
+    """Oracle: by hand: within a second, or after each micro-batch that takes longer, and while nothing is known."""
+    assert stop.VOTE_EVERY_S == 1.0
+    assert micro_batches_per_vote(seconds) == every
+
+
+def test_a_signal_within_a_step_discards_it(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a request that is noted at the last forward: Stopped before the optimiser; the step is not taken."""
+    place, engine = run.engine._on_device, run.engine
+    seen = []
+
+    def on_device(rows: Rows) -> Any:
+        seen.append(rows)
+        if len(seen) == engine.engine_config.accumulation_steps:
+            engine.interrupt._request = Request.STOP
+        return place(rows)
+
+    monkeypatch.setattr(engine, "_on_device", on_device)
+    monkeypatch.setattr(engine.interrupt, "_watch", lambda: None)
+    step = run.state.step
+    with pytest.raises(Stopped):
+        loop.take_step(run)
+    assert run.state.step == step
+    engine.interrupt._request = Request.NONE
+    engine.deepspeed.optimizer.zero_grad()
+
+
+def test_the_ledger_is_that_of_rows_read_one_by_one(control: Control, run: loop.Run) -> None:
+    """Oracle: `extend_ledger` over the rows of each position, in turn."""
+    from ds_slm.data.order import extend_ledger
+
+    position, ledger = 0, ""
+    report: Any = run.report
+    for record in report.records:
+        ledger = extend_ledger(ledger, run.rows.row_ids(position))
+        position = run.rows.next_position(position)
+        assert record["ledger"] == ledger
+    assert (position, ledger) == (run.state.position, run.state.ledger)

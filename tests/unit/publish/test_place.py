@@ -1,0 +1,96 @@
+"""`ds-slm export --out`: what cannot be taken is refused before a weight is read, and nothing is left behind."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.errors import CheckpointError
+from ds_slm.files import write_json
+from ds_slm.publish import export as exporting
+from ds_slm.publish.place import free_place
+from ds_slm.recipe import schema
+from tests.support.runs import TINY
+from tests.unit.data.test_file_systems import mount, read_only  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder whose weights must not be looked for."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "recipe.toml").write_text(schema.to_toml(schema.parse(TINY)))
+    write_json(folder / "env.json", {})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read before the place is checked")
+
+    monkeypatch.setattr(checkpoint_format, "choose", read)
+    yield
+
+
+def refused(run: Path, out: Path, told: str) -> None:
+    """Refused with a sentence, everything as it was."""
+    before = sorted(run.parent.rglob("*"))
+    with pytest.raises((CheckpointError, OSError), match=told):
+        exporting.export_run(run, out)
+    assert sorted(run.parent.rglob("*")) == before
+
+
+def test_places_that_cannot_be_taken(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the sentence for each kind of place; none of them a traceback or `Device or resource busy`."""
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    (tmp_path / "nothing").symlink_to(tmp_path / "gone")
+    (tmp_path / "to-full").symlink_to(tmp_path / "full")
+    (tmp_path / "here").mkdir()
+    refused(run, tmp_path / "file", "file is a file, expected a folder")
+    refused(run, tmp_path / "file" / "below", "file is a file, expected a folder")
+    refused(run, tmp_path / "full", "is not an empty folder")
+    refused(run, tmp_path / "to-full", "is not an empty folder")
+    refused(run, tmp_path / "nothing", "nothing is a link to nothing")
+    refused(run, tmp_path / "nothing" / "below", "nothing is a link to nothing")
+    refused(run, run, "lies in the run folder")
+    refused(run, run / "export", "lies in the run folder")
+    refused(run, run / "checkpoints" / "hf", "lies in the run folder")
+    monkeypatch.chdir(tmp_path / "here")
+    refused(run, Path("."), "is the folder this command runs in")
+    refused(run, Path(""), "is the folder this command runs in")
+    refused(run, Path(".."), "is not an empty folder")
+    refused(run, Path("/"), "is not an empty folder")
+    refused(run, Path("/proc/x"), "/proc")
+
+
+def test_a_mount_point_is_refused(run: Path, tmp_path: Path) -> None:
+    """Oracle: a real mount; a folder within it can be taken."""
+    (tmp_path / "mounted").mkdir()
+    if not mount("--bind", tmp_path / "mounted", tmp_path / "mounted"):
+        pytest.skip("this user may not mount")
+    try:
+        refused(run, tmp_path / "mounted", "is a mount point, which cannot be replaced: name a folder in it")
+        assert free_place(tmp_path / "mounted" / "hf", run) == tmp_path / "mounted" / "hf"
+    finally:
+        os.system(f"umount -l '{tmp_path / 'mounted'}'")
+
+
+def test_a_read_only_place_is_refused(run: Path, tmp_path: Path, read_only) -> None:  # noqa: F811
+    """Oracle: a real read-only mount."""
+    (tmp_path / "mounted").mkdir()
+    read_only(tmp_path / "mounted")
+    refused(run, tmp_path / "mounted" / "hf", "Read-only file system")
+
+
+def test_places_that_can(run: Path, tmp_path: Path) -> None:
+    """Oracle: new names, missing parents, an empty folder and a link to one; nothing is made by looking."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert free_place(tmp_path / "empty", run) == free_place(tmp_path / "link", run) == tmp_path / "empty"
+    assert free_place(tmp_path / "a" / "b", run) == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists() and not list((tmp_path / "empty").iterdir())

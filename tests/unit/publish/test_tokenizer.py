@@ -1,0 +1,77 @@
+"""An exported tokenizer in other programs' hands: its template under plain Jinja, its padding in a batch."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE
+from ds_slm.model.decoder import build
+from ds_slm.publish.export import export, unmarked
+from ds_slm.recipe import schema
+from sft.chatml import CHAT_TEMPLATE
+from tests.support import conversations
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    conversations.tokenizer().save(folder)
+    (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def exported(tokenizer_folder: Path, out: Path, **changes: Any) -> Path:
+    """A fresh decoder with a trained tokenizer, as a Hugging Face folder."""
+    shape = schema.parse(conversations.TINY).model.model_copy(update=changes)
+    export(dict(build(shape, seed=4).named_parameters()), shape, tokenizer_folder, out)
+    return out
+
+
+def test_the_template_renders_under_plain_jinja(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Oracle: transformers, with the template that training uses; the marks alone are gone."""
+    from transformers import AutoTokenizer
+
+    folder = exported(tokenizer_folder, tmp_path / "out")
+    shipped = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    marked = AutoTokenizer.from_pretrained(tokenizer_folder)
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        jinja2.Environment().from_string(CHAT_TEMPLATE)
+    for options in ({}, {"trim_blocks": True, "lstrip_blocks": True}):
+        template = jinja2.Environment(**options).from_string(shipped)
+        for messages in conversations.made(20):
+            for prompt in (False, True):
+                expected = marked.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+                assert template.render(messages=messages, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("mark", ["{%- generation -%}", "{% generation %}", "{%generation-%}", "{%-  generation %}"])
+def test_white_space_around_a_mark_stays(mark: str) -> None:
+    """Oracle: another block that does nothing, in place of the mark."""
+    marked = f"a \n  {mark}\n b \n {mark.replace('generation', 'endgeneration')} \n c"
+    other = marked.replace("endgeneration", "endif").replace("generation", "if true")
+    for options in ({}, {"trim_blocks": True, "lstrip_blocks": True}):
+        environment = jinja2.Environment(**options)
+        found = environment.from_string(unmarked(marked)).render()
+        assert found == environment.from_string(other).render()
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"exclusive_attention": True}], ids=str)
+def test_batched_answers_are_those_of_one_by_one(tokenizer_folder: Path, tmp_path: Path, changes: Any) -> None:
+    """Oracle: transformers' generate, each prompt by itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = exported(tokenizer_folder, tmp_path / "out", **changes)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    prompts = ["the cat", "the dog sees the bird in the garden", "a"]
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+
+    def answers(texts: list[str]) -> list[list[int]]:
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            return model.generate(**inputs, **options)[:, -8:].tolist()
+
+    assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]

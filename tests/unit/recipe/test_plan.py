@@ -1,0 +1,187 @@
+"""The arithmetic of a plan: parameters, FLOPs, batch, memory, network, time."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_slm.errors import ConfigError
+from ds_slm.recipe import budget, plan, schema
+
+ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("slm-10m", 9_968_640),
+        ("gpt-s-1.4m", 1_426_176),
+        ("ant-10m", 9_902_336),
+        ("slm-124m", 134_105_856),
+        ("axiom-380m", 385_849_344),
+    ],
+)
+def test_parameters_are_the_cards(name: str, params: int) -> None:
+    """Oracle: the published counts; where a card rounds or miscounts, the shape's, within 9 % of what it prints."""
+    recipe = schema.load(name)
+    assert plan.parameters(recipe.model) == params
+    assert recipe.card.params == pytest.approx(params, rel=0.09)
+    if name in ("slm-10m", "axiom-380m"):
+        assert recipe.card.params == params
+
+
+@pytest.mark.parametrize("name", schema.library_names())
+def test_parameters_are_the_models(name: str) -> None:
+    """Oracle: the decoder itself, built without memory."""
+    import torch
+
+    from ds_slm.model.decoder import Decoder
+
+    shape = schema.load(name).model
+    with torch.device("meta"):
+        built = Decoder(shape)
+    assert plan.parameters(shape) == sum(parameter.numel() for parameter in built.parameters())
+
+
+def test_demo_has_about_two_million_parameters() -> None:
+    """Oracle: what the README promises."""
+    assert 1.5e6 < plan.parameters(schema.load("demo").model) < 2.5e6
+
+
+def test_flops_per_token() -> None:
+    """Oracle: 2.617 GFLOPs for axiom-380m, computed apart; an untied input embedding is looked up, not multiplied."""
+    assert plan.flops_per_token(schema.load("axiom-380m").model, 1024) == 6 * 385_849_344 + 12 * 24 * 16 * 64 * 1024
+    assert plan.flops_per_token(schema.load("axiom-380m").model, 1024) == pytest.approx(2.617e9, rel=1e-4)
+    untied = plan.flops_per_token(schema.load("slm-124m").model, 1024)
+    tied = plan.flops_per_token(schema.load("slm-124m", ["model.tie_word_embeddings=true"]).model, 1024)
+    assert untied == tied
+
+
+@pytest.mark.parametrize(("name", "loss"), [("slm-124m", 10.53), ("axiom-380m", 11.520), ("slm-10m", 9.062)])
+def test_first_loss(name: str, loss: float) -> None:
+    """Oracle: the published first losses, 10.508 and 11.514, lie within 0.05 of the formula; the third by hand."""
+    recipe = schema.load(name)
+    assert plan.first_loss(recipe.model) == pytest.approx(loss, abs=5e-3)
+    published = [target.published for target in recipe.targets if target.metric == "train/loss" and target.step == 1]
+    assert all(abs(plan.first_loss(recipe.model) - figure) < 0.05 for figure in published)
+    assert plan.first_loss(recipe.model) > math.log(recipe.model.vocab_size)
+
+
+@given(rows=st.integers(1, 600), world_size=st.integers(1, 40), micro_batch=st.integers(1, 64))
+def test_batch_is_cut_without_loss(rows: int, world_size: int, micro_batch: int) -> None:
+    """Oracle: what the contract asks; every row once, equal forwards, no rank a whole forward too many."""
+    recipe = schema.load("slm-10m", [f"train.global_batch_tokens={rows * 1024}"])
+    cut = plan.batch(recipe, world_size, micro_batch)
+    assert cut.micro_batch * cut.accumulation_steps * world_size - cut.filler_rows == rows == cut.rows_per_step
+    assert cut.micro_batch <= micro_batch
+    assert cut.filler_rows >= 0
+    assert (cut.accumulation_steps - 1) * cut.micro_batch < cut.rows_per_rank
+    assert (cut.accumulation_steps - 1) * micro_batch < cut.rows_per_rank
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (2, 16), (3, 5), (7, 16), (600, 2)])
+def test_batch_agrees_with_the_trainer(world_size: int, micro_batch: int) -> None:
+    """Oracle: ds_slm.recipe.ds_config, which gives DeepSpeed its batch."""
+    from ds_slm.recipe import ds_config
+
+    recipe = schema.load("slm-10m")
+    joined = ds_config.join(recipe, ZERO[1], world_size, "cuda", micro_batch)
+    cut = plan.batch(recipe, world_size, micro_batch)
+    expected = (cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
+    assert (joined.micro_batch, joined.accumulation_steps, joined.filler_rows) == expected
+    planned = plan.plan(recipe, "slm-10m", ZERO[1], world_size).batch
+    default = ds_config.join(recipe, ZERO[1], world_size, "cuda", None)
+    assert (planned.micro_batch, planned.accumulation_steps) == (default.micro_batch, default.accumulation_steps)
+
+
+def test_memory_by_stage() -> None:
+    """Oracle: the ZeRO paper's table; 2 + 4 + 4 + 8 bytes per parameter, split by the stage over 8 ranks."""
+    recipe = schema.load("slm-124m")
+    params, ranks = 134_105_856, 8
+    by_stage = {stage: plan.plan(recipe, "slm-124m", ZERO[stage], ranks).memory for stage in ZERO}
+    for stage, memory in by_stage.items():
+        assert memory.weights_bytes == 2 * params // (ranks if stage == 3 else 1)
+        assert memory.gradients_bytes == 4 * params // (1 if stage == 1 else ranks) + 2 * params
+        assert memory.masters_bytes == 4 * params // ranks
+        assert memory.moments_bytes == 8 * params // ranks
+    totals = [by_stage[stage].device_bytes - by_stage[stage].buffers_bytes for stage in ZERO]
+    assert totals == sorted(totals, reverse=True)
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    memory = plan.plan(recipe, "slm-124m", offloaded, ranks).memory
+    assert memory.masters_bytes == memory.moments_bytes == 0
+    assert memory.host_bytes == 12 * params // ranks
+
+
+def test_memory_of_8_bit_moments() -> None:
+    """Oracle: bitsandbytes' layout, a byte a value and an fp32 scale per 256; norms in fp32, embeddings on request."""
+    params, embedding, norms = 385_849_344, 100_277 * 1024, 24 * 2 * 1024 + 1024
+    for bits, in_8_bits in ((8, params - norms), (32, params - norms - embedding)):
+        recipe = schema.load("axiom-380m", [f"optimizer.embedding_bits={bits}"])
+        moments = plan.plan(recipe, "axiom-380m", ZERO[1]).memory.moments_bytes
+        assert moments == pytest.approx(2 * (in_8_bits * (1 + 4 / 256) + 4 * (params - in_8_bits)), abs=4)
+
+
+def test_checkpointing_trades_memory_for_time() -> None:
+    """Oracle: each block keeps its input instead of everything, for a third more FLOPs."""
+    with_it, without = (
+        plan.plan(schema.load("axiom-380m", [f"train.gradient_checkpointing={on}"]), "axiom-380m", ZERO[1])
+        for on in ("true", "false")
+    )
+    assert with_it.memory.activations_bytes < without.memory.activations_bytes / 5
+    assert with_it.times[-1].step_s == pytest.approx(without.times[-1].step_s * 4 / 3)
+    assert with_it.flops == without.flops
+
+
+def test_network_time() -> None:
+    """Oracle: rings by hand; two hosts at 10 Gbit/s, bf16 ZeRO-1: half of 2 x 4 + 2 bytes a parameter, once a step."""
+    recipe, params = schema.load("slm-10m"), 9_968_640
+    alone = plan.plan(recipe, "slm-10m", ZERO[1], world_size=2, nodes=1, network_gbit_per_s=10.0)
+    assert all(time.network_s == 0.0 for time in alone.times)
+    found = plan.plan(recipe, "slm-10m", ZERO[1], world_size=2, nodes=2, network_gbit_per_s=10.0)
+    assert found.times[0].network_s == pytest.approx(params * 10 / 2 * 8 / 10e9)
+    assert found.times[0].step_s == pytest.approx(alone.times[0].step_s + found.times[0].network_s)
+    unknown = plan.plan(recipe, "slm-10m", ZERO[1], world_size=2, nodes=2)
+    assert unknown.times[0].network_s == 0.0
+    assert any("network is left out" in assumption for assumption in unknown.assumptions)
+    per_stage = [budget.network_bytes(params, stage, "bf16", 8, 2) for stage in (1, 2, 3)]
+    assert per_stage == [params * 10 // 2, params * (4 * 8 + 2) // 2, params * 8 * 8 // 2]
+
+
+def test_devices_without_the_precision_are_left_out() -> None:
+    """Oracle: the T4's datasheet has fp16 and no bf16."""
+    devices = {
+        precision: {
+            time.device
+            for time in plan.plan(schema.load("ant-10m", [f"train.precision={precision}"]), "ant-10m", ZERO[1]).times
+        }
+        for precision in ("bf16", "fp16", "fp32")
+    }
+    assert "NVIDIA T4" not in devices["bf16"]
+    assert "NVIDIA T4" in devices["fp16"] & devices["fp32"]
+
+
+@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("stage", ZERO)
+def test_every_recipe_has_a_plan(name: str, stage: int) -> None:
+    """Oracle: plain data with positive figures, for any recipe, stage and a world size that divides nothing."""
+    found = plan.plan(schema.load(name), name, ZERO[stage], world_size=7, nodes=7, network_gbit_per_s=1.0)
+    assert found.params == sum(asdict(found.parameters).values())
+    assert found.tokens == found.steps * schema.load(name).train.global_batch_tokens
+    assert all(time.step_s > time.network_s > 0 for time in found.times)
+    assert found.memory.device_bytes > found.memory.weights_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "expected"),
+    [
+        ({}, "stage = None"),
+        ({"zero_optimization": {"stage": 0}}, "stage = 0: expected 1, 2 or 3"),
+        ({**ZERO[1], "train_micro_batch_size_per_gpu": 0}, "expected a positive integer"),
+    ],
+)
+def test_bad_ds_configs(ds_config: dict, expected: str) -> None:
+    """Oracle: the message says what was expected."""
+    with pytest.raises(ConfigError, match=expected):
+        plan.plan(schema.load("demo"), "demo", ds_config)

@@ -1,0 +1,191 @@
+"""The house rules that a machine can check: one-way imports, short files, declared dependencies, no private paths."""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BELOW_TRAIN = {"recipe", "data", "model", "distributed", "run", "engine", "checkpoint"}
+
+ALLOWED = {
+    "errors": set(),
+    "files": set(),
+    "recipe": set(),
+    "data": {"recipe"},
+    "model": {"recipe"},
+    "distributed": set(),
+    "run": {"recipe", "data", "model", "distributed"},
+    "engine": {"recipe", "data", "model", "distributed", "run"},
+    "checkpoint": {"recipe", "data", "model", "distributed", "run", "engine"},
+    "train": BELOW_TRAIN,
+    "publish": {"recipe", "data", "model", "checkpoint.files", "checkpoint.tensor_file", "run"},
+    "cluster": {"recipe", "data", "checkpoint.files"},
+    "pretrain": {*BELOW_TRAIN, "train", "publish", "cluster.hostfile"},
+    "sft": {*BELOW_TRAIN, "train", "pretrain", "sft"},
+    "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "cluster.hostfile"},
+    "cli": {*BELOW_TRAIN, "train", "publish", "cluster", "pretrain", "sft", "cli"},
+}
+"""What each layer may import besides itself, errors and files, as docs/architecture.md draws it."""
+
+HEAVY = {"torch", "deepspeed", "transformers", "numpy", "datasets", "bitsandbytes"}
+HOME = re.compile(r"(?<![\w.])/(?:home|root|Users)/")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    """The layer a file belongs to: a folder of ds_slm, or a module beside them."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "sft":
+        return "sft.train" if parts[1:] == ("train",) else "sft"
+    return parts[1]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, at its top or inside a function: `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def breaches(layer: str, imported: str) -> str | None:
+    """Why a layer may not import a name, or None."""
+    package, *parts = imported.split(".")
+    if package == "deepspeed" and layer != "engine":
+        return "only engine may import deepspeed"
+    if package in HEAVY and layer in ("recipe", "errors", "files"):
+        return "pure data imports nothing heavy"
+    if package == "sft":
+        return None if "sft" in ALLOWED[layer] else "ds_slm never imports sft"
+    if package != "ds_slm" or not parts or parts[0].startswith("_"):
+        return None
+    target, child = parts[0], ".".join(parts[:2])
+    if target in (layer, "errors", "files") or target in ALLOWED[layer] or child in ALLOWED[layer]:
+        return None
+    return f"{layer} may not import {target}"
+
+
+@pytest.mark.parametrize("path", python_files("ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    """Oracle: the design's list of who may import whom."""
+    layer = layer_of(path)
+    if layer == "__init__":
+        layer = "errors"
+    assert layer in ALLOWED, f"{layer} is a new layer: say in the design what it may import"
+    found = {imported: problem for imported in imports(path) if (problem := breaches(layer, imported))}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("layer", "imported"),
+    [
+        ("recipe", "torch.nn"),
+        ("recipe", "ds_slm.data.rows"),
+        ("model", "ds_slm.data.rows"),
+        ("data", "ds_slm.model.decoder"),
+        ("checkpoint", "deepspeed"),
+        ("engine", "ds_slm.checkpoint.manager"),
+        ("train", "ds_slm.publish.score"),
+        ("train", "ds_slm.cli.main"),
+        ("publish", "ds_slm.engine.engine"),
+        ("cluster", "ds_slm.model.decoder"),
+        ("pretrain", "ds_slm.cluster.doctor"),
+        ("sft", "ds_slm.publish.generate"),
+        ("model", "sft.chatml"),
+    ],
+)
+def test_breaches_are_found(layer: str, imported: str) -> None:
+    """Oracle: forbidden imports, made up."""
+    assert breaches(layer, imported)
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file that hold code: blank lines, comments and docstrings are free."""
+    text = path.read_text(encoding="utf-8")
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
+    used = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            used -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(used)
+
+
+def test_files_are_short() -> None:
+    """Oracle: a file of more than 300 lines of code is two files."""
+    files = [*python_files("ds_slm", "sft", "tests", "benchmarks"), ROOT / "setup.py"]
+    lines = {str(path.relative_to(ROOT)): code_lines(path) for path in files}
+    assert not {name: count for name, count in lines.items() if count > 300}
+
+
+def test_code_lines_are_counted(tmp_path: Path) -> None:
+    """Oracle: a file whose lines are counted by hand."""
+    path = tmp_path / "some.py"
+    path.write_text(
+        '"""Two\nlines."""\n\nx = """three\nlines\nof text"""  # one\n# none\ndef f():\n    """None."""\n    return x\n'
+    )
+    assert code_lines(path) == 5
+
+
+def test_documents_fit_the_screen() -> None:
+    """Oracle: 120 characters a line, tables aside; the README is a door, of 120 lines of 100 characters."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(readme) <= 120
+    assert not [line for line in readme if len(line) > 100]
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        lines = document.read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if len(line) > 120 and not line.startswith("|")], document.name
+
+
+def test_documents_link_to_what_is_there() -> None:
+    """Oracle: every relative link of a document names a file of the project."""
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_modules_say_what_they_do() -> None:
+    """Oracle: every module begins with a docstring."""
+    files = python_files("ds_slm", "sft", "tests", "benchmarks")
+    undocumented = [path for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not undocumented
+
+
+def test_dependencies_are_declared_and_pinned() -> None:
+    """Oracle: setup.py names what the package imports, and constraints.txt pins what setup.py names."""
+    strings = {
+        node.value
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    declared = {match[1].lower() for text in strings if (match := re.match(r"([\w-]+)(?:\[\w+\])?>=", text))}
+    imported = {name.partition(".")[0] for path in python_files("ds_slm", "sft") for name in imports(path)}
+    third_party = imported - set(sys.stdlib_module_names) - {"ds_slm", "sft"}
+    assert {name.replace("_", "-").lower() for name in third_party} <= declared
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in constraints if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {pin.partition("==")[0].replace("_", "-").lower() for pin in pins}
+    assert declared - {"python", "setuptools"} <= pinned
+
+
+def test_no_private_paths() -> None:
+    """Oracle: no file that ships names a folder of somebody's home."""
+    folders = ("ds_slm", "sft", "tests", "benchmarks", "ds_configs", "hostfiles", "docs", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    texts = {
+        path: path.read_text(encoding="utf-8", errors="ignore") for path in files if "__pycache__" not in path.parts
+    }
+    assert not [str(path.relative_to(ROOT)) for path, text in texts.items() if HOME.search(text)]

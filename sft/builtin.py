@@ -182,6 +182,7 @@ def _conversations_of(company: Sequence[Entry]) -> Iterator[tuple[str, Conversat
         wanted = 3 if form < THREE_OBJECTS else 2 if form < TWO_OBJECTS else 1
         asked = company[place : place + wanted]
         place += len(asked)
+
         turns: list[tuple[str, str]] = []
         if _draw("system", first.name) < SYSTEM_SHARE:
             turns.append(("system", _choice(SYSTEM_TURNS, "system turn", first.name)))
@@ -189,9 +190,11 @@ def _conversations_of(company: Sequence[Entry]) -> Iterator[tuple[str, Conversat
             templates = QUESTIONS[entry.kind] if entry is first else NEXT_QUESTIONS
             turns.append(("user", _choice(templates, "question", entry.name).format(entry.name)))
             turns.append(("assistant", entry.answer))
+
         if form < WHICH_MODULE and len(asked) == 1 and first.kind != "module":
             turns.append(("user", _choice(MODULE_QUESTIONS, "where", first.name)))
             turns.append(("assistant", f"It is in {first.module}."))
+
         yield first.name, [{"role": role, "content": content} for role, content in turns]
 
 
@@ -303,6 +306,7 @@ def _read_module(path: str, is_package: bool, file: Path) -> _Module | None:
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):  # no module of this Python
         return None
+
     module = _Module(ast.get_docstring(tree, clean=False) or "")
     for statement in tree.body:
         match statement:
@@ -311,6 +315,7 @@ def _read_module(path: str, is_package: bool, file: Path) -> _Module | None:
                 module.imports += [(source, alias.name, alias.asname or alias.name) for alias in statement.names]
             case ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List() | ast.Tuple() as names):
                 module.listed = {name.value for name in names.elts if isinstance(name, ast.Constant)}  # type: ignore
+
     module.definitions.update(_definitions(tree.body, ""))
     return module
 

@@ -69,6 +69,7 @@ def problem_of(messages: Any) -> str | None:
     """
     if not isinstance(messages, list) or not messages:
         return "no list of messages"
+
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return "a message without a role"
@@ -78,9 +79,11 @@ def problem_of(messages: Any) -> str | None:
             return "content that is no string"
         if not is_unicode(message["content"]):
             return "content that is no valid Unicode"
+
         weight = message.get("weight")
         if weight is not None and weight not in (0, 1):
             return "a weight that is neither 0 nor 1"
+
     turns = [message["role"] for message in messages]
     spoken = turns[1:] if turns[0] == "system" else turns
     if spoken != [("user", "assistant")[place % 2] for place in range(len(spoken))] or not spoken:

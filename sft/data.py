@@ -100,6 +100,7 @@ def prepare_conversations(
     """
     if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (data_root / name / TOKENIZER).exists():
         raise DataError(f"recipe {name!r} has a tokenizer that is trained with its base: name that one, --base MODEL.")
+
     prepared = prepare(
         recipe,
         name,
@@ -109,13 +110,17 @@ def prepare_conversations(
         document_format=conversation_format(recipe),
         tokenizer_from=tokenizer_folder,
     )
+
     ours = prepared.tokenizer_sha256
     if tokenizer_folder and ours != (theirs := load_tokenizer(tokenizer_folder).sha256):
         raise DataError(
             f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
             f"name the base it was made for, another --data-root, or remove the folder."
         )
+
     _refuse_older_ids(prepared)
+
+    # An export copies the tokenizer's folder, and the chat template with it.
     template = prepared.tokenizer_folder / CHAT_TEMPLATE_FILE
     if not template.is_file():
         replace_text(template, CHAT_TEMPLATE)
@@ -156,10 +161,12 @@ def _encode(recipe: Recipe, tokenizer: Tokenizer, notes: Counter[str]) -> Encode
         read = [read_messages(json.loads(text), notes) for text in texts]
         conversations = [messages for messages, _ in read]
         problems = [unclear or problem_of(messages) for messages, unclear in read]
+
         if settings.invalid == "refuse" and any(problems):
             told = enumerate(zip(texts, problems, strict=True))
             wrong = {place: f"a conversation has {why}: {text[:200]}" for place, (text, why) in told if why}
             raise UnusableDocuments(wrong, WAY_OUT)
+
         sound = [
             _turns(messages, settings) for messages, problem in zip(conversations, problems, strict=True) if not problem
         ]
@@ -225,13 +232,19 @@ class Conversations:
         for source, tokens in enumerate(self._sources):
             begins = self._begins[1, self._begins[0] == source]
             for begin in range(0, len(tokens), SCAN_TOKENS):
+                # A block begins earlier, so that an ending across its border is seen whole.
                 first = max(begin - reach, 0)
                 block = tokens[first : begin + SCAN_TOKENS + 1]  # one more, to see whether an answer goes on
+
+                # Where answers end within this block.
                 trained = np.append(block & TRAINED, 0) != 0
                 ends = np.flatnonzero(trained[:-1] & ~trained[1:])
                 ends = ends[(ends >= begin - first) & (ends < begin - first + SCAN_TOKENS)]
+
                 found = np.stack([block[np.maximum(ends - back, 0)] & IDS for back in range(reach, -1, -1)])
                 wrong = (found != np.array(ending)[:, None]).any(axis=0)
+
+                # The last answer of a cut conversation may lack its ending.
                 for place in ends[wrong] + first:
                     number = int(np.searchsorted(begins, place, side="right")) - 1
                     last = begins[number + 1] - 1 if number + 1 < len(begins) else len(tokens) - 1
@@ -252,20 +265,24 @@ class ConversationRows:
         self._recipe, self._sft = recipe, section(recipe)
         self._seq_len, self._rows_per_step = recipe.data.seq_len, recipe.rows_per_step
         self._pad_id = prepared.pad_id
+
         # under `all` a conversation need not have an answer for the card's measure to count
         self.measures: Mapping[str, Split] = (
             {"": "val"} if self._sft.mask == "all" else {"": "val", "card_": "val_card"}
         )
+
         self._splits = {
             "train": Conversations(prepared.tokens("train")),
             "val": Conversations(prepared.tokens("val")),
         }
         self._manifests = prepared.manifests
         self._epochs: list[list[list[int]]] = []
+
         if recipe.train.last_batch != "wrap":
             raise DataError("train.last_batch: rows of conversations always run on into the next epoch, use 'wrap'.")
         if any(source.weight != 1 for source in recipe.data.source):
             raise DataError("data.source.weight: conversations of all sources are pooled, leave every weight at 1.")
+
         chatml = ChatML(load_tokenizer(prepared.tokenizer_folder))
         check_masks(self._splits["train"], self._sft.mask, chatml.ending(self._sft.mask))
 
@@ -279,9 +296,11 @@ class ConversationRows:
         while len(self._epochs) <= epoch:
             conversations = self._splits["train"]
             order = shuffled(self._recipe.train.seed, len(self._epochs), len(conversations))
+
             if not self._sft.packing:
                 self._epochs.append([[int(number)] for number in order])
                 continue
+
             rows: list[list[int]] = []
             for begin in range(0, len(order), PACK_WINDOW):
                 window = order[begin : begin + PACK_WINDOW]
@@ -290,6 +309,7 @@ class ConversationRows:
                 packed = sorted((sorted(row) for row in packed), key=lambda row: row[0])
                 rows += [[int(window[item]) for item in row] for row in packed]
             self._epochs.append(rows)
+
         return self._epochs[epoch]
 
     def row_ids(self, position: int) -> list[RowId]:

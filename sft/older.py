@@ -32,12 +32,15 @@ def refuse_other_ids(tokenizer: Tokenizer, conversations: Mapping[str, Iterable[
     if tokenizer.cuts_alone:
         return
     refuse_other_encoding(tokenizer)
+
+    # Ordinary text with other ids concerns every folder, an added token only the folders that hold it.
     chatml = ChatML(tokenizer)
     talk = [{"role": "user", "content": CONTENT}, {"role": "assistant", "content": CONTENT}]
     alone, whole = _encoded_alone(chatml, talk), chatml.encode(talk).ids.tolist()
     reasons = dict.fromkeys(conversations, f"for {CONTENT!r} {alone} where the template gives {whole}")
     if alone == whole:
         reasons = {folder: _spelled(tokenizer, some) for folder, some in conversations.items()}
+
     problems = [
         f"{folder} was prepared by an older version, which gave conversations other ids in this tokenizer than the "
         f"exported chat template does ({reason}): remove {folder} and prepare again."

@@ -62,6 +62,7 @@ def refuse_other_encoding(tokenizer: Tokenizer) -> None:
     with TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         theirs = AutoTokenizer.from_pretrained(folder)
+
     chatml = ChatML(tokenizer)
     conversations = [*hard_conversations(), *_with_added_tokens(tokenizer.plain_added_tokens)]
     for messages, encoded in zip(conversations, chatml.encode_batch(conversations), strict=True):
@@ -69,6 +70,7 @@ def refuse_other_encoding(tokenizer: Tokenizer) -> None:
             messages, chat_template=CHAT_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
         )
         prompt = theirs.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
+
         compared = {
             "ids": (encoded.ids.tolist(), list(made["input_ids"])),
             "targets": (encoded.trained.astype(int).tolist(), list(made["assistant_masks"])),
@@ -77,6 +79,8 @@ def refuse_other_encoding(tokenizer: Tokenizer) -> None:
         for what, (ours, others) in compared.items():
             if ours != others:
                 raise DataError(_told(what, messages, ours, others))
+
+    # transformers takes these literals for control tokens: here they must stay text.
     literal = _turns([IM_END, f"{IM_START}{IM_START}a{IM_END}"])
     ids = chatml.encode(literal).ids.tolist()
     if (ids.count(chatml.start_id), ids.count(chatml.end_id)) != (len(literal), len(literal)):

@@ -98,6 +98,7 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
     """
     forget = any(not one for one in asked)
     ranges, said, problems = () if forget else recorded, [], []
+
     ahead = [one for one in ranges if one[1] > position]
     if ahead:
         said.append(f"rows at {_told(ahead)} are left out, as before (--skip-rows none takes them again)")
@@ -106,6 +107,7 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
 
     new = sorted((one for one in asked if one), key=lambda one: one.stop)
     greatest = new[-1].stop if new else 0
+
     measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges, greatest)
     for one in new:
         if one.stop > max(limit, position) and measured != ranges:  # steps that are passed over are made up for
@@ -116,9 +118,11 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
                 f"drawn: expected A:B with B of at most {limit}."
             )
             continue
+
         ranges = merged([*ranges, (one.start, one.stop)])
         what = "lie behind the run already: they change nothing" if one.stop <= position else "are left out"
         said.append(f"rows at {_told([(one.start, one.stop)])} {what}")
+
     if problems:
         raise RecipeError(problems)
     return Skipping(ranges, tuple(said))

@@ -55,10 +55,12 @@ def hf_config(
         "eos_token_id": eos_id,
         "pad_token_id": pad_id,
     }
+
     if model_type == "qwen3":
         config |= {"use_sliding_window": False, "sliding_window": None}
     else:
         config["mlp_bias"] = False
+
     if model_type == "ds_slm_exclusive":
         module = MODELING_FILE.stem
         config["qk_norm"] = shape.qk_norm
@@ -67,6 +69,7 @@ def hf_config(
             "AutoModel": f"{module}.ExclusiveModel",
             "AutoModelForCausalLM": f"{module}.ExclusiveForCausalLM",
         }
+
     return config
 
 
@@ -84,6 +87,8 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     model_type, heads = config.get("model_type"), config.get("num_attention_heads") or 1
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = dict(found) if isinstance(found, Mapping) else {"rope_type": found}
+
+    # This decoder supports one value of each of these keys.
     wanted = {
         "hidden_act": ("silu", config.get("hidden_act", "silu")),
         "attention_bias": (False, bool(config.get("attention_bias"))),
@@ -94,6 +99,8 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     problems = [f"{name} is {got!r}, expected {want!r}." for name, (want, got) in wanted.items() if got != want]
     if model_type not in MODEL_TYPES:
         problems.insert(0, f"model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}.")
+
+    # Configurations may leave these out.
     derived = {
         "head_dim": config.get("hidden_size", 0) // heads,
         "num_key_value_heads": heads,
@@ -105,6 +112,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     problems += [f"{name} is missing." for name, value in fields.items() if value is None]
     if problems:
         raise CheckpointError(["config.json describes a model this decoder cannot be:", *problems])
+
     fields |= {
         "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
         "init_std": config.get("initializer_range", 0.02),

@@ -95,8 +95,10 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         counted_N = weights_N > 0
         targets_N = targets_N.long().masked_fill(~counted_N, 0)
+
         # Gradients are formed with weights of at most 1: fp16 would lose small ones before the loss scale reaches them.
         unit = weights_N.max().clamp_min(torch.finfo(torch.float32).tiny)
+
         upcast = not multiplies(hidden_ND.device.type, hidden_ND.dtype)
         operand = torch.float32 if upcast else hidden_ND.dtype
         vocab_size, matrix_VD = len(head_weight_VD), head_weight_VD.to(operand)
@@ -105,22 +107,28 @@ class _ChunkedLoss(torch.autograd.Function):
 
         z_scale_1 = torch.as_tensor(z_scale, dtype=torch.float32, device=hidden_ND.device)
         from_logits = _compiled() if compiled else _from_logits
+
         nll = hidden_ND.new_zeros((), dtype=torch.float32)
         z2 = torch.zeros_like(nll)
         d_hidden_ND = torch.empty_like(hidden_ND, dtype=operand) if wanted else None
         d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if wanted else None
+
         for start in range(0, len(targets_N), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             counted_C, weights_C, targets_C1 = counted_N[chunk], weights_N[chunk], targets_N[chunk].unsqueeze(1)
+
             # A masked token may hold anything, infinities too: zero its hidden state before, not its loss after.
             hidden_CD = hidden_ND[chunk].to(operand).masked_fill(~counted_C.unsqueeze(1), 0)
             logits_CV = F.linear(hidden_CD, matrix_VD)
             logits_CV[:, vocab_size:] = -torch.inf
+
             nll_chunk, z2_chunk, d_logits_CV = from_logits(
                 logits_CV, targets_C1, weights_C, counted_C, unit, z_scale_1, wanted
             )
             nll += nll_chunk
             z2 += z2_chunk
+
+            # The chunk's gradients are formed at once, so that its logits need not be kept.
             if d_hidden_ND is None or d_weight_VD is None:
                 continue
             torch.mm(d_logits_CV, matrix_VD, out=d_hidden_ND[chunk])
@@ -128,10 +136,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
             else:
                 d_weight_VD += d_logits_CV.T @ hidden_CD
+
         if wanted:
             assert d_weight_VD is not None
             ctx.save_for_backward(d_hidden_ND, d_weight_VD[:vocab_size], unit)
             ctx.dtypes = hidden_ND.dtype, head_weight_VD.dtype
+
         objective = nll + z_scale * z2
         constants = nll, weights_N.sum(), z2, counted_N.sum(dtype=torch.float32)
         ctx.mark_non_differentiable(*constants)

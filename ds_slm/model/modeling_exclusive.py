@@ -44,6 +44,7 @@ class ExclusiveAttention(LlamaAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+
         implementation = self.config._attn_implementation
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         output, weights = attend(
@@ -56,6 +57,7 @@ class ExclusiveAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
+
         output = exclude_own_value(output, own_value.transpose(1, 2))
         return self.o_proj(output.flatten(2)), weights
 

@@ -47,15 +47,18 @@ def export_run(
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
     free_place(out, run)
+
     recipe = schema.load_recorded(run)
     checkpoint = checkpoint_format.choose(run, step=step, best=best)
     notes = checkpoint_format.read_state(checkpoint)
+
     tokenizer, trained_with = load_tokenizer(run / "tokenizer"), notes.get("tokenizer_sha256")
     if trained_with is not None and not tokenizer.has_sha256(trained_with):
         raise CheckpointError(
             f"{run / 'tokenizer'} has sha256 {tokenizer.sha256}, {checkpoint} was trained with {trained_with}: "
             "restore the tokenizer the run had."
         )
+
     state = checkpoint_format.read_model(checkpoint)
     parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype)
     return {
@@ -100,6 +103,7 @@ def export(
             f"the tokenizer in {tokenizer_folder} has {tokenizer.vocab_size} ids, the model {shape.vocab_size}: "
             "it is not the one the model was trained with."
         )
+
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     unused_ids = tokenizer.unused_ids(shape.vocab_size)
     generation: dict[str, Any] = hf.generation_config(**ids)
@@ -107,6 +111,8 @@ def export(
         generation["suppress_tokens"] = unused_ids
     if (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file():  # an assistant: a turn's end ends the answer as well
         generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
+
+    # The folder is filled under a temporary name: a kill leaves nothing half-written at `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".export.tmp-{writer_name()}")
     new_folder(folder)
@@ -115,6 +121,7 @@ def export(
             if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
         _make_readable_by_others(folder)
+
         config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", generation)
@@ -123,6 +130,8 @@ def export(
         if card_text is not None:
             (folder / "README.md").write_text(card_text, encoding="utf-8")
         _write_tensors(folder / "model.safetensors", state, dtype)
+
+        # Everything is on the disk before the folder gets its name.
         for path in (*folder.iterdir(), folder):
             fsync(path)
         os.rename(folder, out)
@@ -130,6 +139,7 @@ def export(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
     return sum(tensor.numel() for tensor in state.values())
 
 

@@ -55,9 +55,11 @@ def generate(
     weight = next(model.parameters())
     capacity = min(limit, len(ids) + max_new_tokens)
     cache = KVCache(model.shape, 1, capacity, weight.dtype, weight.device)
+
     generator = torch.Generator().manual_seed(seed)
     known, unread = list(ids), list(ids)[-limit:]
     unused = torch.tensor(sorted(unused_ids), dtype=torch.long)
+
     was_training = model.training
     model.eval()
     try:
@@ -69,11 +71,14 @@ def generate(
             known.append(token)
             if token in stop_ids:
                 break
+
             unread = [token]
+            # A full cache is emptied, and the newer half of the text is read again.
             if cache.length == limit:
                 cache.length, unread = 0, known[-max(limit // 2, 1) :]
     finally:
         model.train(was_training)
+
     return known[len(ids) :]
 
 
@@ -90,15 +95,19 @@ def _choose(
         seen = torch.tensor(sorted(set(known)))
         logits = logits_V[seen]
         logits_V[seen] = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+
     if temperature == 0:
         return int(logits_V.argmax())
+
     sorted_V, order_V = (logits_V / temperature).sort(descending=True, stable=True)
     if top_k > 0:
         sorted_V[top_k:] = -torch.inf
+
     probabilities_V = sorted_V.softmax(-1)
     before_V = probabilities_V.cumsum(-1) - probabilities_V  # probability of all likelier tokens: 0 for the likeliest
     probabilities_V[before_V >= top_p] = 0.0
     probabilities_V[0].clamp_min_(torch.finfo(torch.float32).tiny)
+
     return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 

@@ -84,10 +84,13 @@ def open_model(path: Path) -> OpenModel:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a run folder, a checkpoint or a Hugging Face folder.")
+
     if (path / "recipe.toml").is_file():
         return _open_checkpoint(path, checkpoint_format.choose(path))
     if (path / "config.json").is_file():
         return _open_hf(path)
+
+    # One checkpoint of a run, by its folder's name.
     run = path.parents[1] if len(path.parents) > 1 else path
     if path.parent.name == "checkpoints" and (run / "recipe.toml").is_file():
         if path.name == "best":
@@ -95,6 +98,7 @@ def open_model(path: Path) -> OpenModel:
         if path.name.startswith("step-") and path.name.removeprefix("step-").isdecimal():
             step = int(path.name.removeprefix("step-"))
             return _open_checkpoint(run, checkpoint_format.choose(run, step=step))
+
     raise CheckpointError(
         f"{path} is no model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging Face "
         "folder (with config.json)."
@@ -124,24 +128,29 @@ def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
 
 
 def _open_hf(folder: Path) -> OpenModel:
+    # A download may have left stand-ins for the files.
     readable = (
         path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors") and path.is_file()
     )
     if problems := [f"{path} cannot be read ({what})." for path in readable if (what := stand_in_at(path))]:
         raise CheckpointError(problems)
+
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON ({error}): get an intact copy.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} holds no object: get an intact copy.")
+
     files = _weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
+
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+
     _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
     shape = hf.shape_from_hf(config)
     return OpenModel(folder, shape, folder, digest.hexdigest(), tuple(files))
@@ -152,10 +161,12 @@ def _weight_files(folder: Path) -> list[Path]:
     path = folder / INDEX
     if not path.is_file():
         return sorted(folder.glob("*.safetensors"))
+
     index = read_json(path)
     named = index.get("weight_map") if index else None
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{path} is damaged (no weight_map): get an intact copy.")
+
     names = sorted({str(name) for name in named.values()})
     problems = [
         f"{path} names {name!r}, which is a path and no file beside it." for name in names if not is_plain_name(name)
@@ -167,6 +178,7 @@ def _weight_files(folder: Path) -> list[Path]:
     ]
     if problems:
         raise CheckpointError(problems)
+
     return [folder / name for name in names]
 
 

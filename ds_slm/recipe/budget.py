@@ -106,12 +106,16 @@ def memory(
     width = HALF if half else FP32
     share = -(-params // world_size)
     weights = width * (share if stage == 3 else params)
+
     # Stage 1 accumulates whole gradients in fp32, 2 and 3 a rank's share; half-precision ones come and go beside it.
     gradients = FP32 * (params if stage == 1 else share) + (HALF * params if half else 0)
+
     masters = FP32 * share
     moments = -(-_moment_bytes(recipe.optimizer, params, embedding_params, recipe.model) // world_size)
+
     offloaded = zero.get("offload_optimizer") or {}
     on_host = isinstance(offloaded, Mapping) and offloaded.get("device", "none") != "none"
+
     return Memory(
         weights_bytes=weights,
         gradients_bytes=gradients,

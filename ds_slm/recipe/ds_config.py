@@ -176,6 +176,9 @@ def _deepspeed(
         # DeepSpeed's would wait for the device twice a micro-batch, to print what we measure once a step
         "timers": {"throughput": {"enabled": False}},
     }
+
+    # DeepSpeed would insist on a CPU Adam of its own here.
     if "offload_optimizer" in ds_file["zero_optimization"]:
         config["zero_force_ds_cpu_optimizer"] = False
+
     return config

@@ -37,6 +37,7 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
     data, tokenizer = sections.get("data"), sections.get("tokenizer")
     optimizer, schedule, train = (sections.get(name) for name in ("optimizer", "schedule", "train"))
     problems = []
+
     if isinstance(data, Data):
         problems += [problem for source in data.source for problem in _unread_places(source)]
     if isinstance(tokenizer, Tokenizer) and tokenizer.kind == "bpe" and tokenizer.path is not None:
@@ -44,6 +45,8 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
             f"tokenizer.path = {tokenizer.path!r} is not read: kind = 'bpe' trains a tokenizer; take path out, or use "
             "kind = 'hf'"
         )
+
+    # The other mistakes are learning rates of a warm-up.
     if not isinstance(schedule, Schedule) or not schedule.warmup_steps:
         return problems
     if isinstance(optimizer, Optimizer) and schedule.warmup_start_lr > optimizer.lr:
@@ -56,6 +59,7 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
             f"train.steps = 1 with schedule.warmup_steps = {schedule.warmup_steps}: the only step runs at a learning "
             "rate of 0 and changes nothing; set schedule.warmup_steps = 0, or take more steps"
         )
+
     return problems
 
 
@@ -123,9 +127,11 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
         )
     if not schedule.warmup_steps and "warmup_start_lr" in set_keys(schedule, resolved):
         yield "schedule.warmup_start_lr has no effect: schedule.warmup_steps is 0"
+
     lr, min_lr, last = recipe.optimizer.lr, recipe.optimizer.min_lr, learning_rate(recipe, steps - 1)
     if min_lr == lr:
         yield f"optimizer.min_lr = {min_lr:g} is optimizer.lr: the learning rate never decays"
+
     if schedule.kind == "cosine":
         if schedule.warmup_steps < steps and last == lr > min_lr:
             yield (
@@ -138,6 +144,8 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
                 "the warm-up to the last step"
             )
         return
+
+    # Under `wsd` the recipe says where the decay begins and ends.
     start, length = schedule.decay_start_step or 0, schedule.decay_steps or 0
     if start >= steps:
         yield (
@@ -159,6 +167,7 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
 def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
     run, steps = recipe.run, recipe.train.steps
     given = set_keys(run, resolved)
+
     ends = {
         "eval_every_steps": "held-out rows are evaluated at the end alone",
         "save_every_steps": "the only checkpoint is the last",
@@ -167,6 +176,8 @@ def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
     for key, consequence in ends.items():
         if key in given and getattr(run, key) > steps:
             yield f"run.{key} = {getattr(run, key):,} is more than train.steps = {steps:,}: {consequence}"
+
+    # A checkpoint can be the best only where its step was evaluated as well.
     both = math.lcm(run.eval_every_steps, run.save_every_steps)
     if (
         run.keep_best
@@ -177,9 +188,11 @@ def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             f"run.keep_best has no effect: no step before the last is both evaluated (every {run.eval_every_steps:,}) "
             f"and saved (every {run.save_every_steps:,}); make one a multiple of the other"
         )
+
     for key in sorted(set_keys(recipe.eval, resolved) & {"tasks", "every_steps"}):
         if getattr(recipe.eval, key):
             yield f"eval.{key} has no effect: benchmarks are not run during training in this version"
+
     for target in recipe.targets:
         if target.step and target.step > steps:
             yield (

@@ -167,9 +167,11 @@ def plan(
     """
     stage, wanted = _stage_and_micro_batch(ds_config, recipe.data.seq_len)
     cut = batch(recipe, world_size, wanted)
+
     counts = parameter_counts(recipe.model)
     per_token = flops_per_token(recipe.model, recipe.data.seq_len)
     tokens = recipe.train.steps * recipe.train.global_batch_tokens
+
     needed = memory(
         recipe,
         counts.total,
@@ -180,6 +182,7 @@ def plan(
     )
     sent_bytes = network_bytes(counts.total, stage, recipe.train.precision, cut.accumulation_steps, nodes)
     flops_per_step = per_token * (cut.rows_per_step + cut.filler_rows) * recipe.data.seq_len
+
     return Plan(
         recipe=name,
         reproduces=recipe.card.reproduces,

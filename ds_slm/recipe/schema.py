@@ -304,14 +304,18 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
     place, equals, literal = (part.strip() for part in override.partition("="))
     if not equals or "." not in place:
         return f"--set {override!r}: expected section.key=value, for instance train.steps=100"
+
     try:
         override.encode()
     except UnicodeEncodeError:
         return f"--set {override!r}: it is no UTF-8, as a recipe must be"
+
     *path, key = place.split(".")
     known = _without_indices(place)
     if known not in field_names() and not known.startswith(("tokenizer.special_tokens.", "card.sources.", "unstated.")):
         return f"--set {place}: no such field{nearest(known, field_names())}"
+
+    # An entry of a list is named by its number.
     table: Any = tables
     for part in path:
         if isinstance(table, dict):
@@ -322,6 +326,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
             table = None
     if not isinstance(table, dict):
         return f"--set {place}: the recipe has no table {'.'.join(path)}; entries of a list count from 0"
+
     try:
         table[key] = tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
@@ -340,16 +345,19 @@ def _settle_unknown_keys(table: Any, section: type[Section], place: str = "") ->
         ]
     if not isinstance(table, dict):
         return []  # pydantic says it better
+
     problems = []
     for key in [key for key in table if key not in section.model_fields]:
         known = _without_indices(place + key)
         meant = closest(known, field_names()) or ""
         problems.append(f"{place}{key}: unknown key{nearest(known, field_names())}")
+
         value = table.pop(key)
         meant_table, _, meant_key = meant.rpartition(".")
         if meant and meant_table == known.rpartition(".")[0]:
             both = isinstance(value, dict) and isinstance(table.get(meant_key), dict)
             table[meant_key] = value | table[meant_key] if both else table.get(meant_key, value)
+
     for key, info in section.model_fields.items():
         child = _section_in(info.annotation)
         if child and key in table:

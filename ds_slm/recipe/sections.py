@@ -133,6 +133,7 @@ class Tokenizer(Section):
         ]
         if len(set(self.special_tokens.values())) < len(self.special_tokens):
             problems.append("special_tokens: two tokens have the same id: give each its own")
+
         smallest = BYTES + len(self.special_tokens)
         if self.kind == "bpe":
             problems += [
@@ -145,8 +146,10 @@ class Tokenizer(Section):
                 f"vocab_size = {self.vocab_size} is too small for byte-level BPE: {BYTES} bytes and the special tokens "
                 f"need {smallest}"
             )
+
         if self.kind == "hf" and not self.path:
             problems.append("kind = 'hf' names no path: add a folder, a tokenizer.model or a hub id")
+
         _raise_together(problems)
         return self
 
@@ -223,17 +226,20 @@ class Data(Section):
         names = [source.name for source in self.source]
         twice = sorted({name for name in names if names.count(name) > 1})
         problems = [f"source name {name!r} is used twice: rename one" for name in twice]
+
         if self.held_out == "draw" and self.split_seed not in LEGACY_SEEDS:
             problems.append(
                 f"split_seed = {self.split_seed} is no seed of held_out = 'draw': choose one from 0 to "
                 f"{LEGACY_SEEDS.stop - 1}"
             )
+
         weights = [source.weight for source in self.source]
         if (entries := sum(weights) // math.gcd(*weights)) > MIX_ENTRIES:
             problems.append(
                 f"source weights add up to {entries:,} without their common divisor, and one cycle of the mix has at "
                 f"most {MIX_ENTRIES:,} rows: round them"
             )
+
         _raise_together(problems)
         return self
 
@@ -365,22 +371,27 @@ def disagreements(sections: Mapping[str, Section]) -> list[str]:
     model, tokenizer, data = sections.get("model"), sections.get("tokenizer"), sections.get("data")
     optimizer, train = sections.get("optimizer"), sections.get("train")
     problems = []
+
     if isinstance(train, Train) and isinstance(data, Data) and train.global_batch_tokens % data.seq_len:
         lower = train.global_batch_tokens // data.seq_len * data.seq_len
         problems.append(
             f"train.global_batch_tokens = {train.global_batch_tokens} cannot be split into rows of "
             f"data.seq_len = {data.seq_len}: use {f'{lower} or ' if lower else ''}{lower + data.seq_len}"
         )
+
     if isinstance(model, Model) and isinstance(data, Data) and data.seq_len > model.max_position_embeddings:
         problems.append(
             f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
             f"{model.max_position_embeddings}: shorten the first or raise the second"
         )
+
     if isinstance(model, Model) and isinstance(tokenizer, Tokenizer) and tokenizer.vocab_size > model.vocab_size:
         problems.append(
             f"tokenizer.vocab_size = {tokenizer.vocab_size} has ids beyond model.vocab_size = {model.vocab_size}: "
             "make the model's at least as large"
         )
+
     if isinstance(optimizer, Optimizer) and optimizer.min_lr > optimizer.lr:
         problems.append(f"optimizer.min_lr = {optimizer.min_lr} exceeds optimizer.lr = {optimizer.lr}: lower the first")
+
     return problems

@@ -169,6 +169,7 @@ def _problem(key: str, value: Any, stage: int | None) -> str | None:
         return None if _same(value, REFUSED[key].default) else _refusal(key, REFUSED[key].reason)
     if f"stage3_{key}" in ALLOWED | REFUSED:
         return f"ds_config: {SECTION}.{key} is called stage3_{key}: rename it."
+
     if key in OFFLOAD:
         kind, stages = (
             Kind("an object with a device, or null", lambda one: one is None or isinstance(one, Mapping)),
@@ -179,6 +180,7 @@ def _problem(key: str, value: Any, stage: int | None) -> str | None:
     else:
         known = ["stage", *ALLOWED, *OFFLOAD]
         return f"ds_config: unknown key {SECTION}.{key}{nearest(key, known)}."
+
     if not kind.holds(value):
         return f"ds_config: {SECTION}.{key} = {value!r}: expected {kind.expected}."
     if stage is not None and stage not in stages and value is not None:

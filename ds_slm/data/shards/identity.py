@@ -155,6 +155,8 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
     """
     is_local = _is_local(source, manifest, replacement)
     names = Counter(name for name, _ in manifest["files"])
+
+    # Files that are gone can only be judged by their names.
     if is_local:
         others = sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
     elif LEFT_OUT in manifest:  # a file's folder may have told its split
@@ -166,6 +168,8 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
             f"prepared by an older version, which read files of another split than {source.split!r} as well: "
             f"{shortened(others)}; their text is in the shards"
         )
+
+    # Older versions read a download's stand-ins as text.
     everything = source.model_copy(update={"split": ALL})
     if (
         is_local

@@ -150,6 +150,7 @@ class ShardsInProgress:
         """Make everything so far durable; after a kill, writing goes on from here."""
         for part in self._parts.values():
             part.sync()
+
         self.position = dict(position)
         journal = {
             "key": self._key,
@@ -191,12 +192,17 @@ class ShardsInProgress:
             if not all(is_plain_name(shard["file"]) for shards in journal["closed"].values() for shard in shards):
                 return False
             totals, position = Totals(**journal["totals"]), dict(journal["position"])
+
             for named in self.folder.glob("*.bin"):  # the kill came while shards were getting their names
                 named.rename(named.with_name(named.name + PART))
+
+            # A closed shard must still have the content it was closed with.
             for shard in (shard for shards in journal["closed"].values() for shard in shards):
                 with (self.folder / (shard["file"] + PART)).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
                         return False
+
+            # Opening a part cuts it back to what the journal says.
             parts = {
                 split: _Part(self._path(split, len(journal["closed"][split])), self._dtype, tokens)
                 for split, (tokens, _) in journal["open"].items()
@@ -205,5 +211,7 @@ class ShardsInProgress:
                 return False
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
             return False
+
+        # This object changes only once the whole journal has proved right.
         self._parts, self._closed, self.totals, self.position = parts, journal["closed"], totals, position
         return True

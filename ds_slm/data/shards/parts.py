@@ -74,9 +74,12 @@ class Preparation:
         else:
             self.report(f"{TOKENIZER}: that of {tokenizer_from}")
             tokenizer = existing_tokenizer(tokenizer_from, recipe.tokenizer)
+
+        # The folder gets its name when all of it is on the disk.
         temporary = folder / f"{TOKENIZER}.tmp"
         new_folder(temporary)
         tokenizer.save(temporary)
+
         manifest = {
             "format": FORMAT,
             "identity": tokenizer_identity(recipe),
@@ -88,6 +91,7 @@ class Preparation:
             "cut_at_bytes": cut_at_bytes,
             "text": text_of(recipe, self.replacements) if tokenizer_from is None else {},
         }
+
         write_json(temporary / MANIFEST, manifest)
         for path in (*temporary.iterdir(), temporary):
             fsync(path)
@@ -99,6 +103,7 @@ class Preparation:
         """The shards of one source and, last, its manifest."""
         recipe, document_format, report = self.recipe, self.document_format, self.report
         replacement, token_limit = self.replacements.get(source.name), self.limits[source.name]
+
         target = self.folder / source.name
         dtype = document_format.dtype or id_dtype(tokenizer.vocab_size)
         described = {
@@ -110,10 +115,13 @@ class Preparation:
             "tokenizer_sha256": tokenizer.sha256,
             **document_format.version,
         }
+
+        # A journal is used only under the same description and limit.
         shards = ShardsInProgress(target, dtype, {**described, "token_limit": token_limit})
         if shards.position is not None:
             report(f"{source.name}: goes on behind {shards.tokens('train'):,} training tokens")
         done = shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values())
+
         try:
             with Progress(source.name, token_limit, files.text_bytes(), report, *done) as progress:
                 if files.kind == "tokens" and document_format.as_json:
@@ -145,11 +153,14 @@ class Preparation:
         except BaseException:
             shards.abandon()
             raise
+
+        # Shards without a manifest count as unfinished, so it comes last.
         fsync(target)
         manifest = {"format": FORMAT, **described, "dtype": dtype.name, LEFT_OUT: files.left_out(), **written}
         stamp_written(self.folder, source.name, manifest)
         write_json(target / MANIFEST, manifest)
         (target / JOURNAL).unlink(missing_ok=True)
+
         tokens = {split: sum(shard["tokens"] for shard in written["shards"][split]) for split in SPLITS}
         report(f"{source.name}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens")
 

@@ -79,9 +79,12 @@ def prepare(
         raise DataError(
             [f"--source {name}: the recipe has no such source{nearest(name, known) or there}." for name in unknown]
         )
+
     folder = Path(data_root) / name
     if in_the_way := obstacle(folder):
         raise DataError(f"--data-root: {in_the_way}")
+
+    # Data that are whole are only read, without a lock.
     places: dict[str, corpus.SourceFiles] = {}
     if _missing(recipe, folder):
         with _locked(recipe, folder, report), _room_on_disk(folder):
@@ -101,9 +104,11 @@ def prepare(
                         preparation.make_shards(source, files, tokenizer)
     else:
         refuse(conflicts(recipe, folder, replacements, document_format.identity))
+
     for source in recipe.data.source:
         with suppress(OSError):  # a kill came right after the manifest; of no use, and no harm on a read-only mount
             (folder / source.name / JOURNAL).unlink(missing_ok=True)
+
     prepared = open_prepared(recipe, name, data_root, document_format.identity, report)
     for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
         report(line)
@@ -208,6 +213,7 @@ def _notes(
             f"warning: {TOKENIZER} was trained for a shorter run, on {read_mb:,.1f} MB of {', '.join(short)} (this "
             f"one: up to {wanted_mb:,.1f} MB): remove {prepared.folder} to prepare all of it anew"
         )
+
     for source in recipe.data.source:
         manifest = prepared.manifests[source.name]
         tokens = sum(shard["tokens"] for shard in manifest["shards"]["train"])
@@ -215,6 +221,7 @@ def _notes(
             what = "documents were skipped" if manifest["documents"] else "ids were skipped"
             yield f"{source.name}: {sum(skipped.values()):,} {what}: {tell_skipped(skipped)}"
         yield from (f"{source.name}: {note}" for note in manifest.get("notes", []))
+
         if _changed_since(manifest, source, replacements.get(source.name)):
             yield (
                 f"warning: {source.name}: its files have changed since they were prepared, the shards hold what was "
@@ -222,11 +229,13 @@ def _notes(
             )
         for doubt in doubts_of_older_data(source, manifest, replacements.get(source.name)):
             yield f"warning: {source.name}: {doubt}: remove {prepared.folder / source.name} to prepare it anew"
+
         if source.name not in told:
             if manifest["replaced"]:
                 yield f"{source.name}: read from local files ({shortened([name for name, _ in manifest['files']])})"
             if left_out := corpus.tell_left_out(manifest.get(LEFT_OUT, {})):
                 yield f"{source.name}: left out when it was prepared: {left_out}"
+
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):
             yield (
                 f"{source.name}: cut at {tokens:,} training tokens, the run will repeat them (remove {prepared.folder} "

@@ -206,8 +206,11 @@ def open_prepared(
     if missing := [part for part in expected if part not in manifests]:
         raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {name}.")
     refuse(conflicts(recipe, folder, {}, encoding or {}))
+
     tokenizer_manifest, tokenizer = manifests.pop(TOKENIZER), load_tokenizer(folder / TOKENIZER)
     problems = _tokenizer_problems(folder, tokenizer, tokenizer_manifest, manifests)
+
+    # An older version hashed the tokenizer with settings that are switched off now.
     if not problems and tokenizer_manifest["sha256"] != tokenizer.sha256:
         tokenizer_manifest |= {"sha256": tokenizer.sha256, "older_sha256": tokenizer.older_sha256}
         report(
@@ -215,6 +218,7 @@ def open_prepared(
             f"{', '.join(tokenizer.switched_off)}: its shards may hold other ids than their text has now. A run on "
             "them goes on; for a new one name another --data-root"
         )
+
     prepared = Prepared(folder, tokenizer_manifest=tokenizer_manifest, manifests=manifests)
     refuse([*problems, *(_size_problems(prepared) or _changed_shards(prepared, report))])
     return prepared
@@ -244,6 +248,7 @@ def _differing(prepared: Prepared, trusted: Mapping[str, Any], report: Callable[
         found_right[name] = _stamp(path, shard["sha256"])
         if trusted.get(name) == found_right[name]:
             continue
+
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard["sha256"]:
@@ -251,6 +256,8 @@ def _differing(prepared: Prepared, trusted: Mapping[str, Any], report: Callable[
             problems.append(
                 f"{path} was changed: sha256 {found}, its manifest says {shard['sha256']}: {_again(path.parent)}."
             )
+
+    # The stamps spare the next launch the reading.
     if found_right != trusted and (unwritten := _write_stamps(prepared.folder, found_right)):
         size_gb = sum(shard["bytes"] for _, shard in prepared.shard_files()) / 1e9
         report(

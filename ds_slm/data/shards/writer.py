@@ -176,6 +176,8 @@ def write_documents(
     first_unusable = ""
     totals = shards.totals
     noted_before = Counter(totals.noted)
+
+    # Reading goes on where the journal stands.
     stream = documents(shards.position)
     texts = (
         iter(stream)
@@ -183,22 +185,27 @@ def write_documents(
         else islice(stream, document_format.row_limit - totals.rows_read)
     )
     split = split_documents(texts, data, totals.rows_read, cut_single=not document_format.as_json)
+
     for batch, encoded in _encoded(
         _batches(split, stream, totals.rows_read), document_format, tokenizer, lambda: documents(None)
     ):
         totals.rows_read += batch.rows
         totals.noted = dict(noted_before + Counter(batch.notes))
         totals.skip(EMPTY, batch.rows - len(batch.documents))
+
         for (split, text), ids in zip(batch.documents, encoded, strict=True):
             if isinstance(ids, str):
                 totals.skip(ids)
                 first_unusable = first_unusable or text
                 continue
+
+            # Only held-out documents are still needed once there is enough to train on.
             if split == "train" and shards.tokens("train") >= token_limit:
                 whole = False
                 if shards.tokens("val"):
                     break
                 continue
+
             shards.add(split, ids)
             shards.end_document(split)
             content = text.encode()
@@ -208,11 +215,15 @@ def write_documents(
             unsaved_tokens += len(ids)
             progress.advance(len(ids), len(content))
         else:
+            # The journal does not record `whole`, so it is not written once that is false.
             if whole and batch.position is not None and unsaved_tokens >= JOURNAL_TOKENS:
                 shards.save(batch.position)
                 unsaved_tokens = 0
             continue
+
+        # The limit is reached and something is held out: nothing more is read.
         break
+
     _refuse_unusable(name, shards, document_format, first_unusable)
     notes = [f"{count:,} {note}" for note, count in sorted(totals.noted.items())]
     return _finished(name, shards, data) | {"whole": whole, "made_from": stream.made_from, "notes": notes}
@@ -222,17 +233,20 @@ def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_r
     documents: list[tuple[Split, str]] = []
     places: list[int] = []
     rows = characters = 0
+
     for side, text in split:
         rows += 1
         characters += len(text)
         if text:
             documents.append((side, text))
             places.append(first_row + rows - 1)
+
         if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             # splitting reads two documents ahead at the start
             yield _Batch(documents, places, rows, stream.position() if rows > 1 or first_row else None)
             first_row += rows
             documents, places, rows, characters = [], [], 0, 0
+
     yield _Batch(documents, places, rows, None)
 
 
@@ -298,6 +312,7 @@ def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]
             f"{f' (skipped: {skipped})' if skipped else ''}; it needs more text, or another --set "
             f"data.val_fraction=... than {data.val_fraction}."
         )
+
     totals = shards.totals
     return {
         "documents": totals.documents,
@@ -329,13 +344,18 @@ def write_token_files(
     ids = TokenFiles(files, file_dtype, tokenizer)
     if ids.padding:
         shards.totals.skipped[PADDING] = ids.padding
+
     border = ids.held_out_border(data.val_fraction)
     train_tokens = int(min(border, token_limit))
+
+    # Copying goes on where the journal stands.
     begin = shards.position["token"] if shards.position else 0
     ids.long_run = shards.position.get("long_run") if shards.position else None
     unsaved_tokens = 0
+
     for block in ids.blocks(begin):
         shards.totals.add_content(block.tobytes())
+
         parts: dict[Split, np.ndarray] = {
             "train": block[: max(train_tokens - begin, 0)],
             "val": block[max(border - begin, 0) :],
@@ -344,16 +364,22 @@ def write_token_files(
             if len(part):
                 shards.add(split, part)
                 shards.end_document(split)
+
         begin += len(block)
         unsaved_tokens += len(block)
         progress.advance(len(block), block.nbytes)
         if unsaved_tokens >= JOURNAL_TOKENS:
             shards.save({"token": begin, "long_run": ids.long_run})
             unsaved_tokens = 0
+
     written = _finished(name, shards, data)
+
+    # The bytes of the held-out text turn a loss per token into one per byte.
     paths = [shards.folder / shard["file"] for shard in written["shards"]["val"]]
     held_out = np.concatenate([np.fromfile(path, id_dtype(tokenizer.vocab_size)) for path in paths])
     val_bytes = len(decode_documents(tokenizer, held_out).encode())
+
+    # A loss on control tokens would say nothing about text.
     of_no_text = int(np.isin(held_out, sorted(ids.no_text)).sum())
     if not val_bytes or 2 * of_no_text > len(held_out):
         raise DataError(
@@ -361,6 +387,7 @@ def write_token_files(
             f"control tokens, the last one id {held_out[-1]}: cut them off, or hold out more with --set "
             "data.val_fraction=..."
         )
+
     notes = [ids.long_run] if ids.long_run else []
     unknown = {"documents": None, "bytes": {"train": None, "val": val_bytes}}
     return written | unknown | {"whole": train_tokens == border, "made_from": None, "notes": notes}

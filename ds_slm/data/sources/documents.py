@@ -69,12 +69,14 @@ class SourceFiles:
         """One line: which local files are read, and which are not; None where there are no local files."""
         if not self.files:
             return None
+
         below = [path.relative_to(self.root) if path != self.root else PurePath(path.name) for path in self.files]
         doubtful = [path for path in below if canonical(split) == TRAIN and looks_held_out(path)]
         first = dict.fromkeys([*doubtful, *below])  # of many names only the first are shown
         line = f"reads {shortened([str(path) for path in first])}"
         if len(doubtful) > NAMES_TOLD:
             line += f", {len(doubtful):,} with names as of held-out data"
+
         if parts := tell_left_out(self.left_out()):
             line += f" ({len(below):,} of {len(below) + len(self.other_split) + len(self.beside):,} files)"
             line += f", those of split {split!r}; left out: {parts}"
@@ -109,30 +111,37 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
     """
     if replacement is None and source.kind in ("builtin", "hub"):
         return SourceFiles(source.kind)
+
     root = replacement or (Path(source.path) if source.path else Hub(source, report).token_files(TOKENS_SUFFIX))
     who = f"source {source.name!r}"
     if not root.exists():
         state = "is a link to nothing" if root.is_symlink() else "does not exist"
         raise DataError(f"{who}: {root} {state}; {way_out(source)}.")
+
     try:
         candidates = _files_under(root)
     except OSError as error:
         raise DataError(
             f"{who}: {error.filename or root} cannot be read ({error.strerror}); {way_out(source)}."
         ) from error
+
     text = tuple(path for path in candidates if suffix_of(path.name))
     tokens = tuple(path for path in candidates if path.name.lower().endswith(TOKENS_SUFFIX))
     if unreadable := [path for path in (*text, *tokens) if not path.is_file()]:
         raise DataError([f"{who}: {path} is no file or a link to nothing: mend or remove it." for path in unreadable])
+
     known = ", ".join([*READERS, TOKENS_SUFFIX])
     if not text and not tokens:
         raise DataError(f"{who}: {root} holds no file of a known kind ({known}); {way_out(source)}.")
     if text and tokens:
         raise DataError(f"{who}: {root} holds both text ({text[0].name}) and token ids ({tokens[0].name}): part them.")
+
     known_kind = text or tokens
     strange = tuple(sorted(set(candidates) - set(known_kind)))
     if root == known_kind[0]:
         return SourceFiles("text" if text else "tokens", known_kind, root=root)
+
+    # The names of files and folders tell their split.
     try:
         choice = choose([_without_suffix(path.relative_to(root)) for path in known_kind], source.split)
     except UnclearSplit as reason:
@@ -140,6 +149,7 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
             f"{who}: {root}: {reason}; name the file or folder to read with --source {source.name}=PATH, rename the "
             f"files, or read all of them with data.source.split = {ALL!r}."
         ) from reason
+
     groups = ([known_kind[place] for place in places] for places in (choice.read, choice.other_split, choice.beside))
     return SourceFiles("text" if text else "tokens", *map(tuple, groups), strange=strange, root=root)
 
@@ -267,6 +277,8 @@ def documents(
             f"source {source.name!r} holds token ids, no text to train a tokenizer on: set tokenizer.kind to the one "
             "that made them, 'hf' or 'cl100k'."
         )
+
+    # `made_from` tells later whether a position belongs to this text.
     if place.kind == "builtin":
         texts = builtin()
         made_from: dict[str, Any] = {"kind": OLD_WORD, "sha256": _sha256(texts)}
@@ -282,6 +294,7 @@ def documents(
         files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
         made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}
         read, start = partial(_read_files, files, source.column, as_json, say), [0, *START]
+
     names = [file.name for file in files]
     if position is None:
         return DocumentStream(made_from, read, start, names)

@@ -167,15 +167,21 @@ def _txt(file: io.BufferedIOBase, name: str, column: Column, cursor: Cursor) -> 
         raise DataError(
             f"{name}: plain text has no column {column.name!r}: remove it, or name the files that have one."
         )
+
     begin, piece = cursor
     size_bytes = file.seek(0, io.SEEK_END)
     piece_bytes = TXT_PIECE_BYTES if size_bytes > WHOLE_TXT_BYTES else size_bytes
     file.seek(begin)
+
+    # An empty file is one empty document.
     while begin < size_bytes or (size_bytes == 0 and piece == 0):
         block = file.read(piece_bytes)
+
+        # A piece ends with a line, or at least with a whole character.
         if begin + len(block) < size_bytes:
             block = block[: block.rfind(b"\n") + 1 or _last_character(block)]
             file.seek(begin + len(block))
+
         if begin == 0:
             _refuse_other_text(block)
         if (zeros := block.find(ZEROS)) >= 0:
@@ -184,6 +190,7 @@ def _txt(file: io.BufferedIOBase, name: str, column: Column, cursor: Cursor) -> 
             text = block.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {begin + error.start} is no UTF-8: {error.reason}") from error
+
         yield _without_marks(text), (begin + len(block), piece + 1)
         begin, piece = begin + len(block), piece + 1
 
@@ -303,16 +310,19 @@ def _parquet(file: io.BufferedIOBase, name: str, column: Column, cursor: Cursor)
         rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
         if sum(rows) != table.metadata.num_rows:
             raise ValueError(f"its row groups hold {sum(rows)} rows, its footer says {table.metadata.num_rows}")
+
         for group in range(first_group, len(rows)):
             row = 0
             for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[key]):
                 if batch.num_columns != 1:
                     raise ValueError(f"it has {batch.num_columns} columns called {key!r}")
+
                 begin, row = row, row + len(batch)
                 if row > first_row:
                     for end, text in enumerate(_values(batch.column(0), column), start=begin + 1):
                         if end > first_row:
                             yield text, (group, end)
+
             if row != rows[group]:
                 raise ValueError(f"row group {group} holds {row} rows, its footer says {rows[group]}")
             first_row = 0
@@ -325,12 +335,14 @@ def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> str:
     key = column.found_in(schema.names)
     if key is None:
         raise DataError(_no_column(name, column.name, schema.names))
+
     places = schema.get_all_field_indices(key)
     if len(places) > 1:
         raise DataError(
             f"{name}: {len(places)} of its {len(schema.names)} columns are called {key!r} (number "
             f"{', '.join(str(place + 1) for place in places)}): write it anew with names that differ."
         )
+
     found = schema.field(places[0]).type
     value = found.value_type if types.is_dictionary(found) else found
     texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
@@ -340,6 +352,7 @@ def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> str:
             f"{name}: column {key!r} holds {found}, not {wanted}; the columns there are: "
             f"{', '.join(f'{field.name!r} ({field.type})' for field in schema)}. Set data.source.column to one of {of}."
         )
+
     return key
 
 

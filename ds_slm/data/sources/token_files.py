@@ -47,6 +47,7 @@ class TokenFiles:
         self.long_run: str | None = None
         """The first id that stands so often in a row that people should look at it, and where."""
         self._counts = [path.stat().st_size // dtype.itemsize for path in files]
+
         problems = [
             f"{path} has {path.stat().st_size} bytes, no whole number of {8 * dtype.itemsize}-bit ids: it was cut "
             "short, or is of another type (data.source.dtype); get an intact copy."
@@ -65,6 +66,7 @@ class TokenFiles:
         self.padding = sum(paddings)
         """Ids that are cut off at the ends of the files."""
         self._counts = [count - padding for count, padding in zip(self._counts, paddings, strict=True)]
+
         problems = [
             f"{path} holds nothing but one id that is no text: get an intact copy."
             for path, count, padding in zip(files, self._counts, paddings, strict=True)
@@ -132,9 +134,12 @@ class TokenFiles:
                 "it was made with another tokenizer (name that one in the recipe) or is of another type "
                 "(data.source.dtype)."
             )
+
+        # Wider ids, read as narrow ones, have zeros between them.
         own, between = block[place % 2 :: 2], block[1 - place % 2 :: 2]
         if between.any() or np.count_nonzero(own) < WIDE_IDS:
             return
+
         bits = 8 * self._dtype.itemsize
         if bits == 16 and own[1::2].any() and own[::2].any():
             raise DataError(
@@ -175,6 +180,7 @@ class TokenFiles:
     def _whole_run(self, path: Path, number: int, place: int) -> tuple[int, int]:
         """Where a run that holds a place begins and ends."""
         ids = np.memmap(path, self._dtype, mode="r")
+
         begin = end = place
         while begin:
             block = ids[max(begin - LOOK_TOKENS, 0) : begin]
@@ -182,12 +188,14 @@ class TokenFiles:
             begin -= len(block) if not len(others) else len(block) - 1 - int(others[-1])
             if len(others):
                 break
+
         while end < len(ids):
             block = ids[end : end + LOOK_TOKENS]
             others = np.flatnonzero(block != number)
             end += len(block) if not len(others) else int(others[0])
             if len(others):
                 break
+
         return begin, end
 
 

@@ -134,6 +134,7 @@ def _ranks(backend: "tokenizers.Tokenizer") -> tuple[dict[str, int], str]:
         vocab, ignore_merges = content["model"]["vocab"], content["model"]["ignore_merges"]
     except (KeyError, TypeError, IndexError):
         return {}, ""
+
     specials = [token["content"] for token in content["added_tokens"]]
     others = {token: number for token, number in vocab.items() if token in specials or token == filler(number)}
     tokens = {token: number for token, number in vocab.items() if token not in others}
@@ -144,8 +145,12 @@ def _ranks(backend: "tokenizers.Tokenizer") -> tuple[dict[str, int], str]:
         or not all(letters.issuperset(token) for token in tokens)
     ):
         return {}, ""
+
+    # The rest of the file could change ids as well, so it must be what `by_rank` writes.
     if content != json.loads(by_rank(tokens, others, specials, pattern, ignore_merges).to_str()):
         return {}, ""
+
+    # tiktoken takes a piece that is a token as it is: here the same token must come out.
     if ignore_merges:
         pieces = (other for other in others if len(backend.pre_tokenizer.pre_tokenize_str(other)) < 2)
     else:

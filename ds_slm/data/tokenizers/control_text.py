@@ -42,14 +42,17 @@ class ControlText:
                     for token in missing
                 ]
             )
+
         for token in added.values():
             token["special"] = token["content"] not in plain
+
         self.marks = {token: f"<|{secrets.token_hex(16)}|>" for token in tokens}
         """What stands for each token in a text."""
         for token, mark in self.marks.items():
             added[token] |= {"content": mark, "special": False}
         self._backend = Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
+
         # Marks are new words, so that the ids of all added tokens may be others than in the tokenizer.
         written = dict(zip(added, added, strict=True)) | self.marks
         ids = {self._backend.token_to_id(text): backend.token_to_id(token) for token, text in written.items()}

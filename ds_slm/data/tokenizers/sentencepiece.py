@@ -44,9 +44,11 @@ def read_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
         oracle = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # protobuf's and the C++ side's own kinds
         raise DataError(f"{path} is no SentencePiece model ({error}): get an intact copy.") from error
+
     if problems := _problems(model):
         way_out = "name a tokenizer.json of the same tokenizer instead."
         raise DataError([f"{path}: {problem}; {way_out}" for problem in problems])
+
     backend = _converted(model)
     for text, found, expected in _compared(model, backend, oracle):
         if found != expected:
@@ -54,6 +56,7 @@ def read_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
                 f"{path}: its conversion gives {found} for {text!r} where SentencePiece gives {expected}: "
                 "name a tokenizer.json of the same tokenizer instead."
             )
+
     return backend
 
 
@@ -63,6 +66,7 @@ def _problems(model: Any) -> list[str]:
     trained, normalizer = model.trainer_spec, model.normalizer_spec
     letters = {piece.piece for piece in model.pieces if piece.type == kinds.NORMAL and len(piece.piece) == 1}
     pieces = [piece for piece in model.pieces if piece.type == kinds.NORMAL]
+
     checks = {
         f"it is of type {trained.ModelType.Name(trained.model_type)}, not BPE": trained.model_type != trained.BPE,
         "it has no byte fallback, so unknown letters would be lost": not trained.byte_fallback,
@@ -74,6 +78,7 @@ def _problems(model: Any) -> list[str]:
         "it has unused pieces": any(piece.type == kinds.UNUSED for piece in model.pieces),
         "some of its pieces have letters that are no pieces": any(not letters.issuperset(p.piece) for p in pieces),
     }
+
     return [problem for problem, is_so in checks.items() if is_so]
 
 
@@ -84,6 +89,8 @@ def _converted(model: Any) -> "tokenizers.Tokenizer":
     kinds = model.SentencePiece
     vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
+
+    # The merges: every cut of a piece into two others, the best score first.
     cuts = (
         (-score, -len(piece), vocab[piece], end, piece)
         for piece, score in scores.items()
@@ -92,6 +99,8 @@ def _converted(model: Any) -> "tokenizers.Tokenizer":
     )
     merges = [(piece[:-end], piece[-end:]) for *_, end, piece in sorted(cuts)]
     backend = Backend(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+
+    # Spaces are written as SentencePiece writes them, and back when decoding.
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     undone: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.normalizer_spec.add_dummy_prefix:
@@ -99,6 +108,7 @@ def _converted(model: Any) -> "tokenizers.Tokenizer":
         undone.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(undone)
+
     controls = [piece.piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
     return backend

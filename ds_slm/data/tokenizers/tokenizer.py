@@ -70,9 +70,11 @@ class Tokenizer:
         self.older_sha256 = _sha256(backend) if self.switched_off else None
         """The hash that older versions gave it, which left these settings as they were; None without any."""
         _switch_off(backend)
+
         self._backend = backend
         self._encoder = _text_encoder(backend)
         self.eos_token, self.pad_token = eos_token, pad_token
+
         problems = [
             f"the tokenizer has no {token!r}: set tokenizer.{field}_token to one of its tokens."
             for field, token in (("eos", eos_token), ("pad", pad_token))
@@ -80,6 +82,7 @@ class Tokenizer:
         ]
         if problems:
             raise DataError(problems)
+
         self.eos_id, self.pad_id = self.token_id(eos_token), self.token_id(pad_token)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -347,6 +350,7 @@ def _cl100k_ranks(section: Section) -> dict[bytes, int]:
                 f"tiktoken cannot download cl100k's ranks ({error}): set tokenizer.path to a copy of "
                 "cl100k_base.tiktoken, or TIKTOKEN_CACHE_DIR to a cache that has it."
             ) from error
+
     path = Path(section.path)
     if not path.is_file():
         raise DataError(f"tokenizer.path = {section.path!r} does not exist: name a copy of cl100k_base.tiktoken.")

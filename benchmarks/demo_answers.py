@@ -36,6 +36,7 @@ def answers(folder: Path, questions: tuple[str, ...]) -> dict[str, tuple[str, bo
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
+
     found = {}
     for question in questions:
         conversation = [{"role": "user", "content": question}]
@@ -55,6 +56,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("export", type=Path)
     args = parser.parse_args()
+
     if not (args.run / "done.json").is_file():
         raise CheckpointError(f"{args.run} has no done.json: the run is not finished; launch it again to go on.")
 
@@ -71,10 +73,12 @@ def main() -> int:
     table.add_row("the base", f"{base['loss']:.4f}")
     table.add_row(str(args.run), f"{tuned['loss']:.4f}")
     console.print(table)
+
     for question, (answer, ended) in found.items():
         end = "" if ended else " ... (did not end)"
         console.print(f"[bold]{question}[/bold] ", end="")
         console.print(answer + end, markup=False, highlight=False)
+
     seconds = sum(record["step_s"] for record in steps)
     conversations = sum(record["conversations"] for record in steps)
     console.print(
@@ -82,6 +86,7 @@ def main() -> int:
         f"      {args.export}: a Hugging Face folder with its chat template",
         highlight=False,
     )
+
     problems = [] if base["loss"] - tuned["loss"] >= LEAST_GAIN_NATS else ["the loss fell by less than 0.5 nats"]
     problems += [f"no end to {question!r}" for question, (_, ended) in found.items() if not ended]
     for problem in problems:

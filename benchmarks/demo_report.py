@@ -31,6 +31,7 @@ def continuations(folder: Path, prompts: tuple[str, ...]) -> tuple[int, dict[str
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
+
     torch.manual_seed(0)
     texts = {}
     for prompt in prompts:
@@ -54,18 +55,22 @@ def main() -> int:
     parser.add_argument("export", type=Path)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     args = parser.parse_args()
+
     if not (args.run / "done.json").is_file():
         raise CheckpointError(f"{args.run} has no done.json: the run is not finished; launch it again to go on.")
 
     done = json.loads((args.run / "done.json").read_text())
     trained = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in trained if record["kind"] == "train"]
+
+    # The baselines learn from the training tokens, and are measured on the same held-out bytes as the model.
     recipe = schema.load(str(args.run / "recipe.toml"))
     data = prepared.open_prepared(recipe, args.run.name, args.data_root)
     train_ids, held_out_ids = np.asarray(data.tokens("train")[0]), np.asarray(data.tokens("val")[0])
     unigram, bigram = baselines.ngram_bits_per_byte(
         train_ids, held_out_ids, data.vocab_size, data.eos_id, data.val_bytes
     )
+
     ours, perplexity = done["val_bits_per_byte"], done["val_perplexity"]
     rivals = {"gzip -9": baselines.gzip_bits_per_byte(data.val_text()), "unigram": unigram, "bigram": bigram}
     parameters, texts = continuations(args.export, PROMPTS)
@@ -77,8 +82,10 @@ def main() -> int:
     for name, value in {**rivals, f"{args.run} ({parameters:,} parameters)": ours}.items():
         table.add_row(name, f"{value:.4f}")
     console.print(table)
+
     for text in texts.values():
         console.print(text, markup=False, highlight=False)
+
     seconds = sum(record["step_s"] for record in steps)
     speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
     peak_gb = max(record["peak_memory_gb"] for record in steps)
@@ -90,6 +97,7 @@ def main() -> int:
         f"look: tensorboard --logdir {args.run.parent}",
         highlight=False,
     )
+
     beaten = all(ours < value for value in rivals.values())
     if not beaten:
         console.print("the model does not beat all three baselines", style="bold red")

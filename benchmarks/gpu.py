@@ -93,6 +93,8 @@ def numerics(recipe: Recipe, device: torch.device, rows: int = 2) -> Numerics:
     kernels.fix_sums(deterministic=False)  # as a run does
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(recipe.model.vocab_size, (rows, recipe.data.seq_len + 1), generator=generator).to(device)
+
+    # First the reference, eager; then the model to be judged, compiled.
     losses, gradients = [], []
     for dtype in (torch.float32, DTYPES[recipe.train.precision]):
         model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing).to(device, dtype)
@@ -103,6 +105,7 @@ def numerics(recipe: Recipe, device: torch.device, rows: int = 2) -> Numerics:
         losses.append((sums.nll / sums.weight).item())
         gradients.append(torch.cat([one.grad.float().flatten() for one in model.parameters() if one.grad is not None]))
         del model, sums
+
     ours, reference = gradients[1].double(), gradients[0].double()
     cosine = (ours @ reference / (ours.norm() * reference.norm())).item()
     return Numerics(losses[0], losses[1], cosine)
@@ -130,12 +133,14 @@ def table(found: dict[str, list[bench_train.Round]], device: str, peak_flops: fl
     grid = Table(title=f"{device}, one device, torch {torch.__version__}")
     for name in ("case", "precision", "micro-batch", "tokens/s", "spread", "MFU", "peak GB", "promised", "kept"):
         grid.add_column(name, justify="left" if name in ("case", "promised") else "right")
+
     for case in CASES:
         recipe, _ = load(case, rehearsing)
         rounds = found.get(case.name)
         if not rounds:
             grid.add_row(case.name, recipe.train.precision, "-", "not yet run", "-", "-", "-", case.promised, "-")
             continue
+
         speeds = [one.tokens_per_s for one in rounds]
         median, peak_gb = statistics.median(speeds), max(one.peak_gb for one in rounds)
         flops = plan.flops_per_token(recipe.model, recipe.data.seq_len) * median
@@ -171,11 +176,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "gpu")
     parser.add_argument("--rehearse", action="store_true", help="every step on a CPU, with tiny shapes")
     args = parser.parse_args()
+
     if not (args.rehearse or torch.cuda.is_available()):
         raise DeviceError("no GPU: nothing measured. --rehearse goes through it on a CPU with tiny shapes.")
+
     device = torch.device("cpu" if args.rehearse else "cuda")
     cases = [case for case in CASES if case.name in args.cases]
     result: dict[str, Any] = {"device": measure.device_name(device), "torch": torch.__version__, "cases": {}}
+
+    # Numerics of all cases first: the speed of a wrong model is worth nothing.
     wrong = []
     for case in cases:
         recipe, _ = load(case, args.rehearse)
@@ -187,6 +196,7 @@ def main() -> int:
         result["cases"][case.name] = {"numerics": dataclasses.asdict(seen)}
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
     if wrong:
         raise DataError([*wrong, "Nothing was timed."])
 
@@ -195,6 +205,7 @@ def main() -> int:
         found[case.name] = speed(case, out, args.rounds, args.rehearse)
         result["cases"][case.name]["rounds"] = [dataclasses.asdict(one) for one in found[case.name]]
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")  # a machine may be lent for minutes only
+
     peak = None if args.rehearse else measure.peak_flops(device, torch.bfloat16)
     Console(width=bench_train.TABLE_WIDTH).print(table(found, result["device"], peak, args.rehearse))
     print(f"written: {out / 'result.json'}")

@@ -42,11 +42,14 @@ def lay_out(text: Path, folder: Path) -> None:
             f"{text} is missing or another text (sha256 {found}, expected {TEXT_SHA256}): "
             "get data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn."
         )
+
+    # Every character is a token of its own.
     characters = sorted(set(content.decode()))
     vocabulary = {character: number for number, character in enumerate(characters)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
+
     (folder / "characters").mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "characters" / "tokenizer.json"))
     shutil.copyfile(text, folder / "tinyshakespeare.txt")
@@ -69,14 +72,17 @@ def main() -> int:
     code = subprocess.run(command, cwd=args.folder, check=False).returncode
     if code:
         return code
+
     run, elapsed_s = args.folder / "runs" / RECIPE.stem, time.monotonic() - begin_s
     done = json.loads((run / "done.json").read_text())
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     steps = [record for record in records if record["kind"] == "train"]
     speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
+
     target = schema.load(str(run / "recipe.toml")).targets[0]
     assert target.tolerance is not None
     reached = done["val_loss"] <= target.published + target.tolerance
+
     print(
         f"\nheld-out loss {done['val_loss']:.4f} nats per character; nanoGPT published {target.published} "
         f"(reproduced up to {target.published + target.tolerance:.2f}): {'reproduced' if reached else 'MISSED'}\n"

@@ -80,6 +80,7 @@ def trainer(args: argparse.Namespace, recipe: Recipe) -> list[float]:
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
+
     if args.deepspeed:
         import importlib
 
@@ -93,10 +94,12 @@ def trainer(args: argparse.Namespace, recipe: Recipe) -> list[float]:
             "zero_allow_untested_optimizer": True,
         }
     arguments = transformers.TrainingArguments(**options)
+
     # exclusive attention is nobody else's: their model goes without it
     config = hf.hf_config(recipe.model.model_copy(update={"exclusive_attention": False}), eos_id=None, dtype="float32")
     shape = transformers.AutoConfig.for_model(**config)
     model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+
     rows = rows_of(args.ids, recipe.data.seq_len, recipe.model.vocab_size)[:, :-1]
     clock = Clock()
     transformers.Trainer(
@@ -119,18 +122,23 @@ def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     if world_size > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
     dtype, z_loss = PRECISIONS[recipe.train.precision], recipe.train.z_loss
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing).to(device, dtype)
     if args.compiled:
         model.compile_parts()
+
+    # The optimiser steps fp32 masters. In fp32 they are the model itself.
     weights = list(model.parameters())
     masters = decoder.build(recipe.model, recipe.train.seed).to(device) if dtype != torch.float32 else model
     optimizer = build_optimizer(masters, recipe.optimizer)
+
     rows = rows_of(args.ids, recipe.data.seq_len, recipe.model.vocab_size)
     targets = args.micro_batch * recipe.data.seq_len
     scale = 1 / (targets * args.accumulation * world_size)
     gradients = [torch.zeros_like(one, dtype=torch.float32) for one in weights]
     durations_s, place = [], rank * args.micro_batch
+
     for _ in range(args.steps):
         begin_s, nll = now_s(), torch.zeros((), device=device)
         for _ in range(args.accumulation):
@@ -142,21 +150,28 @@ def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
             for total, one in zip(gradients, weights, strict=True):
                 total.add_(one.grad)
                 one.grad = None
+
+        # Once a step, all gradients in one message.
         if world_size > 1:
             flat = torch.cat([one.flatten() for one in gradients])
             dist.all_reduce(flat)
             for total, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
                 total.copy_(part.view_as(total))
+
         for master, total in zip(masters.parameters(), gradients, strict=True):
             master.grad = total
         torch.nn.utils.clip_grad_norm_(masters.parameters(), recipe.optimizer.grad_clip or float("inf"))
         optimizer.step()
+
+        # The model takes the masters' new weights.
         with torch.no_grad():
             for one, master in zip(weights, masters.parameters(), strict=True):
                 master.grad = None
                 one.copy_(master)
         for total in gradients:
             total.zero_()
+
+        # A run of ours reads its loss in every step, too.
         nll.item()
         durations_s.append(now_s() - begin_s)
     return durations_s
@@ -177,12 +192,15 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="the bare loop compiles blocks and loss")
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
+
     recipe = schema.load(args.recipe, args.set)
     if recipe.train.precision not in PRECISIONS:
         raise RecipeError(f"train.precision = {recipe.train.precision!r}: the rivals run in {' or '.join(PRECISIONS)}.")
+
     before_gb = measure.resident_memory_bytes() / 1e9
     durations_s = (trainer if args.kind == "trainer" else bare)(args, recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
     if int(os.environ.get("RANK", "0")) == 0:
         memory = {"peak_memory_gb": measure.peak_memory_bytes(device) / 1e9, "resident_gb_before_model": before_gb}
         args.out.write_text(json.dumps({"step_s": durations_s, **memory}))

@@ -60,32 +60,41 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+
     world = rendezvous.current().world
     rank, world_size = world.rank, world.size
     overrides = [f"data.seq_len={SEQ_LEN}", f"train.global_batch_tokens={SEQ_LEN * world_size}", "run.keep_last=1"]
     recipe = schema.load(args.recipe, [*args.set, *overrides])
     engine_config = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, devices.device_type(), 1)
+
     control = process_group.connect()
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
     rng = np.random.default_rng(rank)
     rows = Rows(rng.integers(0, recipe.model.vocab_size, (1, SEQ_LEN + 1)), np.ones((1, SEQ_LEN), dtype=np.float32))
+
     optimiser_s, alone_s, waits_s, beside_s, saves_s = [], [], [], [], []
     with Interrupt(control, grace_s=60) as interrupt:
         engine = engines.Engine(recipe, engine_config, model, control, interrupt)
         saves = BackgroundSave(engine, args.out, Launch(), [0], lambda line: None)
         totals = engine.agree(Share([rows], []))
+
         for step in range(1, args.rounds + 2):  # the first makes the optimiser's state
+            # A step alone.
             passes_s = timed(lambda: engine.forward_backward([rows], totals))
             optimiser_s.append(timed(lambda: engine.step(1e-4)))
             alone_s.append(passes_s + optimiser_s[-1])
+
+            # The same step beside a save.
             begin_s = time.perf_counter()
             waits_s.append(timed(lambda step=step: saves.begin({**asdict(State(step=step)), **Best().fields()})))
             passes_s = timed(lambda: engine.forward_backward([rows], totals))
             beside_s.append(passes_s + timed(lambda: engine.step(1e-4)))
+
             saved = saves.finish()
             if saved is None or not saved.durable:
                 raise DataError(list(saved.failed) if saved else "nothing was saved")
             saves_s.append(time.perf_counter() - begin_s)
+
     if rank == 0:
         measured = optimiser_s, alone_s, waits_s, beside_s, saves_s
         step_s, whole_s, wait_s, with_save_s, save_s = (statistics.median(times[1:]) for times in measured)
@@ -96,6 +105,7 @@ def main() -> int:
             f"{whole_s:.2f} s alone"
         )
         shutil.rmtree(args.out)
+
     process_group.disconnect(control)
     return 0
 

@@ -59,13 +59,16 @@ def main() -> int:
     parser.add_argument("--ranks", type=Path, required=True, help="cl100k_base.tiktoken")
     parser.add_argument("--out", type=Path, default=Path("runs") / "sft_380m", help="where everything is written, 7 GB")
     args = parser.parse_args()
+
     if missing := [str(path) for path in (args.conversations, args.ranks) if not path.exists()]:
         raise DataError(f"missing: {', '.join(missing)}.")
+
     out = args.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     parameters = write_base(args.ranks.resolve(), out / "base")
     if code := train(args.conversations.resolve(), args.ranks.resolve(), out):
         return code
+
     records = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     step = next(record for record in records if record["kind"] == "train")
     before_gb = json.loads((out / "run" / "env.json").read_text())["resident_gb_before_model"]

@@ -78,6 +78,7 @@ def overrides(steps: int, given: Sequence[str] = ()) -> list[str]:
         f"run.save_every_steps={max(steps // 3, 1)}",
         "run.keep_best=false",
     ]
+
     places = {one.partition("=")[0].strip() for one in given}
     return [*(one for one in ours if one.partition("=")[0] not in places), *given]
 
@@ -87,11 +88,13 @@ def run_ours(prose: Path, out: Path, settings: list[str], on_gpu: bool) -> int:
     programs = Path(sys.executable).parent
     sources = [word for name, file in SOURCES.items() for word in ("--source", f"{name}={prose / file}")]
     flags = ["--data-root", str(out / "data"), *(word for pair in settings for word in ("--set", pair))]
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         launch = [str(programs / "deepspeed"), "--quiet", "--master_port", str(probe.getsockname()[1])]
     launch += [] if on_gpu else ["--num_accelerators", str(CPU_CORES)]
     launch += [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "slm-10m", "--run-dir", str(out / "run")]
+
     environment = os.environ | ({} if on_gpu else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
     prepare = subprocess.run([str(programs / "ds-slm"), "prepare", "slm-10m", *sources, *flags], check=False)
     return prepare.returncode or subprocess.run([*launch, *flags], env=environment, check=False).returncode
@@ -110,6 +113,7 @@ def train_qwen3(recipe: Recipe, prepared: Any, device: str, report: Callable[[Re
     weights = decoder.build(recipe.model, recipe.train.seed).state_dict()
     assert model.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]  # tied to the embedding
     model.to(device).train()
+
     settings, rows, last_step = recipe.optimizer, PretrainRows(recipe, prepared), recipe.train.steps
     groups = [
         {"params": [one for one in model.parameters() if one.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -141,16 +145,19 @@ def train_qwen3(recipe: Recipe, prepared: Any, device: str, report: Callable[[Re
         batch = rows.read(rows.row_ids(position))
         position = rows.next_position(position)
         targets = float(batch.weights.sum())
+
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
         for nll, z2 in in_micro_batches(batch):
             ((nll + recipe.train.z_loss * z2) / targets).backward()
             nll_sum += nll.item()
+
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         values = {"loss": nll_sum / targets, "lr": rate, "grad_norm": norm.item()}
         report({"kind": "train", "step": step, **values, "step_s": time.perf_counter() - begin_s})
+
         if step % recipe.run.eval_every_steps == 0 or step == last_step:
             report({"kind": "val", "step": step, "loss": held_out(recipe.run.eval_rows)})
     report({"kind": "eval", "step": last_step, "loss": held_out(None)})
@@ -215,9 +222,11 @@ def compare(ours: Sequence[Record], qwen3: Sequence[Record]) -> list[Difference]
     left, right = (list(side.values()) for side in losses)
     raw = [abs(a - b) for a, b in zip(left, right, strict=True)]
     smooth = [abs(a - b) for a, b in zip(smoothed(left), smoothed(right), strict=True)]
+
     val = of_kind(ours, "val"), of_kind(qwen3, "val")
     last = abs(statistics.fmean(left[-LAST_STEPS:]) - statistics.fmean(right[-LAST_STEPS:]))
     final = [next(iter(of_kind(side, "eval").values())) for side in (ours, qwen3)]
+
     return [
         Difference("training loss of one step, largest", max(raw)),
         Difference("training loss of one step, mean", statistics.fmean(raw)),
@@ -268,12 +277,15 @@ def draw(path: Path, ours: Sequence[Record], qwen3: Sequence[Record]) -> None:
         above.plot(list(losses), list(losses.values()), line, linewidth=1, label=f"{name}, training")
         held_out = of_kind(records, "val")
         above.plot(list(held_out), list(held_out.values()), mark, markersize=9, label=f"{name}, held out")
+
     above.set(ylabel="nats per token", title="slm-10m: ds_slm under DeepSpeed and transformers' Qwen3 in PyTorch")
     above.legend()
+
     differences = [a - b for a, b in zip(smoothed(list(left.values())), smoothed(list(right.values())), strict=True)]
     below.plot(list(left)[-len(differences) :], differences, linewidth=1)
     below.axhspan(-TOLERANCE, TOLERANCE, alpha=0.15)
     below.set(xlabel="step", ylabel=f"ours - Qwen3,\n{WINDOW_STEPS} steps' mean")
+
     figure.savefig(path, dpi=110)
 
 
@@ -296,10 +308,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs") / "slm_10m_qwen3", help="where everything is written")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     args = parser.parse_args()
+
     if missing := [str(args.prose / file) for file in SOURCES.values() if not (args.prose / file).is_file()]:
         raise DataError(
             f"missing: {', '.join(missing)}; name a folder that holds all of {', '.join(SOURCES.values())}."
         )
+
     import torch
 
     settings, on_gpu = overrides(args.steps, args.set), torch.cuda.is_available()

@@ -31,16 +31,19 @@ def median_step_ms(checkout: Path, folder: Path, ranks: int, micro_batch: int) -
     """The median step of one launch, in milliseconds, without the first ones."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
+
     binaries = checkout / ".venv" / "bin"
     launcher = [binaries / "deepspeed", "--num_accelerators", ranks, "--master_port", runs.free_port()]
     files = ["--recipe", folder / "tiny.toml", "--run-dir", run_dir, "--data-root", folder / f"data-{checkout.name}"]
     every = [f"run.{what}_every_steps={STEPS}" for what in ("eval", "save")]
     settings = [part for one in (*every, f"train.steps={STEPS}") for part in ("--set", one)]
     command = [*launcher, checkout / "ds_slm" / "pretrain.py", *files, "--micro-batch", micro_batch, *settings]
+
     environment = {**runs.environment(), "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]])}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
+
     if done.returncode:
         raise TrainingError(f"{checkout} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
     durations_s = [record["step_s"] for record in runs.records(run_dir)][WARM_STEPS:]
@@ -64,14 +67,19 @@ def main() -> int:
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+
     checkouts = [one.resolve() for one in args.checkouts]
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         runs.write_recipe(folder)
+
         for ranks in args.ranks:
             for micro_batch in args.micro_batch:
                 found = measure(checkouts, folder, ranks, micro_batch, args.rounds)
                 first = found[str(checkouts[0])]
+
+                # Launches of one round are compared, because the machine's speed drifts between rounds.
                 for checkout, medians_ms in found.items():
                     ratio = statistics.median(b / a for a, b in zip(first, medians_ms, strict=True))
                     print(
@@ -79,6 +87,7 @@ def main() -> int:
                         f"least {min(medians_ms):.2f} ms a step, {ratio:.3f} of the first, {checkout}",
                         flush=True,
                     )
+
                 print(json.dumps({"ranks": ranks, "micro_batch": micro_batch, "median_step_ms": found}), flush=True)
     return 0
 

@@ -139,22 +139,26 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-mb", type=float, default=25.0, help="text to read at most (default 25)")
     given = parser.parse_args()
+
     texts = read_texts(given.text, given.max_mb * 1e6)
     size_mb = sum(len(text.encode()) for text in texts) / 1e6
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     title = f"{len(texts):,} documents, {size_mb:.1f} MB, {cores} cores, load {load:.1f}, {given.rounds} rounds"
     table = Table("tokenizer", "way", "MB/s", "tokens/s", "to encode_batch", title=title)
+
     for kind in KINDS:
         if kind == "cl100k" and given.ranks is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = make_tokenizer(kind, texts, given.ranks, Path(folder))
             elapsed_s, tokens = measure(tokenizer, texts, given.rounds)
+
         for name, seconds in elapsed_s.items():
             median_s = statistics.median(seconds)
             ratios = [base / own for base, own in zip(elapsed_s["encode_batch"], seconds, strict=True)]
             speed = f"{size_mb / median_s:.2f}", f"{tokens / median_s:,.0f}", f"{statistics.median(ratios):.2f}"
             table.add_row(kind, name, *speed)
+
     Console().print(table)
     return 0
 

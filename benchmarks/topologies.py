@@ -76,14 +76,19 @@ def launch(folder: Path, ranks: int, cases: list[str]) -> None:
 def measure(folder: Path, precision: str, topologies: list[Topology]) -> dict[str, dict[str, float]]:
     """Reader -> writer (or "undisturbed in the first topology") -> the largest relative difference of a loss."""
     runs.write_recipe(folder)
+
+    # Each topology writes a checkpoint, and trains undisturbed for comparison.
     worlds = sorted({one.ranks for one in topologies})
     for ranks in worlds:
         here = [one for one in topologies if one.ranks == ranks]
         cases = [f"written-{one.name}:{one.settings(precision)},max_steps={WRITTEN}" for one in here]
         launch(folder, ranks, cases + [f"whole-{one.name}:{one.settings(precision)}" for one in here])
+
+    # Each reader goes on from a copy of each writer's run folder.
     for reader in topologies:
         for writer in topologies:
             shutil.copytree(folder / f"written-{writer.name}", folder / f"{writer.name}-to-{reader.name}")
+
     for ranks in worlds:
         cases = [
             f"{writer.name}-to-{reader.name}:{reader.settings(precision)}"
@@ -92,6 +97,7 @@ def measure(folder: Path, precision: str, topologies: list[Topology]) -> dict[st
             for writer in topologies
         ]
         launch(folder, ranks, cases)
+
     found: dict[str, dict[str, float]] = {}
     for reader in topologies:
         whole = runs.records(folder / f"whole-{reader.name}")
@@ -99,6 +105,7 @@ def measure(folder: Path, precision: str, topologies: list[Topology]) -> dict[st
             writer.name: difference(runs.records(folder / f"{writer.name}-to-{reader.name}"), whole)
             for writer in topologies
         }
+
         first = runs.records(folder / f"whole-{topologies[0].name}")
         found[reader.name]["undisturbed, first"] = difference(first, whole)
     return found
@@ -129,6 +136,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "topologies")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
+
     out = args.out.resolve() / args.precision
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

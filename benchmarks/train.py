@@ -106,6 +106,7 @@ def lay_out(recipe: Recipe, out: Path) -> list[str]:
     import tokenizers
 
     out.mkdir(parents=True, exist_ok=True)
+
     vocab_size = recipe.model.vocab_size
     special = {number: name for name, number in recipe.tokenizer.special_tokens.items()}
     vocabulary = {special.get(number, f"t{number}"): number for number in range(vocab_size)}
@@ -113,9 +114,11 @@ def lay_out(recipe: Recipe, out: Path) -> list[str]:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     (out / "tokenizer").mkdir(exist_ok=True)
     backend.save(str(out / "tokenizer" / "tokenizer.json"))
+
     # as frequent as words are, by Zipf's law: what a repeated id costs belongs to the embedding's backward pass
     ids = np.random.default_rng(0).zipf(1.1, size=ROWS * (recipe.data.seq_len + 1)) % vocab_size
     ids.astype("<u2" if vocab_size <= 1 << 16 else "<u4").tofile(out / "ids.bin")
+
     return [
         "tokenizer.kind=hf",
         f"tokenizer.path={out / 'tokenizer'}",
@@ -140,12 +143,14 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
     ranks = bench.ranks(side)
     folder = bench.out / "launches" / f"{side}-{micro_batch}-{accumulation}-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
+
     settings = [f"train.global_batch_tokens={ranks * micro_batch * accumulation * bench.recipe.data.seq_len}"]
     flags = [word for pair in [*bench.overrides, *settings] for word in ("--set", pair)]
     flags += ["--recipe", bench.name, "--micro-batch", str(micro_batch)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+
     command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
     if side == "ours":
         sources = [word for one in bench.recipe.data.source for word in ("--source", f"{one.name}={bench.out}/ids.bin")]
@@ -166,6 +171,8 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
         ]
         command += ["--deepspeed", str(ZERO_CONFIG)] if under else []
         command += ["--compiled"] if kind == "bare" and bench.compiled else []
+
+    # Only ours prints a line for its first step: its start-up ends there.
     begin_s, first_step_s, said = time.monotonic(), None, []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=bench.environment(side)
@@ -175,11 +182,13 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
             said.append(line)
             if line.startswith("step 1/"):
                 first_step_s = time.monotonic() - begin_s
+
     if process.returncode:
         raise DataError(f"{side} failed ({process.returncode}):\n{''.join(said[-30:])}")
     if side != "ours":
         found = json.loads((folder / "out.json").read_text())
         return Launch(statistics.median(found["step_s"][1:]), found["peak_memory_gb"], None)
+
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     start_s = first_step_s - steps[0]["step_s"] if first_step_s is not None else None
@@ -218,6 +227,7 @@ def best_micro_batch(bench: Bench, side: str, choices: Sequence[int]) -> int:
             speeds[choice] = choice / launch(bench, side, choice, 1).step_s
         except DataError as error:
             print(f"{side}, micro-batch {choice}: left out\n{error}", flush=True)
+
     if not speeds:
         raise DataError(f"{side} runs at no micro-batch of {', '.join(map(str, choices))}.")
     print(f"{side}: " + ", ".join(f"{choice} x {speed:.3g} rows/s" for choice, speed in speeds.items()), flush=True)
@@ -228,6 +238,7 @@ def table(bench: Bench, rounds: dict[str, list[Round]], device: str, peak_flops:
     """A row for each side."""
     kind = "GPU" if bench.on_gpu else "CPU"
     grid = Table(title=f"{bench.name}, {bench.recipe.train.precision}, {bench.devices} {kind} ranks, {device}")
+
     names = (
         "side",
         "micro-batch",
@@ -241,11 +252,13 @@ def table(bench: Bench, rounds: dict[str, list[Round]], device: str, peak_flops:
     )
     for name in names:
         grid.add_column(name, justify="left" if name == "side" else "right")
+
     ours = statistics.median(one.tokens_per_s for one in rounds["ours"]) if "ours" in rounds else None
     for side, found in rounds.items():
         speeds = [one.tokens_per_s for one in found]
         speed = statistics.median(speeds)
         flops = plan.flops_per_token(bench.recipe.model, bench.recipe.data.seq_len) * speed
+
         grid.add_row(
             side,
             str(found[0].micro_batch),
@@ -272,6 +285,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     args = parser.parse_args()
+
     import torch
 
     from ds_slm.engine.devices import DTYPES
@@ -283,9 +297,11 @@ def main() -> int:
     overrides = [*args.set, *lay_out(recipe, out)]
     devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
     bench = Bench(args.recipe, recipe, overrides, out, devices, on_gpu, args.steps)
+
     if args.memory:
         Console(width=TABLE_WIDTH).print(memory(bench, args.micro_batches[0], args.sides))
         return 0
+
     chosen = {side: best_micro_batch(bench, side, args.micro_batches) for side in args.sides}
     rounds: dict[str, list[Round]] = {side: [] for side in args.sides}
     for number in range(args.rounds):
@@ -298,9 +314,11 @@ def main() -> int:
     peak = peak and peak * (devices if on_gpu else 1)  # of a CPU it is measured with all its threads
     name = device_measure.device_name(device)
     starts = [one.start_s for one in rounds.get("ours", []) if one.start_s is not None]
+
     Console(width=TABLE_WIDTH).print(table(bench, rounds, name, peak))
     if starts:
         print(f"ours: from the command to the first forward {statistics.median(starts):.1f} s")
+
     result = {
         "recipe": args.recipe,
         "overrides": args.set,

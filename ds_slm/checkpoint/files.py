@@ -121,6 +121,7 @@ class Writer:
         replaced = self.folder.with_name(f"{self.folder.name}{REPLACED}")
         if os.path.lexists(self.final):
             os.rename(self.final, replaced)
+
         try:
             if os.path.lexists(replaced):
                 self._reached("old-moved")
@@ -128,6 +129,8 @@ class Writer:
         except OSError:
             put_back(self._run)
             raise
+
+        # The new name is on the disk before the old checkpoint goes.
         self._reached("renamed")
         fsync(self.final.parent)
         remove(replaced)
@@ -195,9 +198,12 @@ def verify(checkpoint: Path, read: bool = True) -> list[str]:
             return [f"{checkpoint}: its manifest is of step {manifest['step']}."]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{checkpoint}: {MANIFEST} is missing or unreadable ({error})."]
+
     problems = []
     for name in sorted({STATE, MODEL} - expected.keys()):
         problems.append(f"{checkpoint}: {MANIFEST} lists no {name}.")
+
+    # Cheap checks come first: a file is read only if its name and size are right.
     for name, fingerprint in expected.items():
         path = checkpoint / name
         try:
@@ -215,6 +221,7 @@ def verify(checkpoint: Path, read: bool = True) -> list[str]:
                 problems.append(f"{path}: its sha256 is not the one in {MANIFEST}.")
         except OSError as error:  # a disk that cannot read what it holds
             problems.append(f"{path}: {error.strerror or error}.")
+
     return problems
 
 
@@ -261,6 +268,8 @@ def choose(run: Path, step: int | None = None, best: bool = False) -> Path:
         if whole is None:
             raise CheckpointError(f"{run} holds no whole checkpoint: expected checkpoints/step-*/ with a manifest.")
         return whole
+
+    # A checkpoint that was asked for by step or as the best is still unverified.
     problems = verify(checkpoint) if checkpoint.is_dir() else [f"{checkpoint} is not there."]
     if problems:
         found = ", ".join(str(number) for number in steps(run)) or "none"

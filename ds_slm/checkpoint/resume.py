@@ -88,8 +88,12 @@ def find(
     own_step = checkpoint_format.read_state(own)["step"] if own else -1
     offers = control.gather(own_step)
     source = offers.index(max(offers))
+
+    # Records may know of a save that no host of this launch holds.
     saved, held_by = max(control.gather(run_folder.newest_saved(run) if control.leads_host else (0, [])))
     holders = f" on {', '.join(held_by)}" if held_by else ""
+
+    # No host has a whole checkpoint: the run is new, unless something says that there was one.
     if offers[source] < 0:
         there = sorted({step for steps in control.gather(checkpoint_format.steps(run)) for step in steps})
         if there:
@@ -104,12 +108,15 @@ def find(
                 "--run-dir, or move this folder away first (--resume never takes an empty one)."
             )
         return None
+
+    # The host with the newest whole checkpoint tells all ranks what is in it.
     is_source = control.rank == source
     content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
     refuse_other_beginning(run, content, identity, older or {})
     lost = (
         f"step {saved} was saved{holders}, and no host of this launch holds it whole" if saved > offers[source] else ""
     )
+
     return ResumePoint(source, own if is_source else None, content, own_step, tuple(damaged), lost)
 
 

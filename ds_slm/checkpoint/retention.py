@@ -44,6 +44,8 @@ def retain(
     kept = {named_by(run, "latest"), *((named_by(run, "best"), best_step) if keep_best else ())}
     said: list[str] = []
     newest = 0
+
+    # Checkpoints older than the ones to keep are deleted unread.
     for step in reversed(steps(run)):
         checkpoint = folder_of_step(run, step)
         if newest < keep_last and _is_whole(checkpoint, step, known):
@@ -53,6 +55,7 @@ def retain(
                 _attempt(said, checkpoint, _delete)
         else:
             _attempt(said, checkpoint, lambda path: said.append(f"{path} is damaged: moved to {set_aside(path)}"))
+
     _delete_leftovers(run)
     return said
 

@@ -145,6 +145,8 @@ class BackgroundSave:
     def _save(self, own: Snapshot | None, problem: str | None, content: Mapping[str, Any]) -> None:
         step, hosts = content["step"], self.control.hosts
         outcome = self._write(own, problem, content)
+
+        # All ranks learn of every host's outcome, and so agree on what was saved.
         outcomes = [Outcome(**theirs) for theirs in self.control.gather(asdict(outcome))]
         by_kind = {kind: [rank for rank, one in enumerate(outcomes) if one.kind == kind] for kind in ("held", "failed")}
         self._result = saved = Saved(
@@ -152,11 +154,13 @@ class BackgroundSave:
             failed=tuple(f"{hosts[rank]}: {outcomes[rank].reason}" for rank in by_kind["failed"]),
             replaced=any(one.kind == "replaced" for one in outcomes),
         )
+
         if saved.durable:
             self.durable_step = step
         if not saved.replaced:
             self._leave_sign(step, saved)
             self._tell(step, saved)
+
         for host, one in zip(hosts, outcomes, strict=True):
             for note in one.notes:
                 self._say(f"step {step}: {host}: {note}")

@@ -57,6 +57,7 @@ def read(
     where.add_argument("--devices", type=positive, metavar="N", help="train on this many devices of this machine")
     runner_flags.add_runner_flags(parser)
     add_own(parser)
+
     runner_flags.refuse_others(arguments)
     args = parser.parse_args(list(arguments))
     if "--recipe" in [argument.partition("=")[0] for argument in arguments]:
@@ -94,24 +95,33 @@ def start(script: Path, line: CommandLine) -> None:
 
     args = line.args
     run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
+
+    # Mistakes in the recipe, the flags or the hosts are told before anything starts.
     schema.load(line.recipe, args.set, run_folder)
     hosts = runner_flags.chosen_hosts(args)
     runner_flags.refuse_unusable(args, hosts)
     if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
+
+    # A machine without a GPU trains on its CPU, with one rank unless --devices says otherwise.
     cpu_ranks, devices = None, args.devices
     if not hosts:
         import torch
 
         if not torch.cuda.is_available():
             cpu_ranks = devices = devices or 1
+
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
     command = launch.command(script, flags, args.hostfile, devices, [*quiet, *line.runner])
+
+    # The sign that a signal ended the run counts only if this launch left it.
     sign = run_folder / STOPPED
     before = _content(sign)
     hold_back = bool(hosts) and not args.log_level  # over ssh DeepSpeed drops --quiet
     code = launch.run(command, launch.environment(os.environ, cpu_ranks), hold_back=hold_back)
+
+    # The run folder knows more than the launcher's exit code.
     if code and _content(sign) not in (None, before):
         raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
     if code == EXIT_INTERRUPTED:

@@ -61,6 +61,7 @@ def recipes(
         recipe = schema.load(name)
         headline = recipe.targets[0] if recipe.targets else None
         ours = ours_of(name, recipe, runs)
+
         rows.append(
             {
                 "name": name,
@@ -74,6 +75,7 @@ def recipes(
                 "run": {**asdict(ours), "counts": ours.counts} if ours else None,
             }
         )
+
     if as_json:
         print_json({"recipes": rows})
     else:
@@ -103,6 +105,7 @@ def plan_recipe(
     from ds_slm.recipe import plan, schema
 
     recipe = schema.load(name, overrides)
+
     if hostfile is not None:
         if gpus_per_node or nodes:
             raise ConfigError(
@@ -115,8 +118,10 @@ def plan_recipe(
     else:
         host_count = nodes or 1
         world_size = host_count * (gpus_per_node or 1)
+
     found = plan.plan(recipe, name, ds_configs.read(ds_config), world_size, host_count, network)
     inherited = schema.inherited(name)
+
     if as_json:
         memory = {**asdict(found.memory), "device_bytes": found.memory.device_bytes}
         print_json({**asdict(found), "memory": memory, "inherited": inherited})
@@ -141,6 +146,7 @@ def prepare(
     from ds_slm.recipe import schema
 
     recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
+
     if recipe.sft is not None:
         raise DataError(
             f"recipe {name!r} fine-tunes a base, in whose tokenizer its conversations are prepared: ds-slm sft {name} "
@@ -148,6 +154,7 @@ def prepare(
         )
     if verify and (source or max_tokens is not None):
         raise DataError("--verify only reads what is prepared: leave out --source and --max-tokens.")
+
     sources = parse_sources(source)
     if verify:
         prepared = shards.open_prepared(recipe, stem, data_root)
@@ -155,6 +162,7 @@ def prepare(
         report_to(as_json)("every byte of every shard is as its manifest says")
     else:
         prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, report_to(as_json))
+
     summary = {
         "folder": str(prepared.folder),
         "train_tokens": prepared.train_tokens,
@@ -164,6 +172,7 @@ def prepare(
         "sha256": prepared.sha256,
         "verified": verify,
     }
+
     if as_json:
         print_json(summary)
     else:
@@ -227,6 +236,7 @@ def _preview(name: str, args: "Namespace") -> None:
     sources, out = parse_sources(args.source), args.out or Path(f"preview-{stem}.html")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
+
     tokenizer_folder = None
     if base is not None:
         opened = open_model(base)
@@ -234,12 +244,15 @@ def _preview(name: str, args: "Namespace") -> None:
         tokenizer_folder = opened.tokenizer_folder
     prepared = data.prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
     shown, summary = preview.read_shown(recipe, prepared, args.preview)
+
+    # The terminal shows masks in colours, or by marks if it has no colours.
     console = Console(highlight=False)
     for one in shown:
         console.print(f"\nconversation {one.number:,}: {one.counts}", style="bold")
         plain = console.color_system is None or console.no_color
         console.print(preview.as_text(one, with_ids, with_marks=plain), soft_wrap=True, end="")
     print(f"\n{data.tell(summary)}")
+
     replace_text(out, preview.as_html(stem, shown, summary, with_ids))
     print(f"written: {out}")
 

@@ -69,9 +69,12 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
         recorded = schema.load_recorded(folder)
     except RecipeError:  # damaged
         return None
+
     same = recorded.identity_sha256() == recipe.identity_sha256()
     if not same and environment.get("recipe_name", folder.name) != name:
         return None
+
+    # What keeps the figures from being those of the library's recipe.
     differs = [] if same else [_differences(recipe, recorded)]
     if done and done.get("recipe_sha256") != recorded.identity_sha256():
         differs.append("done.json is of another recipe")
@@ -82,6 +85,7 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
         differs.append("its data are not recorded")
     elif done and done.get("data_sha256") != environment.get("data_sha256"):
         differs.append("done.json is of other data")
+
     figures = {
         key: float(value)
         for key, value in done.items()

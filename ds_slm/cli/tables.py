@@ -26,11 +26,13 @@ def show_plan(plan: Plan, inherited: list[str]) -> None:
     for name, value in _facts(plan).items():
         print(f"{name:18}{value}")
     print()
+
     table = _table("if every device is a", "tokens/s", "step", "run", "fits")
     for time in plan.times:
         duration = _duration(time.step_s), _duration(time.run_s)
         table.add_row(time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no")
     _console().print(table, highlight=False)
+
     print()
     print(textwrap.fill("Assumed: " + "; ".join(plan.assumptions) + ".", width=100))
     for warning in plan.warnings:
@@ -51,6 +53,8 @@ def _facts(plan: Plan) -> dict[str, str]:
         "loss": memory.loss_bytes,
     }
     filler = f", {batch.filler_rows} of them filler" if batch.filler_rows else ""
+
+    # A blank key continues the line above: "" and " ", since keys must differ.
     facts = {
         "parameters": f"{plan.params:,}{published}",
         "": ", ".join(f"{name} {_count(part)}" for name, part in named.items() if part),
@@ -64,6 +68,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "memory per device": f"{memory.device_bytes / 1e9:.2f} GB",
         " ": ", ".join(f"{name} {part / 1e9:.2f}" for name, part in bytes_of.items() if part),
     }
+
     if memory.host_bytes:
         facts["offloaded"] = f"{memory.host_bytes / 1e9:.2f} GB of the host's memory for each device"
     return facts

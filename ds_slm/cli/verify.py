@@ -23,6 +23,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
     folders = [checkpoint_format.folder_of_step(run, step) for step in checkpoint_format.steps(run)]
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint: name the folder of a run that has saved one.")
+
     found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
     aside = {f"{retention.DAMAGED}/{one.name}": checkpoint_format.verify(one) for one in retention.set_aside_ones(run)}
     if as_json:
@@ -31,6 +32,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
         lines = [f"{name}: {' '.join(problems) or 'whole'}" for name, problems in found.items()]
         lines += [f"{name}: set aside, not used: {' '.join(problems) or 'whole'}" for name, problems in aside.items()]
         print("\n".join(lines))
+
     if damaged := [name for name, problems in found.items() if problems]:
         raise CheckpointError(f"{run}: {', '.join(damaged)} damaged; resuming and exporting pass over these.")
 
@@ -73,14 +75,18 @@ def rows(run: Path, against: Path | None, as_json: bool) -> None:
         else:
             print("\n".join(f"{step} {link}" for step, link in ours.items()))
         return
+
     compared = ledger.compare(ours, ledger.read(against))
     if as_json:
         print_json(asdict(compared))
+
+    # A difference is an error, also where it was printed as JSON.
     if compared.differ_at_step is not None:
         raise DataError(
             f"{run} and {against} drew the same rows up to step {compared.same_until_step} and others by step "
             f"{compared.differ_at_step}: compare their recipe.toml and the data_sha256 in their env.json (other data "
             "give other ledgers from the first step on)."
         )
+
     if not as_json:
         print(f"{run} and {against} drew the same rows in the same order up to step {compared.same_until_step}")

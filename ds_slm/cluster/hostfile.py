@@ -104,6 +104,7 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise HostfileError(f"Hostfile {path} cannot be read: {error.strerror}; make it readable.") from error
+
     hosts: dict[str, Host] = {}
     first_line_of: dict[str, tuple[int, str]] = {}
     problems: list[str] = []
@@ -111,6 +112,7 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
+
         name = text.split()[0]
         key = name.lower()  # names of hosts know no case
         if problem := _line_problem(text, first_line_of.get(key)):
@@ -118,6 +120,7 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
         else:
             hosts[name] = Host(name, _slots(text))
         first_line_of.setdefault(key, (number, text))
+
     if not hosts and not problems:
         problems.append(
             f"Hostfile {path} names no host: {_EXPECTED} on at least one line that is no comment; add one, "
@@ -171,6 +174,8 @@ def _read_launch() -> _Launch:
             program, arguments = _program(process.cmdline())
         except psutil.Error:
             continue
+
+        # On the way up the launcher comes first: it is the runner's child.
         if _is_launcher(program):
             local_hosts = _world_hosts(arguments)
         elif _is_runner(program):
@@ -285,6 +290,7 @@ def _line_problem(text: str, first: tuple[int, str] | None) -> str | None:
     """
     name = text.split()[0]
     host, advice = _host_meant(name), _advice(text)
+
     if _LINE.fullmatch(text) is None:
         return f"got `{text}`, {_EXPECTED} with no spaces around `=` and nothing behind N; write `{advice}`, say."
     if host != name:

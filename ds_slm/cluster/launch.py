@@ -101,9 +101,12 @@ def run(
     program = shutil.which(command[0], path=environ.get("PATH"))
     if program is None:
         raise ConfigError(f"there is no {command[0]!r} on the PATH: install the project with `make setup`.")
+
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     pipe = subprocess.PIPE if hold_back else None
     child = subprocess.Popen([program, *command[1:]], env=environ, stdout=pipe or stdout, stderr=pipe)
+
+    # With `hold_back` the ranks' lines are shown at once, and the launcher's own are kept.
     held: list[bytes] = []
     copiers = [
         threading.Thread(target=_copy_lines, args=(source, target, held), daemon=True)
@@ -112,6 +115,8 @@ def run(
     ]
     for copier in copiers:
         copier.start()
+
+    # Signals go on to the launch for as long as it runs.
     told: list[psutil.Process] = []
     try:
         for number in ours:
@@ -123,9 +128,12 @@ def run(
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+
+    # The launch failed by itself: what was held back may say why.
     if code not in (0, EXIT_STOPPED) and held and not told:
         print("what DeepSpeed's launcher said:", file=sys.stderr)
         sys.stderr.write(b"".join(held).decode(errors="replace"))
+
     if code and told and code != EXIT_STOPPED:
         return EXIT_INTERRUPTED
     return code if code >= 0 else EXIT_FAILURE

@@ -41,6 +41,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         recipe = schema.load_recorded(run)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; {run} is no run folder.") from error
+
     facts, joined = read_json(run / "env.json"), read_json(run / "ds_config.json")
     if facts is None or joined is None or "zero_optimization" not in joined:
         name = "env.json" if facts is None else "ds_config.json"
@@ -49,17 +50,23 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         )
     if not facts.get("recipe_name"):
         raise CheckpointError(f"{run} does not say what its data are called: launch it once more, then prove it.")
+
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     copied = scratch / f"{facts['recipe_name']}.toml"  # prepared data are found by this name
     shutil.copyfile(run / "recipe.toml", copied)
     script = CHECKOUT / ("ds_slm/pretrain.py" if recipe.sft is None else "sft/train.py")
+
+    # A run saves half-way and at its end, and records every step.
     every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
+
+    # What changes bits is the run's own: ZeRO stage, micro-batch, compiled blocks.
     same = {key: joined[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
     if blocks := facts.get("kernels", {}).get("blocks"):
         same["compile_blocks"] = blocks == "compiled"
     same["deterministic"] = True  # on a GPU equal bits need it: without, two runs differ that were never interrupted
     (scratch / "ds_config.json").write_text(json.dumps(same))
+
     shared = [
         "--recipe",
         str(copied),
@@ -82,12 +89,15 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     say(f"{STEPS} steps without interruption, {ranks} ranks")
     if train("whole"):
         raise CheckpointError(f"the run without interruption failed: see above, and {scratch / 'whole' / 'logs'}.")
+
     say(f"the same, killed once step {STEPS // 2} is saved")
     if train("resumed", DS_SLM_DIE_AT=f"retained@{STEPS // 2}") == 0:
         raise CheckpointError("the run that was to be killed was not.")
+
     say("and resumed")
     if train("resumed", resume="must"):
         raise CheckpointError(f"resuming failed: see above, and {scratch / 'resumed' / 'logs'}.")
+
     return list(differences(scratch / "whole", scratch / "resumed"))
 
 
@@ -100,11 +110,14 @@ def differences(whole: Path, resumed: Path) -> Iterator[str]:
                 yield f"step {ours['step']}: {key} {theirs.get(key)} after resuming, {ours.get(key)} without."
     if len(records[0]) != len(records[1]):
         yield f"{len(records[1])} steps after resuming, {len(records[0])} without."
+
+    # Tensors are equal where the hashes of their files are.
     files = []
     for folder in (whole, resumed):
         checkpoint = checkpoint_format.choose(folder)
         manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
         files.append({name: one["sha256"] for name, one in manifest["files"].items() if name.endswith(".safetensors")})
+
     for name in sorted(files[0].keys() | files[1].keys()):
         if files[0].get(name) != files[1].get(name):
             yield f"{name} of the last checkpoint differs."

@@ -37,16 +37,24 @@ def add_runner_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("DeepSpeed's launcher", "passed on to it")
     group.add_argument("--master_port", type=_port, metavar="PORT", help="where the ranks meet (default 29500)")
     group.add_argument("--master_addr", metavar="ADDRESS", help="rank 0's host, as the other hosts reach it")
+
+    # Which hosts and slots.
     group.add_argument("-i", "--include", metavar="HOST[:SLOT,...]@...", help="only these hosts and slots")
     group.add_argument("-e", "--exclude", metavar="HOST[:SLOT,...]@...", help="all but these hosts and slots")
     group.add_argument("--num_nodes", type=_count, metavar="N", help="only the first N hosts of the hostfile")
+
+    # How the hosts are reached.
     group.add_argument("--force_multi", action="store_true", help="start over ssh, even on a single host")
     group.add_argument("--ssh_port", type=_port, metavar="PORT", help="of every host's ssh")
     group.add_argument("--no_ssh_check", action="store_true", help="do not try ssh to every host first")
     group.add_argument("--launcher_args", metavar="ARGS", help="for pdsh")
     group.add_argument("--venv_script", metavar="FILE", help="sourced on every host before the launch")
+
+    # What each rank computes on.
     group.add_argument("--bind_cores_to_rank", action="store_true", help="give each rank cores of its own")
     group.add_argument("--bind_core_list", metavar="LIST", help="the cores to share out")
+
+    # What the launcher tells of itself.
     group.add_argument("--save_pid", action="store_true", help="leave the launcher's process id in /tmp")
     levels = ("debug", "info", "warning", "error", "critical")
     group.add_argument("--log_level", choices=levels, help="what the launcher says (default error)")
@@ -78,11 +86,13 @@ def refuse_unusable(
     """
     problems, cores = [], cores or os.cpu_count() or 1
     here = not over_ssh(args, hosts)
+
     if args.venv_script is not None and here:
         problems.append(
             f"--venv_script {args.venv_script} is sourced on hosts that are reached over ssh, and this launch starts "
             "on this machine itself: activate the environment first, and leave the flag out."
         )
+
     if args.bind_core_list is not None:
         problems += _core_list_problems(args.bind_core_list, cores if here else None, args.bind_cores_to_rank)
     if args.bind_cores_to_rank and here and shutil.which("numactl", path=environ.get("PATH")) is None:
@@ -91,6 +101,7 @@ def refuse_unusable(
         problems.append(f"--bind_cores_to_rank: {args.devices} ranks need a core each, this machine has {cores}.")
     if args.bind_cores_to_rank and here and "KMP_AFFINITY" in environ:
         problems.append("--bind_cores_to_rank does not go with the environment's KMP_AFFINITY: unset it.")
+
     if problems:
         raise ConfigError(problems)
 
@@ -145,6 +156,7 @@ def _without_hostfile(args: argparse.Namespace, filters: list[str]) -> list[Host
 
 def _filtered(hosts: list[Host], kind: str, text: str, hostfile: Path) -> list[Host]:
     by_name, named, problems = {host.name: host for host in hosts}, dict[str, set[int]](), []
+
     for spec in text.split("@"):
         name, colon, slots = spec.partition(":")
         numbers = slots.split(",") if colon else []
@@ -155,11 +167,15 @@ def _filtered(hosts: list[Host], kind: str, text: str, hostfile: Path) -> list[H
             problems.append(f"--{kind} {text}: expected HOST or HOST:SLOT,SLOT with slots of {there} on {name}.")
         else:
             named.setdefault(name, set()).update(map(int, numbers) if numbers else range(by_name[name].slots))
+
     if problems:
         raise HostfileError(problems)
+
+    # From here on `named` holds the slots that stay.
     if kind == "exclude":
         named = {host.name: set(range(host.slots)) - named.get(host.name, set()) for host in hosts}
     left = [replace(host, slots=len(named.get(host.name, ()))) for host in hosts if named.get(host.name)]
+
     if not left:
         raise HostfileError(f"--{kind} {text} leaves no host of {hostfile}.")
     return left

@@ -41,9 +41,13 @@ def refuse_unknown_interfaces(environ: MutableMapping[str, str] = os.environ) ->
     """Raise DeviceError where the user names an interface that this host does not have."""
     there = list(psutil.net_if_addrs())
     problems = []
+
+    # gloo takes whole names.
     for name in environ.get(GLOO, "").split(","):
         if name and name not in there:
             problems.append(f"{GLOO}={environ[GLOO]}: this host has no interface {name!r}")
+
+    # NCCL takes beginnings of names, whole names after `=`, and names to avoid after `^`.
     nccl = environ.get(NCCL, "")
     names = [name for name in nccl.removeprefix("=").split(",") if name]
     if names and not nccl.startswith("^"):
@@ -51,6 +55,7 @@ def refuse_unknown_interfaces(environ: MutableMapping[str, str] = os.environ) ->
         found = [name for name in names if any(one == name if exact else one.startswith(name) for one in there)]
         if not found:
             problems.append(f"{NCCL}={nccl}: this host has no such interface")
+
     if problems:
         way_out = "leave the variable out, and the interface that leads to rank 0's host is taken"
         raise DeviceError([f"{problem}; there are {', '.join(there)}. Name one, or {way_out}." for problem in problems])

@@ -59,6 +59,8 @@ class Control:
         """
         launch = self.broadcast(uuid.uuid4().hex[:8], 0)  # marks of a launch that was killed are not this one's
         mark = folder / f".host-{self.rank}-{launch}"
+
+        # Every leader leaves its mark; on a shared disk it then sees the others' marks, too.
         problem = None
         if self.leads_host:
             try:
@@ -68,8 +70,11 @@ class Control:
                 problem = f"{error.filename or folder}: {error.strerror or error}."
         if problems := [one for one in self.gather(problem) if one]:
             raise CheckpointError(problems)
+
+        # All have answered, so all marks are there. The lowest rank of each disk writes for it.
         seen = [rank for rank in self.leaders if (folder / f".host-{rank}-{launch}").exists()]
         first_seen = self.gather(seen[0] if seen else -1)
+
         if self.leads_host:
             mark.unlink(missing_ok=True)
         return [rank for rank in self.leaders if first_seen[rank] == rank]

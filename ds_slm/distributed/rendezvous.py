@@ -109,18 +109,25 @@ class Rendezvous:
         """Tell the other ranks, and the user, once; then end this process with the error's exit code."""
         failure, was_open = failure_of(error, self.world.rank), self._thread is not None
         patience_s, is_interrupted = self._patience_s(failure.code), failure.code == EXIT_INTERRUPTED
+
+        # The thread already ends this process, because another rank failed.
         if self._thread is not None and is_interrupted and self._follows:  # the launcher ends whoever is left
             self._thread.join(patience_s)
             self._leave(failure.code)
+
+        # Before the thread runs, and after an interruption, the error is told without the store.
         if not was_open or is_interrupted:
             wait_s = self._intervals.interrupted_s if is_interrupted else self._intervals.together_s
             self._tell_in_turn(failure.text, 0 if self.world.size == 1 else wait_s)
+
+        # The other ranks must be told, unless the launcher on this host ends them.
         on_its_own = self.world.size == 1 or (self.world.on_one_host and not was_open)
         if not on_its_own:
             self._failure = failure
             with contextlib.suppress(ImportError):  # torch's, on this host: then nobody can be told
                 self.open()
             self._wake.set()
+
         if self._thread is not None:  # it ends the process, unless the store does not answer
             self._thread.join(min(self._intervals.first_word_s, patience_s))
             self._tell_once(failure.text)
@@ -160,21 +167,29 @@ class Rendezvous:
         opened_s = time.monotonic()
         beats: dict[int, tuple[int, float]] = dict.fromkeys(range(1, world.size), (0, opened_s))
         next_word_s = limit.first_word_s
+
         while not self._closed.is_set():
             store.count(f"beat/{world.rank}", 1)
             self._contact_s = time.monotonic()
+
+            # A failure ends the watch: this rank's own, or another's.
             if self._failure is not None:
                 return self._report(self._failure, store, board)
             if not board.is_empty:
                 return self._follow(store, board)
+
+            # Once this rank is ready: have all others come?
             waits = self._message is not None and not self._met.is_set()
             if waits and self._all_are_there(store):
                 continue
             if waits and self._contact_s - opened_s >= next_word_s:
                 self._say_who_is_missing(store, self._contact_s - opened_s)
                 next_word_s += limit.word_every_s
+
+            # Until all have met, rank 0 looks for ranks that died or never came.
             if world.rank == 0 and not self._met.is_set():
                 self._failure = self._silent_rank(store, beats) or self._failure
+
             self._wake.wait(limit.poll_s if waits else limit.beat_s)
             self._wake.clear()
 
@@ -331,6 +346,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
     """
     print_any_name()
     note = worlds.ignored()
+
     try:
         meeting = current()
     except UserError as error:
@@ -338,7 +354,10 @@ def run_rank(main: Callable[[], int | None]) -> int:
         meeting.fail(error)
     if note:
         print(note, file=sys.stderr, flush=True)
+
+    # An error in any other thread ends the process, too.
     threading.excepthook = lambda failed: meeting.fail(failed.exc_value or SystemExit(EXIT_FAILURE))
+
     code = EXIT_OK
     try:
         code = main() or EXIT_OK
@@ -349,5 +368,6 @@ def run_rank(main: Callable[[], int | None]) -> int:
     except BaseException as error:
         if not (isinstance(error, SystemExit) and error.code in (None, EXIT_OK)):
             meeting.fail(error)
+
     meeting.close()
     return code

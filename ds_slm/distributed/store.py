@@ -59,6 +59,7 @@ class Store:
 
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = world.rank == 0 and not agent_serves
+
         try:
             store = dist.TCPStore(
                 world.address,
@@ -73,6 +74,7 @@ class Store:
             if serves and _is_taken(world.port):
                 raise DeviceError(taken(world)) from error
             raise DeviceError(f"{world.master}: {first_line(error)}; look into the other hosts' output.") from error
+
         # A restart by torchrun finds the keys of the attempt before.
         self._store = dist.PrefixStore(f"ds_slm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._claim(world, serves or world.rank == 0, intervals)
@@ -125,10 +127,12 @@ def await_server(
     """
     if world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
+
     began_s = time.monotonic()
     next_word_s = intervals.first_word_s
     me = f"rank {world.rank} on {socket.gethostname()}"
     while not is_needless(time.monotonic() - began_s):
+        # An unknown host name may become known: it is given time, but less than a server that is not up yet.
         try:
             with socket.create_connection((world.address, world.port), timeout=5.0):
                 return True
@@ -136,6 +140,7 @@ def await_server(
             reason, patience_s = f"{world.address!r} is not a known host name: {error.strerror}", intervals.linger_s
         except OSError as error:
             reason, patience_s = f"{error.strerror or error}", intervals.connect_s
+
         waited_s = time.monotonic() - began_s
         if waited_s > patience_s:
             raise DeviceError(
@@ -146,7 +151,9 @@ def await_server(
         if waited_s >= next_word_s:
             say(f"{me} waits for rank 0 at {world.master}, {waited_s:.0f} s so far ({reason})")
             next_word_s += intervals.word_every_s
+
         time.sleep(intervals.poll_s)
+
     return False
 
 

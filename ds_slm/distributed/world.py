@@ -64,12 +64,16 @@ def read(environ: MutableMapping[str, str] = os.environ) -> World:
     """
     if "RANK" not in environ:
         return _alone(environ)
+
+    # A launch of one rank may leave out LOCAL_RANK, MASTER_PORT and MASTER_ADDR.
     problems: list[str] = []
     rank = _number(environ, "RANK", 0, problems)
     size = _number(environ, "WORLD_SIZE", 1, problems)
     alone = environ.get("WORLD_SIZE") == "1"
     local_rank = _number(environ, "LOCAL_RANK", 0, problems, "0" if alone else None)
     port = _number(environ, "MASTER_PORT", 1, problems, str(_free_port()) if alone else None)
+
+    # Numbers that are right one by one must also fit together.
     if not problems:
         if rank >= size:
             problems.append(f"RANK={rank}, expected less than WORLD_SIZE={size}")
@@ -77,12 +81,15 @@ def read(environ: MutableMapping[str, str] = os.environ) -> World:
             problems.append(f"LOCAL_RANK={local_rank}, expected at most RANK={rank}")
         if port > 65535:
             problems.append(f"MASTER_PORT={port}, expected a port of at most 65535")
+
     if environ.get("LOCAL_SIZE") and _local_size(environ) is None:
         problems.append(f"LOCAL_SIZE={environ['LOCAL_SIZE']!r}, expected a whole number")
     if not environ.get("MASTER_ADDR") and not alone:
         problems.append("MASTER_ADDR is not set, expected the address of rank 0's host")
+
     if problems:
         raise DeviceError([*(f"{problem}." for problem in problems), f"The environment is no launch's: {WAY_OUT}"])
+
     world = World(rank, size, local_rank, environ.get("MASTER_ADDR") or "127.0.0.1", port, _local_size(environ))
     return _export(world, environ)
 

@@ -95,6 +95,7 @@ def _find_compiler(device_type: str) -> str | None:
 def _probe(device: torch.device) -> str | None:
     """Compile a function in a child process. Returns why it failed; None if it worked."""
     command = [sys.executable, "-c", PROBE, str(device)]
+
     try:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stderr:
             child = subprocess.Popen(
@@ -107,12 +108,14 @@ def _probe(device: torch.device) -> str | None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
                 raise
+
             stderr.seek(0)
             text = stderr.read().decode(errors="replace")
     except subprocess.TimeoutExpired:
         return f"torch.compile does not work: a tiny function took more than {PROBE_TIMEOUT_S} s"
     except OSError as error:
         return f"torch.compile does not work: {error}"
+
     return f"torch.compile does not work: {_cause(text, exit_code)}" if exit_code else None
 
 

@@ -78,7 +78,10 @@ class Engine:
         import deepspeed
 
         _import_muon_uncompiled()
+
         self.recipe, self.engine_config, self.control, self.interrupt = recipe, engine_config, control, interrupt
+
+        # The process group is there already: process_group.connect() made it.
         self.deepspeed: Any = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, recipe.optimizer),
@@ -87,11 +90,13 @@ class Engine:
         )[0]
         if engine_config.compiled:
             model.compile_parts()
+
         self.topology = {**partitions.topology(self.deepspeed), "partitions": masters.layout(self.deepspeed, control)}
         """What must be equal for a return to be bit-exact."""
         self.device = torch.device(self.deepspeed.device)
         self.dtype = devices.DTYPES[recipe.train.precision]
         self._micro_batch_s = 0.0
+
         if self.loss_scaler:
             self.loss_scaler.raise_error_at_min_scale = False  # the loop tells it, with the rows
 

@@ -62,10 +62,14 @@ def partitions(engine: Any) -> list[Partition]:
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _partitions_of_stage_3(optimizer, names)
+
+    # DeepSpeed's bf16 wrapper has the same lists under other names.
     if hasattr(optimizer, "bf16_groups"):
         groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
     else:
         groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+
+    # A parameter of which this rank holds nothing has no mapping.
     found = []
     for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
         partition = Partition(flat, index)
@@ -231,6 +235,8 @@ def scatter(
     for kind in KINDS:
         local = [torch.zeros(partition.flat.numel()) for partition in own]
         incoming = tensors(kind) if tensors else None
+
+        # All ranks receive one whole parameter at a time, so that memory need not hold more.
         for name, shape in shapes(engine).items():
             if incoming is not None:
                 sent_name, whole = next(incoming)
@@ -241,17 +247,20 @@ def scatter(
             else:
                 whole = torch.empty(shape.numel())
             control.broadcast_tensor(whole, source)
+
             for partition, flat in zip(own, local, strict=True):
                 for part in partition.fragments:
                     if part.name == name:
                         taken = whole[part.param_start : part.param_start + part.numel]
                         flat[part.flat_start : part.flat_start + part.numel] = taken
+
         for index, (partition, flat) in enumerate(zip(own, local, strict=True)):
             if kind == "model":
                 partition.flat.data.copy_(flat)
             else:
                 note = notes.get(_note_name(control.rank, index, kind))
                 _set_moment(engine, partition, kind, flat, steps_taken, note)
+
     refresh_half_precision(engine)
 
 
@@ -263,20 +272,28 @@ def _set_moment(
     step = steps_taken[settings["name"]]
     if not step:
         return
+
     plain, codes, code_map, absmax = MOMENTS[kind]
     state, device = inner.state[partition.flat], partition.flat.device
+
+    # All optimisers but bitsandbytes' hold their moments as plain tensors.
     if not hasattr(inner, "init_state"):
         state.setdefault("step", torch.tensor(float(step), device=device))
         state[plain] = values.to(device)
         return
+
+    # bitsandbytes makes its state in the first step, which is still to come.
     if not state:
         listed, settings["params"] = settings["params"], [partition.flat]  # stage 3 keeps the list empty
         inner.init_state(settings, partition.flat, partition.group_index, 0)
         settings["params"] = listed
         state["step"] = step
+
+    # Groups of 32 bits hold fp32 moments under the names of the codes.
     if state[codes].dtype != torch.uint8:
         state[codes].copy_(values)
         return
+
     scale = note if note is not None and _fits(note, values) else block_absmax(values)
     state[absmax].copy_(scale)
     state[codes].copy_(quantise(values, scale, state[code_map].cpu()))

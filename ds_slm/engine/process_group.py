@@ -25,6 +25,7 @@ def connect() -> Control:
     # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine;
     # a process killed meanwhile leaves a lock that hangs the next). Training never calls it.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
     if device_type() == "cuda":
         local_rank = rendezvous.current().world.local_rank
         if local_rank >= torch.cuda.device_count():
@@ -33,6 +34,7 @@ def connect() -> Control:
                 "slots in the hostfile, or widen CUDA_VISIBLE_DEVICES."
             )
         torch.cuda.set_device(local_rank)
+
     try:
         deepspeed.init_distributed(verbose=False)
     except dist.DistNetworkError as error:
@@ -40,6 +42,7 @@ def connect() -> Control:
         if world.size == 1:
             raise DeviceError(taken(world)) from error
         raise DeviceError(f"the ranks cannot connect to each other: {first_line(error)}.") from error
+
     return Control()
 
 

@@ -57,12 +57,16 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
         raise CheckpointError(f"--run-dir {in_the_way}")
     if not run.exists() or all(LEFTOVERS.fullmatch(path.name) for path in run.iterdir()):
         return
+
+    # The folder is not empty: only a run folder may be continued.
     if resume == "never":
         raise CheckpointError(
             f"--run-dir {run} is not empty, and --resume never may not touch it: name another folder."
         )
     if not (run / RECIPE_FILE).is_file():
         raise CheckpointError(f"--run-dir {run} is not empty and holds no recipe.toml: not a run folder; name another.")
+
+    # The run's recipe must be the same, but for changes that are permitted.
     try:
         old = schema.load_recorded(run)
     except RecipeError as error:
@@ -226,11 +230,14 @@ def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
     problem = _tokenizer_problem(mine, prepared)
     if problem is None:
         return []
+
+    # The copy lies whole on the disk before it gets its name.
     temporary = run / ".tokenizer.tmp"
     new_folder(temporary)
     shutil.copytree(prepared, temporary, dirs_exist_ok=True)
     for path in (*temporary.iterdir(), temporary):
         fsync(path)
+
     if os.path.lexists(mine):
         aside = run / "tokenizer.damaged"
         new_folder(aside)
@@ -238,6 +245,8 @@ def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
         mine.rename(aside)
     temporary.rename(mine)
     fsync(run)
+
+    # A new run, without a checkpoint, has no tokenizer yet: nobody needs to be told.
     begun = any(run.glob("checkpoints/step-*"))
     return [f"{mine} {problem}: it is copied anew from {prepared}"] if begun else []
 

@@ -32,6 +32,7 @@ def read(run: Path) -> dict[int, str]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise CheckpointError(f"{run} holds no metrics.jsonl: name the folder of a run that has trained.")
+
     ledger, problems = {}, []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
@@ -40,6 +41,7 @@ def read(run: Path) -> dict[int, str]:
                 ledger[int(record["step"])] = str(record["ledger"])
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{path}, line {number} is damaged ({error}): resuming the run mends it.")
+
     if problems:
         raise CheckpointError(problems)
     if not ledger:

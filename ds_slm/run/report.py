@@ -57,8 +57,11 @@ def captured_output(log: Path) -> Iterator[TextIO]:
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+
+    # The terminal stays within reach through copies of its descriptors.
     saved = os.dup(1), os.dup(2)
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
+
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -72,6 +75,7 @@ def captured_output(log: Path) -> Iterator[TextIO]:
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
+
             for number, descriptor in enumerate(saved, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
@@ -95,6 +99,7 @@ class Report:
         self._launch = launch
         self._lost_records = False
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
+
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter

@@ -66,12 +66,14 @@ def differences(hosts: Sequence[str], found: Sequence[dict[str, Any]]) -> list[s
         "the source files of ds_slm": [one["sources_sha256"][:16] for one in found],
         "the launched script": [one.get("script_sha256", UNKNOWN)[:16] for one in found],
     }
+
     facts = {
         **code,
         **({} if _are_alike(code.values()) else _commits(found)),  # what may have made the difference
         "Python": [one["python"] for one in found],
         **{name: [_public(one["versions"].get(name)) for one in found] for name in PACKAGES},
     }
+
     return [
         f"the hosts differ in {what} ({_by_value(hosts, values)})."
         for what, values in facts.items()
@@ -97,11 +99,13 @@ def notes(hosts: Sequence[str], found: Sequence[dict[str, Any]], devices: Sequen
     facts = {"their kind of device": list(devices)}
     if len(set(public)) == 1:  # else it is a difference
         facts["their build of torch"] = builds
+
     rounded = [
         f"the hosts differ in {what} ({_by_value(hosts, values)}): results are rounded differently."
         for what, values in facts.items()
         if len(set(values)) > 1
     ]
+
     equal_sources = len({one["sources_sha256"] for one in found}) == 1  # else it is told beside that difference
     return rounded + [
         f"the hosts differ in {what} ({_by_value(hosts, values)}), not in the source files that run."

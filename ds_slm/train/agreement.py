@@ -42,13 +42,16 @@ def meet(meeting: rendezvous.Rendezvous, allow_mixed: bool) -> dict[str, list[st
             "address": network.own_address(world.address, world.port),
         }
     )
+
     hosts, found = [one["host"] for one in everyone], [one["software"] for one in everyone]
     differences = software.differences(hosts, found)
     if differences and not allow_mixed:
         way_out = "Bring all hosts to the same code and versions; --allow-mixed trains nevertheless, and records it."
         raise ConfigError([*differences, way_out])
+
     if world.size > 1:
         network.choose([one["address"] for one in everyone], world.rank, device.type == "cuda")
+
     notes = software.notes(hosts, found, [one["device"] for one in everyone])
     return {"mixed_hosts": [*differences, *notes]}
 
@@ -78,6 +81,7 @@ def agree_on_inputs(
         "ds_config or batch": _hash([engine_config.deepspeed, engine_config.compiled, engine_config.deterministic]),
         **{name.removesuffix("_sha256"): sha256 for name, sha256 in beginning.items()},
     }
+
     problems = []
     everyone = control.gather(inputs)
     for what in inputs:
@@ -85,6 +89,7 @@ def agree_on_inputs(
         if len({theirs[what] for theirs in everyone}) > 1:
             seen = ", ".join(f"{host}: {found}" for host, found in by_host.items())
             problems.append(f"the hosts differ in their {what} ({seen}): copy the right one over the others.")
+
     if problems:
         raise DataError(problems)
 

@@ -131,6 +131,7 @@ class Checkpoints:
         changed = any("run.eval_rows" in (one.get("changes") or {}) for one in folder.read_changes(self._run))
         was_changed = any(self._control.gather(changed))
         best, note = Best.of(found.content).over(settings.eval_rows, was_changed)
+
         said = [note]
         if settings.keep_best and best.step >= 0:
             held = held_best(self._run, best, state.step) if self.writes else {}
@@ -206,6 +207,7 @@ class Checkpoints:
         """
         if any(self._control.gather(self.is_replaced)):
             raise ReplacedByNewerLaunch
+
         checkpoint, own = checkpoint_format.folder_of_step(self._run, step), None
         with contextlib.suppress(OSError):
             own = checkpoint_format.manifest_sha256(checkpoint) if self.writes else None
@@ -222,6 +224,7 @@ class Checkpoints:
                 write_json(self._run / "done.json", done)
             except OSError as error:
                 problem = f"done.json could not be written: {error}"
+
         problems = self._named(problem)
         if len(problems) == len(self._background.writers):
             raise TrainingError("; ".join(problems))

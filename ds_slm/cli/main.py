@@ -201,6 +201,7 @@ def fine_tune(context: typer.Context) -> None:
     args = line.args
     if args.preview is not None and (args.hostfile or args.devices):
         raise ConfigError("--preview N trains nothing: leave out --hostfile and --devices.")
+
     if args.preview is not None:
         _preview(line.recipe, args)
     elif args.base is None:

@@ -127,6 +127,7 @@ class Engine:
         z_scale = self.recipe.train.z_loss * totals.weight / totals.count
         scale = self.control.world_size * self.engine_config.accumulation_steps / totals.weight
         self.deepspeed.train()
+
         nll, z2 = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
             if index:

@@ -108,6 +108,7 @@ def layout(engine: Any, control: Control) -> str:
         for partition in partitions.partitions(engine)
     ]
     everyone = control.gather(own)
+
     held: dict[str, list[tuple[int, int]]] = {name: [] for name in partitions.shapes(engine)}
     for ranks_own in everyone:
         for _, _, parts in ranks_own:

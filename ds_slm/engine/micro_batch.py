@@ -78,6 +78,7 @@ def choose(trial: Trial, control: Control, say: Callable[[str], None]) -> int:
     if not speeds:
         say(f"warning: micro-batch 1, the smallest, although its trial failed ({failure})")
         return 1
+
     chosen = fastest(speeds)
     written = control.rank == 0 and cache.store(key, chosen)
     measured = ", ".join(f"{rows}: {speed:.3g}" for rows, speed in speeds.items())
@@ -177,6 +178,7 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     planned = budget.memory(recipe, params.total, params.embedding + params.head, zero, control.world_size, rows)
     activation_bytes = planned.activations_bytes + planned.loss_bytes
     state_bytes = planned.device_bytes - activation_bytes
+
     if not on_gpu:
         _refuse_too_large(state_bytes + activation_bytes, _free_bytes() / control.ranks_on_host)
 
@@ -186,6 +188,7 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in model.parameters()]
     if trial.engine_config.compiled:
         model.compile_parts()
+
     token_ids, document_ids = _batch(trial, rows)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

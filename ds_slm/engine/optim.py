@@ -59,6 +59,7 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
             if p.device.type != "cpu":
                 super().update_step(group, p, gindex, pindex)
                 return
+
             # On a CPU the whole tensor's moments would lie there in fp32: piece by piece the same values need no memory
             # to speak of, and stay in the cache.
             state, config = self.state[p], self.get_config(gindex, pindex, group)

@@ -133,6 +133,7 @@ def _wrapped(watch: Watch, engine: Engine, reader: RowReader) -> Iterator[None]:
         *((deepspeed.comm, name, "reduce") for name in COLLECTIVES),
         (engine.deepspeed, "step", "optimiser"),
     ]
+
     with ExitStack() as patches:
         for owner, name, part in wrapped:
             patches.enter_context(patch.object(owner, name, watch.wrap(part, getattr(owner, name))))

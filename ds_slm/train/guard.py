@@ -61,6 +61,7 @@ def replay(run: Path, step: int) -> Iterator[str]:
         raise CheckpointError(
             f"{folder} is not there: a step whose loss or gradient is not finite leaves it. Steps found: {there}."
         )
+
     recipe = schema.load_recorded(run)
     model = decoder.build(recipe.model, recipe.train.seed)
     what = read_json(folder / WHAT) or {}
@@ -69,11 +70,14 @@ def replay(run: Path, step: int) -> Iterator[str]:
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except Exception as error:  # safetensors' own kind
         raise CheckpointError(f"{folder} is damaged ({error!r}): remove it; the step leaves it again.") from error
+
+    # The weights are looked at as they were dumped, before they are rounded to the recipe's precision.
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.train.precision]
     wrong_weights = [name for name, one in model.named_parameters() if not one.isfinite().all()]
     yield f"step {step}: {what['why']}; {count} rows again, each alone, on this CPU in {recipe.train.precision}"
     if wrong_weights:
         yield f"the weights themselves are not finite: {', '.join(wrong_weights)}"
+
     model.to(dtype)
     culprits = 0
     for place in range(count):
@@ -85,6 +89,8 @@ def replay(run: Path, step: int) -> Iterator[str]:
             f"row {tuple(described['source_epoch_row'])}, position {described['position']}: "
             + (first or f"loss {loss:.4f}, all finite")
         )
+
+    # All rows go wrong, or none does: then the rows are not to blame.
     if culprits == count > 1:
         yield "every row goes wrong: rather the weights than the rows; lower the learning rate, or begin further back"
     if not culprits and not wrong_weights:
@@ -116,10 +122,12 @@ def _first_wrong(model: nn.Module, row: dict[str, Tensor], z_loss: float) -> tup
         sums = model(ids[:, :-1], ids[:, 1:], weights, row.get("document_ids"), z_loss)
         if not sums.nll.isfinite():
             wrong.append("the loss is not finite")
+
         (sums.objective / sums.weight.clamp_min(1.0)).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 wrong.append(f"the gradient of {name} is not finite")
+
         return (wrong[0] if wrong else None), (sums.nll / sums.weight.clamp_min(1.0)).item()
     finally:
         model.zero_grad(set_to_none=True)

@@ -86,11 +86,13 @@ def train_on(run: Run) -> None:
         evaluate(run)
     if 0 < run.state.step < last_step:
         after_step(run)  # what a signal kept from being done
+
     while run.state.step < run.stop_at_step:
         with run.profile.step(run.state.step + 1, run.engine, run.reader) if run.profile else nullcontext():
             take_step(run)
         if run.state.step < last_step:
             after_step(run)
+
     if run.profile:
         run.profile.finish(run.engine.control.rank)
     if run.state.step >= last_step:
@@ -200,6 +202,7 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapp
     flops_per_s = tokens_per_s * flops_per_token(recipe.model, recipe.data.seq_len)
     peak = run.peak_flops and run.peak_flops * run.engine.control.world_size
     scaler = run.engine.loss_scaler
+
     values = {
         "tokens": state.tokens,
         "loss": sums.loss,
@@ -215,6 +218,7 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapp
         **contents,
         "ledger": state.ledger,
     }
+
     if values["loss_spike"]:
         run.report.say(f"step {state.step}: loss spike: {sums.loss:.4f}, {values['loss_spike']:.4f} over the median")
     run.report.record("train", state.step, values, log=state.step % recipe.run.log_every_steps == 0)

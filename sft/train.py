@@ -16,24 +16,15 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+from ds_slm.cli import flags  # noqa: E402
 from ds_slm.distributed import rendezvous  # noqa: E402
 from ds_slm.errors import ConfigError  # noqa: E402 - after the path is right
-from ds_slm.pretrain import FlagParser, add_training_flags, first_on_host, options, parse_sources, report, run_dir  # noqa: E402
-
-
-def parser(prog: str = "train.py") -> FlagParser:
-    """Every flag of this program."""
-    parser = FlagParser(prog=prog, description="Fine-tune a base model.", allow_abbrev=False)
-    add_training_flags(parser, default_recipe="demo-instruct")
-    parser.add_argument(
-        "--base", type=Path, metavar="MODEL", help="run folder, RUN/checkpoints/best, or Hugging Face folder"
-    )
-    return parser
+from ds_slm.pretrain import first_on_host, report  # noqa: E402
 
 
 def main() -> None:
     """Fine-tune a base on conversations."""
-    args = parser().parse_args()
+    args = flags.of_fine_tuning().parse_args()
     if args.base is None:
         raise ConfigError("--base MODEL: name the run folder, checkpoint or Hugging Face folder to begin with.")
 
@@ -42,15 +33,16 @@ def main() -> None:
     from sft import data
 
     name = schema.recipe_path(args.recipe).stem
-    recipe = schema.load(args.recipe, args.set, run_dir(args, name))
+    recipe = schema.load(args.recipe, args.set, flags.run_dir(args, name))
     data.section(recipe)
-    sources = parse_sources(args.source)
+    sources = flags.parse_sources(args.source)
     refuse_missing_hostfile()
 
     from ds_slm.data.tokenizers.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
     from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
     from ds_slm.train import launch
+    from ds_slm.train.task import Task
     from sft.chatml import ChatML
 
     @cache
@@ -67,7 +59,7 @@ def main() -> None:
             print(data.tell(found.summary()), flush=True)
         return found
 
-    task = launch.Task(
+    task = Task(
         prepare=lambda: data.prepare_conversations(
             recipe, name, args.data_root, base().tokenizer_folder, sources, report
         ),
@@ -83,7 +75,7 @@ def main() -> None:
         evaluate_first=True,
         begin=lambda: base().tensors(),
     )
-    launch.run(recipe, options(args, name), task)
+    launch.run(recipe, flags.options(args, name), task)
 
 
 if __name__ == "__main__":

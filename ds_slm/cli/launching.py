@@ -12,9 +12,9 @@ from pathlib import Path
 
 import typer
 
+from ds_slm.cli.flags import positive, run_dir
 from ds_slm.cluster import launch, runner_flags
 from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
-from ds_slm.pretrain import positive, run_dir
 from ds_slm.recipe import schema
 
 

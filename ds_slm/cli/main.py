@@ -140,9 +140,9 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenizer and token shards."""
+    from ds_slm.cli.flags import parse_sources
     from ds_slm.data.shards import prepare as preparing
     from ds_slm.data.shards import prepared as shards
-    from ds_slm.pretrain import parse_sources
     from ds_slm.recipe import schema
 
     recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
@@ -184,20 +184,18 @@ def prepare(
 @app.command(context_settings=RAW, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Pretrain: `deepspeed ds_slm/pretrain.py`. --help lists that program's flags."""
-    from ds_slm import pretrain
-    from ds_slm.cli import launching
+    from ds_slm.cli import flags, launching
 
-    line = launching.read(pretrain.parser("ds-slm train"), context.args)
+    line = launching.read(flags.of_pretraining("ds-slm train"), context.args)
     launching.start(CHECKOUT / "ds_slm" / "pretrain.py", line)
 
 
 @app.command("sft", context_settings=RAW, add_help_option=False)
 def fine_tune(context: typer.Context) -> None:
     """Fine-tune: `deepspeed sft/train.py`. --help lists that program's flags; --preview N shows masks instead."""
-    from ds_slm.cli import launching
-    from sft import train as program
+    from ds_slm.cli import flags, launching
 
-    line = launching.read(program.parser("ds-slm sft"), context.args, _add_preview_flags)
+    line = launching.read(flags.of_fine_tuning("ds-slm sft"), context.args, _add_preview_flags)
     args = line.args
     if args.preview is not None and (args.hostfile or args.devices):
         raise ConfigError("--preview N trains nothing: leave out --hostfile and --devices.")
@@ -213,7 +211,7 @@ def fine_tune(context: typer.Context) -> None:
 
 
 def _add_preview_flags(parser: "ArgumentParser") -> None:
-    from ds_slm.pretrain import positive
+    from ds_slm.cli.flags import positive
 
     group = parser.add_argument_group("a look at the masks")
     group.add_argument("--preview", type=positive, metavar="N", help="show the masks of N conversations; train nothing")
@@ -225,8 +223,8 @@ def _preview(name: str, args: "Namespace") -> None:
     """The masks of some conversations, in the terminal and as HTML; without a base in the recipe's own tokenizer."""
     from rich.console import Console
 
+    from ds_slm.cli.flags import parse_sources
     from ds_slm.files import replace_text
-    from ds_slm.pretrain import parse_sources
     from ds_slm.publish.models import open_model, refuse_other_base
     from ds_slm.recipe import schema
     from sft import data, preview

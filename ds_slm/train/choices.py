@@ -1,7 +1,7 @@
 """What a launch decided: devices, kernels, batch. Printed at its start and kept in env.json."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,13 +12,11 @@ from ds_slm.model import kernels
 from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure
-
-if TYPE_CHECKING:
-    from ds_slm.train.launch import Options
+from ds_slm.train.task import Options
 
 
 def effective_choices(
-    recipe: Recipe, options: "Options", engine_config: EngineConfig, control: Control
+    recipe: Recipe, options: Options, engine_config: EngineConfig, control: Control
 ) -> dict[str, Any]:
     """The effective choices of this launch, by name: they stand in env.json. Needs the process group."""
     device = torch.device(devices.device_type())

@@ -1,33 +1,73 @@
-"""Steps that must not be taken: what they leave behind, which layer went wrong first, and what a loss spike is.
+"""Steps that must not be taken: how they are refused, what they leave behind, and which layer went wrong first.
 
     loss or gradient not finite --> RUN/bad-steps/step-00000014/{rows,model}.safetensors, what.json --> stop
     replay: those rows, one by one, through those weights on a CPU --> the first module whose output is not finite
 
 The dump is no checkpoint: nothing resumes from it, and the last whole one stays the newest.
-
-A spike is a loss that exceeds the median of the last SPIKE_WINDOW steps by more than SPIKE_DEVIATIONS robust standard
-deviations (1.4826 x the median absolute deviation) and by more than SPIKE_SHARE of that median. It stops nothing.
 """
 
-import math
-import statistics
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_slm.data.rows import Rows
-from ds_slm.errors import CheckpointError
+from ds_slm.data.rows import Rows, share
+from ds_slm.engine.engine import Sums
+from ds_slm.engine.row_reader import StepRows
+from ds_slm.errors import CheckpointError, TrainingError
 from ds_slm.files import read_json, write_json
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
+from ds_slm.train.task import Run
 
-SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_DEVIATIONS, SPIKE_SHARE = 50, 20, 6.0, 0.05
 ROWS, WEIGHTS, WHAT = "rows.safetensors", "model.safetensors", "what.json"
+
+
+def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
+    """Stop before the optimiser step where a loss is not finite."""
+    if not sums.nonfinite_ranks:
+        return
+    control, micro_batch, row_ids = run.engine.control, run.engine.engine_config.micro_batch, list(rows.rows.values())
+    theirs = {
+        rank: [tuple(row) for ids in share(row_ids, rank, control.world_size, micro_batch) for row in ids if row]
+        for rank in sums.nonfinite_ranks
+    }
+    found = "; ".join(f"on rank {rank}, rows (source, epoch, row) {ids}" for rank, ids in theirs.items())
+    refuse_step(run, rows, f"the loss is not finite {found}")
+
+
+def refuse_lost_step(run: Run, scale: float | None, rows: StepRows) -> None:
+    """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
+    scaler = run.engine.loss_scaler
+    if scaler is None or scale is None or scale <= scaler.min_scale:
+        at = "" if scale is None else f" at the smallest loss scale, {scale:g}"
+        refuse_step(run, rows, f"a gradient is not finite{at}")
+    run.report.say(f"step {run.state.step + 1}: overflow, loss scale now {scaler.cur_scale:g}, same rows again")
+
+
+def refuse_step(run: Run, rows: StepRows, why: str) -> NoReturn:
+    """Dump the step's rows and the weights they met, and stop. Collective."""
+    run.checkpoints.wait()
+    step = run.state.step + 1
+    folder = folder_of(run.folder, step)
+    problems = run.checkpoints.write_weights(folder / WEIGHTS)
+    if run.checkpoints.writes and not run.checkpoints.is_replaced and (folder / WEIGHTS).is_file():
+        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.rows.items()]
+        what = {"step": step, "why": why, "rows": described}
+        try:
+            dump(folder, run.reader.whole(list(rows.rows.values())), what)
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror or error}")
+    for problem in problems:
+        run.report.say(f"step {step} could not be dumped: {problem}")
+    raise TrainingError(
+        f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
+        f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
+        f"--skip-rows {min(rows.rows)}:{max(rows.rows) + 1} goes on without these rows."
+    )
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -133,22 +173,3 @@ def _first_wrong(model: nn.Module, row: dict[str, Tensor], z_loss: float) -> tup
         model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()
-
-
-class Spikes:
-    """Tells losses that stand out from those before them."""
-
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-
-    def excess(self, loss: float) -> float | None:
-        """How far a step's loss lies above the median before it, if it is a spike. Call once a step."""
-        before: Sequence[float] = list(self._losses)
-        self._losses.append(loss)
-        if len(before) < SPIKE_LEAST_STEPS:
-            return None
-        median = statistics.median(before)
-        deviation = 1.4826 * statistics.median(abs(one - median) for one in before)
-        above = loss - median
-        is_spike = above > max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * median) and math.isfinite(loss)
-        return above if is_spike else None

@@ -6,13 +6,11 @@ Whatever can be wrong on one host only (its data, its run folder) is gathered fr
 left alone would keep the others waiting.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, TypeVar
-
-from torch import Tensor, nn
+from typing import Any, TextIO, TypeVar
 
 from ds_slm.checkpoint import resume as checkpointing
 from ds_slm.checkpoint.manager import Checkpoints
@@ -24,6 +22,7 @@ from ds_slm.distributed.stop import Interrupt
 from ds_slm.engine import compile_probe, devices, micro_batch, process_group
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.profile import Profile
+from ds_slm.engine.row_reader import RowSource
 from ds_slm.errors import RAISED_ON_ALL_RANKS, CheckpointError, ReplacedByNewerLaunch, UserError
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import ds_config, effects, schema
@@ -31,81 +30,11 @@ from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder, launches, measure, skipped_rows
 from ds_slm.run.launches import Launch
 from ds_slm.run.report import Report, captured_output
-from ds_slm.train import agreement, flags, loop
+from ds_slm.train import agreement, loop, unused_flags
 from ds_slm.train.choices import effective_choices
+from ds_slm.train.task import Corpus, Options, Task
 
 Result = TypeVar("Result")
-
-
-class Corpus(Protocol):
-    """Prepared data: what a session needs to know of it."""
-
-    @property
-    def sha256(self) -> str:
-        """One hash of all that decides which rows are read."""
-        ...
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """Hash of the tokenizer's content."""
-        ...
-
-    @property
-    def older_sha256s(self) -> Mapping[str, str]:
-        """What an older version called the same data and tokenizer; see `ds_slm.data.shards.prepared.Prepared`."""
-        ...
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """A Hugging Face tokenizer folder."""
-        ...
-
-    @property
-    def replaced_sources(self) -> list[str]:
-        """Sources that were read from other local files than the recipe names."""
-        ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """A launch's flags, read and checked."""
-
-    run_dir: Path
-    ds_config: Path
-    recipe_name: str = ""
-    """What prepared data are filed under."""
-    resume: str = "auto"
-    max_steps: int | None = None
-    micro_batch: int | Literal["auto"] | None = None
-    """Rows of a forward; None takes the ds_config's hint or a default, "auto" measures."""
-    allow_change: bool = False
-    allow_mixed: bool = False
-    """Train together on hosts whose code or libraries differ."""
-    profile: range | None = None
-    """Steps whose time is told apart."""
-    skip_rows: tuple[range, ...] = ()
-    """Global positions of rows that are left out, beside those that are recorded; an empty range forgets these."""
-    grace_s: float = 25.0
-    """From a signal that stops the run to the end of its processes."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What differs between pretraining and fine-tuning."""
-
-    prepare: Callable[[], Corpus]
-    """Prepare the data on this host, or find it prepared."""
-    rows: Callable[[Any], loop.RowSource]
-    """Rows of the prepared data."""
-    sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
-    """From prepared data to a function that continues the recipe's prompts."""
-    val_tokens_per_byte: Callable[[Any], float | None]
-    identity: Callable[[], Mapping[str, str]] = dict
-    """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
-    evaluate_first: bool = False
-    """Whether the weights a run begins with are worth an evaluation."""
-    begin: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-    """Names and fp32 weights to begin with, one at a time; None: the recipe's initialisation."""
 
 
 def run(recipe: Recipe, options: Options, task: Task) -> None:
@@ -116,53 +45,75 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     """
     meeting = rendezvous.current()
     meeting.open()
-    world_size = meeting.world.size
-
-    # Everything that can be wrong on this host alone, before anybody waits inside a collective.
-    problems: list[str] = []
-    _attempt(problems, network.refuse_unknown_interfaces)
-    wanted = None if options.micro_batch == "auto" else options.micro_batch
-    engine_config = _attempt(problems, lambda: _join(recipe, options, world_size, wanted))
-    _attempt(problems, lambda: flags.refuse(recipe, options))
-    _attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
-    _attempt(problems, lambda: folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
-    corpus = None if problems else _attempt(problems, task.prepare)
-    rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
-    if problems or engine_config is None or corpus is None or rows is None:
-        raise UserError(problems)  # which ends the other ranks, too
-
+    inputs = Inputs.checked(recipe, options, task, meeting.world.size)
     differing = agreement.meet(meeting, options.allow_mixed)
     with process_group.connected() as control:
-        devices.share_cores(control, engine_config.deepspeed["zero_optimization"])
-        identity = {
-            "recipe_sha256": recipe.identity_sha256(),
-            "data_sha256": corpus.sha256,
-            "tokenizer_sha256": corpus.tokenizer_sha256,
-            **task.identity(),
-        }
+        devices.share_cores(control, inputs.engine_config.deepspeed["zero_optimization"])
+
         # Before any rank acts on its recipe or ds_config: ranks that differ would wait for different messages.
-        agreement.agree_on_inputs(control, identity, recipe, engine_config, task.identity())
-        done = max(control.gather(folder.finished(options.run_dir)), key=lambda one: one.get("step", -1))
-        if done.get("step", -1) >= recipe.train.steps:
-            checkpointing.refuse_other_beginning(options.run_dir, done, identity, corpus.older_sha256s)
-            _mend_finished(control, options.run_dir, corpus)
-            if control.rank == 0:
-                print(f"{options.run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
-            return
-        _refuse_unwritable(control, options.run_dir)
-        found = (
-            None
-            if options.resume == "never"
-            else checkpointing.find(control, options.run_dir, identity, corpus.older_sha256s)
-        )
-        if found is None and options.resume == "must":
-            raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
+        agreement.agree_on_inputs(control, inputs.identity, recipe, inputs.engine_config, inputs.beginning)
+        if not _is_finished(inputs, control):
+            resume_point = _resume_point(inputs, control)
+            inputs = replace(inputs, engine_config=_settled(inputs, control))
+            Launching(inputs, control, resume_point, differing).run()
 
-        engine_config = _eager_if_compiling_fails(engine_config, control)
-        kernels.fix_sums(engine_config.deterministic and (engine_config.compiled or devices.device_type() != "cpu"))
-        if options.micro_batch == "auto":
-            engine_config = _with_fastest_micro_batch(recipe, options, engine_config, control)
 
+@dataclass(frozen=True)
+class Inputs:
+    """What this host trains with."""
+
+    recipe: Recipe
+    options: Options
+    task: Task
+    engine_config: ds_config.EngineConfig
+    corpus: Corpus
+    rows: RowSource
+    beginning: Mapping[str, str]
+    """Hashes of what a run begins with beside recipe and data."""
+
+    @classmethod
+    def checked(cls, recipe: Recipe, options: Options, task: Task, world_size: int) -> "Inputs":
+        """Everything that can be wrong on this host alone is found before anybody waits inside a collective.
+
+        Raises UserError with all of it, which ends the other ranks, too.
+        """
+        problems: list[str] = []
+        _attempt(problems, network.refuse_unknown_interfaces)
+        micro_batch_rows = None if options.micro_batch == "auto" else options.micro_batch
+        engine_config = _attempt(problems, lambda: _join(recipe, options, world_size, micro_batch_rows))
+        _attempt(problems, lambda: unused_flags.refuse(recipe, options))
+        _attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
+        _attempt(problems, lambda: folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
+        corpus = None if problems else _attempt(problems, task.prepare)
+        rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
+        if problems or engine_config is None or corpus is None or rows is None:
+            raise UserError(problems)
+        return cls(recipe, options, task, engine_config, corpus, rows, task.identity())
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes that are equal on all hosts, and at every resumption but for the recipe's."""
+        return {
+            "recipe_sha256": self.recipe.identity_sha256(),
+            "data_sha256": self.corpus.sha256,
+            "tokenizer_sha256": self.corpus.tokenizer_sha256,
+            **self.beginning,
+        }
+
+
+@dataclass(frozen=True)
+class Launching:
+    """A launch whose ranks are connected and agree on what they train. Its methods are collective."""
+
+    inputs: Inputs
+    control: Control
+    resume_point: checkpointing.ResumePoint | None
+    differing: Mapping[str, list[str]]
+    """In what hosts differ, where that is allowed."""
+
+    def run(self) -> None:
+        """Take the run folder, and train until the end or a signal. Raises ReplacedByNewerLaunch, naming that one."""
+        control, options = self.control, self.inputs.options
         log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
         launch = launches.begin(control, options.run_dir)
         with Interrupt(control, options.grace_s) as interrupt, captured_output(log) as terminal, ExitStack() as held:
@@ -170,123 +121,166 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
             for line in launches.take_over(control, options.run_dir, launch, writers, held):
                 print(line, file=terminal, flush=True)
             try:
-                _train(
-                    recipe, options, task, engine_config, control, interrupt, corpus, rows, identity, found, differing,
-                    terminal, launch, writers,
-                )  # fmt: skip
+                skipped = self._describe(launch, writers, terminal)
+                self._train(launch, writers, skipped, interrupt, terminal)
             except ReplacedByNewerLaunch as replaced:
                 raise ReplacedByNewerLaunch(str(launches.holder(options.run_dir))) from replaced
 
+    def _describe(self, launch: Launch, writers: list[int], terminal: TextIO) -> skipping.Ranges:
+        """Write into every run folder, and tell the user, what this launch does; returns the rows it leaves out."""
+        control, inputs = self.control, self.inputs
+        recipe, options, rows, corpus = inputs.recipe, inputs.options, inputs.rows, inputs.corpus
+        content = self.resume_point.content if self.resume_point else {}
+        recorded = skipped_rows.recorded(control, options.run_dir, content)
+        steps_left = recipe.train.steps - content.get("step", 0)
+        skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
 
-def _train(
-    recipe: Recipe,
-    options: Options,
-    task: Task,
-    engine_config: ds_config.EngineConfig,
-    control: Control,
-    interrupt: Interrupt,
-    corpus: Corpus,
-    rows: loop.RowSource,
-    identity: dict[str, Any],
-    found: checkpointing.ResumePoint | None,
-    differing: dict[str, list[str]],
-    terminal: TextIO,
-    launch: Launch,
-    writers: list[int],
-) -> None:
-    content = found.content if found else {}
-    recorded = skipped_rows.recorded(control, options.run_dir, content)
-    steps_left = recipe.train.steps - content.get("step", 0)
-    skip = skipping.resolve(options.skip_rows, recorded, rows, content.get("position", 0), steps_left)
-    facts = {**launch.facts(), **effective_choices(recipe, options, engine_config, control), **differing, **identity}
-    facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges, "begins_at_step": content.get("step", 0)}
-    facts["replaced_sources"] = corpus.replaced_sources
-    facts["warnings"] = [
-        *effects.warnings(recipe),
-        *flags.warnings(recipe, options, control.world_size, len(writers), len(rows.val_row_ids(None))),
-        *rows.warnings(),
-    ]
-    problems: list[str] = []
-    mended, newer = None, ""
-    if control.rank in writers:
+        # The facts of this launch, for env.json.
+        choices = effective_choices(recipe, options, inputs.engine_config, control)
+        facts = {**launch.facts(), **choices, **self.differing, **inputs.identity}
+        facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges, "begins_at_step": content.get("step", 0)}
+        facts["replaced_sources"] = corpus.replaced_sources
+        facts["warnings"] = [
+            *effects.warnings(recipe),
+            *unused_flags.warnings(recipe, options, control.world_size, len(writers), len(rows.val_row_ids(None))),
+            *rows.warnings(),
+        ]
+
+        # Each host's folder, unless a newer launch has it by now.
+        problems: list[str] = []
+        mended, newer = None, ""
+        if control.rank in writers:
+            ours = recipe, inputs.engine_config.deepspeed, facts, corpus.tokenizer_folder
+            try:
+                with launches.claiming(options.run_dir, launch):
+                    mended = folder.describe(options.run_dir, *ours)
+            except ReplacedByNewerLaunch:
+                newer = str(launches.holder(options.run_dir))
+            except (UserError, OSError) as error:
+                problems += _problems_of(error, f"--run-dir {options.run_dir}")
+        agreement.agree(control, problems)
+        if any(control.gather(newer)):
+            raise ReplacedByNewerLaunch
+
+        mixed = agreement.mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
+        mended = [line for lines in control.gather(mended or []) for line in lines]
+        if control.rank == 0:
+            said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
+            _announce(facts, options, said, terminal)
+        return skip.ranges
+
+    def _train(
+        self, launch: Launch, writers: list[int], skipped: skipping.Ranges, interrupt: Interrupt, terminal: TextIO
+    ) -> None:
+        """From weights to the end of the loop."""
+        control, inputs, found = self.control, self.inputs, self.resume_point
+        recipe, options, task = inputs.recipe, inputs.options, inputs.task
+        interrupt.mark_stopped = lambda: found is not None  # nothing was applied since
+
+        engine, state = self._engine(interrupt)
+        if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
+            raise ReplacedByNewerLaunch
+        stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
+        report = self._report(launch, state, stop_at_step, terminal)
+
+        checkpoints = Checkpoints(engine, options.run_dir, launch, writers, inputs.identity, report.say)
+        report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
+        state = replace(state, skipped_rows=skipped)
+        if found:
+            checkpoints.resume(state, found)
+        run = loop.Run(
+            folder=options.run_dir,
+            recipe=recipe,
+            engine=engine,
+            rows=inputs.rows,
+            report=report,
+            state=state,
+            checkpoints=checkpoints,
+            stop_at_step=stop_at_step,
+            identity=inputs.identity,
+            peak_flops=measure.peak_flops(engine.device, engine.dtype),
+            sample=task.sample(inputs.corpus),
+            val_tokens_per_byte=task.val_tokens_per_byte(inputs.corpus),
+            evaluate_first=task.evaluate_first,
+            profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
+        )
+
+        def leave() -> None:
+            """All ranks do; one that fails alone waits for nobody."""
+            control.barrier()  # whoever leaves first has the others ended
+            checkpoints.close()
+
+        interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
         try:
-            with launches.claiming(options.run_dir, launch):
-                mended = folder.describe(
-                    options.run_dir, recipe, engine_config.deepspeed, facts, corpus.tokenizer_folder
-                )
-        except ReplacedByNewerLaunch:
-            newer = str(launches.holder(options.run_dir))
-        except (UserError, OSError) as error:
-            problems += _problems_of(error, f"--run-dir {options.run_dir}")
-    agreement.agree(control, problems)
-    if any(control.gather(newer)):
-        raise ReplacedByNewerLaunch
-    mixed = agreement.mixed_products(control.hosts, control.gather(facts["kernels"]["products"]))
-    mended = [line for lines in control.gather(mended or []) for line in lines]
-    if control.rank == 0:
-        said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
-        _announce(facts, options, said, terminal)
-    interrupt.mark_stopped = lambda: found is not None  # nothing was applied since
-    # The model's weights come once DeepSpeed has its partitions: from a checkpoint, a base, or the recipe's seed.
-    model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
-    engine = Engine(recipe, engine_config, model, control, interrupt)
-    if found:
-        state = checkpointing.load(engine, found)
-    else:
+            loop.train(run)
+        except RAISED_ON_ALL_RANKS:
+            leave()
+            raise
+        else:
+            leave()
+        finally:
+            report.close()
+
+    def _engine(self, interrupt: Interrupt) -> tuple[Engine, State]:
+        """The engine with its weights, which come once DeepSpeed has its partitions, and where the run stands."""
+        recipe, task = self.inputs.recipe, self.inputs.task
+        model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
+        engine = Engine(recipe, self.inputs.engine_config, model, self.control, interrupt)
+        if self.resume_point:
+            return engine, checkpointing.load(engine, self.resume_point)
         checkpointing.begin(engine, task.begin() if task.begin else None)
-        state = State(ledger=corpus.sha256)
-    stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
-    if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
-        raise ReplacedByNewerLaunch
-    kept = (
-        folder.keep_records(options.run_dir, launch.generation) if control.rank == 0 and found and found.lost else None
-    )
-    report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
-    if found and found.lost:
-        report.say(f"warning: {found.lost}" + (f"; records of what is taken again are in {kept}" if kept else ""))
-    if found:
-        report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
-        if state.step >= stop_at_step:
-            report.say(f"--max-steps {stop_at_step}: nothing to do")
-        elif options.profile and options.profile[-1] <= state.step:
-            report.say("--profile has no effect: these steps were taken before")
-    checkpoints = Checkpoints(engine, options.run_dir, launch, writers, identity, report.say)
-    report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
-    state = replace(state, skipped_rows=skip.ranges)
-    if found:
-        checkpoints.resume(state, found)
-    run = loop.Run(
-        folder=options.run_dir,
-        recipe=recipe,
-        engine=engine,
-        rows=rows,
-        report=report,
-        state=state,
-        checkpoints=checkpoints,
-        stop_at_step=stop_at_step,
-        identity=identity,
-        peak_flops=measure.peak_flops(engine.device, engine.dtype),
-        sample=task.sample(corpus),
-        val_tokens_per_byte=task.val_tokens_per_byte(corpus),
-        evaluate_first=task.evaluate_first,
-        profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
-    )
+        return engine, State(ledger=self.inputs.corpus.sha256)
 
-    def leave() -> None:
-        """All ranks do; one that fails alone waits for nobody."""
-        control.barrier()  # whoever leaves first has the others ended
-        checkpoints.close()
+    def _report(self, launch: Launch, state: State, stop_at_step: int, terminal: TextIO) -> Report:
+        """The run's records from here on, and what to say of those that are taken again."""
+        control, options, found = self.control, self.inputs.options, self.resume_point
+        kept = None
+        if control.rank == 0 and found and found.lost:
+            kept = folder.keep_records(options.run_dir, launch.generation)
+        report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
+        if found and found.lost:
+            report.say(f"warning: {found.lost}" + (f"; records of what is taken again are in {kept}" if kept else ""))
+        if found:
+            report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
+            if state.step >= stop_at_step:
+                report.say(f"--max-steps {stop_at_step}: nothing to do")
+            elif options.profile and options.profile[-1] <= state.step:
+                report.say("--profile has no effect: these steps were taken before")
+        return report
 
-    interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
-    try:
-        loop.train(run)
-    except RAISED_ON_ALL_RANKS:
-        leave()
-        raise
-    else:
-        leave()
-    finally:
-        report.close()
+
+def _is_finished(inputs: Inputs, control: Control) -> bool:
+    """Whether a host's folder holds the finished run; says so. Collective."""
+    recipe, run_dir, corpus = inputs.recipe, inputs.options.run_dir, inputs.corpus
+    done = max(control.gather(folder.finished(run_dir)), key=lambda one: one.get("step", -1))
+    if done.get("step", -1) < recipe.train.steps:
+        return False
+    checkpointing.refuse_other_beginning(run_dir, done, inputs.identity, corpus.older_sha256s)
+    _mend_finished(control, run_dir, corpus)
+    if control.rank == 0:
+        print(f"{run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
+    return True
+
+
+def _resume_point(inputs: Inputs, control: Control) -> checkpointing.ResumePoint | None:
+    """The checkpoint to go on from, if there is one. Collective. Raises CheckpointError where one is asked for."""
+    options = inputs.options
+    _refuse_unwritable(control, options.run_dir)
+    found = None
+    if options.resume != "never":
+        found = checkpointing.find(control, options.run_dir, inputs.identity, inputs.corpus.older_sha256s)
+    if found is None and options.resume == "must":
+        raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
+    return found
+
+
+def _settled(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
+    """The configuration once it is known what works here and what is fastest. Collective."""
+    config = _eager_if_compiling_fails(inputs.engine_config, control)
+    kernels.fix_sums(config.deterministic and (config.compiled or devices.device_type() != "cpu"))
+    if inputs.options.micro_batch == "auto":
+        config = _with_fastest_micro_batch(inputs.recipe, inputs.options, config, control)
+    return config
 
 
 def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:

@@ -6,61 +6,18 @@ A step is done when the optimiser has applied it. A run that stops before its re
 one that reaches it evaluates on all held-out rows and writes done.json.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NoReturn
 
-from torch import nn
-
-from ds_slm.checkpoint.manager import Checkpoints
-from ds_slm.checkpoint.resume import State
 from ds_slm.data.order import extend_ledger
-from ds_slm.data.rows import share
-from ds_slm.engine.engine import Engine, Sums
-from ds_slm.engine.profile import Profile
-from ds_slm.engine.row_reader import RowReader, RowSource, StepRows
+from ds_slm.engine.engine import Sums
 from ds_slm.errors import Stopped, TrainingError
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
-from ds_slm.recipe.schema import Recipe
 from ds_slm.run.measure import StepClock, peak_memory_bytes
-from ds_slm.run.report import Report
 from ds_slm.train import guard
-
-
-@dataclass
-class Run:
-    """All that the loop needs."""
-
-    folder: Path
-    recipe: Recipe
-    engine: Engine
-    rows: RowSource
-    report: Report
-    state: State
-    stop_at_step: int
-    checkpoints: Checkpoints
-    identity: dict[str, Any]
-    """Hashes of recipe, data and tokenizer: stored in every checkpoint."""
-    peak_flops: float | None
-    """Of one device."""
-    sample: Callable[[nn.Module], dict[str, str]]
-    """Prompt -> continuation, called on every rank at each evaluation."""
-    val_tokens_per_byte: float | None = None
-    evaluate_first: bool = False
-    """Whether to evaluate before the first step."""
-    val_loss: float = math.inf
-    """Of the last evaluation."""
-    profile: Profile | None = None
-    spikes: guard.Spikes = field(default_factory=guard.Spikes)
-    reader: RowReader = field(init=False)
-
-    def __post_init__(self) -> None:
-        engine, on_gpu = self.engine, self.engine.device.type == "cuda"
-        self.reader = RowReader(self.rows, engine.control, engine.engine_config, self.state.skipped_rows, on_gpu)
+from ds_slm.train.evaluate import evaluate, held_out
+from ds_slm.train.task import Run
 
 
 def train(run: Run) -> None:
@@ -140,59 +97,15 @@ def take_step(run: Run) -> None:
     while True:
         scale = scaler.cur_scale if scaler else None
         sums = engine.forward_backward(rows.share.micro_batches, totals)
-        refuse_nonfinite(run, sums, rows)
+        guard.refuse_nonfinite(run, sums, rows)
         if engine.step(rate):
             break
-        refuse_lost_step(run, scale, rows)
+        guard.refuse_lost_step(run, scale, rows)
 
     ledger = extend_ledger(state.ledger, rows.rows.values())
     run.state = state.after(rows.next_position, int(sums.count), ledger)
     engine.synchronise()
     record_step(run, sums, rate, clock.elapsed_s(), rows.contents)
-
-
-def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
-    """Stop before the optimiser step where a loss is not finite."""
-    if not sums.nonfinite_ranks:
-        return
-    control, micro_batch, row_ids = run.engine.control, run.engine.engine_config.micro_batch, list(rows.rows.values())
-    theirs = {
-        rank: [tuple(row) for ids in share(row_ids, rank, control.world_size, micro_batch) for row in ids if row]
-        for rank in sums.nonfinite_ranks
-    }
-    found = "; ".join(f"on rank {rank}, rows (source, epoch, row) {ids}" for rank, ids in theirs.items())
-    refuse(run, rows, f"the loss is not finite {found}")
-
-
-def refuse_lost_step(run: Run, scale: float | None, rows: StepRows) -> None:
-    """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
-    scaler = run.engine.loss_scaler
-    if scaler is None or scale is None or scale <= scaler.min_scale:
-        at = "" if scale is None else f" at the smallest loss scale, {scale:g}"
-        refuse(run, rows, f"a gradient is not finite{at}")
-    run.report.say(f"step {run.state.step + 1}: overflow, loss scale now {scaler.cur_scale:g}, same rows again")
-
-
-def refuse(run: Run, rows: StepRows, why: str) -> NoReturn:
-    """Dump the step's rows and the weights they met, and stop. Collective."""
-    run.checkpoints.wait()
-    step = run.state.step + 1
-    folder = guard.folder_of(run.folder, step)
-    problems = run.checkpoints.write_weights(folder / guard.WEIGHTS)
-    if run.checkpoints.writes and not run.checkpoints.is_replaced and (folder / guard.WEIGHTS).is_file():
-        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.rows.items()]
-        what = {"step": step, "why": why, "rows": described}
-        try:
-            guard.dump(folder, run.reader.whole(list(rows.rows.values())), what)
-        except OSError as error:
-            problems.append(f"{folder}: {error.strerror or error}")
-    for problem in problems:
-        run.report.say(f"step {step} could not be dumped: {problem}")
-    raise TrainingError(
-        f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
-        f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
-        f"--skip-rows {min(rows.rows)}:{max(rows.rows) + 1} goes on without these rows."
-    )
 
 
 def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:
@@ -222,29 +135,6 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapp
     if values["loss_spike"]:
         run.report.say(f"step {state.step}: loss spike: {sums.loss:.4f}, {values['loss_spike']:.4f} over the median")
     run.report.record("train", state.step, values, log=state.step % recipe.run.log_every_steps == 0)
-
-
-def evaluate(run: Run) -> None:
-    """Loss on some held-out rows, always the same ones, and a sampled continuation of each prompt."""
-    values = held_out(run, run.recipe.run.eval_rows)
-    run.report.record("val", run.state.step, values)
-    with run.engine.eager() as model:
-        continuations = run.sample(model)
-    for prompt, continuation in continuations.items():
-        run.report.text(f"samples/{prompt}", continuation, run.state.step)
-    run.state, run.val_loss = replace(run.state, evaluated_step=run.state.step), values["loss"]
-
-
-def held_out(run: Run, limit: int | None) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of `limit` held-out rows, or of all."""
-    values: dict[str, float] = {"tokens": run.state.tokens}
-    for prefix, split in run.rows.measures.items():
-        share = run.reader.held_out(limit, split)
-        loss = run.engine.evaluate(share.micro_batches, run.engine.agree(share)).loss
-        values |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
-    if run.val_tokens_per_byte:
-        values["bits_per_byte"] = values["loss"] / math.log(2) * run.val_tokens_per_byte
-    return values
 
 
 def save(run: Run) -> None:

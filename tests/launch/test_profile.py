@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm import pretrain
+from ds_slm.cli import flags
 from ds_slm.engine.profile import PARTS, Watch, table
 from ds_slm.errors import ConfigError
 from tests.support import runs
@@ -45,7 +45,7 @@ def test_what_is_wrapped_keeps_its_result_and_its_error() -> None:
 def test_steps_that_are_no_range(text: str) -> None:
     """Oracle: the form that is expected."""
     with pytest.raises(ConfigError, match="expected A:B"):
-        pretrain.parser().parse_args(["--profile", text])
+        flags.of_pretraining().parse_args(["--profile", text])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -54,8 +54,8 @@ def test_profile_of_a_real_run(tmp_path: Path, stage: int) -> None:
     recipe = runs.write_recipe(tmp_path)
     config = runs.ROOT / "ds_configs" / f"zero{stage}.json"
     found = {}
-    for name, flags in (("with", ["--profile", "2:3"]), ("without", [])):
-        arguments = ["--recipe", recipe, "--run-dir", name, "--ds-config", config, "--max-steps", 4, *flags]
+    for name, profile in (("with", ["--profile", "2:3"]), ("without", [])):
+        arguments = ["--recipe", recipe, "--run-dir", name, "--ds-config", config, "--max-steps", 4, *profile]
         done = runs.run(runs.deepspeed_command(2, *arguments), tmp_path)
         assert done.returncode == 0, done.stderr
         found[name] = done.stdout

@@ -26,9 +26,9 @@ ALLOWED = {
     "train": BELOW_TRAIN,
     "publish": {"recipe", "data", "model", "checkpoint.files", "checkpoint.tensor_file", "run"},
     "cluster": {"recipe", "data", "checkpoint.files"},
-    "pretrain": {*BELOW_TRAIN, "train", "publish", "cluster.hostfile"},
+    "pretrain": {*BELOW_TRAIN, "train", "publish", "cluster.hostfile", "cli.flags"},
     "sft": {*BELOW_TRAIN, "train", "pretrain", "sft"},
-    "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "cluster.hostfile"},
+    "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "cluster.hostfile", "cli.flags"},
     "cli": {*BELOW_TRAIN, "train", "publish", "cluster", "pretrain", "sft", "cli"},
 }
 """What each layer may import besides itself, errors and files, as docs/architecture.md draws it."""

@@ -41,13 +41,14 @@ from ds_slm.recipe import (  # noqa: E402
     zero_keys,
 )
 from ds_slm.train import launch, loop  # noqa: E402
+from ds_slm.train.task import Options, Task  # noqa: E402
 
 AGREE = engine.Engine.agree
 
 
-def task(recipe: schema.Recipe, name: str, data_root: Path) -> launch.Task:
+def task(recipe: schema.Recipe, name: str, data_root: Path) -> Task:
     """Pretraining on prepared shards, as ds_slm/pretrain.py sets it up."""
-    return launch.Task(
+    return Task(
         prepare=lambda: prepare(recipe, name, data_root, report=lambda line: None),
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts, max_new_tokens=4),
@@ -90,7 +91,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     if "scale_power" in single:
         ds_config._deepspeed = scaled(int(single["scale_power"]))
     undo = signal_in_phase(*single["signal_at"].split(".")) if "signal_at" in single else lambda: None
-    options = launch.Options(
+    options = Options(
         recipe_name=recipe_path.stem,
         grace_s=float(single.get("grace", 25)),
         run_dir=out / name,

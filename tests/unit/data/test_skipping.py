@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ds_slm import pretrain
 from ds_slm.checkpoint import resume
+from ds_slm.cli import flags
 from ds_slm.data import skipping
 from ds_slm.data.order import RowId, next_step_position
 from ds_slm.errors import RecipeError
@@ -189,5 +189,5 @@ def test_a_change_says_what_this_launch_added(tmp_path: Path) -> None:
 def test_a_flag_that_names_no_range_is_refused(text: str) -> None:
     """Oracle: reversed, empty, negative, no numbers."""
     with pytest.raises(argparse.ArgumentTypeError, match="no range of positions"):
-        pretrain._rows(text)
-    assert pretrain._rows("5:7") == range(5, 7) and not pretrain._rows("none")
+        flags._rows(text)
+    assert flags._rows("5:7") == range(5, 7) and not flags._rows("none")

@@ -9,8 +9,8 @@ from ds_slm.errors import ConfigError, RecipeError
 from ds_slm.recipe import effects, schema
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.run import folder
-from ds_slm.train import flags
-from ds_slm.train.launch import Options
+from ds_slm.train import unused_flags
+from ds_slm.train.task import Options
 from tests.support.assistants import ds_slm
 from tests.support.runs import TINY
 
@@ -183,17 +183,19 @@ def options(**given: object) -> Options:
 )
 def test_flags_without_an_effect_are_told(given: dict[str, object], told: str) -> None:
     """Oracle: by hand, on two ranks: 20 steps of 7 rows; nothing is said of flags that have one."""
-    [line] = flags.warnings(tiny(), options(**given), world_size=2, keeping_hosts=1, held_out_rows=6)
+    [line] = unused_flags.warnings(tiny(), options(**given), world_size=2, keeping_hosts=1, held_out_rows=6)
     assert told in line
     used = {"max_steps": 20, "profile": range(19, 21), "micro_batch": 4}
-    assert not list(flags.warnings(tiny(), options(**used), world_size=2, keeping_hosts=1, held_out_rows=6))
+    assert not list(unused_flags.warnings(tiny(), options(**used), world_size=2, keeping_hosts=1, held_out_rows=6))
 
 
 def test_more_rows_to_evaluate_than_are_held_out_are_told() -> None:
     """Oracle: the tiny recipe asks for 6; a default that is more than there are is silent."""
-    [line] = flags.warnings(tiny(), options(), 1, keeping_hosts=1, held_out_rows=5)
+    [line] = unused_flags.warnings(tiny(), options(), 1, keeping_hosts=1, held_out_rows=5)
     assert line == "run.eval_rows = 6: there are only 5 held-out rows"
-    assert not list(flags.warnings(tiny(("eval_rows = 6\n", "")), options(), 1, keeping_hosts=1, held_out_rows=5))
+    assert not list(
+        unused_flags.warnings(tiny(("eval_rows = 6\n", "")), options(), 1, keeping_hosts=1, held_out_rows=5)
+    )
 
 
 @pytest.mark.parametrize("name", ["demo-instruct", "axiom-380m-instruct", "smol-smoltalk-packed"])
@@ -204,16 +206,16 @@ def test_recipes_of_conversations_are_silent(name: str) -> None:
 
 def test_copies_that_no_host_can_keep_are_told() -> None:
     """Oracle: only where they were asked for: the default of two is silent on one host."""
-    assert not list(flags.warnings(tiny(), options(), 1, keeping_hosts=1, held_out_rows=6))
+    assert not list(unused_flags.warnings(tiny(), options(), 1, keeping_hosts=1, held_out_rows=6))
     recipe = tiny(overrides=("run.checkpoint_copies=3",))
-    assert "only 2 hosts have" in next(flags.warnings(recipe, options(), 4, keeping_hosts=2, held_out_rows=6))
+    assert "only 2 hosts have" in next(unused_flags.warnings(recipe, options(), 4, keeping_hosts=2, held_out_rows=6))
 
 
 @pytest.mark.parametrize("given", [{"profile": range(21, 23)}, {"profile": range(6, 8), "max_steps": 5}])
 def test_a_profile_of_steps_that_are_never_taken_is_refused(given: dict[str, object]) -> None:
     """Oracle: steps beyond the recipe's end, and beyond --max-steps."""
     with pytest.raises(ConfigError, match=r"this launch ends after step (20|5)"):
-        flags.refuse(tiny(), options(**given))
+        unused_flags.refuse(tiny(), options(**given))
 
 
 def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ds_slm.cli import flags
 from ds_slm.cluster import launch, runner_flags
 from ds_slm.errors import ConfigError, HostfileError
-from sft import train as program
 from tests.support.assistants import ds_slm, small_talk, write_base, write_sft
 from tests.support.runs import environment, free_port, records
 
@@ -262,7 +262,7 @@ def test_help_lists_the_flags_of_the_program(
     """Oracle: the program's own parser, DeepSpeed's flags that are passed on, and the verb's."""
     assert ds_slm("sft", "--help", monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
-    programs = {name for name in program.parser()._option_string_actions if name.startswith("--")}
+    programs = {name for name in flags.of_fine_tuning()._option_string_actions if name.startswith("--")}
     for flag in (programs - {"--local_rank", "--recipe"}) | {"--hostfile", "--devices", "--preview", "--master_port"}:
         assert flag in shown
     assert "RECIPE" in shown

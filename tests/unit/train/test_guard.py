@@ -16,6 +16,7 @@ from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
 from ds_slm.recipe import schema
 from ds_slm.train import guard
+from ds_slm.train.spikes import Spikes
 from tests.support import runs
 
 
@@ -118,12 +119,12 @@ def test_rows_are_left_out_by_position() -> None:
 
 def test_a_spike_stands_out_from_the_steps_before() -> None:
     """Oracle: by hand: noise of 0.01 around 3; 3.1 is within a twentieth, 3.2 is not; a slow rise never is."""
-    spikes = guard.Spikes()
+    spikes = Spikes()
     noise = [3.0 + 0.01 * (-1) ** step for step in range(40)]
     assert [spikes.excess(loss) for loss in noise] == [None] * 40
     assert spikes.excess(3.1) is None
     assert spikes.excess(3.2) == pytest.approx(0.2, abs=0.02)
     assert spikes.excess(float("nan")) is None
-    rising = guard.Spikes()
+    rising = Spikes()
     assert not any(rising.excess(3.0 + 0.02 * step) for step in range(100))
-    assert guard.Spikes().excess(9.0) is None
+    assert Spikes().excess(9.0) is None

@@ -1,23 +1,20 @@
 """Flags of a launch that have no effect on it: refused where they can only be a mistake, else told at its start."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ds_slm.errors import ConfigError
 from ds_slm.recipe.effects import is_set
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from ds_slm.train.launch import Options
+from ds_slm.train.task import Options
 
 
-def last_step(recipe: Recipe, options: "Options") -> int:
+def last_step(recipe: Recipe, options: Options) -> int:
     """The step after which this launch ends."""
     return min(options.max_steps or recipe.train.steps, recipe.train.steps)
 
 
-def refuse(recipe: Recipe, options: "Options") -> None:
+def refuse(recipe: Recipe, options: Options) -> None:
     """Raise ConfigError for steps to profile that this launch never takes."""
     end = last_step(recipe, options)
     if options.profile and options.profile[0] > end:
@@ -27,7 +24,7 @@ def refuse(recipe: Recipe, options: "Options") -> None:
 
 
 def warnings(
-    recipe: Recipe, options: "Options", world_size: int, keeping_hosts: int, held_out_rows: int
+    recipe: Recipe, options: Options, world_size: int, keeping_hosts: int, held_out_rows: int
 ) -> Iterator[str]:
     """What was asked for and will not happen, a line each.
 

@@ -1,0 +1,167 @@
+"""Every flag of the programs that DeepSpeed launches, once: `ds-slm train` and `ds-slm sft` take and list the same."""
+
+import argparse
+import difflib
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ds_slm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ds_slm.train.task import Options
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def of_pretraining(prog: str = "pretrain.py") -> "FlagParser":
+    """The flags of ds_slm/pretrain.py."""
+    parser = FlagParser(prog=prog, description="Pretrain a recipe.", allow_abbrev=False)
+    add_training_flags(parser, default_recipe="demo")
+    return parser
+
+
+def of_fine_tuning(prog: str = "train.py") -> "FlagParser":
+    """The flags of sft/train.py."""
+    parser = FlagParser(prog=prog, description="Fine-tune a base model.", allow_abbrev=False)
+    add_training_flags(parser, default_recipe="demo-instruct")
+    parser.add_argument(
+        "--base", type=Path, metavar="MODEL", help="run folder, RUN/checkpoints/best, or Hugging Face folder"
+    )
+    return parser
+
+
+def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> None:
+    """The flags that pretraining and fine-tuning share."""
+    parser.add_argument("--recipe", default=default_recipe, help="name in the library, or path of a .toml file")
+    parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--ds-config", type=Path, default=CHECKOUT / "ds_configs" / "zero1.json")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where prepared data lies or goes")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="NAME=PATH", help="replace a source by local files"
+    )
+    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
+    parser.add_argument(
+        "--max-steps", type=positive, metavar="N", help="stop after this step; the schedule keeps the recipe's length"
+    )
+    parser.add_argument(
+        "--micro-batch", type=_micro_batch, metavar="N|auto", help="rows per forward and device; auto measures"
+    )
+    parser.add_argument("--profile", type=_steps, metavar="A:B", help="tell where the time of steps A to B goes")
+    parser.add_argument(
+        "--skip-rows",
+        type=_rows,
+        action="append",
+        default=[],
+        metavar="A:B|none",
+        help="leave out the rows at global positions A to B - 1, in later launches too; may come more than once; "
+        "none takes again what earlier launches left out",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_seconds,
+        default=25.0,
+        metavar="S",
+        help="seconds from a stopping signal to the end (default 25)",
+    )
+    parser.add_argument("--allow-change", action="store_true", help="let a resumed run change its learning rate")
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="train together on hosts whose code or libraries differ"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds: expected 0 or more, as in 25")
+    return seconds
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of steps: expected A:B, as in 5:8")
+    return range(int(first), int(last) + 1)
+
+
+def _rows(text: str) -> range:
+    if text == "none":
+        return range(0)
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of positions: expected A:B with A < B, as in 96:112")
+    return range(int(first), int(end))
+
+
+def run_dir(args: argparse.Namespace, recipe_name: str) -> Path:
+    """The run folder: the one that was named, or runs/RECIPE."""
+    return args.run_dir or Path("runs") / recipe_name
+
+
+def options(args: argparse.Namespace, recipe_name: str) -> "Options":
+    """What a launch takes of them."""
+    from ds_slm.train.task import Options
+
+    return Options(
+        run_dir=run_dir(args, recipe_name),
+        ds_config=args.ds_config,
+        recipe_name=recipe_name,
+        resume=args.resume,
+        max_steps=args.max_steps,
+        micro_batch=args.micro_batch,
+        allow_change=args.allow_change,
+        allow_mixed=args.allow_mixed,
+        profile=args.profile,
+        skip_rows=tuple(args.skip_rows),
+        grace_s=args.grace,
+    )
+
+
+def _micro_batch(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
+
+
+def parse_sources(pairs: list[str]) -> dict[str, Path]:
+    """NAME=PATH flags. Raises DataError for every malformed one."""
+    malformed = [pair for pair in pairs if not all(pair.partition("="))]
+    if malformed:
+        raise DataError([f"--source {pair!r}: expected NAME=PATH." for pair in malformed])
+    return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A training program's parser: mistakes are a sentence, told once for all ranks; rank 0 alone prints the help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message}. {self.prog} --help lists the flags.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; the nearest flag is named for one that is not known."""
+        found, unknown = self.parse_known_args(args, namespace)
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        problems = []
+        for one in unknown:
+            near = difflib.get_close_matches(one.partition("=")[0], known, n=1) if one.startswith("-") else []
+            problems.append(f"{one} is not known" + (f": did you mean {near[0]}?" if near else "."))
+        if problems:
+            raise ConfigError([*problems, f"{self.prog} --help lists the flags."])
+        return found
+
+    def print_help(self, file: Any = None) -> None:
+        """On rank 0."""
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)

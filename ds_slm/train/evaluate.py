@@ -1,0 +1,29 @@
+"""Held-out losses of a run, and continuations of its recipe's prompts."""
+
+import math
+from dataclasses import replace
+
+from ds_slm.train.task import Run
+
+
+def evaluate(run: Run) -> None:
+    """Loss on some held-out rows, always the same ones, and a sampled continuation of each prompt."""
+    values = held_out(run, run.recipe.run.eval_rows)
+    run.report.record("val", run.state.step, values)
+    with run.engine.eager() as model:
+        continuations = run.sample(model)
+    for prompt, continuation in continuations.items():
+        run.report.text(f"samples/{prompt}", continuation, run.state.step)
+    run.state, run.val_loss = replace(run.state, evaluated_step=run.state.step), values["loss"]
+
+
+def held_out(run: Run, limit: int | None) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of `limit` held-out rows, or of all."""
+    values: dict[str, float] = {"tokens": run.state.tokens}
+    for prefix, split in run.rows.measures.items():
+        share = run.reader.held_out(limit, split)
+        loss = run.engine.evaluate(share.micro_batches, run.engine.agree(share)).loss
+        values |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
+    if run.val_tokens_per_byte:
+        values["bits_per_byte"] = values["loss"] / math.log(2) * run.val_tokens_per_byte
+    return values

@@ -1,0 +1,31 @@
+"""Loss spikes: told, and kept in the records. They stop nothing.
+
+A spike is a loss that exceeds the median of the last SPIKE_WINDOW steps by more than SPIKE_DEVIATIONS robust standard
+deviations (1.4826 x the median absolute deviation) and by more than SPIKE_SHARE of that median.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_DEVIATIONS, SPIKE_SHARE = 50, 20, 6.0, 0.05
+
+
+class Spikes:
+    """Tells losses that stand out from those before them."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+
+    def excess(self, loss: float) -> float | None:
+        """How far a step's loss lies above the median before it, if it is a spike. Call once a step."""
+        before: Sequence[float] = list(self._losses)
+        self._losses.append(loss)
+        if len(before) < SPIKE_LEAST_STEPS:
+            return None
+        median = statistics.median(before)
+        deviation = 1.4826 * statistics.median(abs(one - median) for one in before)
+        above = loss - median
+        is_spike = above > max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * median) and math.isfinite(loss)
+        return above if is_spike else None

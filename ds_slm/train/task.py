@@ -1,0 +1,121 @@
+"""What a launch is asked for (its flags, and what pretraining and fine-tuning do differently), and its run."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from ds_slm.checkpoint.manager import Checkpoints
+from ds_slm.checkpoint.resume import State
+from ds_slm.engine.engine import Engine
+from ds_slm.engine.profile import Profile
+from ds_slm.engine.row_reader import RowReader, RowSource
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run.report import Report
+from ds_slm.train.spikes import Spikes
+
+
+class Corpus(Protocol):
+    """Prepared data: what a launch needs to know of it."""
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all that decides which rows are read."""
+        ...
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer's content."""
+        ...
+
+    @property
+    def older_sha256s(self) -> Mapping[str, str]:
+        """What an older version called the same data and tokenizer; see `ds_slm.data.shards.prepared.Prepared`."""
+        ...
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A Hugging Face tokenizer folder."""
+        ...
+
+    @property
+    def replaced_sources(self) -> list[str]:
+        """Sources that were read from other local files than the recipe names."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """A launch's flags, read and checked."""
+
+    run_dir: Path
+    ds_config: Path
+    recipe_name: str = ""
+    """What prepared data are filed under."""
+    resume: str = "auto"
+    max_steps: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
+    """Rows of a forward; None takes the ds_config's hint or a default, "auto" measures."""
+    allow_change: bool = False
+    allow_mixed: bool = False
+    """Train together on hosts whose code or libraries differ."""
+    profile: range | None = None
+    """Steps whose time is told apart."""
+    skip_rows: tuple[range, ...] = ()
+    """Global positions of rows that are left out, beside those that are recorded; an empty range forgets these."""
+    grace_s: float = 25.0
+    """From a signal that stops the run to the end of its processes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between pretraining and fine-tuning."""
+
+    prepare: Callable[[], Corpus]
+    """Prepare the data on this host, or find it prepared."""
+    rows: Callable[[Any], RowSource]
+    """Rows of the prepared data."""
+    sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
+    """From prepared data to a function that continues the recipe's prompts."""
+    val_tokens_per_byte: Callable[[Any], float | None]
+    identity: Callable[[], Mapping[str, str]] = dict
+    """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
+    evaluate_first: bool = False
+    """Whether the weights a run begins with are worth an evaluation."""
+    begin: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    """Names and fp32 weights to begin with, one at a time; None: the recipe's initialisation."""
+
+
+@dataclass
+class Run:
+    """All that the loop needs."""
+
+    folder: Path
+    recipe: Recipe
+    engine: Engine
+    rows: RowSource
+    report: Report
+    state: State
+    stop_at_step: int
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    """Hashes of recipe, data and tokenizer: stored in every checkpoint."""
+    peak_flops: float | None
+    """Of one device."""
+    sample: Callable[[nn.Module], dict[str, str]]
+    """Prompt -> continuation, called on every rank at each evaluation."""
+    val_tokens_per_byte: float | None = None
+    evaluate_first: bool = False
+    """Whether to evaluate before the first step."""
+    val_loss: float = math.inf
+    """Of the last evaluation."""
+    profile: Profile | None = None
+    spikes: Spikes = field(default_factory=Spikes)
+    reader: RowReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        engine, on_gpu = self.engine, self.engine.device.type == "cuda"
+        self.reader = RowReader(self.rows, engine.control, engine.engine_config, self.state.skipped_rows, on_gpu)

@@ -85,7 +85,16 @@ def test_chat_template_and_ends(tmp_path: Path) -> None:
     assert not (folder / "manifest.json").exists()
 
 
-def test_the_cards_own_snippet(tmp_path: Path, test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def cl100k_export(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An assistant's export with a vocabulary of 100,277 ids: making one takes most of a minute."""
+    folder = tmp_path_factory.mktemp("cl100k")
+    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
+    section = f'kind = "cl100k"\nvocab_size = 100277\npath = "{ranks}"'
+    return exported(folder / "out", assistant_tokenizer(folder, section), 100_277)[0]
+
+
+def test_the_cards_own_snippet(test_data: Path, cl100k_export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the quick start as published, where the card lies beside the test data: only the name of the model is
     another, and the import that it forgets is added. It prints its prompt and what follows.
     """
@@ -95,22 +104,16 @@ def test_the_cards_own_snippet(tmp_path: Path, test_data: Path, capsys: pytest.C
     snippet = card.read_text().split("Quickstart\n")[1].split("Model Summary")[0]
     published = re.search(r'model_name = "(.*)"', snippet)
     assert published is not None
-    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
-    section = f'kind = "cl100k"\nvocab_size = 100277\npath = "{ranks}"'
-    folder, _ = exported(tmp_path / "out", assistant_tokenizer(tmp_path, section), 100_277)
-    exec(compile("import torch\n" + snippet.replace(published[1], str(folder)), str(card), "exec"), {})
+    exec(compile("import torch\n" + snippet.replace(published[1], str(cl100k_export)), str(card), "exec"), {})
     assert capsys.readouterr().out.startswith("<|im_start|>user\n")
 
 
-def test_used_as_a_card_uses_it(tmp_path: Path, test_data: Path) -> None:
+def test_used_as_a_card_uses_it(cl100k_export: Path) -> None:
     """transformers as a card's reader calls it, device_map and all: the prompt's control tokens are parsed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
-    section = f'kind = "cl100k"\nvocab_size = 100277\npath = "{ranks}"'
-    folder, _ = exported(tmp_path / "out", assistant_tokenizer(tmp_path, section), 100_277)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(cl100k_export)
+    model = AutoModelForCausalLM.from_pretrained(cl100k_export, device_map="cpu")
     inputs = tokenizer(PROMPT, return_tensors="pt").to("cpu")
     assert inputs["input_ids"][0, 0] == 100_264
     assert (inputs["input_ids"] == 100_265).sum() == 1

@@ -34,6 +34,7 @@ def of_fine_tuning(prog: str = "train.py") -> "FlagParser":
 
 def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> None:
     """The flags that pretraining and fine-tuning share."""
+    # What is trained, and where it lies.
     parser.add_argument("--recipe", default=default_recipe, help="name in the library, or path of a .toml file")
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
     parser.add_argument("--ds-config", type=Path, default=CHECKOUT / "ds_configs" / "zero1.json")
@@ -41,6 +42,9 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME=PATH", help="replace a source by local files"
     )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+
+    # How far, and how.
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
     parser.add_argument(
         "--max-steps", type=positive, metavar="N", help="stop after this step; the schedule keeps the recipe's length"
@@ -58,6 +62,7 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         help="leave out the rows at global positions A to B - 1, in later launches too; may come more than once; "
         "none takes again what earlier launches left out",
     )
+    # Signals, and what is not refused.
     parser.add_argument(
         "--grace",
         type=_seconds,
@@ -69,7 +74,6 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     parser.add_argument(
         "--allow-mixed", action="store_true", help="train together on hosts whose code or libraries differ"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 

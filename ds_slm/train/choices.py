@@ -20,18 +20,16 @@ def effective_choices(
 ) -> dict[str, Any]:
     """The effective choices of this launch, by name: they stand in env.json. Needs the process group."""
     device = torch.device(devices.device_type())
+    packed = recipe.sft is not None and recipe.sft.packing
+    computes = kernels.effective_kernels(device, devices.DTYPES[recipe.train.precision], packed)
+
     return {
         "recipe": recipe.card.name,
         "recipe_name": options.recipe_name,
         "device": measure.device_name(device),
         "backend": torch.distributed.get_backend(),
         "precision": recipe.train.precision,
-        "kernels": {
-            **kernels.effective_kernels(
-                device, devices.DTYPES[recipe.train.precision], recipe.sft is not None and recipe.sft.packing
-            ),
-            "blocks": blocks(engine_config),
-        },
+        "kernels": {**computes, "blocks": blocks(engine_config)},
         "zero_stage": engine_config.deepspeed["zero_optimization"]["stage"],
         "optimizer": recipe.optimizer.name,
         "world_size": control.world_size,

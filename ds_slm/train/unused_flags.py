@@ -36,6 +36,8 @@ def warnings(
         held_out_rows: all that the data have.
     """
     end, rows = last_step(recipe, options), recipe.rows_per_step
+
+    # How far this launch goes.
     if options.max_steps is not None and options.max_steps > recipe.train.steps:
         yield f"--max-steps {options.max_steps} has no effect: the run ends after step {recipe.train.steps}"
     elif options.max_steps == 1 and not learning_rate(recipe, 0):
@@ -43,10 +45,14 @@ def warnings(
             "--max-steps 1: the first step of the warm-up runs at a learning rate of 0 and changes nothing; take more, "
             "or set schedule.warmup_start_lr"
         )
+
+    # What it looks at on the way.
     if is_set(recipe, "run", "eval_rows") and recipe.run.eval_rows > held_out_rows:
         yield f"run.eval_rows = {recipe.run.eval_rows:,}: there are only {held_out_rows:,} held-out rows"
     if options.profile and options.profile[-1] > end:
         yield f"--profile {_spelled(options.profile)}: this launch ends after step {end}, so does the profile"
+
+    # How it is spread over devices and hosts.
     rows_per_rank = -(-rows // world_size)
     if isinstance(options.micro_batch, int) and options.micro_batch > rows_per_rank:
         yield f"--micro-batch {options.micro_batch}: a device has no more than {rows_per_rank} rows of a step's {rows}"

@@ -122,6 +122,45 @@ def code_lines(path: Path) -> int:
     return len(used)
 
 
+LONG_LINES = 20
+
+
+def functions(path: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """Of each function: name, number of parameters without self, and the lines of its body without the docstring."""
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            lines = text.splitlines()[body[0].lineno - 1 : body[-1].end_lineno] if body else []
+            yield node.name, len([name for name in names if name not in ("self", "cls")]), lines
+
+
+@pytest.mark.parametrize("path", python_files("ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_long_functions_have_paragraphs(path: Path) -> None:
+    """Oracle: a body of 20 lines or more without a blank line is a wall."""
+    walls = [name for name, _, lines in functions(path) if len(lines) >= LONG_LINES and all(map(str.strip, lines))]
+    assert not walls
+
+
+MOST_PARAMETERS = 6
+TOO_MANY = {
+    "generate": 10, "forward": 9, "write_token_files": 8, "write_documents": 8, "__init__": 8, "prepare": 8,
+    "plan_recipe": 8, "_choose": 7, "chunked_loss": 7, "_from_logits": 7, "verify_run": 7,
+}  # fmt: skip
+"""Functions that take more: none may join them. Verbs of the command line, sampling, the loss, writing shards."""
+
+
+def test_functions_take_few_parameters() -> None:
+    """Oracle: more than six parameters are an object that is missing."""
+    found: dict[str, int] = {}
+    for path in python_files("ds_slm", "sft"):
+        for name, parameters, _ in functions(path):
+            if parameters > MOST_PARAMETERS:
+                found[name] = max(found.get(name, 0), parameters)
+    assert found == TOO_MANY
+
+
 def test_files_are_short() -> None:
     """Oracle: a file of more than 300 lines of code is two files."""
     files = [*python_files("ds_slm", "sft", "tests", "benchmarks"), ROOT / "setup.py"]

@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all: durable writes, atomic replacement, locks. Every room may use this one.
+"""Files that are there whole, or not at all: durable writes, atomic replacement, locks. Every package may use this one.
 
 content --> .NAME.tmp-HOST-PID --> fsync --> rename over NAME --> fsync of the folder
 
@@ -57,6 +57,11 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file in one atomic step."""
     replace_text(path, json.dumps(content, indent=1, sort_keys=True))  # no line end: cut by one byte it is no JSON
+
+
+def sha256_of_json(content: Any) -> str:
+    """Hash of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

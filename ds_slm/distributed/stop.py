@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from ds_slm.distributed.ranks import Control
+from ds_slm.distributed.world import launcher
 from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, ReplacedByNewerLaunch, Stopped
 
 PR_SET_PDEATHSIG = 1
@@ -89,8 +90,8 @@ class Interrupt:
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         _stop_with_launcher()
-        if launcher := _launcher():
-            threading.Thread(target=self._stop_with_runner, args=(launcher,), name="runner", daemon=True).start()
+        if above := launcher():
+            threading.Thread(target=self._stop_with_runner, args=(above,), name="runner", daemon=True).start()
         return self
 
     def __exit__(
@@ -115,12 +116,12 @@ class Interrupt:
                 _tell_siblings()
         os.close(self._reader)
 
-    def _stop_with_runner(self, launcher: psutil.Process) -> None:
+    def _stop_with_runner(self, above: psutil.Process) -> None:
         """SIGTERM to `deepspeed` ends that process alone: its launcher and the ranks would train on, unseen."""
         with contextlib.suppress(psutil.Error):
-            runner = launcher.ppid()
+            runner = above.ppid()
             while not self._ended.wait(RUNNER_EVERY_S):
-                if launcher.ppid() != runner:
+                if above.ppid() != runner:
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
 
@@ -206,18 +207,11 @@ def _end_compilers() -> None:
                 child.terminate()
 
 
-def _launcher() -> psutil.Process | None:
-    """DeepSpeed's launcher on this host, where it started this process."""
-    with contextlib.suppress(psutil.Error):  # it may be ending
-        parent = psutil.Process().parent()
-        return parent if parent and "deepspeed.launcher.launch" in parent.cmdline() else None
-
-
 def _tell_siblings() -> None:
     """The launcher tells its ranks one after another and waits for each: one that compiles would keep it waiting."""
-    launcher, siblings = _launcher(), []
+    above, siblings = launcher(), []
     with contextlib.suppress(psutil.Error):
-        siblings = launcher.children() if launcher else []
+        siblings = above.children() if above else []
     for sibling in siblings:
         with contextlib.suppress(psutil.Error):
             if sibling.pid != os.getpid():
@@ -226,5 +220,5 @@ def _tell_siblings() -> None:
 
 def _stop_with_launcher() -> None:
     """Ask the kernel for a SIGTERM when DeepSpeed's launcher dies: ranks alone would train on, unseen."""
-    if sys.platform == "linux" and _launcher():
+    if sys.platform == "linux" and launcher():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

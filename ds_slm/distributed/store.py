@@ -4,7 +4,6 @@ torch's own TCPStore, on the port where the process group is made later: `init_p
 waits for a key, so that a thread can share it. The store of another launch at the same port is refused.
 """
 
-import contextlib
 import json
 import os
 import socket
@@ -13,12 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-import psutil
-
-from ds_slm.distributed.world import World
+from ds_slm.distributed.world import World, launcher
 from ds_slm.errors import DeviceError
-
-LAUNCHER_MODULE = "deepspeed.launcher.launch"
 
 
 @dataclass(frozen=True)
@@ -81,13 +76,14 @@ class Store:
 
     def _claim(self, world: World, is_first: bool, intervals: Intervals) -> None:
         """Take this rank's place; refuse a launch of another size or launcher, and a place that is taken."""
-        host, launcher = socket.gethostname(), _launcher_pid()
+        host, above = socket.gethostname(), launcher()
+        own = above.pid if above else None
         if is_first:
             self.set("size", str(world.size))
-            self.set("launcher", json.dumps([host, launcher]))
+            self.set("launcher", json.dumps([host, own]))
         wait_until(lambda: self.has("launcher"), intervals.connect_s, intervals.poll_s)
         size, (their_host, theirs) = int(self.get("size")), json.loads(self.get("launcher"))
-        other_launcher = their_host == host and None not in (theirs, launcher) and theirs != launcher
+        other_launcher = their_host == host and None not in (theirs, own) and theirs != own
         if size != world.size or other_launcher or self.count(f"claim/{world.rank}", 1) > 1:
             raise DeviceError(taken(world))
 
@@ -186,11 +182,3 @@ def _is_taken(port: int) -> bool:
         except OSError:
             return True
     return False
-
-
-def _launcher_pid() -> int | None:
-    """DeepSpeed's launcher above this process: ranks of one host have it in common."""
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process().parent()
-        return parent.pid if parent and LAUNCHER_MODULE in parent.cmdline() else None
-    return None

@@ -5,13 +5,17 @@ RANK was started by hand and trains alone on one device: what else an environmen
 variables, those of an earlier launch) is set aside. Imports neither torch nor deepspeed.
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+import psutil
+
 from ds_slm.errors import DeviceError
 
+LAUNCHER_MODULE = "deepspeed.launcher.launch"
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEFTOVERS = (
     *("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
@@ -45,6 +49,14 @@ class World:
     def master(self) -> str:
         """Where rank 0 listens."""
         return f"{self.address}:{self.port}"
+
+
+def launcher() -> psutil.Process | None:
+    """DeepSpeed's launcher on this host, where it started this process: the ranks of a host have it in common."""
+    with contextlib.suppress(psutil.Error):  # it may be ending
+        parent = psutil.Process().parent()
+        return parent if parent and LAUNCHER_MODULE in parent.cmdline() else None
+    return None
 
 
 def first_on_host() -> bool:

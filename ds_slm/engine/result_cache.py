@@ -5,14 +5,13 @@
 A file that is damaged, or that cannot be read or written, costs a new measurement; the launch goes on.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_slm.files import write_json
+from ds_slm.files import sha256_of_json, write_json
 
 
 class ResultCache:
@@ -32,7 +31,7 @@ class ResultCache:
 
     def load(self, key: Mapping[str, Any]) -> Any:
         """The result that was stored under an equal key; None if there is none."""
-        return self._read().get(_hash(key))
+        return self._read().get(sha256_of_json(key))
 
     def store(self, key: Mapping[str, Any], result: Any) -> bool:
         """Keep a result, which JSON can hold. Returns whether it was written."""
@@ -40,7 +39,7 @@ class ResultCache:
             return False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {**self._read(), _hash(key): result})
+            write_json(self.path, {**self._read(), sha256_of_json(key): result})
         except OSError:  # a home folder that cannot be written to
             return False
         return True
@@ -51,7 +50,3 @@ class ResultCache:
         except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
-
-
-def _hash(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

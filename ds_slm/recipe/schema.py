@@ -7,8 +7,6 @@ A recipe never holds the number of devices, the micro-batch or the ZeRO stage: t
 The typed sections are in ds_slm.recipe.sections and can be imported from here as well.
 """
 
-import hashlib
-import json
 import tomllib
 from contextlib import suppress
 from functools import cache
@@ -18,6 +16,7 @@ from typing import Any, Self, get_args
 from pydantic import ValidationError, ValidationInfo, model_validator
 
 from ds_slm.errors import RecipeError
+from ds_slm.files import sha256_of_json
 from ds_slm.recipe import effects
 from ds_slm.recipe.inheritance import inherited_places, tables_of, with_base
 from ds_slm.recipe.problems import closest, nearest, sentences
@@ -144,7 +143,7 @@ class Recipe(Section):
 
     def identity_sha256(self) -> str:
         """Hash of `identity`: two runs with the same one train the same model on the same rows."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(self.identity())
 
 
 def library_names() -> list[str]:

@@ -7,11 +7,8 @@
 A rank that left alone would keep the others waiting.
 """
 
-import hashlib
-import json
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -19,6 +16,7 @@ from ds_slm.distributed import network, rendezvous
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import devices
 from ds_slm.errors import ConfigError, DataError, UserError
+from ds_slm.files import sha256_of_json
 from ds_slm.recipe import ds_config
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure, software
@@ -75,10 +73,11 @@ def agree_on_inputs(
     beginning: Mapping[str, str],
 ) -> None:
     """Refuse hosts that would train something else: another recipe, other data, another configuration."""
+    computes = [engine_config.deepspeed, engine_config.compiled, engine_config.deterministic]
     inputs = {
-        "recipe": _hash(recipe.model_dump(mode="json")),
+        "recipe": sha256_of_json(recipe.model_dump(mode="json")),
         "data": identity["data_sha256"],
-        "ds_config or batch": _hash([engine_config.deepspeed, engine_config.compiled, engine_config.deterministic]),
+        "ds_config or batch": sha256_of_json(computes),
         **{name.removesuffix("_sha256"): sha256 for name, sha256 in beginning.items()},
     }
 
@@ -103,7 +102,3 @@ def mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
         f"hosts multiply in different ways ({'; '.join(f'{host}: {how}' for host, how in by_host.items())}): a resumed "
         "run is bit for bit the same only while each rank stays on its kind of host."
     ]
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,6 @@ Data that are found right take no lock. Where nothing can be written, they are c
 """
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -30,7 +29,7 @@ from ds_slm.data.shards.journal import SPLITS, Split
 from ds_slm.data.shards.writer import decode_documents
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import DataError
-from ds_slm.files import locked, read_json, write_json
+from ds_slm.files import locked, read_json, sha256_of_json, write_json
 from ds_slm.recipe.schema import Recipe
 
 STAMPS = ".verified.json"
@@ -120,8 +119,7 @@ class Prepared:
 
     def _sha256_with(self, tokenizer_sha256: str) -> str:
         shards = [[name, manifest["dtype"], manifest["shards"]] for name, manifest in self.manifests.items()]
-        content = [tokenizer_sha256, *shards]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json([tokenizer_sha256, *shards])
 
     @property
     def replaced_sources(self) -> list[str]:

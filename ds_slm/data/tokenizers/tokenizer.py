@@ -35,6 +35,7 @@ from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk
 from ds_slm.data.tokenizers.control_text import ControlText
 from ds_slm.data.tokenizers.sentencepiece import read_sentencepiece
 from ds_slm.errors import DataError
+from ds_slm.files import sha256_of_json
 from ds_slm.recipe.schema import Recipe, Source
 from ds_slm.recipe.schema import Tokenizer as Section
 
@@ -206,8 +207,7 @@ def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
 
 
 def _sha256(backend: "tokenizers.Tokenizer") -> str:
-    canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True).encode()
-    return hashlib.sha256(canonical).hexdigest()
+    return sha256_of_json(json.loads(backend.to_str()))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

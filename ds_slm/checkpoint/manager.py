@@ -5,11 +5,11 @@
     resume what earlier launches left is put in order: damaged ones set aside, `latest` and `best` marked
 
 `best` is the saved checkpoint whose evaluation, at its very step, gave the lowest held-out loss. It follows what is
-durable on any host. This file alone decides it.
+durable on any host: nothing but this file and best.py decides it.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,41 +21,27 @@ from ds_slm.checkpoint import retention
 from ds_slm.checkpoint.best import Best, held_best
 from ds_slm.checkpoint.gathering import spans_of_kind
 from ds_slm.checkpoint.resume import ResumePoint, State, scaler_state
-from ds_slm.checkpoint.saving import BackgroundSave, Disk, noted, reason_of
+from ds_slm.checkpoint.saving import BackgroundSave, Disk, Saved, noted, reason_of
 from ds_slm.checkpoint.tensor_file import TensorFile
-from ds_slm.engine.engine import Engine
 from ds_slm.errors import ReplacedByNewerLaunch, TrainingError
 from ds_slm.files import write_json
 from ds_slm.run import folder
-from ds_slm.run.launches import Launch
 
 
 class Checkpoints:
     """All checkpoints of a run, and its signs of an end."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        run: Path,
-        launch: Launch,
-        writers: list[int],
-        identity: Mapping[str, Any],
-        say: Callable[[str], None],
-    ) -> None:
-        """Collective.
+    def __init__(self, background: BackgroundSave, identity: Mapping[str, Any]) -> None:
+        """Of a run that begins; one that goes on calls `resume`.
 
         Args:
-            engine: whose weights and moments are saved.
-            run: the run folder, each host's own.
-            launch: this one; where another holds the folder nothing is written.
-            writers: ranks that may keep checkpoints; the first `checkpoint_copies` of them do.
+            background: writes them.
             identity: stored in every checkpoint: hashes of recipe, data and tokenizer.
-            say: takes a line.
         """
-        self._engine, self._run, self._identity, self._say = engine, run, identity, say
-        self._background = BackgroundSave(engine, run, launch, writers, say)
-        self._control = self._background.control
-        self.best = Best(eval_rows=engine.recipe.run.eval_rows)
+        self._background, self._identity = background, identity
+        self._engine, self._run = background.engine, background.run
+        self._control, self._say = background.control, background.say
+        self.best = Best(eval_rows=self._engine.recipe.run.eval_rows)
         """The best checkpoint, one that is being saved included."""
         self._durable_best = self.best
         self._saved: State | None = None
@@ -90,17 +76,21 @@ class Checkpoints:
         self._background.begin({**asdict(state), **best.fields(), **self._identity, "loss_scaler": scaler})
         self._saved, self.best = state, best
 
-    def wait(self) -> None:
-        """Wait for the save in flight; one that no host holds counts as never begun. Raises ReplacedByNewerLaunch."""
+    def wait(self) -> Saved | None:
+        """Wait for the save in flight, and say what became of it: one that no host holds counts as never begun.
+
+        Returns None where no save is in flight. Raises ReplacedByNewerLaunch.
+        """
         saved = self._background.finish()
         if saved is None:
-            return
+            return None
         if saved.replaced:
             raise ReplacedByNewerLaunch
         if saved.durable:
             self._durable_best = self.best
         else:
             self._saved, self.best = None, self._durable_best
+        return saved
 
     def is_saved(self, state: State) -> bool:
         """Whether the newest checkpoint, one that is being saved included, holds this state."""
@@ -125,7 +115,7 @@ class Checkpoints:
         """
         notes: list[str] = []
         if self.writes:
-            notes += self._put_in_order(found)
+            notes += self._set_damaged_aside(found)
 
         settings = self._engine.recipe.run
         changed = any("run.eval_rows" in (one.get("changes") or {}) for one in folder.read_changes(self._run))
@@ -148,7 +138,7 @@ class Checkpoints:
             for note in theirs:
                 self._say(f"{host}: {note}")
 
-    def _put_in_order(self, found: ResumePoint) -> list[str]:
+    def _set_damaged_aside(self, found: ResumePoint) -> list[str]:
         """Set aside what is damaged, and mark the newest whole one; returns what to say."""
         notes: list[str] = []
         if found.own_step >= 0:

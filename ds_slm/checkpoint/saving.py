@@ -81,7 +81,7 @@ class BackgroundSave:
         """
         self.run, self.control = run, engine.control.background()
         self.writers = writers[: engine.recipe.run.checkpoint_copies]
-        self._engine, self._launch, self._say = engine, launch, say
+        self.engine, self.say, self._launch = engine, say, launch
         self._has_folder = engine.control.rank in writers
         self._thread: threading.Thread | None = None
         self._result = Saved()
@@ -106,7 +106,7 @@ class BackgroundSave:
         Raises TrainingError, on all ranks, where the weights to be written are not those the model computes with.
         """
         assert self._thread is None, "one save at a time"
-        masters.check(self._engine.deepspeed, self._engine.control)
+        masters.check(self.engine.deepspeed, self.engine.control)
         self._result = Saved(failed=("the save did not come to its end",))
         own, problem = self.snapshot()
         self._thread = threading.Thread(target=self._save, args=(own, problem, content), name="saving")
@@ -123,7 +123,7 @@ class BackgroundSave:
     def snapshot(self) -> tuple[Snapshot | None, str | None]:
         """This rank's part, or why there is no memory for it."""
         try:
-            return partitions.snapshot(self._engine.deepspeed), None
+            return partitions.snapshot(self.engine.deepspeed), None
         except (MemoryError, RuntimeError) as error:
             return None, reason_of(error)
 
@@ -163,7 +163,7 @@ class BackgroundSave:
 
         for host, one in zip(hosts, outcomes, strict=True):
             for note in one.notes:
-                self._say(f"step {step}: {host}: {note}")
+                self.say(f"step {step}: {host}: {note}")
 
     def _leave_sign(self, step: int, saved: Saved) -> None:
         """In every host's folder: a later launch on hosts that hold no checkpoint knows that there was one."""
@@ -174,11 +174,11 @@ class BackgroundSave:
     def _tell(self, step: int, saved: Saved) -> None:
         name, failed = checkpoint_format.folder_of_step(self.run, step).name, "; ".join(saved.failed)
         if not saved.durable:
-            self._say(f"step {step} COULD NOT BE SAVED: {failed}. The next save tries again.")
+            self.say(f"step {step} COULD NOT BE SAVED: {failed}. The next save tries again.")
         elif failed:
-            self._say(f"step {step}: saved {name} on {', '.join(saved.held_by)}, BUT NOT on {failed}")
+            self.say(f"step {step}: saved {name} on {', '.join(saved.held_by)}, BUT NOT on {failed}")
         else:
-            self._say(f"step {step}: saved {name}")
+            self.say(f"step {step}: saved {name}")
 
     def _write(self, own: Snapshot | None, problem: str | None, content: Mapping[str, Any]) -> Outcome:
         # Every rank takes the memory it needs before anything is sent.
@@ -202,13 +202,13 @@ class BackgroundSave:
             return Outcome("failed", gathering.problem) if gathering.problem else Outcome("no writer")
         if attempt is None:
             return Outcome("no writer")
-        content = {**content, "optimizer_steps": own.optimizer_steps, "topology": self._engine.topology}
+        content = {**content, "optimizer_steps": own.optimizer_steps, "topology": self.engine.topology}
         outcome = attempt.end(content, lambda: launches.refuse_replaced(self.run, self._launch))
         return self._put_in_order(content) if outcome.kind == "held" else outcome
 
     def _put_in_order(self, content: Mapping[str, Any]) -> Outcome:
         """`latest`, `best` and retention, once the checkpoint is durable: what fails of these costs no checkpoint."""
-        step, best_step, settings = content["step"], content["best_step"], self._engine.recipe.run
+        step, best_step, settings = content["step"], content["best_step"], self.engine.recipe.run
         self.know_whole(step)
         notes: list[str] = []
         try:

@@ -15,6 +15,7 @@ from typing import Any, TextIO, TypeVar
 from ds_slm.checkpoint import resume as checkpointing
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
+from ds_slm.checkpoint.saving import BackgroundSave
 from ds_slm.data import skipping
 from ds_slm.distributed import network, rendezvous
 from ds_slm.distributed.ranks import Control
@@ -183,7 +184,8 @@ class Launching:
         stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
         report = self._report(launch, state, stop_at_step, terminal)
 
-        checkpoints = Checkpoints(engine, options.run_dir, launch, writers, inputs.identity, report.say)
+        background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)
+        checkpoints = Checkpoints(background, inputs.identity)
         report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
         state = replace(state, skipped_rows=skipped)
         if found:

@@ -214,7 +214,7 @@ def resave_into(folder: Path) -> Callable[[loop.Run], None]:
         (folder / "env.json").write_text((run.folder / "env.json").read_text())
         run.checkpoints._background.run = folder
         run.checkpoints.save(run.state, None)
-        saved = run.checkpoints._background.finish()
+        saved = run.checkpoints.wait()
         assert saved and saved.durable and not saved.failed
 
     return train_on

@@ -19,7 +19,7 @@ from ds_slm.checkpoint import files as checkpoint_format
 from ds_slm.checkpoint import gathering, manager
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
-from ds_slm.checkpoint.saving import Saved
+from ds_slm.checkpoint.saving import BackgroundSave, Saved
 from ds_slm.engine import masters, partitions
 from ds_slm.engine.partitions import PartitionValues, Snapshot
 from ds_slm.errors import ReplacedByNewerLaunch, TrainingError
@@ -83,8 +83,8 @@ class Host:
             recipe=SimpleNamespace(run=settings), interrupt=SimpleNamespace(saved=lambda: None),
         )  # fmt: skip
         self.said: list[str] = []
-        arguments = engine, self.folder, launch, [0, 1], {"data_sha256": "d"}, self.said.append
-        self.checkpoints = Checkpoints(*arguments)
+        background = BackgroundSave(engine, self.folder, launch, [0, 1], self.said.append)
+        self.checkpoints = Checkpoints(background, {"data_sha256": "d"})
         self.run: Any = SimpleNamespace(
             checkpoints=self.checkpoints, engine=engine,
             report=SimpleNamespace(record=lambda *_: None, say=self.said.append),
@@ -96,12 +96,7 @@ class Host:
         self.run.state = replace(self.run.state, step=step, evaluated_step=step if loss is not None else -1)
         self.run.val_loss = loss
         loop.save(self.run)
-        background = self.checkpoints._background
-        finish, results = background.finish, []
-        background.finish = lambda: results.append(finish()) or results[-1]  # type: ignore[method-assign]
-        self.checkpoints.wait()
-        background.finish = finish  # type: ignore[method-assign]
-        return results[0]
+        return self.checkpoints.wait()
 
     @property
     def steps(self) -> list[int]:

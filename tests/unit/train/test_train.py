@@ -279,15 +279,15 @@ def test_a_failed_save_leaves_the_best_what_it_was() -> None:
     background: Any = SimpleNamespace(
         finish=lambda: outcomes.pop(0) if begun else None,
         begin=lambda content: begun.append((content["step"], content["best_step"])),
-    )
-    checkpoints = Checkpoints.__new__(Checkpoints)
-    checkpoints._engine, checkpoints._identity = SimpleNamespace(loss_scaler=None), {}  # type: ignore[assignment]
-    checkpoints._background, checkpoints.best, checkpoints._durable_best = background, Best(), Best()
+        engine=SimpleNamespace(loss_scaler=None, recipe=SimpleNamespace(run=SimpleNamespace(eval_rows=8))),
+        run=None, control=None, say=None,
+    )  # fmt: skip
+    checkpoints = Checkpoints(background, {})
     for step, loss in ((10, 2.0), (20, 1.5), (30, 1.8)):
         checkpoints.save(resume.State(step=step, evaluated_step=step), loss)
     checkpoints.wait()
     assert begun == [(10, 10), (20, 20), (30, 30)]
-    assert checkpoints.best == checkpoints._durable_best == Best(1.8, 30)
+    assert checkpoints.best == checkpoints._durable_best == Best(1.8, 30, eval_rows=8)
 
 
 def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:

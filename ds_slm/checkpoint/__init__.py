@@ -1,1 +1,1 @@
-"""Named tensors on disk. Knows neither deepspeed nor the launcher."""
+"""A run's checkpoints: what is on disk, saving behind training, resuming, which one is the best."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def held_best(run: Path, best: Best, until_step: int) -> dict[int, float]:
     Of those up to a step, whose losses are over the same held-out rows.
     """
     held = {}
-    for step in checkpoint_format.steps(run):
-        checkpoint = checkpoint_format.folder_of_step(run, step)
-        if step <= until_step and not checkpoint_format.verify(checkpoint, read=False):
+    for step in checkpoint_files.steps(run):
+        checkpoint = checkpoint_files.folder_of_step(run, step)
+        if step <= until_step and not checkpoint_files.verify(checkpoint, read=False):
             with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged state
-                found = Best.of(checkpoint_format.read_state(checkpoint))
+                found = Best.of(checkpoint_files.read_state(checkpoint))
                 comparable = found.eval_rows in (None, best.eval_rows)
                 if comparable and found.step == step and found.val_loss is not None:
                     held[step] = float(found.val_loss)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import retention
 from ds_slm.checkpoint.best import Best, held_best
 from ds_slm.checkpoint.gathering import spans_of_kind
@@ -25,7 +25,7 @@ from ds_slm.checkpoint.saving import BackgroundSave, Disk, Saved, noted, reason_
 from ds_slm.checkpoint.tensor_file import TensorFile
 from ds_slm.errors import ReplacedByNewerLaunch, TrainingError
 from ds_slm.files import write_json
-from ds_slm.run import folder
+from ds_slm.run import folder as run_folder
 
 
 class Checkpoints:
@@ -118,7 +118,7 @@ class Checkpoints:
             notes += self._set_damaged_aside(found)
 
         settings = self._engine.recipe.run
-        changed = any("run.eval_rows" in (one.get("changes") or {}) for one in folder.read_changes(self._run))
+        changed = any("run.eval_rows" in (one.get("changes") or {}) for one in run_folder.read_changes(self._run))
         was_changed = any(self._control.gather(changed))
         best, note = Best.of(found.content).over(settings.eval_rows, was_changed)
 
@@ -127,9 +127,9 @@ class Checkpoints:
             held = held_best(self._run, best, state.step) if self.writes else {}
             best, note = best.held(self._control.gather(sorted(held.items())))
             said.append(note)
-            if best.step in held and checkpoint_format.named_by(self._run, "best") != best.step:
+            if best.step in held and checkpoint_files.named_by(self._run, "best") != best.step:
                 with noted(notes):
-                    checkpoint_format.mark_best(checkpoint_format.folder_of_step(self._run, best.step))
+                    checkpoint_files.mark_best(checkpoint_files.folder_of_step(self._run, best.step))
 
         self.best = self._durable_best = best
         self._saved, self._resumed_step = state, state.step
@@ -145,11 +145,11 @@ class Checkpoints:
             self._background.know_whole(found.own_step)
         for checkpoint in found.damaged:
             with noted(notes):
-                if checkpoint_format.verify(checkpoint):  # still
+                if checkpoint_files.verify(checkpoint):  # still
                     notes.append(f"{checkpoint} is damaged: moved to {retention.set_aside(checkpoint)}")
-        if found.own_step >= 0 and checkpoint_format.named_by(self._run, "latest") != found.own_step:
+        if found.own_step >= 0 and checkpoint_files.named_by(self._run, "latest") != found.own_step:
             with noted(notes):
-                checkpoint_format.mark_latest(checkpoint_format.folder_of_step(self._run, found.own_step))
+                checkpoint_files.mark_latest(checkpoint_files.folder_of_step(self._run, found.own_step))
         return notes
 
     def write_weights(self, path: Path) -> list[str]:
@@ -173,7 +173,7 @@ class Checkpoints:
             disk.attempt(file.sync)
             file.close()
         if disk.error or gathering.problem:
-            checkpoint_format.remove(path)
+            checkpoint_files.remove(path)
         return self._named(gathering.problem or (reason_of(disk.error) if disk.error else None))
 
     def mark_stopped(self, step: int) -> bool:
@@ -185,7 +185,7 @@ class Checkpoints:
             return False
         if self.writes and not self.is_replaced:
             with contextlib.suppress(OSError):  # the exit code says so as well
-                folder.tell_stopped(self._run, step)
+                run_folder.tell_stopped(self._run, step)
         return True
 
     def write_done(self, step: int, content: Mapping[str, Any]) -> None:
@@ -198,9 +198,9 @@ class Checkpoints:
         if any(self._control.gather(self.is_replaced)):
             raise ReplacedByNewerLaunch
 
-        checkpoint, own = checkpoint_format.folder_of_step(self._run, step), None
+        checkpoint, own = checkpoint_files.folder_of_step(self._run, step), None
         with contextlib.suppress(OSError):
-            own = checkpoint_format.manifest_sha256(checkpoint) if self.writes else None
+            own = checkpoint_files.manifest_sha256(checkpoint) if self.writes else None
         everyone = zip(self._control.hosts, self._control.gather(own), strict=True)
         held = {host: sha256 for host, sha256 in everyone if sha256}  # of a host's ranks one writes
         if not held:

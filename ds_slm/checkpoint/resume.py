@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import masters, partitions
 from ds_slm.engine.engine import Engine
@@ -37,7 +37,7 @@ class State:
     evaluated_step: int = -1
     """The last step whose evaluation was finished."""
     skipped_rows: tuple[tuple[int, int], ...] = ()
-    """Ranges of global positions whose rows are left out (skipping.py)."""
+    """Ranges of global positions whose rows are left out (`ds_slm.data.skipping`)."""
 
     def after(self, position: int, tokens: int, ledger: str) -> "State":
         """The state after one more applied step."""
@@ -46,7 +46,7 @@ class State:
 
 def file_of_kind(kind: str) -> str:
     """The safetensors file that holds one kind of tensor."""
-    return checkpoint_format.MODEL if kind == "model" else f"optimizer-{kind}.safetensors"
+    return checkpoint_files.MODEL if kind == "model" else f"optimizer-{kind}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def find(
             that are there is whole, or where none is there although records say that one was saved.
     """
     if control.leads_host:
-        checkpoint_format.put_back(run)
-    own, damaged = checkpoint_format.newest_whole_and_damaged(run) if control.leads_host else (None, [])
-    own_step = checkpoint_format.read_state(own)["step"] if own else -1
+        checkpoint_files.put_back(run)
+    own, damaged = checkpoint_files.newest_whole_and_damaged(run) if control.leads_host else (None, [])
+    own_step = checkpoint_files.read_state(own)["step"] if own else -1
     offers = control.gather(own_step)
     source = offers.index(max(offers))
 
@@ -95,7 +95,7 @@ def find(
 
     # No host has a whole checkpoint: the run is new, unless something says that there was one.
     if offers[source] < 0:
-        there = sorted({step for steps in control.gather(checkpoint_format.steps(run)) for step in steps})
+        there = sorted({step for steps in control.gather(checkpoint_files.steps(run)) for step in steps})
         if there:
             raise CheckpointError(
                 f"{run} holds checkpoints of steps {', '.join(map(str, there))}, none of them whole "
@@ -111,7 +111,7 @@ def find(
 
     # The host with the newest whole checkpoint tells all ranks what is in it.
     is_source = control.rank == source
-    content = control.broadcast(checkpoint_format.read_state(own) if is_source and own else None, source)
+    content = control.broadcast(checkpoint_files.read_state(own) if is_source and own else None, source)
     refuse_other_beginning(run, content, identity, older or {})
     lost = (
         f"step {saved} was saved{holders}, and no host of this launch holds it whole" if saved > offers[source] else ""
@@ -167,7 +167,7 @@ def load(engine: Engine, found: ResumePoint) -> State:
 
     def tensors(kind: str) -> Iterator[tuple[str, Tensor]]:
         assert found.folder is not None
-        with checkpoint_format.open_tensors(found.folder / file_of_kind(kind)) as stored:
+        with checkpoint_files.open_tensors(found.folder / file_of_kind(kind)) as stored:
             for name in partitions.shapes(engine.deepspeed):
                 yield name, stored.get_tensor(name)
 
@@ -195,8 +195,8 @@ def is_same_topology(stored: Mapping[str, Any], here: Mapping[str, Any]) -> bool
 
 def _broadcast_notes(engine: Engine, checkpoint: Path | None, source: int) -> dict[str, Tensor]:
     control, own = engine.control, {}
-    if checkpoint and (checkpoint / checkpoint_format.ABSMAX).is_file():
-        with checkpoint_format.open_tensors(checkpoint / checkpoint_format.ABSMAX) as stored:
+    if checkpoint and (checkpoint / checkpoint_files.ABSMAX).is_file():
+        with checkpoint_files.open_tensors(checkpoint / checkpoint_files.ABSMAX) as stored:
             own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
     sizes = control.broadcast({name: note.numel() for name, note in own.items()}, source)
     return {

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import retention
 from ds_slm.checkpoint.gathering import Gathering, Shapes, Span, notes_of, spans_of_kind
 from ds_slm.checkpoint.resume import file_of_kind
@@ -31,7 +31,8 @@ from ds_slm.engine import masters, partitions
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.partitions import Snapshot
 from ds_slm.errors import ReplacedByNewerLaunch, UserError
-from ds_slm.run import folder, launches
+from ds_slm.run import folder as run_folder
+from ds_slm.run import launches
 from ds_slm.run.launches import Launch
 
 Result = TypeVar("Result")
@@ -138,7 +139,7 @@ class BackgroundSave:
 
     def know_whole(self, step: int) -> None:
         """This host's checkpoint of a step was written, or read to the end, by this launch."""
-        self._whole[step] = retention.stamps(checkpoint_format.folder_of_step(self.run, step))
+        self._whole[step] = retention.stamps(checkpoint_files.folder_of_step(self.run, step))
 
     # --- in the thread; collective, whatever fails on a rank --------------------------------------------------------
 
@@ -169,10 +170,10 @@ class BackgroundSave:
         """In every host's folder: a later launch on hosts that hold no checkpoint knows that there was one."""
         if saved.durable and self._has_folder and not launches.is_replaced(self.run, self._launch):
             with contextlib.suppress(OSError):  # the checkpoint is there
-                folder.tell_saved(self.run, step, saved.held_by)
+                run_folder.tell_saved(self.run, step, saved.held_by)
 
     def _tell(self, step: int, saved: Saved) -> None:
-        name, failed = checkpoint_format.folder_of_step(self.run, step).name, "; ".join(saved.failed)
+        name, failed = checkpoint_files.folder_of_step(self.run, step).name, "; ".join(saved.failed)
         if not saved.durable:
             self.say(f"step {step} COULD NOT BE SAVED: {failed}. The next save tries again.")
         elif failed:
@@ -193,7 +194,7 @@ class BackgroundSave:
             _stream(gathering, attempt, file_of_kind(kind), own.shapes, spans_of_kind(own, kind))
         shapes, notes = notes_of(own, self.control)
         if shapes:
-            _stream(gathering, attempt, checkpoint_format.ABSMAX, shapes, notes)
+            _stream(gathering, attempt, checkpoint_files.ABSMAX, shapes, notes)
 
         # A rank that could not read its own values has sent others: no writer gives that a name.
         if any(self.control.gather(gathering.problem is not None)):
@@ -213,11 +214,11 @@ class BackgroundSave:
         notes: list[str] = []
         try:
             self._if_ours(notes, lambda: self._point("latest", step, step))
-            if best_step in self._whole and checkpoint_format.named_by(self.run, "best") != best_step:
+            if best_step in self._whole and checkpoint_files.named_by(self.run, "best") != best_step:
                 self._if_ours(notes, lambda: self._point("best", step, best_step))
             arguments = settings.keep_last, settings.keep_best, self._whole, best_step
             self._if_ours(notes, lambda: notes.extend(retention.retain(self.run, *arguments)))
-            checkpoint_format.write_point("retained", step, self.run)
+            checkpoint_files.write_point("retained", step, self.run)
         except ReplacedByNewerLaunch:
             return Outcome("replaced")
         return Outcome("held", notes=tuple(notes))
@@ -229,9 +230,9 @@ class BackgroundSave:
             action()
 
     def _point(self, pointer: str, step: int, named: int) -> None:
-        mark = checkpoint_format.mark_latest if pointer == "latest" else checkpoint_format.mark_best
-        mark(checkpoint_format.folder_of_step(self.run, named))
-        checkpoint_format.write_point(pointer, step, self.run)
+        mark = checkpoint_files.mark_latest if pointer == "latest" else checkpoint_files.mark_best
+        mark(checkpoint_files.folder_of_step(self.run, named))
+        checkpoint_files.write_point(pointer, step, self.run)
 
 
 @contextlib.contextmanager
@@ -264,10 +265,10 @@ class _Attempt:
 
     def __init__(self, run: Path, step: int) -> None:
         self._disk = Disk()
-        self._writer = self._disk.attempt(lambda: checkpoint_format.Writer(run, step))
+        self._writer = self._disk.attempt(lambda: checkpoint_files.Writer(run, step))
         self._file: TensorFile | None = None
 
-    def _attempt(self, action: Callable[[checkpoint_format.Writer], Result]) -> Result | None:
+    def _attempt(self, action: Callable[[checkpoint_files.Writer], Result]) -> Result | None:
         writer = self._writer
         result = self._disk.attempt(lambda: action(writer)) if writer else None
         if self._disk.error:

@@ -1,1 +1,1 @@
-"""What a user types: the verbs of `ds-slm`, one thin function each. May import every other room; none imports this."""
+"""What a user types: the verbs of `ds-slm`, and every flag. Only the programs import it, for their flags."""

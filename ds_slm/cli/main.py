@@ -1,6 +1,6 @@
 """The verbs of `ds-slm`.
 
-    ds-slm VERB ... --> read the flags --> one call into the room that does the work --> a table, or one JSON object
+    ds-slm VERB ... --> read the flags --> one call into the package that does the work --> a table, or one JSON object
 
 Each verb imports what it needs itself, so that `--help`, `recipes` and `plan` start at once and without torch. With
 --json one object goes to stdout and everything else to stderr. A mistake of the user's ends in a sentence and exit

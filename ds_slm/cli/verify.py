@@ -17,15 +17,15 @@ def checkpoints(run: Path, as_json: bool) -> None:
 
     Those that a launch has set aside are told of as well, and are no mistake.
     """
-    from ds_slm.checkpoint import files as checkpoint_format
+    from ds_slm.checkpoint import files as checkpoint_files
     from ds_slm.checkpoint import retention
 
-    folders = [checkpoint_format.folder_of_step(run, step) for step in checkpoint_format.steps(run)]
+    folders = [checkpoint_files.folder_of_step(run, step) for step in checkpoint_files.steps(run)]
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint: name the folder of a run that has saved one.")
 
-    found = {folder.name: checkpoint_format.verify(folder) for folder in folders}
-    aside = {f"{retention.DAMAGED}/{one.name}": checkpoint_format.verify(one) for one in retention.set_aside_ones(run)}
+    found = {folder.name: checkpoint_files.verify(folder) for folder in folders}
+    aside = {f"{retention.DAMAGED}/{one.name}": checkpoint_files.verify(one) for one in retention.set_aside_ones(run)}
     if as_json:
         print_json({"whole": not any(found.values()), "checkpoints": found, "set_aside": aside})
     else:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.cluster import launch
 from ds_slm.errors import CheckpointError
 from ds_slm.files import read_json
@@ -42,8 +42,8 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; {run} is no run folder.") from error
 
-    facts, joined = read_json(run / "env.json"), read_json(run / "ds_config.json")
-    if facts is None or joined is None or "zero_optimization" not in joined:
+    facts, engine_config = read_json(run / "env.json"), read_json(run / "ds_config.json")
+    if facts is None or engine_config is None or "zero_optimization" not in engine_config:
         name = "env.json" if facts is None else "ds_config.json"
         raise CheckpointError(
             f"{run / name} is missing or damaged: restore it, or let the run take one more step, which writes it anew."
@@ -61,7 +61,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
 
     # What changes bits is the run's own: ZeRO stage, micro-batch, compiled blocks.
-    same = {key: joined[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
+    same = {key: engine_config[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
     if blocks := facts.get("kernels", {}).get("blocks"):
         same["compile_blocks"] = blocks == "compiled"
     same["deterministic"] = True  # on a GPU equal bits need it: without, two runs differ that were never interrupted
@@ -114,8 +114,8 @@ def differences(whole: Path, resumed: Path) -> Iterator[str]:
     # Tensors are equal where the hashes of their files are.
     files = []
     for folder in (whole, resumed):
-        checkpoint = checkpoint_format.choose(folder)
-        manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
+        checkpoint = checkpoint_files.choose(folder)
+        manifest = json.loads((checkpoint / checkpoint_files.MANIFEST).read_text())
         files.append({name: one["sha256"] for name, one in manifest["files"].items() if name.endswith(".safetensors")})
 
     for name in sorted(files[0].keys() | files[1].keys()):

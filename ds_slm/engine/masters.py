@@ -25,7 +25,7 @@ TOLD = 3
 
 
 def fill(engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Set this rank's fp32 weights; the model's own follow with `zero_state.refresh_half_precision`.
+    """Set this rank's fp32 weights; the model's own follow with `partitions.refresh_half_precision`.
 
     Args:
         engine: DeepSpeed's engine.

@@ -1,1 +1,1 @@
-"""What leaves the house: generated text and Hugging Face folders."""
+"""What others can use: generated text and Hugging Face folders."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError
@@ -49,8 +49,8 @@ def export_run(
     free_place(out, run)
 
     recipe = schema.load_recorded(run)
-    checkpoint = checkpoint_format.choose(run, step=step, best=best)
-    notes = checkpoint_format.read_state(checkpoint)
+    checkpoint = checkpoint_files.choose(run, step=step, best=best)
+    notes = checkpoint_files.read_state(checkpoint)
 
     tokenizer, trained_with = load_tokenizer(run / "tokenizer"), notes.get("tokenizer_sha256")
     if trained_with is not None and not tokenizer.has_sha256(trained_with):
@@ -59,7 +59,7 @@ def export_run(
             "restore the tokenizer the run had."
         )
 
-    state = checkpoint_format.read_model(checkpoint)
+    state = checkpoint_files.read_model(checkpoint)
     parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype)
     return {
         "checkpoint": str(checkpoint),

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.sources.stand_ins import stand_in_at
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
@@ -51,7 +51,7 @@ class OpenModel:
         """The same, one at a time. Raises CheckpointError where a file cannot be read."""
         for path in self.files:
             try:
-                with checkpoint_format.open_tensors(path) as stored:
+                with checkpoint_files.open_tensors(path) as stored:
                     for name in self._names(stored):
                         yield name, stored.get_tensor(name).to(torch.float32)
             except SafetensorError as error:
@@ -62,7 +62,7 @@ class OpenModel:
         found: dict[str, Tensor] = {}
         for path in self.files:
             try:
-                with checkpoint_format.open_tensors(path) as stored:
+                with checkpoint_files.open_tensors(path) as stored:
                     for name in self._names(stored):
                         if name in found:
                             raise CheckpointError(f"{self.folder} holds {name} twice: get an intact copy.")
@@ -86,7 +86,7 @@ def open_model(path: Path) -> OpenModel:
         raise CheckpointError(f"{path} does not exist: name a run folder, a checkpoint or a Hugging Face folder.")
 
     if (path / "recipe.toml").is_file():
-        return _open_checkpoint(path, checkpoint_format.choose(path))
+        return _open_checkpoint(path, checkpoint_files.choose(path))
     if (path / "config.json").is_file():
         return _open_hf(path)
 
@@ -94,10 +94,10 @@ def open_model(path: Path) -> OpenModel:
     run = path.parents[1] if len(path.parents) > 1 else path
     if path.parent.name == "checkpoints" and (run / "recipe.toml").is_file():
         if path.name == "best":
-            return _open_checkpoint(run, checkpoint_format.choose(run, best=True))
+            return _open_checkpoint(run, checkpoint_files.choose(run, best=True))
         if path.name.startswith("step-") and path.name.removeprefix("step-").isdecimal():
             step = int(path.name.removeprefix("step-"))
-            return _open_checkpoint(run, checkpoint_format.choose(run, step=step))
+            return _open_checkpoint(run, checkpoint_files.choose(run, step=step))
 
     raise CheckpointError(
         f"{path} is no model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging Face "
@@ -120,11 +120,11 @@ def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
 
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
     recipe = schema.load_recorded(run)
-    trained_with = checkpoint_format.read_state(checkpoint).get("tokenizer_sha256")
+    trained_with = checkpoint_files.read_state(checkpoint).get("tokenizer_sha256")
     _refuse_other_tokenizer(run / "tokenizer", trained_with)
-    manifest = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())
-    sha256 = manifest["files"][checkpoint_format.MODEL]["sha256"]
-    return OpenModel(checkpoint, recipe.model, run / "tokenizer", sha256, (checkpoint / checkpoint_format.MODEL,))
+    manifest = json.loads((checkpoint / checkpoint_files.MANIFEST).read_text())
+    sha256 = manifest["files"][checkpoint_files.MODEL]["sha256"]
+    return OpenModel(checkpoint, recipe.model, run / "tokenizer", sha256, (checkpoint / checkpoint_files.MODEL,))
 
 
 def _open_hf(folder: Path) -> OpenModel:

@@ -1,1 +1,1 @@
-"""HOW it is trained: the only rooms that know DeepSpeed."""
+"""One launch of a run, and its loop."""

@@ -76,7 +76,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def dump(folder: Path, rows: Rows, what: dict[str, Any]) -> None:
-    """Write a step's rows and what happened, beside the weights they met, which the ranks gather (Saver)."""
+    """Write a step's rows and what happened, beside the weights they met (`Checkpoints.write_weights`)."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

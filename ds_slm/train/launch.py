@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from ds_slm.checkpoint import resume as checkpointing
+from ds_slm.checkpoint import resume
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave
@@ -28,7 +28,8 @@ from ds_slm.errors import RAISED_ON_ALL_RANKS, CheckpointError, ReplacedByNewerL
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import ds_config, effects, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.run import folder, launches, measure, skipped_rows
+from ds_slm.run import folder as run_folder
+from ds_slm.run import launches, measure, skipped_rows
 from ds_slm.run.launches import Launch
 from ds_slm.run.report import Report, captured_output
 from ds_slm.train import agreement, loop, unused_flags
@@ -84,7 +85,9 @@ class Inputs:
         engine_config = _attempt(problems, lambda: _join(recipe, options, world_size, micro_batch_rows))
         _attempt(problems, lambda: unused_flags.refuse(recipe, options))
         _attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
-        _attempt(problems, lambda: folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change))
+        _attempt(
+            problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
+        )
         corpus = None if problems else _attempt(problems, task.prepare)
         rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
         if problems or engine_config is None or corpus is None or rows is None:
@@ -108,7 +111,7 @@ class Launching:
 
     inputs: Inputs
     control: Control
-    resume_point: checkpointing.ResumePoint | None
+    resume_point: resume.ResumePoint | None
     differing: Mapping[str, list[str]]
     """In what hosts differ, where that is allowed."""
 
@@ -154,7 +157,7 @@ class Launching:
             ours = recipe, inputs.engine_config.deepspeed, facts, corpus.tokenizer_folder
             try:
                 with launches.claiming(options.run_dir, launch):
-                    mended = folder.describe(options.run_dir, *ours)
+                    mended = run_folder.describe(options.run_dir, *ours)
             except ReplacedByNewerLaunch:
                 newer = str(launches.holder(options.run_dir))
             except (UserError, OSError) as error:
@@ -229,8 +232,8 @@ class Launching:
         model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
         engine = Engine(recipe, self.inputs.engine_config, model, self.control, interrupt)
         if self.resume_point:
-            return engine, checkpointing.load(engine, self.resume_point)
-        checkpointing.begin(engine, task.begin() if task.begin else None)
+            return engine, resume.load(engine, self.resume_point)
+        resume.begin(engine, task.begin() if task.begin else None)
         return engine, State(ledger=self.inputs.corpus.sha256)
 
     def _report(self, launch: Launch, state: State, stop_at_step: int, terminal: TextIO) -> Report:
@@ -238,7 +241,7 @@ class Launching:
         control, options, found = self.control, self.inputs.options, self.resume_point
         kept = None
         if control.rank == 0 and found and found.lost:
-            kept = folder.keep_records(options.run_dir, launch.generation)
+            kept = run_folder.keep_records(options.run_dir, launch.generation)
         report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
         if found and found.lost:
             report.say(f"warning: {found.lost}" + (f"; records of what is taken again are in {kept}" if kept else ""))
@@ -254,23 +257,23 @@ class Launching:
 def _is_finished(inputs: Inputs, control: Control) -> bool:
     """Whether a host's folder holds the finished run; says so. Collective."""
     recipe, run_dir, corpus = inputs.recipe, inputs.options.run_dir, inputs.corpus
-    done = max(control.gather(folder.finished(run_dir)), key=lambda one: one.get("step", -1))
+    done = max(control.gather(run_folder.finished(run_dir)), key=lambda one: one.get("step", -1))
     if done.get("step", -1) < recipe.train.steps:
         return False
-    checkpointing.refuse_other_beginning(run_dir, done, inputs.identity, corpus.older_sha256s)
+    resume.refuse_other_beginning(run_dir, done, inputs.identity, corpus.older_sha256s)
     _mend_finished(control, run_dir, corpus)
     if control.rank == 0:
         print(f"{run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
     return True
 
 
-def _resume_point(inputs: Inputs, control: Control) -> checkpointing.ResumePoint | None:
+def _resume_point(inputs: Inputs, control: Control) -> resume.ResumePoint | None:
     """The checkpoint to go on from, if there is one. Collective. Raises CheckpointError where one is asked for."""
     options = inputs.options
     _refuse_unwritable(control, options.run_dir)
     found = None
     if options.resume != "never":
-        found = checkpointing.find(control, options.run_dir, inputs.identity, inputs.corpus.older_sha256s)
+        found = resume.find(control, options.run_dir, inputs.identity, inputs.corpus.older_sha256s)
     if found is None and options.resume == "must":
         raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
     return found
@@ -289,8 +292,8 @@ def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
     """A finished run can be exported: its tokenizer is whole, or mended. Collective."""
     problems: list[str] = []
     notes = None
-    if control.leads_host and folder.finished(run):
-        notes = _attempt(problems, lambda: folder.mend_tokenizer(run, corpus.tokenizer_folder))
+    if control.leads_host and run_folder.finished(run):
+        notes = _attempt(problems, lambda: run_folder.mend_tokenizer(run, corpus.tokenizer_folder))
     for line in dict.fromkeys(line for lines in control.gather([*(notes or []), *problems]) for line in lines):
         if control.rank == 0:
             print(f"warning: {line}", flush=True)
@@ -300,7 +303,7 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
     problems: list[str] = []
     if control.leads_host:
-        _attempt(problems, lambda: folder.refuse_unusable(run))
+        _attempt(problems, lambda: run_folder.refuse_unusable(run))
     agreement.agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from tests.support import runs
 
 STEPS, SAVE_EVERY = 30, 3
@@ -61,17 +61,17 @@ def check_same_end(folder: Path, name: str) -> None:
 
 def tensors(run: Path) -> dict[str, str]:
     """File -> sha256 of the last checkpoint's tensors; it is whole."""
-    checkpoint = checkpoint_format.folder_of_step(run, STEPS)
-    assert checkpoint_format.verify(checkpoint) == []
-    files = json.loads((checkpoint / checkpoint_format.MANIFEST).read_text())["files"]
+    checkpoint = checkpoint_files.folder_of_step(run, STEPS)
+    assert checkpoint_files.verify(checkpoint) == []
+    files = json.loads((checkpoint / checkpoint_files.MANIFEST).read_text())["files"]
     return {name: one["sha256"] for name, one in files.items() if name.endswith(".safetensors")}
 
 
 def check_whole_or_absent(run: Path, ends: tuple[int, ...] = ()) -> None:
     """Every checkpoint that has its name verifies, and those of these steps are there."""
-    for step in checkpoint_format.steps(run):
-        assert checkpoint_format.verify(checkpoint_format.folder_of_step(run, step)) == []
-    assert set(ends) <= set(checkpoint_format.steps(run))
+    for step in checkpoint_files.steps(run):
+        assert checkpoint_files.verify(checkpoint_files.folder_of_step(run, step)) == []
+    assert set(ends) <= set(checkpoint_files.steps(run))
 
 
 def kill(folder: Path, name: str, who: str, after_s: float, begun: str = "metrics.jsonl") -> None:

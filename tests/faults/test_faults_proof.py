@@ -83,5 +83,5 @@ def test_an_older_launch_leaves_the_folder_alone(folder: Path) -> None:
     assert [record["step"] for record in runs.records(folder / "older")] == [1, 2, 3, 4]
     assert not (folder / "older" / "stopped.json").exists() and not (folder / "older" / "done.json").exists()
     matrix.check_whole_or_absent(folder / "older", (3,))
-    assert matrix.checkpoint_format.steps(folder / "older") == [3]
+    assert matrix.checkpoint_files.steps(folder / "older") == [3]
     matrix.check_same_end(folder, "older")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from tests.faults import matrix
 from tests.support import runs
 
@@ -91,7 +91,7 @@ def test_stopped_through_the_command(folder: Path, program: str, number: signal.
         assert process.wait(timeout=90) == code
         matrix.wait_for(lambda: not any(one.is_running() for one in ranks))
     sign = json.loads((folder / name / "stopped.json").read_text())
-    assert checkpoint_format.verify(checkpoint_format.folder_of_step(folder / name, sign["step"])) == []
+    assert checkpoint_files.verify(checkpoint_files.folder_of_step(folder / name, sign["step"])) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint.resume import file_of_kind
 from ds_slm.data.order import extend_ledger
 from ds_slm.data.shards.prepared import Prepared
@@ -57,18 +57,18 @@ def of_data(prepared: Prepared, rows: Any) -> dict[str, Any]:
 
 def of_checkpoint(run: Path, step: int) -> dict[str, Any]:
     """What is recorded of a checkpoint: one hash of it all, and its tensors as they are read."""
-    checkpoint = checkpoint_format.folder_of_step(run, step)
+    checkpoint = checkpoint_files.folder_of_step(run, step)
     tensors = {}
     for kind in KINDS:
-        with checkpoint_format.open_tensors(checkpoint / file_of_kind(kind)) as stored:
+        with checkpoint_files.open_tensors(checkpoint / file_of_kind(kind)) as stored:
             tensors[kind] = _tensor_hashes((name, stored.get_tensor(name)) for name in sorted(stored.keys()))
-    return {"sha256": checkpoint_format.manifest_sha256(checkpoint), "tensors": tensors}
+    return {"sha256": checkpoint_files.manifest_sha256(checkpoint), "tensors": tensors}
 
 
 def of_exports(run: Path, recipe: Recipe, chat_tokenizer: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Hashes of more exports of the run's last checkpoint, made in `folder`: in bf16, and as an assistant."""
     export_run(run, folder / "bfloat16", dtype=torch.bfloat16)
-    state = checkpoint_format.read_model(checkpoint_format.choose(run))
+    state = checkpoint_files.read_model(checkpoint_files.choose(run))
     export(state, recipe.model, chat_tokenizer, folder / "assistant")
     return {name: file_hashes(folder / name) for name in ("bfloat16", "assistant")}
 

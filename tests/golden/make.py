@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards.prepare import prepare
 from ds_slm.data.shards.writer import TEXT
@@ -169,7 +169,7 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
     train(folder, run, *skip, "--max-steps", facts.SAVED_STEPS[0])
     train(folder, run, "--max-steps", facts.SAVED_STEPS[-1])
     export_run(run, folder / facts.EXPORT)
-    last = checkpoint_format.folder_of_step(whole, facts.STEPS)
+    last = checkpoint_files.folder_of_step(whole, facts.STEPS)
     return {
         "made_by": software.describe(),
         "recipes": {facts.PRETRAINING: recipe.identity_sha256(), facts.FINE_TUNING: tuning.identity_sha256()},
@@ -182,7 +182,7 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
         "exports": facts.of_exports(run, recipe, chats.tokenizer_folder, scratch),
         "undisturbed": {
             **{kind: runs.records(whole, kind) for kind in ("train", "val", "eval")},
-            "state": checkpoint_format.read_state(last),
+            "state": checkpoint_files.read_state(last),
             "done": json.loads((whole / "done.json").read_text()),
         },
     }
@@ -199,7 +199,7 @@ def forget_this_machine(folder: Path) -> None:
     """Remove what no resumption needs, and replace the host's name in env.json."""
     run, host = folder / facts.RUN, socket.gethostname()
     for path in [*folder.rglob(".*"), *(run / name for name in LEFT_OUT)]:
-        checkpoint_format.remove(path)
+        checkpoint_files.remove(path)
     environment = run / "env.json"
     environment.write_text(environment.read_text().replace(json.dumps(host), json.dumps(NO_HOST)))
 

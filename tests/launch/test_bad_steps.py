@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows, share
 from ds_slm.data.shards.prepare import prepare
 from ds_slm.recipe import schema
@@ -86,6 +86,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(recipe: Path) -> None:
     assert "stopped: step 14: the loss is not finite on rank 1, rows (source, epoch, row) [(0, " in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert runs.records(out / "poisoned")[-1]["step"] == 13
-    checkpoint = checkpoint_format.newest_whole(out / "poisoned")
+    checkpoint = checkpoint_files.newest_whole(out / "poisoned")
     assert checkpoint is not None
     assert checkpoint.name == "step-00000010"

@@ -68,13 +68,13 @@ class Hosts:
 def test_hosts_that_would_train_something_else(what: str) -> None:
     """Oracle: what differs, on which host, and the way out; nothing is said where all agree."""
     recipe = schema.load("demo")
-    joined = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 2, "cpu", None)
+    engine_config = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 2, "cpu", None)
     base = {"base_sha256": "b" * 64}
     agreed: Any = Hosts()
-    agreement.agree_on_inputs(agreed, {"data_sha256": "d" * 64}, recipe, joined, base)
+    agreement.agree_on_inputs(agreed, {"data_sha256": "d" * 64}, recipe, engine_config, base)
     differing: Any = Hosts(**{what: "f" * 64})
     with pytest.raises(
         DataError, match=rf"the hosts differ in their {what} \(ours: .*, theirs: f{{16}}\): copy"
     ) as error:
-        agreement.agree_on_inputs(differing, {"data_sha256": "d" * 64}, recipe, joined, base)
+        agreement.agree_on_inputs(differing, {"data_sha256": "d" * 64}, recipe, engine_config, base)
     assert len(error.value.problems) == 1

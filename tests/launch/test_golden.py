@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.cli import main
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards import prepared as shards
@@ -187,7 +187,7 @@ def test_a_resumed_run_keeps_what_it_had(resumed: Path) -> None:
 
 def test_a_resumed_run_ends_with_the_same_files(resumed: Path) -> None:
     """What done.json and the last checkpoint say, but for losses; and the configuration that DeepSpeed got."""
-    state = checkpoint_format.read_state(checkpoint_format.folder_of_step(resumed, facts.STEPS))
+    state = checkpoint_files.read_state(checkpoint_files.folder_of_step(resumed, facts.STEPS))
     done = json.loads((resumed / "done.json").read_text())
     for found, expected in ((state, EXPECTED["undisturbed"]["state"]), (done, EXPECTED["undisturbed"]["done"])):
         assert found.keys() >= expected.keys()

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import topologies
 from benchmarks.topologies import PROGRAM, TOPOLOGIES
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import resume
 from tests.support import runs, tolerances
 
@@ -64,16 +64,16 @@ def test_what_was_written_is_what_is_loaded(moved: Path) -> None:
     cases = [f"same:zero=3,{base},resave=same-again"]
     cases += [f"rounded:zero=1,{base},set=optimizer.name=adamw8bit,resave=rounded-again"]
     topologies.launch(moved, 2, cases)
-    before = checkpoint_format.folder_of_step(moved / "whole-fp32-adamw", 65)
-    states, rounded = [checkpoint_format.read_state(before)], False
+    before = checkpoint_files.folder_of_step(moved / "whole-fp32-adamw", 65)
+    states, rounded = [checkpoint_files.read_state(before)], False
     for name in ("same-again", "rounded-again"):
-        after = checkpoint_format.folder_of_step(moved / name, 65)
-        states.append(checkpoint_format.read_state(after))
+        after = checkpoint_files.folder_of_step(moved / name, 65)
+        states.append(checkpoint_files.read_state(after))
         for kind in ("model", "exp_avg", "exp_avg_sq"):
             file = resume.file_of_kind(kind)
             with (
-                checkpoint_format.open_tensors(before / file) as old,
-                checkpoint_format.open_tensors(after / file) as new,
+                checkpoint_files.open_tensors(before / file) as old,
+                checkpoint_files.open_tensors(after / file) as new,
             ):
                 for parameter in old.keys():  # noqa: SIM118 - not a dict
                     wanted, got = old.get_tensor(parameter), new.get_tensor(parameter)

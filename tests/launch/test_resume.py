@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards import prepared
 from ds_slm.recipe import schema
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stops = {name: f"kill_at={STOP_AT}" if name == KILLED else f"max_steps={STOP_AT}" for name in CASES}
     assert launch("resumed", **stops) != 0, "the killed case was not killed"
     expected = {name: SAVE_EVERY if name == KILLED else STOP_AT for name in CASES}
-    assert {name: checkpoint_format.steps(folder / "resumed" / name)[-1] for name in CASES} == expected
+    assert {name: checkpoint_files.steps(folder / "resumed" / name)[-1] for name in CASES} == expected
     assert not any((folder / "resumed" / name / "done.json").exists() for name in CASES)
     assert launch("resumed") == 0, (folder / "resumed.log").read_text()[-3000:]
     return folder
@@ -83,12 +83,12 @@ def test_an_epoch_ends_where_they_stop(folder: Path) -> None:
 def test_moments_are_there(folder: Path, name: str) -> None:
     """A checkpoint without moments would also be the same twice."""
     checkpoint = folder / "whole" / name / "checkpoints" / f"step-{STEPS:08d}"
-    with checkpoint_format.open_tensors(checkpoint / "optimizer-exp_avg_sq.safetensors") as moments:
-        model = checkpoint_format.read_model(checkpoint)
+    with checkpoint_files.open_tensors(checkpoint / "optimizer-exp_avg_sq.safetensors") as moments:
+        model = checkpoint_files.read_model(checkpoint)
         assert sorted(moments.keys()) == sorted(model)
         assert all(moments.get_tensor(key).shape == model[key].shape for key in model)
         assert all(moments.get_tensor(key).max() > 0 for key in model)
-    state = checkpoint_format.read_state(checkpoint)
+    state = checkpoint_files.read_state(checkpoint)
     assert state["optimizer_steps"] == {"embeddings": STEPS, "matrices": STEPS, "rest": STEPS}
 
 
@@ -98,7 +98,7 @@ def test_rotation_keeps_the_newest_and_the_best(folder: Path) -> None:
     best = (run / "checkpoints" / "best").read_text().strip()
     losses = {record["step"]: record["loss"] for record in runs.records(run, "val")}
     assert best == f"step-{min(losses, key=lambda step: losses[step]):08d}"
-    assert set(checkpoint_format.steps(run)) == {25, 27} | {int(best[5:])}
+    assert set(checkpoint_files.steps(run)) == {25, 27} | {int(best[5:])}
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000027"
     assert not list((run / "checkpoints").glob(".*.tmp-*"))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards import prepared
 from ds_slm.engine.devices import DTYPES
@@ -125,7 +125,7 @@ def test_the_saved_weights_have_the_loss_of_the_run(folder: Path, name: str) -> 
     rows = PretrainRows(recipe, prepared.open_prepared(recipe, "tiny", folder / "data"))
     batch = rows.read(rows.val_row_ids(None), "val")
     model = decoder.build(recipe.model, seed=99)
-    model.load_state_dict(checkpoint_format.read_model(checkpoint_of(run)), strict=False)
+    model.load_state_dict(checkpoint_files.read_model(checkpoint_of(run)), strict=False)
     model.to(DTYPES[recipe.train.precision])
     with torch.no_grad():
         sums = model(
@@ -137,7 +137,7 @@ def test_the_saved_weights_have_the_loss_of_the_run(folder: Path, name: str) -> 
 
 
 def checkpoint_of(run: Path) -> Path:
-    return checkpoint_format.folder_of_step(run, STEPS)
+    return checkpoint_files.folder_of_step(run, STEPS)
 
 
 def test_other_sub_groups_are_another_topology(folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_other_sub_groups_are_another_topology(folder: Path) -> None:
     assert [record["step"] for record in found] == [1, 2, 3, 4]
     assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in whole], rel=1e-4)
     layouts = [
-        checkpoint_format.read_state(checkpoint_format.folder_of_step(folder / "regrouped", step))["topology"][
+        checkpoint_files.read_state(checkpoint_files.folder_of_step(folder / "regrouped", step))["topology"][
             "partitions"
         ]
         for step in (STOP_AT, STEPS)
@@ -160,8 +160,8 @@ def test_a_run_begins_with_the_fp32_weights(folder: Path, name: str) -> None:
     recipe = schema.load(str(folder / "tiny.toml"))
     expected = {key: value.detach() for key, value in decoder.build(recipe.model, recipe.train.seed).named_parameters()}
     if name == "base":
-        expected = checkpoint_format.read_model(checkpoint_of(folder / "whole-1-fp32"))
-    found = checkpoint_format.read_model(checkpoint_format.folder_of_step(folder / f"begun-{name}", 0))
+        expected = checkpoint_files.read_model(checkpoint_of(folder / "whole-1-fp32"))
+    found = checkpoint_files.read_model(checkpoint_files.folder_of_step(folder / f"begun-{name}", 0))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())

@@ -1,4 +1,4 @@
-"""Helpers for the data room's tests: small recipes, generated documents, prepared folders."""
+"""Helpers for the tests of data: small recipes, generated documents, prepared folders."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Source files of every kind for the data room's tests, written from a list of documents."""
+"""Source files of every kind for the tests of data, written from a list of documents."""
 
 import gzip
 import json

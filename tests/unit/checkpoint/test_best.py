@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import retention
 from ds_slm.checkpoint.best import Best
 from ds_slm.checkpoint.resume import ResumePoint
@@ -23,7 +23,7 @@ def launch(folder: Path, best: Best | None, eval_rows: int, losses: dict[int, fl
 
     def one(control: Any) -> tuple[Best, list[str]]:
         host = Host(control, folder, keep_last=1, eval_rows=eval_rows)
-        own = checkpoint_format.newest_whole(host.folder)
+        own = checkpoint_files.newest_whole(host.folder)
         if own and best:
             host.run.state = replace(host.run.state, step=int(own.name[5:]))
             host.checkpoints.resume(host.run.state, ResumePoint(0, own, best.fields(), host.run.state.step))
@@ -48,11 +48,11 @@ def test_losses_over_other_held_out_rows_are_not_compared(tmp_path: Path, loss: 
         "step 5 (loss 2.0000), was the best over 8 held-out rows, and run.eval_rows is 2 now" in one for one in said
     )
     run = tmp_path / "host0"
-    assert checkpoint_format.steps(run) == [5, 10] and checkpoint_format.named_by(run, "best") == 5
+    assert checkpoint_files.steps(run) == [5, 10] and checkpoint_files.named_by(run, "best") == 5
 
     best, _ = launch(tmp_path, best, 2, {15: loss})
     assert (best.step, best.val_loss) == (15, loss)
-    assert checkpoint_format.steps(run) == [15] and checkpoint_format.named_by(run, "best") == 15
+    assert checkpoint_files.steps(run) == [15] and checkpoint_files.named_by(run, "best") == 15
     best, said = launch(tmp_path, best, 2, {20: loss + 0.5})
     assert best.step == 15 and not any("held-out rows" in one for one in said)
 
@@ -77,7 +77,7 @@ def test_of_an_older_versions_best_the_changes_tell(tmp_path: Path, changed: boo
         run_folder.record_change(tmp_path / "host1", 3, {"changes": {"run.eval_rows": [40, 8]}})
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patched:
-        patched.setattr(checkpoint_format, "verify", lambda checkpoint, read=True: [])
+        patched.setattr(checkpoint_files, "verify", lambda checkpoint, read=True: [])
         resumed, said = launch(tmp_path, older, 8, {})
     assert resumed.step == (-1 if changed else 5)
     assert any("was the best over other held-out rows" in one for one in said) == changed
@@ -93,19 +93,19 @@ def test_resuming_puts_the_checkpoints_in_order(tmp_path: Path) -> None:
         host = Host(control, tmp_path, keep_last=2)
         for step, loss in ((5, 3.0), (10, 2.0), (15, 2.5), (20, 2.6)):
             if step == 10 and control.rank:
-                checkpoint_format.on_write_point.append(fail_at("host1", "state", 10))
+                checkpoint_files.on_write_point.append(fail_at("host1", "state", 10))
             control.barrier()
             host.save(step, loss)
         return host
 
     before = ranks.run(HOSTS, train)[0]
-    checkpoint_format.on_write_point.clear()
-    broken = checkpoint_format.folder_of_step(tmp_path / "host1", 20)
+    checkpoint_files.on_write_point.clear()
+    broken = checkpoint_files.folder_of_step(tmp_path / "host1", 20)
     (broken / "state.json").unlink()
 
     def resume(control: Any) -> tuple[Best, list[str]]:
         host = Host(control, tmp_path)
-        own, damaged = checkpoint_format.newest_whole_and_damaged(host.folder, print)
+        own, damaged = checkpoint_files.newest_whole_and_damaged(host.folder, print)
         content = before.checkpoints.best.fields()
         host.checkpoints.resume(
             before.run.state, ResumePoint(0, own, content, int(own.name[5:]) if own else -1, tuple(damaged))
@@ -115,9 +115,9 @@ def test_resuming_puts_the_checkpoints_in_order(tmp_path: Path) -> None:
     resumed, said = ranks.run(HOSTS, resume)[0]
     assert resumed.step == 10 and any("host1: " in one and "damaged" in one for one in said)
     assert [path.name for path in retention.set_aside_ones(tmp_path / "host1")] == ["step-00000020"]
-    assert checkpoint_format.named_by(tmp_path / "host1", "latest") == 15
-    assert checkpoint_format.named_by(tmp_path / "host1", "best") == 5
-    assert checkpoint_format.named_by(tmp_path / "host0", "best") == 10
+    assert checkpoint_files.named_by(tmp_path / "host1", "latest") == 15
+    assert checkpoint_files.named_by(tmp_path / "host1", "best") == 5
+    assert checkpoint_files.named_by(tmp_path / "host0", "best") == 10
 
     (tmp_path / "host0").rename(tmp_path / "gone")
     resumed, said = ranks.run(HOSTS, resume)[0]

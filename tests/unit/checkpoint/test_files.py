@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import resume, retention
 from ds_slm.errors import CheckpointError
 from tests.unit.cli.test_main import ds_slm
@@ -17,11 +17,11 @@ from tests.unit.cli.test_main import ds_slm
 
 def write(run: Path, step: int, value: float = 1.0) -> Path:
     """A small checkpoint."""
-    writer = checkpoint_format.Writer(run, step)
-    writer.add_tensors(checkpoint_format.MODEL, {"a": torch.full((3, 2), value), "b": torch.arange(4.0)})
+    writer = checkpoint_files.Writer(run, step)
+    writer.add_tensors(checkpoint_files.MODEL, {"a": torch.full((3, 2), value), "b": torch.arange(4.0)})
     writer.add_tensors("optimizer-exp_avg.safetensors", {"a": torch.zeros(3, 2)})
     checkpoint = writer.commit({"step": step, "note": "x"})
-    checkpoint_format.mark_latest(checkpoint)
+    checkpoint_files.mark_latest(checkpoint)
     return checkpoint
 
 
@@ -29,12 +29,12 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     """Tensors and state come back; `latest` names the newest."""
     write(tmp_path, 3)
     checkpoint = write(tmp_path, 12, 2.5)
-    assert checkpoint_format.verify(checkpoint) == []
-    assert checkpoint_format.newest_whole(tmp_path) == checkpoint
-    assert torch.equal(checkpoint_format.read_model(checkpoint)["a"], torch.full((3, 2), 2.5))
-    assert checkpoint_format.read_state(checkpoint) == {"step": 12, "note": "x"}
+    assert checkpoint_files.verify(checkpoint) == []
+    assert checkpoint_files.newest_whole(tmp_path) == checkpoint
+    assert torch.equal(checkpoint_files.read_model(checkpoint)["a"], torch.full((3, 2), 2.5))
+    assert checkpoint_files.read_state(checkpoint) == {"step": 12, "note": "x"}
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000012"
-    assert checkpoint_format.steps(tmp_path) == [3, 12]
+    assert checkpoint_files.steps(tmp_path) == [3, 12]
 
 
 def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ class Alone:
 
 def test_another_base_or_data_is_no_resumption(tmp_path: Path) -> None:
     """Oracle: what differs, both hashes of it, and the ways out; the recipe's own rules are checked elsewhere."""
-    writer = checkpoint_format.Writer(tmp_path, 3)
-    writer.add_tensors(checkpoint_format.MODEL, {"a": torch.zeros(1)})
+    writer = checkpoint_files.Writer(tmp_path, 3)
+    writer.add_tensors(checkpoint_files.MODEL, {"a": torch.zeros(1)})
     began = {"base_sha256": "aaa", "data_sha256": "ddd", "recipe_sha256": "rrr"}
     writer.commit({"step": 3, **began})
     control: Any = Alone()
@@ -100,10 +100,10 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, name: str, damage: str)
             pytest.skip("the same in both checkpoints: nothing is damaged")
         shutil.copyfile(older / name, path)
     said: list[str] = []
-    assert checkpoint_format.newest_whole(tmp_path, said.append) == older
+    assert checkpoint_files.newest_whole(tmp_path, said.append) == older
     assert name in said[0] or "manifest" in said[0]
     with pytest.raises(CheckpointError, match=r"Steps found in .*: 1, 2"):
-        checkpoint_format.choose(tmp_path, step=2)
+        checkpoint_files.choose(tmp_path, step=2)
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -116,16 +116,16 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        assert checkpoint_format.verify(checkpoint), (path.name, bytes(damaged))
+        assert checkpoint_files.verify(checkpoint), (path.name, bytes(damaged))
         path.write_bytes(whole)
-    assert checkpoint_format.verify(checkpoint) == []
+    assert checkpoint_files.verify(checkpoint) == []
 
 
 def test_a_killed_writer_leaves_no_checkpoint(tmp_path: Path) -> None:
     """A temporary folder is no checkpoint, and the next rotation removes it."""
     write(tmp_path, 1)
-    checkpoint_format.Writer(tmp_path, 2).add_tensors("model.safetensors", {"a": torch.ones(1)})
-    assert checkpoint_format.steps(tmp_path) == [1]
+    checkpoint_files.Writer(tmp_path, 2).add_tensors("model.safetensors", {"a": torch.ones(1)})
+    assert checkpoint_files.steps(tmp_path) == [1]
     retention.retain(tmp_path, keep_last=1, keep_best=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
 
@@ -135,12 +135,12 @@ def test_rotation(tmp_path: Path) -> None:
     for step in range(1, 6):
         checkpoint = write(tmp_path, step)
         if step == 2:
-            checkpoint_format.mark_best(checkpoint)
+            checkpoint_files.mark_best(checkpoint)
         retention.retain(tmp_path, keep_last=2, keep_best=True)
-    assert checkpoint_format.steps(tmp_path) == [2, 4, 5]
-    assert checkpoint_format.choose(tmp_path, best=True).name == "step-00000002"
+    assert checkpoint_files.steps(tmp_path) == [2, 4, 5]
+    assert checkpoint_files.choose(tmp_path, best=True).name == "step-00000002"
     retention.retain(tmp_path, keep_last=1, keep_best=False)
-    assert checkpoint_format.steps(tmp_path) == [5]
+    assert checkpoint_files.steps(tmp_path) == [5]
 
 
 def test_a_step_saved_again_replaces_what_was_there(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_a_step_saved_again_replaces_what_was_there(tmp_path: Path) -> None:
     first = write(tmp_path, 4, 1.0)
     (first / "state.json").unlink()
     write(tmp_path, 4, 2.0)
-    assert checkpoint_format.verify(first) == []
-    assert float(checkpoint_format.read_model(first)["a"][0, 0]) == 2.0
+    assert checkpoint_files.verify(first) == []
+    assert float(checkpoint_files.read_model(first)["a"][0, 0]) == 2.0
 
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     for name in ("../../outside", str(tmp_path / "outside"), "..", ""):
         named = {**manifest["files"], name: {"bytes": 1, "sha256": "0"}}
         (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": named}))
-        [problem] = checkpoint_format.verify(checkpoint)
+        [problem] = checkpoint_files.verify(checkpoint)
         assert f"names {name!r}, which is a path" in problem
 
 
@@ -169,18 +169,18 @@ def test_a_link_in_a_checkpoint_is_no_file_of_it(tmp_path: Path) -> None:
     checkpoint = write(tmp_path, 1)
     (checkpoint / "model.safetensors").rename(tmp_path / "elsewhere")
     (checkpoint / "model.safetensors").symlink_to(tmp_path / "elsewhere")
-    [problem] = checkpoint_format.verify(checkpoint)
+    [problem] = checkpoint_files.verify(checkpoint)
     assert "model.safetensors: a link" in problem
 
 
 def test_a_checkpoint_moved_away_in_vain_comes_back(tmp_path: Path) -> None:
     """A writer killed between its two renames: what it moved is whole, and has its name again; one replaced has not."""
     whole = write(tmp_path, 4)
-    moved = whole.with_name(f".{whole.name}.tmp-host-1{checkpoint_format.REPLACED}")
+    moved = whole.with_name(f".{whole.name}.tmp-host-1{checkpoint_files.REPLACED}")
     whole.rename(moved)
-    assert checkpoint_format.newest_whole(tmp_path) is None
-    checkpoint_format.put_back(tmp_path)
-    assert checkpoint_format.newest_whole(tmp_path) == whole
+    assert checkpoint_files.newest_whole(tmp_path) is None
+    checkpoint_files.put_back(tmp_path)
+    assert checkpoint_files.newest_whole(tmp_path) == whole
     shutil.copytree(whole, moved)
-    checkpoint_format.put_back(tmp_path)
-    assert moved.is_dir() and checkpoint_format.verify(whole) == []
+    checkpoint_files.put_back(tmp_path)
+    assert moved.is_dir() and checkpoint_files.verify(whole) == []

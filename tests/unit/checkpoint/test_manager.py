@@ -1,6 +1,6 @@
 """Saving on two hosts, one of which fails: ranks that are threads, each a host with a run folder of its own.
 
-A fault is put where a disk would have it, through `checkpoint_format.on_write_point`, or where memory runs out.
+A fault is put where a disk would have it, through `checkpoint_files.on_write_point`, or where memory runs out.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import gathering, manager
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
@@ -53,8 +53,8 @@ def snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def faults() -> Iterator[list[Callable[[str, int, Path], None]]]:
     """Functions of a write point, a step and a run folder."""
-    yield checkpoint_format.on_write_point
-    checkpoint_format.on_write_point.clear()
+    yield checkpoint_files.on_write_point
+    checkpoint_files.on_write_point.clear()
 
 
 def fail_at(host: str, point: str, *steps: int, error: Exception = FULL) -> Callable[[str, int, Path], None]:
@@ -100,11 +100,11 @@ class Host:
 
     @property
     def steps(self) -> list[int]:
-        return checkpoint_format.steps(self.folder)
+        return checkpoint_files.steps(self.folder)
 
     @property
     def best(self) -> int | None:
-        return checkpoint_format.named_by(self.folder, "best")
+        return checkpoint_files.named_by(self.folder, "best")
 
 
 def test_both_hosts_hold_the_same_bytes(tmp_path: Path) -> None:
@@ -116,12 +116,12 @@ def test_both_hosts_hold_the_same_bytes(tmp_path: Path) -> None:
         return host
 
     first, second = ranks.run(HOSTS, rank)
-    folders = [checkpoint_format.folder_of_step(host.folder, 5) for host in (first, second)]
-    assert all(checkpoint_format.verify(folder) == [] for folder in folders)
-    assert len({checkpoint_format.manifest_sha256(folder) for folder in folders}) == 1
-    model = checkpoint_format.read_model(folders[0])
+    folders = [checkpoint_files.folder_of_step(host.folder, 5) for host in (first, second)]
+    assert all(checkpoint_files.verify(folder) == [] for folder in folders)
+    assert len({checkpoint_files.manifest_sha256(folder) for folder in folders}) == 1
+    model = checkpoint_files.read_model(folders[0])
     assert model.keys() == tensors().keys() and all(torch.equal(model[name], one) for name, one in tensors().items())
-    with checkpoint_format.open_tensors(folders[1] / checkpoint_format.ABSMAX) as notes:
+    with checkpoint_files.open_tensors(folders[1] / checkpoint_files.ABSMAX) as notes:
         assert {name: notes.get_tensor(name).tolist() for name in notes.keys()} == {  # noqa: SIM118 - not a dict
             "rank0.partition0.exp_avg": [0.0, 0.0],
             "rank1.partition0.exp_avg": [1.0, 1.0, 1.0],
@@ -141,7 +141,7 @@ def test_a_step_is_saved_where_one_host_holds_it(tmp_path: Path, faults: list, p
         host = Host(control, tmp_path, keep_last=1)
         host.save(5, 3.0)
         if point == "old-moved":  # of that very step there is one, from before the run was resumed further back
-            checkpoint_format.Writer(host.folder, 10).commit({"step": 10})
+            checkpoint_files.Writer(host.folder, 10).commit({"step": 10})
         saved = host.save(10, 2.0)
         assert saved == Saved(("host0",), (f"host1: {FULL}",)) and saved.durable
         assert host.checkpoints.is_saved(host.run.state) and host.checkpoints.is_durable(10)
@@ -289,7 +289,7 @@ def test_a_replaced_launch_touches_nothing_more(tmp_path: Path, faults: list, po
 
     _, second = ranks.run(HOSTS, rank)
     assert second.steps == ([5] if point == "manifest-synced" else [5, 10])
-    latest = checkpoint_format.named_by(second.folder, "latest")
+    latest = checkpoint_files.named_by(second.folder, "latest")
     assert latest == (10 if point in ("latest", "best") else 5)
     assert second.best == (10 if point == "best" else 5)
 
@@ -307,8 +307,8 @@ def test_the_run_is_done_where_one_host_holds_the_last_step(tmp_path: Path, faul
     first, second = ranks.run(HOSTS, rank)
     done = [json.loads((host.folder / "done.json").read_text()) for host in (first, second)]
     assert done[0] == done[1] and done[0]["held_by"] == ["host0"] and done[0]["step"] == 20
-    whole = checkpoint_format.folder_of_step(first.folder, 20)
-    assert done[0]["checkpoint_sha256"] == checkpoint_format.manifest_sha256(whole)
+    whole = checkpoint_files.folder_of_step(first.folder, 20)
+    assert done[0]["checkpoint_sha256"] == checkpoint_files.manifest_sha256(whole)
 
 
 def test_a_host_that_cannot_write_done_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_weights_of_a_bad_step_are_written_where_they_can_be(tmp_path: Path) -> 
 
     first, second = ranks.run(HOSTS, rank)
     assert first == second and len(first) == 1 and first[0].startswith("host1: ")
-    with checkpoint_format.open_tensors(tmp_path / "host0" / "weights") as stored:
+    with checkpoint_files.open_tensors(tmp_path / "host0" / "weights") as stored:
         assert all(torch.equal(stored.get_tensor(name), one) for name, one in tensors().items())
 
 
@@ -369,7 +369,7 @@ def test_a_disk_that_cannot_read_env_is_nobody_elses(tmp_path: Path) -> None:
 
 def test_a_run_ends_well_with_several_ranks_on_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: done.json names the one host, whose second rank writes nothing and knows no hash."""
-    monkeypatch.setattr(checkpoint_format, "manifest_sha256", lambda folder: "a" * 64)
+    monkeypatch.setattr(checkpoint_files, "manifest_sha256", lambda folder: "a" * 64)
     control = SimpleNamespace(hosts=["node1", "node1"], gather=lambda own: [own, None])
     stand_in: Any = SimpleNamespace(
         _control=control, _run=tmp_path, _background=SimpleNamespace(writers=[0]), writes=True, is_replaced=False,

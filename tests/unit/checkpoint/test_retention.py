@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import retention
 from tests.unit.checkpoint.test_files import write
 from tests.unit.cli.test_main import ds_slm
@@ -30,13 +30,13 @@ def test_damaged_newer_checkpoints_take_no_place(tmp_path: Path) -> None:
     for step in (50, 100, 150):
         write(tmp_path, step)
     for step in (100, 150):
-        damage(checkpoint_format.folder_of_step(tmp_path, step))
-    whole = {50: retention.stamps(checkpoint_format.folder_of_step(tmp_path, 50))}
+        damage(checkpoint_files.folder_of_step(tmp_path, step))
+    whole = {50: retention.stamps(checkpoint_files.folder_of_step(tmp_path, 50))}
     for step in (60, 70, 80):
         whole[step] = retention.stamps(write(tmp_path, step))
         said = retention.retain(tmp_path, keep_last=2, keep_best=True, whole=whole)
         assert len(said) == (2 if step == 60 else 0)
-    assert checkpoint_format.steps(tmp_path) == [70, 80]
+    assert checkpoint_files.steps(tmp_path) == [70, 80]
     aside = [path.name for path in retention.set_aside_ones(tmp_path)]
     assert aside == ["step-00000100", "step-00000150"]
 
@@ -58,21 +58,21 @@ def test_what_is_damaged_after_it_was_written_takes_no_place(tmp_path: Path, har
     """Steps 50 to 80 are written by one launch; 60 and 70 are damaged before 80 comes. Oracle: 50 and 80 stay."""
     whole = {step: retention.stamps(write(tmp_path, step)) for step in (50, 60, 70, 80)}
     for step in (60, 70):
-        harm(checkpoint_format.folder_of_step(tmp_path, step))
+        harm(checkpoint_files.folder_of_step(tmp_path, step))
     said = retention.retain(tmp_path, keep_last=2, keep_best=True, whole=whole)
-    assert len(said) == 2 and checkpoint_format.steps(tmp_path) == [50, 80] == sorted(whole)
-    assert not any(checkpoint_format.verify(checkpoint_format.folder_of_step(tmp_path, step)) for step in (50, 80))
+    assert len(said) == 2 and checkpoint_files.steps(tmp_path) == [50, 80] == sorted(whole)
+    assert not any(checkpoint_files.verify(checkpoint_files.folder_of_step(tmp_path, step)) for step in (50, 80))
 
 
 def test_a_checkpoint_whose_times_changed_is_read_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the files that are hashed: none of one that was just written, all of one whose times changed, once."""
     whole = {50: retention.stamps(write(tmp_path, 50))}
     read: list[str] = []
-    fingerprint = checkpoint_format._fingerprint
-    monkeypatch.setattr(checkpoint_format, "_fingerprint", lambda path: read.append(path.name) or fingerprint(path))
+    fingerprint = checkpoint_files._fingerprint
+    monkeypatch.setattr(checkpoint_files, "_fingerprint", lambda path: read.append(path.name) or fingerprint(path))
     retention.retain(tmp_path, 2, keep_best=True, whole=whole)
     assert read == []
-    os.utime(checkpoint_format.folder_of_step(tmp_path, 50) / "state.json")
+    os.utime(checkpoint_files.folder_of_step(tmp_path, 50) / "state.json")
     retention.retain(tmp_path, 2, keep_best=True, whole=whole)
     retention.retain(tmp_path, 2, keep_best=True, whole=whole)
     assert sorted(read) == ["model.safetensors", "optimizer-exp_avg.safetensors", "state.json"]
@@ -111,14 +111,14 @@ def test_what_is_no_checkpoint_stops_no_clearing_up(tmp_path: Path) -> None:
     (folder / "step-000000020").mkdir()  # not how we write 20
 
     retention.retain(run, keep_last=2, keep_best=True)
-    assert checkpoint_format.steps(run) == [20, 21]
-    assert checkpoint_format.verify(linked) == [] and (outside / "mine" / "thesis.txt").is_file()
+    assert checkpoint_files.steps(run) == [20, 21]
+    assert checkpoint_files.verify(linked) == [] and (outside / "mine" / "thesis.txt").is_file()
     aside = sorted(path.name for path in retention.set_aside_ones(run))
     assert aside == [f"step-{step:08d}" for step in (4, 5, 6, 7, 99)]
     assert (folder / "damaged" / "step-00000005" / "thesis.txt").is_file()
     write(run, 22)
     retention.retain(run, keep_last=2, keep_best=True)
-    assert checkpoint_format.steps(run) == [21, 22]
+    assert checkpoint_files.steps(run) == [21, 22]
 
 
 def test_one_that_cannot_be_deleted_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_one_that_cannot_be_deleted_keeps_no_other(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "rename", refuse)
     said = retention.retain(tmp_path, keep_last=1, keep_best=True)
-    assert checkpoint_format.steps(tmp_path) == [2, 4]
+    assert checkpoint_files.steps(tmp_path) == [2, 4]
     assert len(said) == 1 and "step-00000002 could not be put in order: Operation not permitted" in said[0]
 
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         whole[step] = retention.stamps(write(tmp_path, step))
         retention.retain(tmp_path, keep_last=3, keep_best=True, whole=whole)
     assert read == ["step-00000003", "step-00000002"]
-    assert checkpoint_format.steps(tmp_path) == [3, 4, 5]
+    assert checkpoint_files.steps(tmp_path) == [3, 4, 5]
 
 
 def test_a_damaged_pointer_keeps_nothing_from_being_cleared(tmp_path: Path) -> None:
@@ -164,20 +164,20 @@ def test_a_damaged_pointer_keeps_nothing_from_being_cleared(tmp_path: Path) -> N
     (tmp_path / "checkpoints" / "best").write_bytes(b"\xff\xfe")
     (tmp_path / "checkpoints" / "latest").write_text("../../etc")
     assert retention.retain(tmp_path, keep_last=1, keep_best=True) == []
-    assert checkpoint_format.steps(tmp_path) == [3]
-    assert checkpoint_format.named_by(tmp_path, "best") is None
+    assert checkpoint_files.steps(tmp_path) == [3]
+    assert checkpoint_files.named_by(tmp_path, "best") is None
 
 
 def test_the_best_stays_though_its_pointer_is_late(tmp_path: Path) -> None:
     """Oracle: `best` could not be moved from 1 to 2: both stay until it is."""
     for step in (1, 2, 3):
         write(tmp_path, step)
-    checkpoint_format.mark_best(checkpoint_format.folder_of_step(tmp_path, 1))
+    checkpoint_files.mark_best(checkpoint_files.folder_of_step(tmp_path, 1))
     retention.retain(tmp_path, keep_last=1, keep_best=True, best_step=2)
-    assert checkpoint_format.steps(tmp_path) == [1, 2, 3]
-    checkpoint_format.mark_best(checkpoint_format.folder_of_step(tmp_path, 2))
+    assert checkpoint_files.steps(tmp_path) == [1, 2, 3]
+    checkpoint_files.mark_best(checkpoint_files.folder_of_step(tmp_path, 2))
     retention.retain(tmp_path, keep_last=1, keep_best=True, best_step=2)
-    assert checkpoint_format.steps(tmp_path) == [2, 3]
+    assert checkpoint_files.steps(tmp_path) == [2, 3]
 
 
 def test_a_living_writer_keeps_its_folder(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_living_writer_keeps_its_folder(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as lives:
         ended = subprocess.Popen([sys.executable, "-c", ""])
         ended.wait()
-        here = checkpoint_format.writer_name().rpartition("-")[0]
+        here = checkpoint_files.writer_name().rpartition("-")[0]
         places = {who: f".step-00000002.tmp-{who}" for who in (f"{here}-{lives.pid}", f"{here}-{ended.pid}", "else-1")}
         for place in places.values():
             (tmp_path / "checkpoints" / place).mkdir()

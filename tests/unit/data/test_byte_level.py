@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from ds_slm.data.sources.builtin import builtin_documents
 from ds_slm.data.tokenizers import byte_level
-from ds_slm.data.tokenizers import tokenizer as room
+from ds_slm.data.tokenizers import tokenizer as tokenizing
 from ds_slm.data.tokenizers.byte_level import bulk_encoder
 from tests.support.data_recipes import character_folder, recipe, source
 
@@ -40,12 +40,12 @@ SNIPPETS = [
 ]
 
 
-def train() -> room.Tokenizer:
-    return room.build_tokenizer(recipe(source("made", path="."), tokenizer=BPE), lambda _: iter(TEXTS))
+def train() -> tokenizing.Tokenizer:
+    return tokenizing.build_tokenizer(recipe(source("made", path="."), tokenizer=BPE), lambda _: iter(TEXTS))
 
 
 @pytest.fixture(scope="module")
-def bpe() -> room.Tokenizer:
+def bpe() -> tokenizing.Tokenizer:
     return train()
 
 
@@ -61,7 +61,7 @@ def learned() -> Backend:
     return backend
 
 
-def test_merges_by_rank_are_those_of_the_trainer(bpe: room.Tokenizer) -> None:
+def test_merges_by_rank_are_those_of_the_trainer(bpe: tokenizing.Tokenizer) -> None:
     """Oracle: the trainer's own tokens, for the text it saw and for text it did not."""
     theirs = learned()
     for text in builtin_documents()[:800]:
@@ -76,14 +76,14 @@ def test_merges_by_rank_are_those_of_the_trainer(bpe: room.Tokenizer) -> None:
         max_size=9,
     )
 )
-def test_bulk_has_the_same_ids(bpe: room.Tokenizer, parts: list[str]) -> None:
+def test_bulk_has_the_same_ids(bpe: tokenizing.Tokenizer, parts: list[str]) -> None:
     """Oracle: the saved tokenizer's own encoder."""
     assert bpe._bulk is not None
     texts = ["".join(parts), *parts, ""]
     assert bpe.encode_batch(texts) == [bpe.encode(text) for text in texts]
 
 
-def test_texts_that_tiktoken_cannot_take(bpe: room.Tokenizer) -> None:
+def test_texts_that_tiktoken_cannot_take(bpe: tokenizing.Tokenizer) -> None:
     """Oracle: the saved tokenizer's own encoder, for a million spaces among other documents."""
     texts = ["a b", " " * 1_200_000 + "x", "c" + "\n" * 1_100_000, "d"]
     assert bpe.encode_batch(texts) == [bpe.encode(text) for text in texts]
@@ -95,7 +95,7 @@ def changed(content: dict[str, Any], change: Callable[[dict[str, Any]], Any]) ->
     return Backend.from_str(json.dumps(content))
 
 
-def test_bulk_is_for_nothing_else(bpe: room.Tokenizer, tmp_path: Path) -> None:
+def test_bulk_is_for_nothing_else(bpe: tokenizing.Tokenizer, tmp_path: Path) -> None:
     """Oracle: None wherever a tokenizer's file says anything that tiktoken would not do."""
     content = json.loads(bpe._backend.to_str())
     assert bulk_encoder(changed(content, lambda file: None)) is not None
@@ -114,7 +114,7 @@ def test_bulk_is_for_nothing_else(bpe: room.Tokenizer, tmp_path: Path) -> None:
     assert bulk_encoder(learned()) is None
 
 
-def test_a_control_token_that_is_a_word(bpe: room.Tokenizer) -> None:
+def test_a_control_token_that_is_a_word(bpe: tokenizing.Tokenizer) -> None:
     """Oracle: a word in the text is never its control token, and bulk is refused where it would be."""
     letters = {letter: number for number, letter in enumerate(byte_level.byte_letters())}
     for ignore_merges in (False, True):

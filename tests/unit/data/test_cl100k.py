@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_slm.data.tokenizers import tokenizer as room
+from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.errors import DataError
 from tests.support.data_recipes import CL100K, cl100k, prepare, recipe, source, texts, write_jsonl
 
@@ -39,8 +39,8 @@ def generated_strings(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ours(cl100k_folder: Path) -> room.Tokenizer:
-    return room.load_tokenizer(cl100k_folder)
+def ours(cl100k_folder: Path) -> tokenizers.Tokenizer:
+    return tokenizers.load_tokenizer(cl100k_folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,14 @@ def all_texts(test_data: Path) -> Iterator[str]:
                     yield content.decode()
 
 
-def assert_same(ours: room.Tokenizer, oracle: Any, texts: list[str]) -> None:
+def assert_same(ours: tokenizers.Tokenizer, oracle: Any, texts: list[str]) -> None:
     """Both of our encoders: the saved tokenizer's own, and the one for bulk."""
     found = [encoding.ids for encoding in ours._encoder.encode_batch_fast(texts, add_special_tokens=False)]
     assert found == oracle.encode_ordinary_batch(texts) == ours.encode_batch(texts)
     assert [ours.decode(ids) for ids in found] == texts
 
 
-def test_golden_vectors(ours: room.Tokenizer, cl100k_folder: Path, test_data: Path) -> None:
+def test_golden_vectors(ours: tokenizers.Tokenizer, cl100k_folder: Path, test_data: Path) -> None:
     """Oracle: ids on file, of tiktoken and of a JavaScript library."""
     from transformers import AutoTokenizer
 
@@ -113,7 +113,7 @@ def test_golden_vectors(ours: room.Tokenizer, cl100k_folder: Path, test_data: Pa
             assert theirs(text).input_ids == with_controls
 
 
-def test_generated_strings(ours: room.Tokenizer, oracle: Any) -> None:
+def test_generated_strings(ours: tokenizers.Tokenizer, oracle: Any) -> None:
     """Oracle: tiktoken's ids, and the string itself."""
     assert_same(ours, oracle, generated_strings(2_000, seed=1))
 
@@ -122,12 +122,12 @@ def test_generated_strings(ours: room.Tokenizer, oracle: Any) -> None:
 @given(
     text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("'sStTlLvVeErR \n1")), max_size=40)
 )
-def test_any_text(ours: room.Tokenizer, oracle: Any, text: str) -> None:
+def test_any_text(ours: tokenizers.Tokenizer, oracle: Any, text: str) -> None:
     """Oracle: tiktoken's ids, and the text itself."""
     assert_same(ours, oracle, [text])
 
 
-def test_real_text(ours: room.Tokenizer, oracle: Any, test_data: Path) -> None:
+def test_real_text(ours: tokenizers.Tokenizer, oracle: Any, test_data: Path) -> None:
     """Oracle: tiktoken's ids of a slice of every kind of real text."""
     texts = [text[:SLICE_CHARACTERS] for place, text in enumerate(all_texts(test_data)) if place % 97 == 0]
     assert_same(ours, oracle, texts)
@@ -135,7 +135,7 @@ def test_real_text(ours: room.Tokenizer, oracle: Any, test_data: Path) -> None:
 
 @pytest.mark.slow
 def test_all_real_text_and_many_strings(
-    ours: room.Tokenizer, oracle: Any, cl100k_folder: Path, test_data: Path
+    ours: tokenizers.Tokenizer, oracle: Any, cl100k_folder: Path, test_data: Path
 ) -> None:
     """Oracle: tiktoken's ids of every text there is, of 20,000 strings, and of those with control tokens."""
     from transformers import AutoTokenizer
@@ -155,7 +155,7 @@ def test_all_real_text_and_many_strings(
 
 
 @pytest.mark.slow
-def test_every_character(ours: room.Tokenizer, oracle: Any) -> None:
+def test_every_character(ours: tokenizers.Tokenizer, oracle: Any) -> None:
     """Oracle: tiktoken's ids of each of Unicode's characters where the pattern decides by its kind."""
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     frame = "a{}b 1{}2  {} x\n{}\n!{}! '{} 'l{} '{}e{}"
@@ -177,12 +177,12 @@ def test_ids_survive_transformers(cl100k_folder: Path, oracle: Any, tmp_path: Pa
         assert {token: theirs.convert_tokens_to_ids(token) for token in CONTROLS} == CONTROLS
         assert theirs.convert_ids_to_tokens(list(CONTROLS.values())) == list(CONTROLS)
         assert theirs(texts, split_special_tokens=True).input_ids == oracle.encode_ordinary_batch(texts)
-    again = room.load_tokenizer(tmp_path)
+    again = tokenizers.load_tokenizer(tmp_path)
     assert again.encode_batch(texts) == oracle.encode_ordinary_batch(texts)
     assert (again.vocab_size, again.eos_id) == (100277, 100257)
 
 
-def test_unused_ids(ours: room.Tokenizer) -> None:
+def test_unused_ids(ours: tokenizers.Tokenizer) -> None:
     """Oracle: the ids OpenAI left free, and those a padded model has beyond them."""
     assert ours.unused_ids(100277) == UNUSED
     assert ours.unused_ids(100280) == [*UNUSED, 100277, 100278, 100279]
@@ -213,6 +213,6 @@ def test_damaged_ranks(tmp_path: Path) -> None:
         cl100k(tmp_path / "none")
 
 
-def test_bulk_is_tiktoken(ours: room.Tokenizer) -> None:
+def test_bulk_is_tiktoken(ours: tokenizers.Tokenizer) -> None:
     """Oracle: there is an encoder for bulk, of the folder that was saved."""
     assert ours._bulk is not None

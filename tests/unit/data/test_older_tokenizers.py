@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import resume
 from ds_slm.data.shards.prepared import Prepared
-from ds_slm.data.tokenizers import tokenizer as room
+from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.errors import CheckpointError, DataError
 from ds_slm.model import decoder
 from ds_slm.publish.export import export_run
@@ -41,8 +41,8 @@ def prepare_as_before(
 ) -> tuple[Prepared, dict[str, str]]:
     """Data of a version that switches nothing off and knows of no older hashes; and what it called them."""
     with monkeypatch.context() as before:
-        before.setattr(room, "_leftovers", lambda backend: [])
-        before.setattr(room, "_switch_off", lambda backend: None)
+        before.setattr(tokenizers, "_leftovers", lambda backend: [])
+        before.setattr(tokenizers, "_switch_off", lambda backend: None)
         prepared = prepare(made, root)
         hashes = {"tokenizer_sha256": prepared.tokenizer_sha256, "data_sha256": prepared.sha256}
     path = prepared.tokenizer_folder / "manifest.json"
@@ -74,8 +74,8 @@ def test_older_data_are_read_and_their_runs_resumed(
     assert any("older version" in line and setting in line for line in told)
 
     run = tmp_path / "run"
-    checkpoint_format.Writer(run, 3).commit({"step": 3, **older})
-    monkeypatch.setattr(checkpoint_format, "verify", lambda checkpoint, read=True: [])
+    checkpoint_files.Writer(run, 3).commit({"step": 3, **older})
+    monkeypatch.setattr(checkpoint_files, "verify", lambda checkpoint, read=True: [])
     identity = {"tokenizer_sha256": opened.tokenizer_sha256, "data_sha256": opened.sha256}
     assert older["data_sha256"] != identity["data_sha256"]
     found = resume.find(ALONE, run, identity, opened.older_sha256s)
@@ -119,9 +119,9 @@ def test_an_older_run_is_exported_and_fine_tuned(tmp_path: Path, monkeypatch: py
     data, older = prepare_as_before(given(tmp_path, setting), tmp_path / "data", monkeypatch)
     loaded = schema.load(str(runs.write_recipe(tmp_path)))
     run = tmp_path / "run"
-    writer = checkpoint_format.Writer(run, 5)
+    writer = checkpoint_files.Writer(run, 5)
     state = decoder.build(loaded.model, 0).named_parameters()
-    writer.add_tensors(checkpoint_format.MODEL, {name: value.detach() for name, value in state})
+    writer.add_tensors(checkpoint_files.MODEL, {name: value.detach() for name, value in state})
     writer.commit({"step": 5, **older})
     (run / "recipe.toml").write_text(schema.to_toml(loaded))
     (run / "tokenizer").symlink_to(data.tokenizer_folder)
@@ -136,7 +136,7 @@ def test_an_older_run_is_exported_and_fine_tuned(tmp_path: Path, monkeypatch: py
     open_model(tmp_path / "out")
 
 
-def open_export(folder: Path) -> room.Tokenizer:
+def open_export(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer of an export, which must open as a base."""
     open_model(folder)
-    return room.load_tokenizer(folder)
+    return tokenizers.load_tokenizer(folder)

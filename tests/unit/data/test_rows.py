@@ -187,7 +187,7 @@ def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:
             rows.read([RowId(1, 0, row)], split)  # type: ignore[arg-type]
 
 
-def test_importing_the_room_is_quick() -> None:
+def test_importing_the_package_is_quick() -> None:
     """Oracle: sys.modules of a new process: nothing heavy comes with the rows."""
     heavy = "{'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow', 'tiktoken'}"
     program = f"import sys, ds_slm.data.rows; print({heavy} & set(sys.modules))"

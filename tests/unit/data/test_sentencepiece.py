@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
-from ds_slm.data.tokenizers import tokenizer as room
+from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.errors import DataError
 from tests.support.data_recipes import recipe, source, texts
 
@@ -61,26 +61,26 @@ def write_model(path: Path, **options: Any) -> Path:
     return path
 
 
-def build(model: Path, vocab_size: int, eos_token: str = "</s>") -> room.Tokenizer:
+def build(model: Path, vocab_size: int, eos_token: str = "</s>") -> tokenizers.Tokenizer:
     section = (
         f'kind = "hf"\nvocab_size = {vocab_size}\neos_token = "{eos_token}"\npad_token = "<unk>"\npath = "{model}"'
     )
-    return room.build_tokenizer(recipe(source("made", path="."), tokenizer=section), lambda _: iter(()))
+    return tokenizers.build_tokenizer(recipe(source("made", path="."), tokenizer=section), lambda _: iter(()))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[room.Tokenizer, Any]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, Any]:
     """A conversion, saved and loaded again, and the library with the same model."""
     folder = tmp_path_factory.mktemp("model")
     path = write_model(folder / "tokenizer.model", **VARIANTS[request.param])
     oracle = SentencePieceProcessor(model_file=str(path))
     build(path, oracle.vocab_size()).save(folder / "saved")
-    return room.load_tokenizer(folder / "saved"), oracle
+    return tokenizers.load_tokenizer(folder / "saved"), oracle
 
 
 @settings(max_examples=300)
 @given(parts=TEXT)
-def test_ids_are_those_of_sentencepiece(pair: tuple[room.Tokenizer, Any], parts: list[str]) -> None:
+def test_ids_are_those_of_sentencepiece(pair: tuple[tokenizers.Tokenizer, Any], parts: list[str]) -> None:
     """Oracle: the sentencepiece library; the text comes back, but for U+2581, which is a space to both."""
     ours, oracle = pair
     text = "".join(parts)
@@ -145,7 +145,7 @@ def test_a_model_of_32000_pieces(test_data: Path, tmp_path: Path) -> None:
     path = test_data / "tokenizers" / "mistral_v1_tokenizer.model"
     oracle = SentencePieceProcessor(model_file=str(path))
     build(path, 32_000).save(tmp_path)
-    ours = room.load_tokenizer(tmp_path)
+    ours = tokenizers.load_tokenizer(tmp_path)
     golden = (test_data / "tokenizers" / "mistral_v1_golden_vectors.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in golden]
     assert len(rows) == 79 and ours.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_slm.data.tokenizers import tokenizer as room
+from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
 from tests.support.data_recipes import BPE, character_folder, recipe, source, texts
@@ -24,16 +24,16 @@ def documents(_: Source) -> Iterator[str]:
     return iter(texts())
 
 
-def build(section: str = BPE) -> room.Tokenizer:
-    return room.build_tokenizer(recipe(source("made", path="."), tokenizer=section), documents)
+def build(section: str = BPE) -> tokenizers.Tokenizer:
+    return tokenizers.build_tokenizer(recipe(source("made", path="."), tokenizer=section), documents)
 
 
 @pytest.fixture(scope="module")
-def bpe() -> room.Tokenizer:
+def bpe() -> tokenizers.Tokenizer:
     return build()
 
 
-def test_bpe_has_exactly_the_recipes_ids(bpe: room.Tokenizer) -> None:
+def test_bpe_has_exactly_the_recipes_ids(bpe: tokenizers.Tokenizer) -> None:
     """Oracle: the recipe, with special ids together and scattered; every id below vocab_size is used once."""
     for section, ids in ((BPE, (0, 1, 2, 3)), (SCATTERED, (0, 299, 2, 77))):
         made = bpe if section is BPE else build(section)
@@ -44,7 +44,7 @@ def test_bpe_has_exactly_the_recipes_ids(bpe: room.Tokenizer) -> None:
         assert sorted(vocabulary.values()) == list(range(300))
 
 
-def test_special_ids_do_not_change_the_merges(bpe: room.Tokenizer) -> None:
+def test_special_ids_do_not_change_the_merges(bpe: tokenizers.Tokenizer) -> None:
     """Oracle: the same text cut at the same places, whatever numbers the tokens bear."""
     scattered = build(SCATTERED)
     for text in texts(20, seed=9):
@@ -52,7 +52,7 @@ def test_special_ids_do_not_change_the_merges(bpe: room.Tokenizer) -> None:
         assert pieces[0] == pieces[1]
 
 
-def test_bpe_is_deterministic(bpe: room.Tokenizer, tmp_path: Path) -> None:
+def test_bpe_is_deterministic(bpe: tokenizers.Tokenizer, tmp_path: Path) -> None:
     """Oracle: another process, with other hash seeds and threads, makes the same hash."""
     program = "from tests.unit.data.test_tokenizer import build; print(build().sha256)"  # the same text, from its seed
     root = Path(__file__).resolve().parents[3]
@@ -68,7 +68,7 @@ def test_bpe_is_deterministic(bpe: room.Tokenizer, tmp_path: Path) -> None:
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_any_unicode_comes_back(bpe: room.Tokenizer, text: str) -> None:
+def test_any_unicode_comes_back(bpe: tokenizers.Tokenizer, text: str) -> None:
     """Oracle: the text itself, for a tokenizer that never saw most of these characters."""
     ids = bpe.encode(text)
     assert bpe.decode(ids) == text
@@ -76,7 +76,7 @@ def test_any_unicode_comes_back(bpe: room.Tokenizer, text: str) -> None:
 
 
 @given(parts=st.lists(st.one_of(st.sampled_from(CONTROLS), st.text("ab <|>_", max_size=5)), max_size=8))
-def test_control_tokens_in_text_are_text(bpe: room.Tokenizer, parts: list[str]) -> None:
+def test_control_tokens_in_text_are_text(bpe: tokenizers.Tokenizer, parts: list[str]) -> None:
     """Oracle: no control id comes out of any text, and the text comes back."""
     text = "".join(parts)
     ids = bpe.encode(text)
@@ -84,12 +84,12 @@ def test_control_tokens_in_text_are_text(bpe: room.Tokenizer, parts: list[str]) 
     assert bpe.decode(ids, skip_special=True) == text
 
 
-def test_saved_folder_loads_everywhere(bpe: room.Tokenizer, tmp_path: Path) -> None:
+def test_saved_folder_loads_everywhere(bpe: tokenizers.Tokenizer, tmp_path: Path) -> None:
     """Oracle: transformers.AutoTokenizer has the same ids; its default parses control tokens, ours does not."""
     from transformers import AutoTokenizer
 
     bpe.save(tmp_path)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), room.load_tokenizer(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tokenizers.load_tokenizer(tmp_path)
     assert ours.sha256 == bpe.sha256
     assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (0, 1, 300)
     for text in texts(20, seed=4):
@@ -98,7 +98,7 @@ def test_saved_folder_loads_everywhere(bpe: room.Tokenizer, tmp_path: Path) -> N
     assert 3 in theirs("a<|im_end|>").input_ids
     assert 3 not in ours.encode("a<|im_end|>")
     theirs.save_pretrained(tmp_path / "again")
-    assert room.load_tokenizer(tmp_path / "again").encode("abc abc") == ours.encode("abc abc")
+    assert tokenizers.load_tokenizer(tmp_path / "again").encode("abc abc") == ours.encode("abc abc")
 
 
 def test_added_tokens_in_text_are_text(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_added_tokens_in_text_are_text(tmp_path: Path) -> None:
     section = f'kind = "hf"\nvocab_size = 15\neos_token = "</a>"\npad_token = "</a>"\npath = "{folder}"'
     made = build(section)
     made.save(tmp_path / "saved")
-    for tokenizer in (made, room.load_tokenizer(tmp_path / "saved")):
+    for tokenizer in (made, tokenizers.load_tokenizer(tmp_path / "saved")):
         text = "a<think>\n    b </a>"
         ids = tokenizer.encode(text)
         assert ids == tokenizer.encode_batch([text])[0]
@@ -123,7 +123,7 @@ def test_added_tokens_in_text_are_text(tmp_path: Path) -> None:
     assert theirs.encode("a<think></a>").ids == [made.token_id("a"), made.token_id("<think>"), made.token_id("</a>")]
 
 
-def test_unused_ids(bpe: room.Tokenizer, tmp_path: Path) -> None:
+def test_unused_ids(bpe: tokenizers.Tokenizer, tmp_path: Path) -> None:
     """Oracle: the ids beyond the vocabulary and in its gaps."""
     from tokenizers import Tokenizer, models
 
@@ -160,7 +160,7 @@ def test_a_local_character_tokenizer(tmp_path: Path) -> None:
     assert made.encode(text) == [alphabet.index(character) for character in text]
     assert made.decode(made.encode(text)) == text
     made.save(tmp_path / "saved")
-    assert room.load_tokenizer(tmp_path / "saved").encode(text) == made.encode(text)
+    assert tokenizers.load_tokenizer(tmp_path / "saved").encode(text) == made.encode(text)
     with pytest.raises(DataError, match=r"has no '<\|endoftext\|>': set tokenizer\.eos_token") as caught:
         build(f'kind = "hf"\nvocab_size = 28\npath = "{path}"')
     assert len(caught.value.problems) == 2
@@ -176,12 +176,12 @@ def test_hf_tokenizer_that_is_not_there(tmp_path: Path) -> None:
             build(f'kind = "hf"\nvocab_size = 28\npath = "{path}"')
 
 
-def test_damaged_tokenizer_folder(bpe: room.Tokenizer, tmp_path: Path) -> None:
+def test_damaged_tokenizer_folder(bpe: tokenizers.Tokenizer, tmp_path: Path) -> None:
     """Oracle: the error names the folder."""
     bpe.save(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(DataError, match=f"{tmp_path} holds no whole tokenizer"):
-        room.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
 
 
 def byte_level_folder(folder: Path, **blocks: object) -> Path:
@@ -221,7 +221,7 @@ LAST_USE: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("setting", LAST_USE)
-def test_ids_depend_on_the_text_alone(bpe: room.Tokenizer, tmp_path: Path, setting: str) -> None:
+def test_ids_depend_on_the_text_alone(bpe: tokenizers.Tokenizer, tmp_path: Path, setting: str) -> None:
     """Oracle: the same tokenizer without that setting: its ids, each time, its hash, and the ids of what is exported;
     what was switched off is told.
     """
@@ -230,7 +230,7 @@ def test_ids_depend_on_the_text_alone(bpe: room.Tokenizer, tmp_path: Path, setti
     folder = byte_level_folder(tmp_path / "given", **LAST_USE[setting])
     told: list[str] = []
     made_from = recipe(source("made", path="."), tokenizer=BPE.replace('"bpe"', f'"hf"\npath = "{folder}"'))
-    made = room.build_tokenizer(made_from, documents, told.append)
+    made = tokenizers.build_tokenizer(made_from, documents, told.append)
     assert len(told) == 1 and f"switched off: {setting}" in told[0]
     made.save(tmp_path / "saved")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -238,17 +238,17 @@ def test_ids_depend_on_the_text_alone(bpe: room.Tokenizer, tmp_path: Path, setti
         expected = bpe.encode(text)
         assert [made.encode(text) for _ in range(5)] == 5 * [expected]
         assert made.encode_batch([text]) == [expected] == [theirs(text).input_ids]
-    assert made.sha256 == room.load_tokenizer(tmp_path / "saved").sha256 == bpe.sha256
+    assert made.sha256 == tokenizers.load_tokenizer(tmp_path / "saved").sha256 == bpe.sha256
     if setting != "1 tokens around each text":  # a base keeps its own
-        assert room.load_tokenizer(folder).sha256 == bpe.sha256
+        assert tokenizers.load_tokenizer(folder).sha256 == bpe.sha256
 
 
-def test_a_tokenizer_without_such_settings_keeps_its_hash(bpe: room.Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_without_such_settings_keeps_its_hash(bpe: tokenizers.Tokenizer, tmp_path: Path) -> None:
     """Oracle: the hash of the file itself; a dropout of 0, which joins all, is no such setting."""
     folder = byte_level_folder(tmp_path, model={"dropout": 0.0})
     content = json.loads((folder / "tokenizer.json").read_text())
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    assert room.load_tokenizer(folder).sha256 == digest != bpe.sha256
+    assert tokenizers.load_tokenizer(folder).sha256 == digest != bpe.sha256
 
 
 def test_unigram_does_not_sample() -> None:
@@ -257,7 +257,7 @@ def test_unigram_does_not_sample() -> None:
 
     backend = Tokenizer(models.Unigram([("<unk>", -9.0), ("a", -1.0), ("b", -1.0), ("ab", -1.5)], 0, False))
     backend.model.nbest_size, backend.model.alpha = 5, 0.1
-    made = room.Tokenizer(backend, eos_token="a", pad_token="b")
+    made = tokenizers.Tokenizer(backend, eos_token="a", pad_token="b")
     assert {tuple(made.encode("abab")) for _ in range(50)} == {(3, 3)}
     assert len(made.switched_off) == 1
 
@@ -273,7 +273,7 @@ def test_unigram_does_not_sample() -> None:
     ],
 )
 def test_a_base_that_names_no_eos(
-    bpe: room.Tokenizer, tmp_path: Path, configs: dict[str, dict[str, object]], expected: int | str
+    bpe: tokenizers.Tokenizer, tmp_path: Path, configs: dict[str, dict[str, object]], expected: int | str
 ) -> None:
     """Oracle: the one id of the model's configuration; several, or none, are told with what would do."""
     bpe.save(tmp_path)
@@ -282,9 +282,9 @@ def test_a_base_that_names_no_eos(
     for name, content in configs.items():
         (tmp_path / name).write_text(json.dumps(content))
     if isinstance(expected, int):
-        found = room.load_tokenizer(tmp_path)
+        found = tokenizers.load_tokenizer(tmp_path)
         assert (found.eos_id, found.pad_id) == (expected, expected)
     else:
         with pytest.raises(DataError, match=f"names no eos_token, and .*{expected}.*add it there") as caught:
-            room.load_tokenizer(tmp_path)
+            tokenizers.load_tokenizer(tmp_path)
         assert "prepare it again" not in str(caught.value)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import CheckpointError, DataError
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder, build
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A byte-level BPE with a few merges, as the tokenizer room writes it."""
+    """A byte-level BPE with a few merges, as the tokenizers package writes it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -283,18 +283,18 @@ def test_a_runs_checkpoints_are_exported_by_step_newest_and_best(tmp_path, token
     states = {}
     for step in (2, 4, 6):
         states[step] = {name: tensor.detach() for name, tensor in build(recipe.model, seed=step).named_parameters()}
-        writer = checkpoint_format.Writer(run, step)
-        writer.add_tensors(checkpoint_format.MODEL, states[step])
+        writer = checkpoint_files.Writer(run, step)
+        writer.add_tensors(checkpoint_files.MODEL, states[step])
         folder = writer.commit({"step": step})
         if step == 4:
-            checkpoint_format.mark_best(folder)
+            checkpoint_files.mark_best(folder)
     for options, step in (({"step": 2}, 2), ({}, 6), ({"best": True}, 4)):
         told = exporting.export_run(run, tmp_path / f"out-{step}", **options)
-        with checkpoint_format.open_tensors(tmp_path / f"out-{step}" / "model.safetensors") as tensors:
+        with checkpoint_files.open_tensors(tmp_path / f"out-{step}" / "model.safetensors") as tensors:
             assert all(torch.equal(tensors.get_tensor(name), states[step][name]) for name in tensors.keys())  # noqa: SIM118
         assert told["step"] == step and told["params"] == sum(tensor.numel() for tensor in states[step].values())
-    writer = checkpoint_format.Writer(run, 8)
-    writer.add_tensors(checkpoint_format.MODEL, states[6])
+    writer = checkpoint_files.Writer(run, 8)
+    writer.add_tensors(checkpoint_files.MODEL, states[6])
     writer.commit({"step": 8, "tokenizer_sha256": "f00d"})
     with pytest.raises(CheckpointError, match="was trained with f00d"):
         exporting.export_run(run, tmp_path / "out-8", step=8)

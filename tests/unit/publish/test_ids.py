@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_slm.data.tokenizers import tokenizer as room
+from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.model.decoder import Decoder, build
 from ds_slm.publish import generate as generating
 from ds_slm.publish.export import export
@@ -29,7 +29,7 @@ def model() -> Decoder:
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    made = room.build_tokenizer(recipe(source("made", path="."), tokenizer=BPE), lambda _: iter(texts()))
+    made = tokenizers.build_tokenizer(recipe(source("made", path="."), tokenizer=BPE), lambda _: iter(texts()))
     made.save(folder)
     return folder
 
@@ -69,8 +69,8 @@ def test_an_export_keeps_transformers_from_unused_ids(model: Decoder, tokenizer_
     assert not set(theirs.generate(torch.tensor([[5, 6]]), **options)[0].tolist()) & UNUSED
     theirs.generation_config.suppress_tokens = None
     assert set(theirs.generate(torch.tensor([[5, 6]]), **options)[0].tolist()) & UNUSED
-    expected = room.load_tokenizer(tokenizer_folder).sha256
-    assert theirs.config.tokenizer_sha256 == expected == room.load_tokenizer(tmp_path / "out").sha256
+    expected = tokenizers.load_tokenizer(tokenizer_folder).sha256
+    assert theirs.config.tokenizer_sha256 == expected == tokenizers.load_tokenizer(tmp_path / "out").sha256
 
 
 def test_an_export_without_unused_ids_says_nothing_of_them(tokenizer_folder: Path, tmp_path: Path) -> None:

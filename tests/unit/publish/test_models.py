@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
@@ -27,11 +27,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Recipe,
     run = folder / "run"
     states = [dict(decoder.build(loaded.model, seed).named_parameters()) for seed in (0, 1)]
     for step, state in zip((5, 9), states, strict=True):
-        writer = checkpoint_format.Writer(run, step)
-        writer.add_tensors(checkpoint_format.MODEL, {name: value.detach() for name, value in state.items()})
+        writer = checkpoint_files.Writer(run, step)
+        writer.add_tensors(checkpoint_files.MODEL, {name: value.detach() for name, value in state.items()})
         checkpoint = writer.commit({"step": step})
         if step == 5:
-            checkpoint_format.mark_best(checkpoint)
+            checkpoint_files.mark_best(checkpoint)
     (run / "recipe.toml").write_text(schema.to_toml(loaded))
     (run / "tokenizer").symlink_to(data.tokenizer_folder)
     return run, loaded, [{name: value.detach() for name, value in state.items()} for state in states]
@@ -56,8 +56,8 @@ def test_another_tokenizer_in_a_run_is_refused(made: tuple, tmp_path: Path) -> N
     run, loaded, states = made
     trained_with = load_tokenizer(run / "tokenizer").sha256
     (tmp_path / "recipe.toml").write_text(schema.to_toml(loaded))
-    writer = checkpoint_format.Writer(tmp_path, 5)
-    writer.add_tensors(checkpoint_format.MODEL, states[0])
+    writer = checkpoint_files.Writer(tmp_path, 5)
+    writer.add_tensors(checkpoint_files.MODEL, states[0])
     writer.commit({"step": 5, "tokenizer_sha256": trained_with})
     (tmp_path / "tokenizer").symlink_to(run / "tokenizer")
     assert same(open_model(tmp_path).read(), states[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.checkpoint import files as checkpoint_format
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import CheckpointError
 from ds_slm.files import write_json
 from ds_slm.publish import export as exporting
@@ -31,7 +31,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights are read before the place is checked")
 
-    monkeypatch.setattr(checkpoint_format, "choose", read)
+    monkeypatch.setattr(checkpoint_files, "choose", read)
     yield
 
 

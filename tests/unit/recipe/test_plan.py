@@ -87,10 +87,10 @@ def test_batch_agrees_with_the_trainer(world_size: int, micro_batch: int) -> Non
     from ds_slm.recipe import ds_config
 
     recipe = schema.load("slm-10m")
-    joined = ds_config.join(recipe, ZERO[1], world_size, "cuda", micro_batch)
+    engine_config = ds_config.join(recipe, ZERO[1], world_size, "cuda", micro_batch)
     cut = plan.batch(recipe, world_size, micro_batch)
     expected = (cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
-    assert (joined.micro_batch, joined.accumulation_steps, joined.filler_rows) == expected
+    assert (engine_config.micro_batch, engine_config.accumulation_steps, engine_config.filler_rows) == expected
     planned = plan.plan(recipe, "slm-10m", ZERO[1], world_size).batch
     default = ds_config.join(recipe, ZERO[1], world_size, "cuda", None)
     assert (planned.micro_batch, planned.accumulation_steps) == (default.micro_batch, default.accumulation_steps)

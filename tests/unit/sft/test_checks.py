@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ds_slm.data.shards.writer import NAMED_PROBLEMS
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
-from sft import data as room
+from sft import data as sft_data
 from sft.chatml import Encoded, problem_of
 from sft.data import BEGIN, CUT, IDS, TRAINED, Conversations, flagged
 from tests.support import conversations
@@ -47,7 +47,7 @@ def test_missing_terminators_are_found(data: st.DataObject, scan: int, ending: l
     half = len(arrays) // 2 or 1
     sources = [np.concatenate(part) for part in (arrays[:half], arrays[half:]) if part]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "SCAN_TOKENS", scan)
+        patch.setattr(sft_data, "SCAN_TOKENS", scan)
         split = Conversations(sources)  # type: ignore[arg-type]
         assert split.lengths.tolist() == [len(tokens) for tokens in arrays]
         assert split.first_unterminated(ending) == (expected[0] if expected else None)
@@ -61,7 +61,7 @@ def test_a_terminator_on_a_border_is_seen(mask: str, tmp_path: Path, monkeypatch
     """Oracle: sound data stay sound, whatever they are read in blocks of."""
     path = conversations.write(tmp_path / "made.jsonl", conversations.made())
     for size in (1 << 24, 17, 3):
-        monkeypatch.setattr(room, "SCAN_TOKENS", size)
+        monkeypatch.setattr(sft_data, "SCAN_TOKENS", size)
         assert len(conversations.rows(path, tmp_path, f"sft.mask={mask}")._splits["train"]) > 90
 
 
@@ -160,4 +160,4 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     conversations.tokenizer(seed=1).save(tmp_path / "other")
     other = load_tokenizer(tmp_path / "other").sha256
     with pytest.raises(DataError, match=f"has {other}: name the base it was made for"):
-        room.prepare_conversations(recipe, "tiny", tmp_path / "data", tmp_path / "other", report=lambda line: None)
+        sft_data.prepare_conversations(recipe, "tiny", tmp_path / "data", tmp_path / "other", report=lambda line: None)

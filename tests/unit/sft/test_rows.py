@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ds_slm.data.order import RowId
 from ds_slm.recipe import schema
-from sft import data as room
+from sft import data as sft_data
 from sft.chatml import ChatML, Encoded
 from sft.data import ANSWER, BEGIN, CUT, IDS, TRAINED, ConversationRows, flagged, pack, shuffled
 from tests.support import conversations
@@ -65,8 +65,8 @@ def test_cut_in_the_middle_of_an_answer() -> None:
 def test_a_conversation_without_a_target_is_left_out() -> None:
     """Oracle: by hand: its answers were all cut off, or its only target is its first token, which nothing predicts."""
     answers = np.zeros(5, bool)
-    assert flagged(Encoded(np.arange(5), np.array([0, 0, 0, 1, 1], bool), answers), 3) == room.NO_TARGETS
-    assert flagged(Encoded(np.arange(5), np.array([1, 0, 0, 0, 0], bool), answers), 5) == room.NO_TARGETS
+    assert flagged(Encoded(np.arange(5), np.array([0, 0, 0, 1, 1], bool), answers), 3) == sft_data.NO_TARGETS
+    assert flagged(Encoded(np.arange(5), np.array([1, 0, 0, 0, 0], bool), answers), 5) == sft_data.NO_TARGETS
     assert not isinstance(flagged(Encoded(np.arange(5), np.array([1, 0, 0, 1, 0], bool), answers), 4), str)
 
 
@@ -84,11 +84,11 @@ def test_cut_and_dropped_are_counted(tmp_path: Path) -> None:
         "turns that do not alternate": 1,
         "content that is no string": 1,
         "unknown role 'bot'": 1,
-        room.NO_TARGETS: 2,
+        sft_data.NO_TARGETS: 2,
     }
     assert summary["train"]["truncated"] + summary["val"]["truncated"] == 1
     assert summary["train"]["conversations"] + summary["val"]["conversations"] == 3 + 1 + 50
-    line = room.tell(summary)
+    line = sft_data.tell(summary)
     assert f"{summary['train']['conversations']:,} to train on" in line and "2 without a target" in line
 
 
@@ -213,7 +213,7 @@ def test_rows_are_their_conversations(folder: Path, mask: str, packing: str) -> 
 
 def test_windows_are_packed_by_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the shuffled order: rows of a window hold its conversations alone, rows in order of their earliest."""
-    monkeypatch.setattr(room, "PACK_WINDOW", 50)
+    monkeypatch.setattr(sft_data, "PACK_WINDOW", 50)
     rows = rows_of(folder, "sft.packing=true")
     order = shuffled(5, 1, len(rows._splits["train"])).tolist()
     place_of = {number: place for place, number in enumerate(order)}

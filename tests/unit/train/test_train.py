@@ -1,4 +1,4 @@
-"""The parts of the train room that need no process group."""
+"""What of training needs no process group."""
 
 import errno
 import json

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_slm.data.shards.journal import ShardsInProgress, id_dtype
-from ds_slm.data.shards.progress import Progress
-from ds_slm.data.shards.writer import write_documents
+from ds_slm.data.shards.progress import Amount, Progress
+from ds_slm.data.shards.writer import Destination, write_documents
 from ds_slm.data.sources import documents
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from ds_slm.errors import run_program
@@ -78,14 +78,11 @@ def with_shards(tokenizer: Tokenizer, texts: list[str]) -> int:
     """Tokens written into shards, without the EOS of each document."""
     data, dtype = schema.load("demo").data, id_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
+        shards = ShardsInProgress(Path(folder), dtype, {})
+        progress = Progress("text", Amount(float("inf"), None), lambda line: None, bar=False)
+        to = Destination("text", shards, tokenizer, data, float("inf"), progress)
         write_documents(
-            "text",
-            ShardsInProgress(Path(folder), dtype, {}),
-            lambda position: documents.DocumentStream({}, lambda mark: ((text, 0) for text in texts), 0),
-            tokenizer,
-            data,
-            float("inf"),
-            Progress("text", float("inf"), None, lambda line: None, bar=False),
+            to, lambda position: documents.DocumentStream({}, lambda mark: ((text, 0) for text in texts), 0)
         )
         size_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
     return size_bytes // dtype.itemsize - len(texts)

@@ -64,13 +64,14 @@ def section(recipe: Recipe) -> Sft:
     return recipe.sft
 
 
-def conversation_format(recipe: Recipe) -> DocumentFormat:
-    """How conversations are read and encoded."""
+def conversation_format(recipe: Recipe, tokenizer_folder: Path | None = None) -> DocumentFormat:
+    """How conversations are read and encoded; in the recipe's tokenizer, where no other is given."""
     settings = section(recipe)
     deciding = settings.model_dump(mode="json", include={"mask", "system_turns", "max_rows", "invalid"})
     notes: Counter[str] = Counter()
     return DocumentFormat(
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
+        tokenizer_folder=tokenizer_folder,
         expected=EXPECTED,
         notes=lambda: notes,
         builtin=lambda: [json.dumps(messages) for messages in builtin.conversations()],
@@ -101,15 +102,8 @@ def prepare_conversations(
     if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (data_root / name / TOKENIZER).exists():
         raise DataError(f"recipe {name!r} has a tokenizer that is trained with its base: name that one, --base MODEL.")
 
-    prepared = prepare(
-        recipe,
-        name,
-        data_root,
-        sources,
-        report=report,
-        document_format=conversation_format(recipe),
-        tokenizer_from=tokenizer_folder,
-    )
+    document_format = conversation_format(recipe, tokenizer_folder)
+    prepared = prepare(recipe, name, data_root, sources, report=report, document_format=document_format)
 
     ours = prepared.tokenizer_sha256
     if tokenizer_folder and ours != (theirs := load_tokenizer(tokenizer_folder).sha256):

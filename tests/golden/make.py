@@ -155,11 +155,12 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
     runs.write_corpus(folder / "corpus.jsonl", documents=8)
     texts = [json.loads(line)["text"] for line in runs.write_corpus(scratch / "texts", documents=13, seed=1).open()]
     talks = [json.dumps(talk) for talk in conversations.made(30, longest=2)]
-    form, chat_form = replace(TEXT, builtin=lambda: texts), replace(sft_data.form(tuning), builtin=lambda: talks)
     tokenizer, root = scratch / "tokenizer", folder / facts.DATA
+    text = replace(TEXT, builtin=lambda: texts, tokenizer_folder=tokenizer)
+    chat = replace(sft_data.conversation_format(tuning, tokenizer), builtin=lambda: talks)
     build_tokenizer(recipe, lambda source: iter(texts)).save(tokenizer)
-    prepared = prepare(recipe, facts.PRETRAINING, root, form=form, tokenizer_from=tokenizer)
-    prepare(tuning, facts.FINE_TUNING, root, form=chat_form, tokenizer_from=tokenizer)
+    prepared = prepare(recipe, facts.PRETRAINING, root, document_format=text)
+    prepare(tuning, facts.FINE_TUNING, root, document_format=chat)
     chats = sft_data.prepare_conversations(tuning, facts.FINE_TUNING, root, tokenizer)
 
     # Launched twice: only the first launch is told which rows to leave out, and only env.json knows of the second.

@@ -14,7 +14,7 @@ from ds_slm.data.shards import writer
 from ds_slm.engine.optim import build_optimizer
 from ds_slm.model import decoder
 from ds_slm.publish.export import export
-from ds_slm.publish.generate import generate
+from ds_slm.publish.generate import GREEDY, generate
 from ds_slm.recipe import schema
 from ds_slm.recipe.schedule import learning_rate
 from sft.chatml import ChatML
@@ -306,7 +306,7 @@ def test_overfitted_answers_come_back_and_end(tmp_path: Path) -> None:
         for place, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = chatml.prompt(messages[:place])
-                new = generate(model, prompt, 120, temperature=0, stop_ids=[chatml.end_id])
+                new = generate(model, prompt, 120, GREEDY, stop_ids=[chatml.end_id])
                 assert new[-1] == chatml.end_id
                 assert chatml.tokenizer.decode(new[:-1]) == message["content"]
                 answers += 1

@@ -145,10 +145,11 @@ def test_long_functions_have_paragraphs(path: Path) -> None:
 
 MOST_PARAMETERS = 6
 TOO_MANY = {
-    "generate": 10, "forward": 9, "write_token_files": 8, "write_documents": 8, "__init__": 8, "prepare": 8,
-    "plan_recipe": 8, "_choose": 7, "chunked_loss": 7, "_from_logits": 7, "verify_run": 7,
+    "forward": 9, "chunked_loss": 7, "_from_logits": 7,  # the loss: an autograd function takes its tensors one by one
+    "plan_recipe": 8, "verify_run": 7,  # verbs of the command line: a parameter for each flag
+    "prepare": 7,
 }  # fmt: skip
-"""Functions that take more: none may join them. Verbs of the command line, sampling, the loss, writing shards."""
+"""Functions that take more: none may join them."""
 
 
 def test_functions_take_few_parameters() -> None:

@@ -23,8 +23,14 @@ from ds_slm.data.shards.identity import (
 )
 from ds_slm.data.shards.journal import JOURNAL, SPLITS, ShardsInProgress, id_dtype
 from ds_slm.data.shards.prepared import stamp_written
-from ds_slm.data.shards.progress import Progress
-from ds_slm.data.shards.writer import DocumentFormat, split_documents, write_documents, write_token_files
+from ds_slm.data.shards.progress import Amount, Progress
+from ds_slm.data.shards.writer import (
+    Destination,
+    DocumentFormat,
+    split_documents,
+    write_documents,
+    write_token_files,
+)
 from ds_slm.data.sources import documents as corpus
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
 from ds_slm.errors import DataError
@@ -48,9 +54,9 @@ class Preparation:
     document_format: DocumentFormat
     report: Callable[[str], None]
 
-    def make_tokenizer(self, tokenizer_from: Path | None) -> Tokenizer:
-        """The tokenizer, made where it is missing: the recipe's, or the one of another folder."""
-        recipe, folder = self.recipe, self.folder
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer, made where it is missing: the recipe's, or the one of the format's folder."""
+        recipe, folder, tokenizer_from = self.recipe, self.folder, self.document_format.tokenizer_folder
         target = folder / TOKENIZER
         if read_manifest(target):
             return load_tokenizer(target)
@@ -120,19 +126,19 @@ class Preparation:
         shards = ShardsInProgress(target, dtype, {**described, "token_limit": token_limit})
         if shards.position is not None:
             report(f"{source.name}: goes on behind {shards.tokens('train'):,} training tokens")
-        done = shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values())
+        done = Amount(shards.tokens("train") + shards.tokens("val"), sum(shards.totals.text_bytes.values()))
 
         try:
-            with Progress(source.name, token_limit, files.text_bytes(), report, *done) as progress:
+            wanted = Amount(token_limit, files.text_bytes())
+            with Progress(source.name, wanted, report, done) as progress:
+                to = Destination(source.name, shards, tokenizer, recipe.data, token_limit, progress)
                 if files.kind == "tokens" and document_format.as_json:
                     raise DataError(f"source {source.name!r} holds token ids ({files.files[0]}), no conversations.")
                 if files.kind == "tokens":
                     file_dtype = (
                         np.dtype(source.dtype).newbyteorder("<") if source.dtype else id_dtype(tokenizer.vocab_size)
                     )
-                    written = write_token_files(
-                        source.name, shards, files.files, file_dtype, tokenizer, recipe.data, token_limit, progress
-                    )
+                    written = write_token_files(to, files.files, file_dtype)
                 else:
 
                     def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
@@ -140,16 +146,7 @@ class Preparation:
                             source, replacement, position, report, document_format.as_json, document_format.builtin
                         )
 
-                    written = write_documents(
-                        source.name,
-                        shards,
-                        documents,
-                        tokenizer,
-                        recipe.data,
-                        token_limit,
-                        progress,
-                        document_format,
-                    )
+                    written = write_documents(to, documents, document_format)
         except BaseException:
             shards.abandon()
             raise

@@ -54,7 +54,6 @@ def prepare(
     max_tokens: int | None = None,
     report: Callable[[str], None] = print,
     document_format: DocumentFormat = TEXT,
-    tokenizer_from: Path | None = None,
 ) -> Prepared:
     """Make whatever is missing of a recipe's tokenizer and shards in `data_root/name`, and open them.
 
@@ -65,8 +64,7 @@ def prepare(
         sources: a local file or folder in place of a source, by the source's name.
         max_tokens: training tokens of all sources together, to try things out; None prepares what the run needs.
         report: takes lines of progress.
-        document_format: what the sources' documents are.
-        tokenizer_from: a folder whose tokenizer is taken, instead of making the recipe's.
+        document_format: what the sources' documents are, and which tokenizer encodes them.
 
     Raises:
         DataError: with every problem found; nothing that exists is overwritten.
@@ -88,7 +86,7 @@ def prepare(
     places: dict[str, corpus.SourceFiles] = {}
     if _missing(recipe, folder):
         with _locked(recipe, folder, report), _room_on_disk(folder):
-            if tokenizer_from is None:
+            if document_format.tokenizer_folder is None:
                 _drop_lonely_tokenizer(recipe, folder, replacements)
             refuse(conflicts(recipe, folder, replacements, document_format.identity))
             places = _places(recipe, folder, replacements, report)
@@ -98,7 +96,7 @@ def prepare(
                     limits = dict.fromkeys(limits, math.inf)  # conversations are few, and an epoch holds all of them
 
                 preparation = Preparation(recipe, folder, replacements, limits, document_format, report)
-                tokenizer = preparation.make_tokenizer(tokenizer_from)
+                tokenizer = preparation.make_tokenizer()
                 for source in recipe.data.source:
                     if files := places.get(source.name):
                         preparation.make_shards(source, files, tokenizer)

@@ -10,12 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 REPORT_EVERY_S = 10.0
+
+
+class Amount(NamedTuple):
+    """How much of one source's text."""
+
+    tokens: float
+    text_bytes: int | None
+    """None where nobody knows."""
+
+
+NOTHING = Amount(0, 0)
 
 
 class Progress:
@@ -24,11 +35,9 @@ class Progress:
     def __init__(
         self,
         name: str,
-        total_tokens: float,
-        total_bytes: int | None,
+        total: Amount,
         report: Callable[[str], None],
-        done_tokens: int = 0,
-        done_bytes: int = 0,
+        done: Amount = NOTHING,
         bar: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -36,18 +45,15 @@ class Progress:
 
         Args:
             name: the source's.
-            total_tokens: as many are wanted at most.
-            total_bytes: of the source's text, about; None where nobody knows.
+            total: tokens that are wanted at most, and bytes of the source's text, about.
             report: takes a line every REPORT_EVERY_S where there is no bar.
-            done_tokens: what an interrupted run had done.
-            done_bytes: the same in bytes.
+            done: what an interrupted run had done.
             bar: whether to draw a bar; None draws one where stderr is a terminal.
             clock: seconds.
         """
-        self._name, self._total_tokens, self._total_bytes = name, total_tokens, total_bytes
+        self._name, self._total, self._first = name, total, done
         self._report, self._clock = report, clock
-        self._tokens = self._first_tokens = done_tokens
-        self._bytes = self._first_bytes = done_bytes
+        self._tokens, self._bytes = done.tokens, done.text_bytes or 0
         self._begin_s = self._told_s = clock()
         self._bar = _bar(name) if (sys.stderr.isatty() if bar is None else bar) else None
 
@@ -81,22 +87,22 @@ class Progress:
     def line(self) -> str:
         """Done, speeds, time left."""
         elapsed_s = max(self._clock() - self._begin_s, 1e-9)
-        mb_per_s = (self._bytes - self._first_bytes) / elapsed_s / 1e6
-        tokens_per_s = (self._tokens - self._first_tokens) / elapsed_s
+        mb_per_s = (self._bytes - (self._first.text_bytes or 0)) / elapsed_s / 1e6
+        tokens_per_s = (self._tokens - self._first.tokens) / elapsed_s
         done = f"{self._bytes / 1e6:,.0f} MB, {self._tokens / 1e6:,.1f} M tokens"
         return f"{done}, {mb_per_s:.1f} MB/s, {tokens_per_s:,.0f} tokens/s, {self._left(elapsed_s)}"
 
     def _left(self, elapsed_s: float) -> str:
         done = self._fraction(self._tokens, self._bytes)
-        gained = done - self._fraction(self._first_tokens, self._first_bytes)
+        gained = done - self._fraction(self._first.tokens, self._first.text_bytes or 0)
         if gained <= 0:
             return "time left unknown"
         minutes, seconds = divmod(int(elapsed_s * (1 - done) / gained), 60)
         return f"{minutes} min {seconds} s left"
 
-    def _fraction(self, tokens: int, text_bytes: int) -> float:
-        by_bytes = text_bytes / self._total_bytes if self._total_bytes else 0.0
-        return min(max(tokens / self._total_tokens, by_bytes), 1.0)
+    def _fraction(self, tokens: float, text_bytes: int) -> float:
+        by_bytes = text_bytes / self._total.text_bytes if self._total.text_bytes else 0.0
+        return min(max(tokens / self._total.tokens, by_bytes), 1.0)
 
 
 def _bar(name: str) -> "Bar":

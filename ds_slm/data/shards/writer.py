@@ -67,6 +67,8 @@ class DocumentFormat:
     """What a source's documents are, and how they become what is written. By default text, and its ids."""
 
     encode: Callable[[Tokenizer], Encode] = encode_text
+    tokenizer_folder: Path | None = None
+    """Of the tokenizer that encodes them; None: the recipe's."""
     builtin: Callable[[], Sequence[str]] = builtin_documents
     """The documents of a built-in source."""
     as_json: bool = False
@@ -146,14 +148,26 @@ class _Batch:
     """Those of the form when it was encoded and no other batch after it."""
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where the ids of one source go, and how far it is read."""
+
+    name: str
+    """The source's, for errors."""
+    shards: ShardsInProgress
+    """Go on from their position."""
+    tokenizer: Tokenizer
+    data: Data
+    """How to split."""
+    token_limit: float
+    """Training tokens to stop at."""
+    progress: Progress
+    """Told of all that is written."""
+
+
 def write_documents(
-    name: str,
-    shards: ShardsInProgress,
+    to: Destination,
     documents: Callable[[dict[str, Any] | None], DocumentStream],
-    tokenizer: Tokenizer,
-    data: Data,
-    token_limit: float,
-    progress: Progress,
     document_format: DocumentFormat = TEXT,
 ) -> dict[str, Any]:
     """Write documents as ids into training and validation shards; returns what the manifest says about them.
@@ -162,19 +176,14 @@ def write_documents(
     held-out document.
 
     Args:
-        name: the source's, for errors.
-        shards: where to write; goes on from its position.
+        to: where they go.
         documents: opens the source at a position.
-        tokenizer: whose ids are written.
-        data: how to split.
-        token_limit: training tokens to stop at.
-        progress: told of every document.
         document_format: what the documents are, and how they are encoded.
     """
     whole = True
     unsaved_tokens = 0
     first_unusable = ""
-    totals = shards.totals
+    shards, totals = to.shards, to.shards.totals
     noted_before = Counter(totals.noted)
 
     # Reading goes on where the journal stands.
@@ -184,10 +193,10 @@ def write_documents(
         if document_format.row_limit is None
         else islice(stream, document_format.row_limit - totals.rows_read)
     )
-    split = split_documents(texts, data, totals.rows_read, cut_single=not document_format.as_json)
+    split = split_documents(texts, to.data, totals.rows_read, cut_single=not document_format.as_json)
 
     for batch, encoded in _encoded(
-        _batches(split, stream, totals.rows_read), document_format, tokenizer, lambda: documents(None)
+        _batches(split, stream, totals.rows_read), document_format, to.tokenizer, lambda: documents(None)
     ):
         totals.rows_read += batch.rows
         totals.noted = dict(noted_before + Counter(batch.notes))
@@ -200,7 +209,7 @@ def write_documents(
                 continue
 
             # Only held-out documents are still needed once there is enough to train on.
-            if split == "train" and shards.tokens("train") >= token_limit:
+            if split == "train" and shards.tokens("train") >= to.token_limit:
                 whole = False
                 if shards.tokens("val"):
                     break
@@ -213,7 +222,7 @@ def write_documents(
             totals.documents[split] += 1
             totals.text_bytes[split] += len(content)
             unsaved_tokens += len(ids)
-            progress.advance(len(ids), len(content))
+            to.progress.advance(len(ids), len(content))
         else:
             # The journal does not record `whole`, so it is not written once that is false.
             if whole and batch.position is not None and unsaved_tokens >= JOURNAL_TOKENS:
@@ -224,9 +233,9 @@ def write_documents(
         # The limit is reached and something is held out: nothing more is read.
         break
 
-    _refuse_unusable(name, shards, document_format, first_unusable)
+    _refuse_unusable(to.name, shards, document_format, first_unusable)
     notes = [f"{count:,} {note}" for note, count in sorted(totals.noted.items())]
-    return _finished(name, shards, data) | {"whole": whole, "made_from": stream.made_from, "notes": notes}
+    return _finished(to) | {"whole": whole, "made_from": stream.made_from, "notes": notes}
 
 
 def _batches(split: Iterable[tuple[Split, str]], stream: DocumentStream, first_row: int) -> Iterator[_Batch]:
@@ -303,14 +312,15 @@ def _refuse_unusable(name: str, shards: ShardsInProgress, document_format: Docum
     )
 
 
-def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]:
+def _finished(to: Destination) -> dict[str, Any]:
     """What the manifest says. Raises DataError where one of the two splits would be empty."""
+    shards = to.shards
     if empty := [split for split in SPLITS if not shards.tokens(split)]:
         skipped = tell_skipped(shards.totals.skipped)
         raise DataError(
-            f"source {name!r}: nothing is left for {' and '.join(empty)}"
+            f"source {to.name!r}: nothing is left for {' and '.join(empty)}"
             f"{f' (skipped: {skipped})' if skipped else ''}; it needs more text, or another --set "
-            f"data.val_fraction=... than {data.val_fraction}."
+            f"data.val_fraction=... than {to.data.val_fraction}."
         )
 
     totals = shards.totals
@@ -323,16 +333,7 @@ def _finished(name: str, shards: ShardsInProgress, data: Data) -> dict[str, Any]
     }
 
 
-def write_token_files(
-    name: str,
-    shards: ShardsInProgress,
-    files: Sequence[Path],
-    file_dtype: np.dtype,
-    tokenizer: Tokenizer,
-    data: Data,
-    token_limit: float,
-    progress: Progress,
-) -> dict[str, Any]:
+def write_token_files(to: Destination, files: Sequence[Path], file_dtype: np.dtype) -> dict[str, Any]:
     """Copy ready-made token files into shards; returns what the manifest says.
 
     Held out are the documents that begin in the last `val_fraction`; without a document's border there, those tokens.
@@ -341,12 +342,13 @@ def write_token_files(
     Raises:
         DataError: as `TokenFiles` does, and for a held-out part that is mostly no text.
     """
+    shards, tokenizer = to.shards, to.tokenizer
     ids = TokenFiles(files, file_dtype, tokenizer)
     if ids.padding:
         shards.totals.skipped[PADDING] = ids.padding
 
-    border = ids.held_out_border(data.val_fraction)
-    train_tokens = int(min(border, token_limit))
+    border = ids.held_out_border(to.data.val_fraction)
+    train_tokens = int(min(border, to.token_limit))
 
     # Copying goes on where the journal stands.
     begin = shards.position["token"] if shards.position else 0
@@ -367,12 +369,12 @@ def write_token_files(
 
         begin += len(block)
         unsaved_tokens += len(block)
-        progress.advance(len(block), block.nbytes)
+        to.progress.advance(len(block), block.nbytes)
         if unsaved_tokens >= JOURNAL_TOKENS:
             shards.save({"token": begin, "long_run": ids.long_run})
             unsaved_tokens = 0
 
-    written = _finished(name, shards, data)
+    written = _finished(to)
 
     # The bytes of the held-out text turn a loss per token into one per byte.
     paths = [shards.folder / shard["file"] for shard in written["shards"]["val"]]
@@ -383,8 +385,8 @@ def write_token_files(
     of_no_text = int(np.isin(held_out, sorted(ids.no_text)).sum())
     if not val_bytes or 2 * of_no_text > len(held_out):
         raise DataError(
-            f"source {name!r}: of its end, the {len(held_out):,} ids that are held out, {of_no_text:,} are no text but "
-            f"control tokens, the last one id {held_out[-1]}: cut them off, or hold out more with --set "
+            f"source {to.name!r}: of its end, the {len(held_out):,} ids that are held out, {of_no_text:,} are no text "
+            f"but control tokens, the last one id {held_out[-1]}: cut them off, or hold out more with --set "
             "data.val_fraction=..."
         )
 

@@ -13,7 +13,7 @@ import pytest
 
 from ds_slm.data.shards import journal, parts, writer
 from ds_slm.data.shards import prepared as shards
-from ds_slm.data.shards.progress import Progress
+from ds_slm.data.shards.progress import Amount, Progress
 from ds_slm.data.sources import token_files
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
@@ -237,7 +237,9 @@ def test_progress_tells_speeds_and_time_left() -> None:
     """Oracle: arithmetic by hand, on a clock of the test's own."""
     now_s = 0.0
     lines: list[str] = []
-    progress = Progress("web", 100_000_000, None, lines.append, 10_000_000, 40_000_000, bar=False, clock=lambda: now_s)
+    progress = Progress(
+        "web", Amount(100_000_000, None), lines.append, Amount(10_000_000, 40_000_000), bar=False, clock=lambda: now_s
+    )
     progress.advance(1_000_000, 4_000_000)
     assert not lines
     now_s = 10.0
@@ -248,7 +250,7 @@ def test_progress_tells_speeds_and_time_left() -> None:
 def test_progress_by_bytes_where_the_source_ends_first() -> None:
     """Oracle: half of the file's bytes in 5 s leave 5 s, however many tokens are wanted."""
     now_s = 0.0
-    progress = Progress("web", float("inf"), 8_000_000, print, bar=False, clock=lambda: now_s)
+    progress = Progress("web", Amount(float("inf"), 8_000_000), print, bar=False, clock=lambda: now_s)
     assert progress.line().endswith("time left unknown")
     now_s = 5.0
     progress.advance(0, 4_000_000)
@@ -259,7 +261,7 @@ def test_the_bar_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: on a terminal the line stands in a bar on stderr, and nothing is reported beside it."""
     now_s = 0.0
     lines: list[str] = []
-    with Progress("web", 100, None, lines.append, bar=True, clock=lambda: now_s) as progress:
+    with Progress("web", Amount(100, None), lines.append, bar=True, clock=lambda: now_s) as progress:
         now_s = 1.0
         progress.advance(50, 4_000_000)
     drawn = capsys.readouterr().err

@@ -13,7 +13,7 @@ from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder, build
 from ds_slm.publish import export as exporting
 from ds_slm.publish.export import export
-from ds_slm.publish.generate import generate, sampler
+from ds_slm.publish.generate import GREEDY, Sampling, generate, sampler
 from ds_slm.recipe import schema
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -146,7 +146,7 @@ def test_cached_generation_is_the_same(pair):
     """Oracle: transformers' greedy generate: with its cache and without, by both of its attention implementations."""
     ours, theirs, _ = pair
     prompt = random_ids(7, seed=3).tolist()
-    got = generate(ours, prompt, 16, temperature=0, unused_ids=UNUSED)
+    got = generate(ours, prompt, 16, GREEDY, unused_ids=UNUSED)
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
     for implementation, use_cache in (("eager", True), ("sdpa", True), ("sdpa", False)):
         theirs.set_attn_implementation(implementation)
@@ -312,20 +312,20 @@ def test_generation_depends_on_its_seed_alone():
     """Oracle: a second call after disturbing torch's generator, and another seed."""
     model = small_model()
     torch.manual_seed(0)
-    one = generate(model, [5, 6], 20, temperature=1.5, seed=3)
+    one = generate(model, [5, 6], 20, Sampling(1.5, seed=3))
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert generate(model, [5, 6], 20, temperature=1.5, seed=3) == one and len(one) == 20
+    assert generate(model, [5, 6], 20, Sampling(1.5, seed=3)) == one and len(one) == 20
     assert torch.equal(torch.get_rng_state(), state)
-    assert generate(model, [5, 6], 20, temperature=1.5, seed=4) != one
+    assert generate(model, [5, 6], 20, Sampling(1.5, seed=4)) != one
 
 
 def test_narrow_sampling_is_greedy():
     """Oracle: greedy decoding: top_k = 1, a vanishing top_p and a vanishing temperature all leave one token."""
     model = small_model()
-    greedy = generate(model, [5, 6], 12, temperature=0)
+    greedy = generate(model, [5, 6], 12, GREEDY)
     for options in ({"top_k": 1}, {"top_p": 0.0}, {"temperature": 1e-4}):
-        assert generate(model, [5, 6], 12, seed=1, **options) == greedy
+        assert generate(model, [5, 6], 12, Sampling(seed=1, **options)) == greedy
 
 
 def test_filters_are_those_of_transformers():
@@ -352,7 +352,7 @@ def test_filters_are_those_of_transformers():
     )
     wanted_V = processors(torch.tensor([known]), logits_V.clone()[None])[0].softmax(-1)
     generator = torch.Generator().manual_seed(1)
-    drawn = [_choose(logits_V.clone(), known, 0.7, 8, 0.8, 1.3, generator) for _ in range(4000)]
+    drawn = [_choose(logits_V.clone(), known, Sampling(0.7, 8, 0.8, 1.3), generator) for _ in range(4000)]
     got_V = torch.bincount(torch.tensor(drawn), minlength=30) / 4000
     assert torch.equal(got_V > 0, wanted_V > 0)
     torch.testing.assert_close(got_V, wanted_V, atol=0.03, rtol=0)
@@ -361,9 +361,9 @@ def test_filters_are_those_of_transformers():
 def test_generation_ends_with_a_stop_id():
     """Oracle: the same continuation, cut after the id."""
     model = small_model()
-    free = generate(model, [5, 6], 20, temperature=1.5, seed=3)
+    free = generate(model, [5, 6], 20, Sampling(1.5, seed=3))
     stop = free[8]
-    assert generate(model, [5, 6], 20, temperature=1.5, seed=3, stop_ids={stop}) == free[: free.index(stop) + 1]
+    assert generate(model, [5, 6], 20, Sampling(1.5, seed=3), stop_ids={stop}) == free[: free.index(stop) + 1]
     assert generate(model, [5, 6], 0) == []
 
 
@@ -372,7 +372,7 @@ def test_generation_slides_beyond_the_context():
     model = small_model(max_position_embeddings=8, num_hidden_layers=1)
     model.train()
     prompt = random_ids(11, seed=5).tolist()
-    got = generate(model, prompt, 14, temperature=0)
+    got = generate(model, prompt, 14, GREEDY)
     assert model.training
     known, window = list(prompt), prompt[-8:]
     for token in got:

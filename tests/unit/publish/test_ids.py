@@ -10,7 +10,7 @@ from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.model.decoder import Decoder, build
 from ds_slm.publish import generate as generating
 from ds_slm.publish.export import export
-from ds_slm.publish.generate import generate, sampler
+from ds_slm.publish.generate import Sampling, generate, sampler
 from ds_slm.recipe import schema
 from tests.support.data_recipes import BPE, recipe, source, texts
 
@@ -36,11 +36,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generation_never_draws_unused_ids(model: Decoder) -> None:
     """Oracle: the ids drawn, greedily and at random, against those drawn where nothing is excluded."""
-    assert set(generate(model, [5, 6], 40, temperature=3.0)) & UNUSED
+    assert set(generate(model, [5, 6], 40, Sampling(3.0))) & UNUSED
     for temperature in (0.0, 3.0):
         for penalty in (1.0, 1.3):
-            options = {"temperature": temperature, "repetition_penalty": penalty, "unused_ids": UNUSED}
-            assert not set(generate(model, [5, 300], 40, **options)) & UNUSED
+            sampling = Sampling(temperature, repetition_penalty=penalty)
+            assert not set(generate(model, [5, 300], 40, sampling, unused_ids=UNUSED)) & UNUSED
 
 
 def test_the_sampler_excludes_what_its_tokenizer_lacks(

@@ -76,8 +76,8 @@ def main() -> int:
 
     for question, (answer, ended) in found.items():
         end = "" if ended else " ... (did not end)"
-        console.print(f"[bold]{question}[/bold] ", end="")
-        console.print(answer + end, markup=False, highlight=False)
+        console.print(f"[bold]Q: {question}[/bold]")
+        console.print(f"A: {answer}{end}", markup=False, highlight=False)
 
     seconds = sum(record["step_s"] for record in steps)
     conversations = sum(record["conversations"] for record in steps)

@@ -6,12 +6,17 @@ Most tokenizers give the same ids either way, but for contents that begin with w
 before each text do not, and neither do those whose added tokens stand in the conversations.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from ds_slm.data.tokenizers.tokenizer import Tokenizer
+from ds_slm.data.shards.journal import SPLITS
+from ds_slm.data.shards.prepared import Prepared
+from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import DataError
 from sft.chatml import ChatML
+from sft.encode import ENCODING
 from sft.probe import refuse_other_encoding
+from sft.shards import IDS, Conversations
 
 CONTENT = "The cat, 3 of them: e.g. (one)\n\nand two."
 """Ordinary text, to see whether contents may be encoded alone."""
@@ -19,17 +24,15 @@ SAMPLE = 256
 """Conversations of a split that are looked at for added tokens."""
 
 
-def refuse_other_ids(tokenizer: Tokenizer, conversations: Mapping[str, Iterable[Sequence[int]]]) -> None:
+def refuse_older_ids(prepared: Prepared) -> None:
     """Refuse what an older version has prepared with ids that the exported chat template does not give.
-
-    Args:
-        tokenizer: the one they were made with.
-        conversations: ids of some of them, by the folder they stand in.
 
     Raises:
         DataError: with an example and the way out, for each folder.
     """
-    if tokenizer.cuts_alone:
+    older = [name for name, manifest in prepared.manifests.items() if not ENCODING.items() <= manifest.items()]
+    tokenizer = load_tokenizer(prepared.tokenizer_folder) if older else None
+    if tokenizer is None or tokenizer.cuts_alone:
         return
     refuse_other_encoding(tokenizer)
 
@@ -37,18 +40,27 @@ def refuse_other_ids(tokenizer: Tokenizer, conversations: Mapping[str, Iterable[
     chatml = ChatML(tokenizer)
     talk = [{"role": "user", "content": CONTENT}, {"role": "assistant", "content": CONTENT}]
     alone, whole = _encoded_alone(chatml, talk), chatml.encode(talk).ids.tolist()
-    reasons = dict.fromkeys(conversations, f"for {CONTENT!r} {alone} where the template gives {whole}")
+    reasons = dict.fromkeys(older, f"for {CONTENT!r} {alone} where the template gives {whole}")
     if alone == whole:
-        reasons = {folder: _spelled(tokenizer, some) for folder, some in conversations.items()}
+        reasons = {name: _spelled(tokenizer, _sample(prepared, name)) for name in older}
 
     problems = [
         f"{folder} was prepared by an older version, which gave conversations other ids in this tokenizer than the "
         f"exported chat template does ({reason}): remove {folder} and prepare again."
-        for folder, reason in reasons.items()
+        for folder, reason in ((prepared.folder / name, reason) for name, reason in reasons.items())
         if reason
     ]
     if problems:
         raise DataError(problems)
+
+
+def _sample(prepared: Prepared, name: str) -> Iterator[list[int]]:
+    """The ids of conversations of one source, spread evenly over each split."""
+    part = replace(prepared, manifests={name: prepared.manifests[name]})
+    for split in SPLITS:
+        found = Conversations(part.tokens(split))
+        for number in range(0, len(found), max(len(found) // SAMPLE, 1)):
+            yield (found[number] & IDS).tolist()
 
 
 def _encoded_alone(chatml: ChatML, messages: list[dict[str, str]]) -> list[int]:

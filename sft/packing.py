@@ -1,6 +1,9 @@
-"""The order of conversations in an epoch, and which of them share a row: pure functions.
+"""The rows of an epoch: the order of its conversations, and which of them share a row. Pure functions.
 
-    seed, epoch, count --shuffled--> permutation;   lengths, capacity --pack--> rows
+    seed, epoch, count --shuffled--> permutation of all conversations --pack, a window at a time--> rows
+
+Packed, windows of PACK_WINDOW conversations in that order are put into rows, longest first, each where it leaves the
+least room; unpacked, a row is one conversation.
 
 Keys: SplitMix64's finaliser, as in ds_slm.data.order. Packing: best fit decreasing.
 """
@@ -11,6 +14,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from ds_slm.data.order import mix
+
+PACK_WINDOW = 4_096
+"""Conversations that are packed together."""
+
+
+def rows_of_epoch(lengths: np.ndarray, capacity: int | None, seed: int, epoch: int) -> list[list[int]]:
+    """The conversations of each row of an epoch.
+
+    Args:
+        lengths: tokens of each conversation.
+        capacity: tokens of a row; None puts each conversation into a row of its own.
+        seed: the recipe's.
+        epoch: which one, from 0.
+    """
+    order = shuffled(seed, epoch, len(lengths))
+    if capacity is None:
+        return [[int(number)] for number in order]
+
+    rows: list[list[int]] = []
+    for begin in range(0, len(order), PACK_WINDOW):
+        window = order[begin : begin + PACK_WINDOW]
+        packed = pack(lengths[window].tolist(), capacity)
+        # rows opened early hold the longest: put them back into the order of their earliest conversation
+        packed = sorted((sorted(row) for row in packed), key=lambda row: row[0])
+        rows += [[int(window[item]) for item in row] for row in packed]
+    return rows
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

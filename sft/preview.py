@@ -25,7 +25,8 @@ from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.recipe.schema import Recipe
 from sft.chatml import ChatML
-from sft.data import CUT, IDS, TRAINED, ConversationRows, tell
+from sft.rows import ConversationRows, summary_line
+from sft.shards import CUT, IDS, TRAINED
 
 Piece = tuple[str, list[int]]
 """Some text and the tokens it is made of."""
@@ -147,7 +148,9 @@ def as_html(recipe_name: str, shown: Sequence[Shown], summary: Mapping[str, Any]
         f'<div class="text">{"".join(_run_html(run, with_ids) for run in one.runs)}</div></section>'
         for one in shown
     )
-    return _PAGE.format(title=title, style=_STYLE, summary=html.escape(tell(summary)), conversations=conversations)
+    return _PAGE.format(
+        title=title, style=_STYLE, summary=html.escape(summary_line(summary)), conversations=conversations
+    )
 
 
 def _run_html(run: Run, with_ids: bool) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Python puts this script's own folder first on the path, where `data` would be a top-level module.
+# Python puts this script's own folder first on the path, where `rows` would be a top-level module.
 sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "sft")]
 # Compiled ops need the ninja that was installed beside this interpreter, also in a remote shell.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -30,20 +30,23 @@ def main() -> None:
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.recipe import schema
-    from sft import data
+    from sft.checks import section
 
     name = schema.recipe_path(args.recipe).stem
     recipe = schema.load(args.recipe, args.set, flags.run_dir(args, name))
-    data.section(recipe)
+    section(recipe)
     sources = flags.parse_sources(args.source)
     refuse_missing_hostfile()
 
+    from ds_slm.data.shards.prepared import Prepared
     from ds_slm.data.tokenizers.tokenizer import IM_END
     from ds_slm.publish.generate import sampler
     from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
     from ds_slm.train import launch
     from ds_slm.train.task import Task
     from sft.chatml import ChatML
+    from sft.prepare import prepare_conversations
+    from sft.rows import ConversationRows, summary_line
 
     @cache
     def base() -> OpenModel:
@@ -53,16 +56,14 @@ def main() -> None:
         opened.refuse_other_parameters()
         return opened
 
-    def rows(corpus: data.Prepared) -> data.ConversationRows:
-        found = data.ConversationRows(recipe, corpus)
+    def rows(corpus: Prepared) -> ConversationRows:
+        found = ConversationRows(recipe, corpus)
         if first_on_host:
-            print(data.tell(found.summary()), flush=True)
+            print(summary_line(found.summary()), flush=True)
         return found
 
     task = Task(
-        prepare=lambda: data.prepare_conversations(
-            recipe, name, args.data_root, base().tokenizer_folder, sources, report
-        ),
+        prepare=lambda: prepare_conversations(recipe, name, args.data_root, base().tokenizer_folder, sources, report),
         rows=rows,
         sample=lambda corpus: sampler(
             corpus.tokenizer_folder,

@@ -227,11 +227,14 @@ def _preview(name: str, args: "Namespace") -> None:
     from ds_slm.files import replace_text
     from ds_slm.publish.models import open_model, refuse_other_base
     from ds_slm.recipe import schema
-    from sft import data, preview
+    from sft import preview
+    from sft.checks import section
+    from sft.prepare import prepare_conversations
+    from sft.rows import summary_line
 
     recipe, stem = schema.load(name, args.set), schema.recipe_path(name).stem
     base, with_ids = args.base, args.ids
-    data.section(recipe)
+    section(recipe)
     sources, out = parse_sources(args.source), args.out or Path(f"preview-{stem}.html")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
@@ -241,7 +244,7 @@ def _preview(name: str, args: "Namespace") -> None:
         opened = open_model(base)
         refuse_other_base(recipe, opened)
         tokenizer_folder = opened.tokenizer_folder
-    prepared = data.prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
+    prepared = prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
     shown, summary = preview.read_shown(recipe, prepared, args.preview)
 
     # The terminal shows masks in colours, or by marks if it has no colours.
@@ -250,7 +253,7 @@ def _preview(name: str, args: "Namespace") -> None:
         console.print(f"\nconversation {one.number:,}: {one.counts}", style="bold")
         plain = console.color_system is None or console.no_color
         console.print(preview.as_text(one, with_ids, with_marks=plain), soft_wrap=True, end="")
-    print(f"\n{data.tell(summary)}")
+    print(f"\n{summary_line(summary)}")
 
     replace_text(out, preview.as_html(stem, shown, summary, with_ids))
     print(f"written: {out}")

@@ -41,7 +41,9 @@ from ds_slm.publish.export import export_run
 from ds_slm.publish.models import open_model
 from ds_slm.recipe import schema
 from ds_slm.run import software
-from sft import data as sft_data
+from sft.encode import conversation_format
+from sft.prepare import prepare_conversations
+from sft.rows import ConversationRows
 from tests.golden import facts
 from tests.support import conversations, runs
 
@@ -157,11 +159,11 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
     talks = [json.dumps(talk) for talk in conversations.made(30, longest=2)]
     tokenizer, root = scratch / "tokenizer", folder / facts.DATA
     text = replace(TEXT, builtin=lambda: texts, tokenizer_folder=tokenizer)
-    chat = replace(sft_data.conversation_format(tuning, tokenizer), builtin=lambda: talks)
+    chat = replace(conversation_format(tuning, tokenizer), builtin=lambda: talks)
     build_tokenizer(recipe, lambda source: iter(texts)).save(tokenizer)
     prepared = prepare(recipe, facts.PRETRAINING, root, document_format=text)
     prepare(tuning, facts.FINE_TUNING, root, document_format=chat)
-    chats = sft_data.prepare_conversations(tuning, facts.FINE_TUNING, root, tokenizer)
+    chats = prepare_conversations(tuning, facts.FINE_TUNING, root, tokenizer)
 
     # Launched twice: only the first launch is told which rows to leave out, and only env.json knows of the second.
     run, whole = folder / facts.RUN, scratch / "whole"
@@ -176,7 +178,7 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
         "recipes": {facts.PRETRAINING: recipe.identity_sha256(), facts.FINE_TUNING: tuning.identity_sha256()},
         "data": {
             facts.PRETRAINING: facts.of_data(prepared, PretrainRows(recipe, prepared)),
-            facts.FINE_TUNING: facts.of_data(chats, sft_data.ConversationRows(tuning, chats)),
+            facts.FINE_TUNING: facts.of_data(chats, ConversationRows(tuning, chats)),
         },
         "checkpoints": {str(step): facts.of_checkpoint(run, step) for step in facts.SAVED_STEPS},
         "models": {name: open_model(folder / name).sha256 for name in (facts.RUN, facts.EXPORT)},

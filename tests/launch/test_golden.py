@@ -22,7 +22,8 @@ from ds_slm.publish.models import open_model
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import ledger
-from sft.data import ConversationRows, prepare_conversations
+from sft.prepare import prepare_conversations
+from sft.rows import ConversationRows
 from tests.golden import facts
 from tests.support import runs, tolerances
 

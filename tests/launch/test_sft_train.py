@@ -18,7 +18,7 @@ from ds_slm.publish.generate import GREEDY, generate
 from ds_slm.recipe import schema
 from ds_slm.recipe.schedule import learning_rate
 from sft.chatml import ChatML
-from sft.data import ConversationRows
+from sft.rows import ConversationRows
 from tests.support import conversations, runs, tolerances
 
 PROGRAM = runs.ROOT / "sft" / "train.py"

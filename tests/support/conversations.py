@@ -9,7 +9,8 @@ from typing import Any
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from ds_slm.recipe import schema
-from sft.data import ConversationRows, prepare_conversations
+from sft.prepare import prepare_conversations
+from sft.rows import ConversationRows
 from tests.support import data_recipes
 
 VOCABULARY = 320

@@ -37,8 +37,8 @@ IMPORTED = (
     "bitsandbytes", "transformers", "transformers.models.auto",
     "torch.utils.tensorboard", "safetensors.torch", "ds_slm.pretrain", "ds_slm.train.launch",
     "ds_slm.data.shards.prepare", "ds_slm.data.rows", "ds_slm.publish.generate",
-     "ds_slm.publish.export", "ds_slm.cli.main", "sft.train", "sft.data",
-    "sft.preview",
+     "ds_slm.publish.export", "ds_slm.cli.main", "sft.train", "sft.prepare",
+    "sft.rows", "sft.preview",
 )  # fmt: skip
 READ_ON_IMPORT = (
     "OMP_", "MKL_", "OPENBLAS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "PYTHON", "LD_", "DS_ACCELERATOR",

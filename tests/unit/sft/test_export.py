@@ -11,8 +11,8 @@ from ds_slm.data.tokenizers.tokenizer import IM_END, load_tokenizer
 from ds_slm.model import decoder
 from ds_slm.publish.export import export
 from ds_slm.recipe import plan, schema
-from sft import data
 from sft.chatml import ChatML
+from sft.prepare import prepare_conversations
 from tests.support.data_recipes import BPE, prepare, recipe, source, texts, write_jsonl
 
 PROMPT = "<|im_start|>user\nWrite a short mail.<|im_end|>\n<|im_start|>assistant\n"
@@ -29,9 +29,7 @@ def assistant_tokenizer(folder: Path, section: str) -> Path:
     base = prepare(recipe(source("a", path=text), tokenizer=section), folder / "base")
     made = recipe(source("talks", path=folder / "talks.jsonl", column="messages"), tokenizer=section, seq_len=512)
     made = made.model_copy(update={"sft": schema.Sft()})
-    prepared = data.prepare_conversations(
-        made, "talks", folder / "data", base.tokenizer_folder, report=lambda line: None
-    )
+    prepared = prepare_conversations(made, "talks", folder / "data", base.tokenizer_folder, report=lambda line: None)
     return prepared.tokenizer_folder
 
 

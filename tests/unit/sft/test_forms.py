@@ -15,8 +15,9 @@ from ds_slm.data.shards.prepared import Prepared
 from ds_slm.errors import DataError
 from sft import forms
 from sft.chatml import problem_of
-from sft.data import Conversations, prepare_conversations
 from sft.forms import read_messages
+from sft.prepare import prepare_conversations
+from sft.shards import Conversations
 from tests.support import conversations
 
 ASKED, SAID = "what is it?", "it is a cat."

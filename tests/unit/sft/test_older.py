@@ -17,8 +17,9 @@ from ds_slm.data.tokenizers.tokenizer import Tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
 from sft.chatml import ChatML, Encoded
-from sft.data import ENCODING, prepare_conversations
+from sft.encode import ENCODING
 from sft.older import _encoded_alone
+from sft.prepare import prepare_conversations
 from tests.support import assistants, conversations
 from tests.unit.data.test_sentencepiece import write_model
 from tests.unit.sft.test_probe import assistant
@@ -64,7 +65,7 @@ def prepared_by_an_older_version(
 
     with monkeypatch.context() as patched:
         patched.setattr(ChatML, "encode_batch", alone)
-        patched.setattr("sft.data.refuse_other_encoding", lambda tokenizer: None)
+        patched.setattr("sft.encode.refuse_other_encoding", lambda tokenizer: None)
         open_data()
     path = folder / "data" / "old" / "chats" / MANIFEST
     manifest = json.loads(path.read_text())

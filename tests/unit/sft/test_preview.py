@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sft import data, preview
+from sft import encode, preview, shards
+from sft.chatml import Encoded
 from tests.support.assistants import chat, ds_slm, small_talk, write_base, write_sft
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -224,9 +225,9 @@ def test_every_token_but_the_first_under_all(base: Path, folder: Path, monkeypat
 
 
 WRONG = {
-    "all zero": (lambda flagged: flagged & ~data.TRAINED, "nothing is trained"),
-    "all one": (lambda flagged: flagged | data.TRAINED, "everything is trained"),
-    "no end": (lambda f: np.where((f & IDS) == IM_END, f & ~data.TRAINED, f), "ends without <|im_end|>"),
+    "all zero": (lambda flagged: flagged & ~shards.TRAINED, "nothing is trained"),
+    "all one": (lambda flagged: flagged | shards.TRAINED, "everything is trained"),
+    "no end": (lambda f: np.where((f & IDS) == IM_END, f & ~shards.TRAINED, f), "ends without <|im_end|>"),
 }
 
 
@@ -236,13 +237,13 @@ def test_masks_that_cannot_be_meant_are_refused(
 ) -> None:
     """Oracle: exit code 2 and the sentence that training says, for flags spoilt where they are made; no page."""
     spoil, sentence = WRONG[wrong]
-    right = data.flagged
+    right = shards.flagged
 
-    def spoilt(conversation: data.Encoded, limit: int) -> np.ndarray | str:
+    def spoilt(conversation: Encoded, limit: int) -> np.ndarray | str:
         found = right(conversation, limit)
         return found if isinstance(found, str) else spoil(found)
 
-    monkeypatch.setattr(data, "flagged", spoilt)
+    monkeypatch.setattr(encode, "flagged", spoilt)
     monkeypatch.chdir(tmp_path)
     recipe = write_sft(tmp_path, small_talk())
     assert ds_slm("sft", recipe, "--base", base, "--preview", "3", monkeypatch=monkeypatch) == 2

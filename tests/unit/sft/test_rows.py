@@ -1,21 +1,20 @@
-"""Rows of conversations: cutting, packing, order and weights."""
+"""Rows of conversations: order, weights, what is counted and told."""
 
 import json
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ds_slm.data.order import RowId
 from ds_slm.recipe import schema
-from sft import data as sft_data
+from sft import packing
 from sft.chatml import ChatML, Encoded
-from sft.data import ANSWER, BEGIN, CUT, IDS, TRAINED, ConversationRows, flagged, pack, shuffled
+from sft.packing import shuffled
+from sft.rows import ConversationRows, summary_line
+from sft.shards import ANSWER, CUT, IDS, NO_TARGETS, TRAINED
 from tests.support import conversations
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -47,29 +46,6 @@ def expected_of(folder: Path, mask: Any = "assistant", limit: int = 129) -> dict
     return found
 
 
-def test_cut_in_the_middle_of_an_answer() -> None:
-    """Oracle: by hand: what is left is trained, nothing is put behind it; the conversation is marked as cut."""
-    ids, trained = np.arange(10, 20), np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0], bool)
-    answers = np.array([0, 0, 1, 1, 1, 1, 1, 1, 1, 1], bool)
-    cut = flagged(Encoded(ids, trained, answers), 7)
-    assert isinstance(cut, np.ndarray)
-    assert (cut & IDS).tolist() == [10, 11, 12, 13, 14, 15, 16]
-    assert [bool(token & TRAINED) for token in cut] == [0, 0, 0, 0, 1, 1, 1]
-    assert [bool(token & ANSWER) for token in cut] == [0, 0, 1, 1, 1, 1, 1]
-    assert np.flatnonzero(cut & BEGIN).tolist() == np.flatnonzero(cut & CUT).tolist() == [0]
-    for limit in (10, 11):
-        whole = flagged(Encoded(ids, trained, answers), limit)
-        assert isinstance(whole, np.ndarray) and len(whole) == 10 and not (whole & CUT).any()
-
-
-def test_a_conversation_without_a_target_is_left_out() -> None:
-    """Oracle: by hand: its answers were all cut off, or its only target is its first token, which nothing predicts."""
-    answers = np.zeros(5, bool)
-    assert flagged(Encoded(np.arange(5), np.array([0, 0, 0, 1, 1], bool), answers), 3) == sft_data.NO_TARGETS
-    assert flagged(Encoded(np.arange(5), np.array([1, 0, 0, 0, 0], bool), answers), 5) == sft_data.NO_TARGETS
-    assert not isinstance(flagged(Encoded(np.arange(5), np.array([1, 0, 0, 1, 0], bool), answers), 4), str)
-
-
 def test_cut_and_dropped_are_counted(tmp_path: Path) -> None:
     """Oracle: counting by hand: three that fit, one cut in its answer, one whose answer was cut off, four invalid."""
     long = "word " * 600
@@ -84,11 +60,11 @@ def test_cut_and_dropped_are_counted(tmp_path: Path) -> None:
         "turns that do not alternate": 1,
         "content that is no string": 1,
         "unknown role 'bot'": 1,
-        sft_data.NO_TARGETS: 2,
+        NO_TARGETS: 2,
     }
     assert summary["train"]["truncated"] + summary["val"]["truncated"] == 1
     assert summary["train"]["conversations"] + summary["val"]["conversations"] == 3 + 1 + 50
-    line = sft_data.tell(summary)
+    line = summary_line(summary)
     assert f"{summary['train']['conversations']:,} to train on" in line and "2 without a target" in line
 
 
@@ -105,53 +81,6 @@ def test_no_terminator_is_invented(folder: Path) -> None:
         assert ((tokens & TRAINED) != 0).tolist() == expected[text].trained.tolist()
         assert ((tokens & ANSWER) != 0).tolist() == expected[text].answers.tolist()
     assert any(tokens[0] & CUT for tokens in found.values())
-
-
-def naive_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best fit decreasing, looking at every row for each item."""
-    rows: list[list[int]] = []
-    for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-        room_left = {
-            place: left
-            for place, row in enumerate(rows)
-            if (left := capacity - sum(lengths[other] for other in row) - lengths[item]) >= 0
-        }
-        if room_left:
-            rows[min(room_left, key=lambda place: (room_left[place], place))].append(item)
-        else:
-            rows.append([item])
-    return rows
-
-
-@settings(max_examples=300)
-@given(capacity=st.integers(1, 40), data=st.data())
-def test_pack_is_best_fit(capacity: int, data: st.DataObject) -> None:
-    """Oracle: a search through all rows for every item; capacity is never exceeded, every item is in one row."""
-    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=40))
-    rows = pack(lengths, capacity)
-    assert rows == naive_best_fit(lengths, capacity) == pack(lengths, capacity)
-    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[item] for item in row) <= capacity for row in rows)
-    sums = sorted(sum(lengths[item] for item in row) for row in rows)
-    assert all(one + other > capacity for one, other in pairwise(sums))  # no two would fit in one
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
-def test_shuffled_is_a_permutation(count: int) -> None:
-    """Oracle: every number once; another seed or epoch, another order."""
-    orders = [shuffled(seed, epoch, count) for seed in (0, 1, -1, 1337, 2**40) for epoch in range(3)]
-    assert all(sorted(order.tolist()) == list(range(count)) for order in orders)
-    if count > 100:
-        assert len({str(order.tolist()) for order in orders}) == len(orders)
-        correlations = np.abs(np.corrcoef([*orders, np.arange(count)]) - np.eye(len(orders) + 1))
-        assert correlations.max() < 5 / np.sqrt(count)
-
-
-def test_shuffled_never_changes() -> None:
-    """Oracle: pinned: a run that was begun must go on in the same order with a later version."""
-    assert shuffled(5, 0, 10).tolist() == [0, 6, 1, 8, 5, 3, 2, 7, 4, 9]
-    assert shuffled(5, 1, 10).tolist() == [1, 5, 2, 9, 3, 0, 6, 4, 7, 8]
-    assert int(shuffled(1337, 0, 199_807)[:1000].sum()) == 100_771_354
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -213,7 +142,7 @@ def test_rows_are_their_conversations(folder: Path, mask: str, packing: str) -> 
 
 def test_windows_are_packed_by_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the shuffled order: rows of a window hold its conversations alone, rows in order of their earliest."""
-    monkeypatch.setattr(sft_data, "PACK_WINDOW", 50)
+    monkeypatch.setattr(packing, "PACK_WINDOW", 50)
     rows = rows_of(folder, "sft.packing=true")
     order = shuffled(5, 1, len(rows._splits["train"])).tolist()
     place_of = {number: place for place, number in enumerate(order)}
@@ -249,6 +178,16 @@ def test_held_out_rows(folder: Path) -> None:
         assert some == sorted(set(some)) and len(some) == limit and set(some) <= set(ids)
         gaps = np.diff([-1, *(row_id.row for row_id in some), len(ids)])
         assert gaps.max() <= len(ids) / limit + 1  # spread evenly
+
+
+def test_the_cards_measure_needs_answers(tmp_path: Path) -> None:
+    """Oracle: under `all` a conversation may hold no answer, so the card's mean over answers may be of nothing."""
+    path = conversations.write(tmp_path / "made.jsonl", [[{**U, "content": str(number)}] for number in range(60)])
+    rows = conversations.rows(path, tmp_path, "sft.mask=all")
+    assert list(rows.measures.values()) == ["val"]
+    answers = conversations.write(tmp_path / "answers.jsonl", conversations.made())
+    assert list(conversations.rows(answers, tmp_path / "answers").measures.values()) == ["val", "val_card"]
+    assert rows.read(rows.val_row_ids(), "val_card").weights.sum() == 0
 
 
 def test_filler_rows_weigh_nothing(folder: Path) -> None:

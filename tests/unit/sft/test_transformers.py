@@ -14,9 +14,9 @@ import pytest
 
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
-from sft import chatml, data
+from sft import chatml, encode
 from sft.chatml import CHAT_TEMPLATE, IM_END, ChatML, Encoded, Mask, problem_of
-from sft.data import ConversationRows
+from sft.rows import ConversationRows
 from tests.support import conversations
 from tests.support.conversations import Conversation
 
@@ -310,6 +310,6 @@ def test_broken_masks_are_refused(
     mutate(mutation)
     with pytest.raises(DataError, match="would give other targets"):
         conversations.prepare(recipe, tmp_path)
-    monkeypatch.setattr(data, "refuse_other_encoding", lambda tokenizer: None)
+    monkeypatch.setattr(encode, "refuse_other_encoding", lambda tokenizer: None)
     with pytest.raises(DataError, match=refusal):
         ConversationRows(recipe, conversations.prepare(recipe, tmp_path))

@@ -1,0 +1,57 @@
+"""From a recipe's conversations to shards, in the tokenizer of the base that is fine-tuned.
+
+sources --ds_slm.data.shards.prepare, with sft.encode's format--> shards, journal, manifest
+--checks of the base's tokenizer and of older versions' ids--> Prepared, its chat template beside it
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ds_slm.data.shards.identity import TOKENIZER
+from ds_slm.data.shards.prepare import prepare
+from ds_slm.data.shards.prepared import Prepared
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from ds_slm.errors import DataError
+from ds_slm.files import replace_text
+from ds_slm.recipe.schema import Recipe
+from sft.chatml import CHAT_TEMPLATE
+from sft.encode import conversation_format
+from sft.older import refuse_older_ids
+
+
+def prepare_conversations(
+    recipe: Recipe,
+    name: str,
+    data_root: Path,
+    tokenizer_folder: Path | None,
+    sources: Mapping[str, Path] | None = None,
+    report: Callable[[str], None] = print,
+) -> Prepared:
+    """Conversations as shards, in the base's tokenizer; as `ds_slm.data.shards.prepare.prepare` does it.
+
+    Without a `tokenizer_folder` the tokenizer is the one they were prepared with before, or the recipe's where that
+    needs no training.
+
+    Raises:
+        DataError: with every problem found, a base with another tokenizer than the data were made with among them.
+    """
+    if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (data_root / name / TOKENIZER).exists():
+        raise DataError(f"recipe {name!r} has a tokenizer that is trained with its base: name that one, --base MODEL.")
+
+    document_format = conversation_format(recipe, tokenizer_folder)
+    prepared = prepare(recipe, name, data_root, sources, report=report, document_format=document_format)
+
+    ours = prepared.tokenizer_sha256
+    if tokenizer_folder and ours != (theirs := load_tokenizer(tokenizer_folder).sha256):
+        raise DataError(
+            f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
+            f"name the base it was made for, another --data-root, or remove the folder."
+        )
+
+    refuse_older_ids(prepared)
+
+    # An export copies the tokenizer's folder, and the chat template with it.
+    template = prepared.tokenizer_folder / CHAT_TEMPLATE_FILE
+    if not template.is_file():
+        replace_text(template, CHAT_TEMPLATE)
+    return prepared

@@ -31,7 +31,7 @@ WAY_OUT = f"expected: {EXPECTED}; mend them, or set sft.invalid = 'drop' to leav
 def conversation_format(recipe: Recipe, tokenizer_folder: Path | None = None) -> DocumentFormat:
     """How conversations are read and encoded; in the recipe's tokenizer, where no other is given."""
     settings = section(recipe)
-    deciding = settings.model_dump(mode="json", include={"mask", "system_turns", "max_rows", "invalid"})
+    deciding = settings.dump_for_hash(include={"mask", "system_turns", "max_rows", "invalid"})
     notes: Counter[str] = Counter()
     return DocumentFormat(
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),

@@ -12,10 +12,10 @@ may be what is left of another kind after `--set schedule.kind=cosine`, or a sho
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from ds_slm.recipe.schedule import learning_rate
-from ds_slm.recipe.sections import Data, Optimizer, Schedule, Section, Source, Tokenizer, Train
+from ds_slm.recipe.sections import Data, Optimizer, Schedule, Section, Source, Tokenizer, Train, newer_fields
 
 if TYPE_CHECKING:
     from ds_slm.recipe.schema import Recipe
@@ -102,13 +102,16 @@ def set_keys(section: Section, resolved: bool) -> set[str]:
 
 
 def _is_resolved(recipe: "Recipe") -> bool:
-    """Whether every key is there, as in a recipe that a run has recorded: that one was set is then not known."""
+    """Whether every key is there, as in a recipe that a run has recorded: that one was set is then not known.
+
+    Keys that an earlier version did not know may be missing from what it has recorded.
+    """
     tables = (recipe.model, recipe.tokenizer, recipe.data, recipe.optimizer, recipe.schedule, recipe.train, recipe.run)
     return all(
         key in table.model_fields_set
         for table in tables
         for key, field in type(table).model_fields.items()
-        if field.get_default() is not None
+        if field.get_default() is not None and key not in newer_fields(type(table))
     )
 
 
@@ -133,19 +136,31 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
         yield f"optimizer.min_lr = {min_lr:g} is optimizer.lr: the learning rate never decays"
 
     if schedule.kind == "cosine":
-        if schedule.warmup_steps < steps and last == lr > min_lr:
-            yield (
-                f"schedule.warmup_steps = {schedule.warmup_steps:,} of train.steps = {steps:,}: the last step runs at "
-                f"the peak of {lr:g}, so the learning rate never decays"
-            )
-        for key in sorted(set_keys(schedule, resolved) & {"decay_start_step", "decay_steps", "decay_shape"}):
-            yield (
-                f"schedule.{key} = {getattr(schedule, key)!r} has no effect: kind = 'cosine' decays from the end of "
-                "the warm-up to the last step"
-            )
-        return
+        yield from _of_cosine(recipe, last, resolved)
+    elif schedule.kind == "wsd":
+        yield from _of_wsd(recipe, last)
+    else:
+        assert_never(schedule.kind)
 
-    # Under `wsd` the recipe says where the decay begins and ends.
+
+def _of_cosine(recipe: "Recipe", last: float, resolved: bool) -> Iterator[str]:
+    """`last` is the learning rate of the last step."""
+    schedule, steps, lr = recipe.schedule, recipe.train.steps, recipe.optimizer.lr
+    if schedule.warmup_steps < steps and last == lr > recipe.optimizer.min_lr:
+        yield (
+            f"schedule.warmup_steps = {schedule.warmup_steps:,} of train.steps = {steps:,}: the last step runs at "
+            f"the peak of {lr:g}, so the learning rate never decays"
+        )
+    for key in sorted(set_keys(schedule, resolved) & {"decay_start_step", "decay_steps", "decay_shape"}):
+        yield (
+            f"schedule.{key} = {getattr(schedule, key)!r} has no effect: kind = 'cosine' decays from the end of "
+            "the warm-up to the last step"
+        )
+
+
+def _of_wsd(recipe: "Recipe", last: float) -> Iterator[str]:
+    """The recipe says where the decay begins and ends; `last` is the learning rate of the last step."""
+    schedule, steps, lr, min_lr = recipe.schedule, recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr
     start, length = schedule.decay_start_step or 0, schedule.decay_steps or 0
     if start >= steps:
         yield (

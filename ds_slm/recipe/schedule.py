@@ -11,7 +11,7 @@ Steps count from 0: `learning_rate(recipe, 0)` is the rate of the first optimise
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 if TYPE_CHECKING:
     from ds_slm.recipe.schema import Recipe
@@ -24,9 +24,11 @@ def learning_rate(recipe: "Recipe", step: int) -> float:
         return schedule.warmup_start_lr + (lr - schedule.warmup_start_lr) * step / schedule.warmup_steps
     if schedule.kind == "cosine":
         start, length, shape = schedule.warmup_steps, recipe.train.steps - schedule.warmup_steps, "cosine"
-    else:
+    elif schedule.kind == "wsd":
         assert schedule.decay_start_step is not None and schedule.decay_steps is not None
         start, length, shape = schedule.decay_start_step, schedule.decay_steps, schedule.decay_shape
+    else:
+        assert_never(schedule.kind)
     progress = min(max((step - start) / max(length, 1), 0.0), 1.0)
     if shape == "linear":
         return lr + (min_lr - lr) * progress

@@ -21,7 +21,6 @@ from ds_slm.recipe import effects
 from ds_slm.recipe.inheritance import inherited_places, tables_of, with_base
 from ds_slm.recipe.problems import closest, nearest, sentences
 from ds_slm.recipe.sections import (
-    HASHED,
     Card,
     Data,
     Eval,
@@ -137,7 +136,7 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """The part of the recipe that changes the result, as plain data."""
-        kept = self.model_dump(mode="json", include=set(IDENTITY), context=HASHED)
+        kept = self.dump_for_hash(include=set(IDENTITY))
         del kept["train"]["gradient_checkpointing"]
         return kept
 

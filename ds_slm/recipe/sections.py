@@ -3,6 +3,13 @@
     one table of the TOML file --> one Section; all of them --> schema.Recipe
 
 Field names of the model are Hugging Face's. The string under a field is its description: unit, meaning of the default.
+
+A new field has a default, under which a recipe means what it meant before, and is marked:
+
+    dropout: Annotated[float, NEWER] = 0.0
+
+Recipes, prepared data and runs of earlier versions then keep their hashes: see `Section.dump_for_hash`.
+CONTRIBUTING.md says which other files a new field or kind needs.
 """
 
 import math
@@ -15,8 +22,11 @@ from pydantic import (
     Field,
     FieldSerializationInfo,
     PositiveInt,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -30,6 +40,10 @@ MIX_ENTRIES = 1_000_000
 SmallInt = Annotated[PositiveInt, Field(lt=1 << 31)]
 Std = Annotated[float, Field(gt=0, le=100)]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
+NEWER = "newer than version 0.1"
+"""Marks a field that version 0.1 did not have."""
+HASHED = {"hashed": True}
+"""Context of a dump that is hashed, or compared with one that was written earlier."""
 
 
 class Section(BaseModel):
@@ -46,6 +60,28 @@ class Section(BaseModel):
         if any(isinstance(number, int) and number not in WHOLE_NUMBERS for number in numbers):
             raise ValueError("got a whole number of more than 64 bits; expected a smaller one")
         return value
+
+    def dump_for_hash(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """Plain data that are hashed, or compared with what an earlier version has written.
+
+        Words are those of version 0.1, and a field that is NEWER is left out while it holds its default. So a new field
+        changes the hash of no recipe that does not set it.
+        """
+        return self.model_dump(mode="json", include=include, exclude=exclude, context=HASHED)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_newer_defaults(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        kept = dump(self)
+        if info.context == HASHED:
+            for name in newer_fields(type(self)):
+                if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                    kept.pop(name, None)
+        return kept
+
+
+def newer_fields(section: type[Section]) -> set[str]:
+    """Names of the fields that are marked NEWER."""
+    return {name for name, field in section.model_fields.items() if NEWER in field.metadata}
 
 
 def _raise_together(problems: list[str]) -> None:
@@ -154,8 +190,6 @@ class Tokenizer(Section):
         return self
 
 
-HASHED = {"hashed": True}
-"""Context of a dump that is hashed, or compared with one that was written earlier: words are those of version 0.1."""
 OLD_WORD = "embedded"
 """What version 0.1 called the builtin kind of source."""
 

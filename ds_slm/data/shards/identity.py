@@ -17,13 +17,22 @@ from ds_slm.errors import DataError
 from ds_slm.files import is_plain_name, read_json, shortened
 from ds_slm.recipe.problems import sentences
 from ds_slm.recipe.schema import Recipe, Source
-from ds_slm.recipe.sections import HASHED
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 LEFT_OUT = "left_out"
 """Key of a manifest: files of a known kind that were not read. Manifests of older versions lack it."""
+
+
+class _Absent:
+    """What a part of a recipe holds under a key that it lacks: None is a value."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
 
 
 class _Shard(BaseModel):
@@ -96,18 +105,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
     """The part of the recipe that decides a source's shards. Its weight and the run's length do not."""
     return {
-        "source": source.model_dump(mode="json", exclude={"weight"}, context=HASHED),
-        "data": recipe.data.model_dump(mode="json", include={"val_fraction", "held_out", "split_seed"}),
-        "tokenizer": recipe.tokenizer.model_dump(mode="json"),
+        "source": source.dump_for_hash(exclude={"weight"}),
+        "data": recipe.data.dump_for_hash(include={"val_fraction", "held_out", "split_seed"}),
+        "tokenizer": recipe.tokenizer.dump_for_hash(),
     }
 
 
 def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that decides the tokenizer: of a trained one, also its text and the mix."""
-    identity = {"tokenizer": recipe.tokenizer.model_dump(mode="json")}
+    identity = {"tokenizer": recipe.tokenizer.dump_for_hash()}
     if recipe.tokenizer.kind == "bpe":
         included = {"val_fraction", "held_out", "split_seed", "source"}
-        identity["data"] = recipe.data.model_dump(mode="json", include=included, context=HASHED)
+        identity["data"] = recipe.data.dump_for_hash(include=included)
     return identity
 
 
@@ -130,8 +139,8 @@ def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path], en
 
 def _differences(before: Any, now: Any, place: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{place}.{key}")]
+        pairs = {key: (before.get(key, ABSENT), now.get(key, ABSENT)) for key in sorted(before.keys() | now.keys())}
+        return [line for key, (old, new) in pairs.items() for line in _differences(old, new, f"{place}.{key}")]
     return [] if before == now else [f"{place.lstrip('.')} was {before!r}, is {now!r}"]
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ds_slm.checkpoint import files as checkpoint_files
+from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import masters, partitions
 from ds_slm.engine.engine import Engine
-from ds_slm.errors import CheckpointError, UserError
+from ds_slm.errors import AgreedDataError, CheckpointError, UserError
 from ds_slm.model import decoder
 from ds_slm.run import folder as run_folder
 
@@ -155,7 +156,7 @@ def begin(engine: Engine, weights: Iterable[tuple[str, Tensor]] | None) -> None:
         masters.fill(engine.deepspeed, weights)
     except UserError as error:
         problems = error.problems
-    engine.raise_together(problems)
+    raise_on_all(engine.control, problems, AgreedDataError)
     partitions.refresh_half_precision(engine.deepspeed)
     masters.check(engine.deepspeed, engine.control)
 

@@ -10,6 +10,7 @@ import socket
 import traceback
 from dataclasses import asdict, dataclass
 
+from ds_slm.distributed.problems import merged
 from ds_slm.distributed.store import Intervals, Store, wait_until
 from ds_slm.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, describe
 
@@ -101,10 +102,4 @@ class FailureBoard:
 
 def all_problems(failures: list[Failure]) -> str:
     """Every problem once; with its host where not all hosts that failed have it."""
-    by_host: dict[str, dict[str, None]] = {}
-    for one in failures:
-        by_host.setdefault(one.host, {}).update(dict.fromkeys(one.problems))
-    first, *others = by_host.values()
-    everywhere = [problem for problem in first if all(problem in those for those in others)]
-    elsewhere = [f"{host}: {one}" for host, those in by_host.items() for one in those if one not in everywhere]
-    return "error: " + "\n  ".join([*everywhere, *elsewhere])
+    return "error: " + "\n  ".join(merged([one.host for one in failures], [one.problems for one in failures]))

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_slm.distributed.problems import raise_on_all
 from ds_slm.errors import CheckpointError
 
 BACKGROUND_TIMEOUT = timedelta(hours=6)
@@ -61,15 +62,14 @@ class Control:
         mark = folder / f".host-{self.rank}-{launch}"
 
         # Every leader leaves its mark; on a shared disk it then sees the others' marks, too.
-        problem = None
+        problems: list[str] = []
         if self.leads_host:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
             except OSError as error:
-                problem = f"{error.filename or folder}: {error.strerror or error}."
-        if problems := [one for one in self.gather(problem) if one]:
-            raise CheckpointError(problems)
+                problems.append(f"{error.filename or folder}: {error.strerror or error}.")
+        raise_on_all(self, problems, CheckpointError)
 
         # All have answered, so all marks are there. The lowest rank of each disk writes for it.
         seen = [rank for rank in self.leaders if (folder / f".host-{rank}-{launch}").exists()]

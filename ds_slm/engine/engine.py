@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_slm.data.rows import Rows
+from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.stop import Interrupt, Request, Vote, micro_batches_per_vote
 from ds_slm.engine import devices, masters, partitions
@@ -110,13 +111,8 @@ class Engine:
         own = torch.tensor([len(share.problems), weight, count, self._micro_batch_s], dtype=torch.float64)
         problems, weights, counts, durations_s = self._gather(own.to(self.device))
         if any(problems):
-            self.raise_together(share.problems)
+            raise_on_all(self.control, share.problems, AgreedDataError)
         return Totals(sum(weights), sum(counts), micro_batches_per_vote(max(durations_s)))
-
-    def raise_together(self, problems: Sequence[str]) -> None:
-        """Raise DataError with every rank's problems, on all ranks, where any has one. Collective."""
-        if everyones := list(dict.fromkeys(p for those in self.control.gather(list(problems)) for p in those)):
-            raise AgreedDataError(everyones)
 
     def forward_backward(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
         """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches.

@@ -1,7 +1,6 @@
 """What the hosts of a launch must have in common before they train together; differences are raised on all ranks.
 
     meet               wait for all ranks; the same code and libraries; the interface that leads to the others
-    agree              each host's own problems, raised on all
     agree_on_inputs    the same recipe, data and configuration
 
 A rank that left alone would keep the others waiting.
@@ -15,7 +14,7 @@ import torch
 from ds_slm.distributed import network, rendezvous
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import devices
-from ds_slm.errors import ConfigError, DataError, UserError
+from ds_slm.errors import ConfigError, DataError
 from ds_slm.files import sha256_of_json
 from ds_slm.recipe import ds_config
 from ds_slm.recipe.schema import Recipe
@@ -52,17 +51,6 @@ def meet(meeting: rendezvous.Rendezvous, allow_mixed: bool) -> dict[str, list[st
 
     notes = software.notes(hosts, found, [one["device"] for one in everyone])
     return {"mixed_hosts": [*differences, *notes]}
-
-
-def agree(control: Control, problems: list[str]) -> None:
-    """Raise every host's problems on every rank; a problem of all hosts is told once, without their names."""
-    by_host: dict[str, dict[str, None]] = {}
-    for host, those in zip(control.hosts, control.gather(problems), strict=True):
-        by_host.setdefault(host, {}).update(dict.fromkeys(those))
-    everywhere = [problem for problem in problems if all(problem in those for those in by_host.values())]
-    elsewhere = [f"{host}: {one}" for host, those in by_host.items() for one in those if one not in everywhere]
-    if any(by_host.values()):
-        raise UserError([*everywhere, *elsewhere])
 
 
 def agree_on_inputs(

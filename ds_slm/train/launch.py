@@ -18,6 +18,7 @@ from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave
 from ds_slm.data import skipping
 from ds_slm.distributed import network, rendezvous
+from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.stop import Interrupt
 from ds_slm.engine import compile_probe, devices, micro_batch, process_group
@@ -162,7 +163,7 @@ class Launching:
                 newer = str(launches.holder(options.run_dir))
             except (UserError, OSError) as error:
                 problems += _problems_of(error, f"--run-dir {options.run_dir}")
-        agreement.agree(control, problems)
+        raise_on_all(control, problems)
         if any(control.gather(newer)):
             raise ReplacedByNewerLaunch
 
@@ -304,7 +305,7 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     problems: list[str] = []
     if control.leads_host:
         _attempt(problems, lambda: run_folder.refuse_unusable(run))
-    agreement.agree(control, [f"--run-dir {run}: {problem}" for problem in problems])
+    raise_on_all(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.EngineConfig:

@@ -92,10 +92,10 @@ def test_any_ranks_problem_with_its_rows_is_raised_here(run: loop.Run, monkeypat
     as_ranks(run, monkeypatch, 2, lambda rank, own: torch.tensor([1, 0, 0, 0], dtype=torch.float64))
     with pytest.raises(DataError) as error:
         run.engine.agree(share(1.0))
-    assert error.value.problems == ["theirs"]
+    assert error.value.problems == ["host1: theirs"]
     with pytest.raises(DataError) as error:
         run.engine.agree(share(1.0, ["ours"]))
-    assert error.value.problems == ["ours", "theirs"]
+    assert error.value.problems == ["host0: ours", "host1: theirs"]
 
 
 @pytest.mark.parametrize("phase", ["step", "evaluation"])

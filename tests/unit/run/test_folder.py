@@ -41,7 +41,7 @@ class Killed(BaseException):
 def begin(run: Path, prepared: Prepared) -> None:
     """What a launch writes before its first step, in its order."""
     alone: Any = type("Alone", (Control,), {"__init__": lambda self: None})()
-    alone.rank, alone.leaders, alone.world_size = 0, [0], 1
+    alone.rank, alone.leaders, alone.world_size, alone.hosts = 0, [0], 1, ["here"]
     alone.gather = lambda message: [message]
     alone.broadcast = lambda message, source: message
     alone.barrier = lambda: None
@@ -299,6 +299,7 @@ def test_marks_of_killed_launches_do_not_hide_a_host(tmp_path: Path) -> None:
         place = iter(said)
         alone: Any = type("Host", (Control,), {"__init__": lambda self: None})()
         alone.rank, alone.leaders, alone.world_size = rank, [0, 1], 2
+        alone.hosts = ["node1", "node2"]
         alone.barrier = meet.wait
 
         def gather(message: Any) -> list[Any]:

@@ -1,0 +1,35 @@
+"""Problems of any rank, raised on all of them: a rank that ended alone would leave the others inside a collective.
+
+each rank's own --gather--> every problem once, with its host where not all hosts have it --> raised on every rank
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ds_slm.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_slm.distributed.ranks import Control
+
+
+def raise_on_all(control: "Control", problems: Sequence[str], error: type[UserError] = UserError) -> None:
+    """Raise an error with every rank's problems, on all ranks, where any rank has one. Collective."""
+    if everyones := merged(control.hosts, control.gather(list(problems))):
+        raise error(everyones)
+
+
+def merged(hosts: Sequence[str], problems: Sequence[Iterable[str]]) -> list[str]:
+    """Every problem once; with its host where not all of these hosts have it.
+
+    Args:
+        hosts: the host of each rank; at least one.
+        problems: those of each rank.
+    """
+    by_host: dict[str, dict[str, None]] = {}
+    for host, theirs in zip(hosts, problems, strict=True):
+        by_host.setdefault(host, {}).update(dict.fromkeys(theirs))
+
+    first, *others = by_host.values()
+    everywhere = [problem for problem in first if all(problem in theirs for theirs in others)]
+    elsewhere = [f"{host}: {one}" for host, theirs in by_host.items() for one in theirs if one not in everywhere]
+    return [*everywhere, *elsewhere]

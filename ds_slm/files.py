@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import sys
@@ -33,6 +34,24 @@ CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 """What a file system or folder answers in which this user may not write."""
 
 
+on_write_point: list[Callable[[str, Path], None]] = []
+"""Tests add a function of (point, path) here; what it raises is a fault of the disk that the path lies on."""
+
+
+def write_point(point: str, path: Path) -> None:
+    """Writing has come to a point. Here tests let a disk fail, or end the process: DS_SLM_DIE_AT=POINT.
+
+    syncing              before a file's or folder's content is waited for
+    replacing, replaced  before and after a small file gets its name
+    finishing            before the shards of a source get their names
+    POINT@STEP           in a save (`ds_slm.checkpoint.files.WRITE_POINTS`)
+    """
+    if os.environ.get("DS_SLM_DIE_AT") == point:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for fault in on_write_point:
+        fault(point, path)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one atomic step."""
     replace_bytes(path, text.encode("utf-8"))
@@ -46,12 +65,14 @@ def replace_bytes(path: Path, content: bytes) -> None:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
             file.write(content)
         fsync(temporary)
+        write_point("replacing", path)
         os.replace(temporary, path)
     except OSError:  # a disk that is full
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     fsync(path.parent)
+    write_point("replaced", path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -78,6 +99,7 @@ def fsync(path: Path) -> None:
 
     A folder whose file system cannot do this is told of once: after a power failure a name in it may be an older one.
     """
+    write_point("syncing", path)
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync, is_plain_name, replace_text, write_json, writer_name
+from ds_slm.files import fsync, is_plain_name, replace_text, write_json, write_point, writer_name
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -48,24 +47,12 @@ def folder_of_step(run: Path, step: int) -> Path:
     return checkpoints_folder(run) / f"step-{step:08d}"
 
 
-on_write_point: list[Callable[[str, int, Path], None]] = []
-"""Tests add a function of (point, step, run folder) here; what it raises is a fault of that run folder's disk."""
-
-
-def write_point(point: str, step: int, run: Path) -> None:
-    """A save has come to a point. Here tests let a disk fail, or end the process: DS_SLM_DIE_AT=POINT@STEP."""
-    if os.environ.get("DS_SLM_DIE_AT") == f"{point}@{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    for fault in on_write_point:
-        fault(point, step, run)
-
-
 TENSOR_FILES = (MODEL, "optimizer-exp_avg.safetensors", "optimizer-exp_avg_sq.safetensors", ABSMAX)
 WRITE_POINTS = (
     "begun", *(f"{name}{end}" for name in TENSOR_FILES for end in ("", "-synced")),
     "state", "manifest", "manifest-synced", "old-moved", "renamed", "latest", "best", "retained",
 )  # fmt: skip
-"""Where tests kill a writer: everywhere `write_point` stands, in the order of a save with 8-bit moments."""
+"""The write points of a save, POINT@STEP, in the order of one with 8-bit moments."""
 
 
 class Writer:
@@ -81,7 +68,7 @@ class Writer:
         self._reached("begun")
 
     def _reached(self, point: str) -> None:
-        write_point(point, self._step, self._run)
+        write_point(f"{point}@{self._step}", self._run)
 
     def open_tensors(self, file_name: str, shapes: Mapping[str, Iterable[int]]) -> TensorFile:
         """Begin a safetensors file of fp32 tensors, whose values follow piece by piece; `end_tensors` ends it."""

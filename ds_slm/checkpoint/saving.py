@@ -31,6 +31,7 @@ from ds_slm.engine import masters, partitions
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.partitions import Snapshot
 from ds_slm.errors import ReplacedByNewerLaunch, UserError
+from ds_slm.files import write_point
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches
 from ds_slm.run.launches import Launch
@@ -218,7 +219,7 @@ class BackgroundSave:
                 self._if_ours(notes, lambda: self._point("best", step, best_step))
             arguments = settings.keep_last, settings.keep_best, self._whole, best_step
             self._if_ours(notes, lambda: notes.extend(retention.retain(self.run, *arguments)))
-            checkpoint_files.write_point("retained", step, self.run)
+            write_point(f"retained@{step}", self.run)
         except ReplacedByNewerLaunch:
             return Outcome("replaced")
         return Outcome("held", notes=tuple(notes))
@@ -232,7 +233,7 @@ class BackgroundSave:
     def _point(self, pointer: str, step: int, named: int) -> None:
         mark = checkpoint_files.mark_latest if pointer == "latest" else checkpoint_files.mark_best
         mark(checkpoint_files.folder_of_step(self.run, named))
-        checkpoint_files.write_point(pointer, step, self.run)
+        write_point(f"{pointer}@{step}", self.run)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from ds_slm.errors import DataError
-from ds_slm.files import is_plain_name, read_json, write_json
+from ds_slm.files import is_plain_name, read_json, write_json, write_point
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -92,6 +92,7 @@ class _Part:
 
     def sync(self) -> None:
         self._file.flush()
+        write_point("syncing", self.path)
         os.fsync(self._file.fileno())
 
     @property
@@ -163,6 +164,7 @@ class ShardsInProgress:
 
     def finish(self) -> dict[Split, list[dict[str, Any]]]:
         """Give every shard its name; returns their entries in the manifest."""
+        write_point("finishing", self.folder)
         for split in list(self._parts):
             self._closed[split].append(self._parts.pop(split).close())
         for shards in self._closed.values():

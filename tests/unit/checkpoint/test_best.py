@@ -11,6 +11,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import retention
 from ds_slm.checkpoint.best import Best
 from ds_slm.checkpoint.resume import ResumePoint
+from ds_slm.files import on_write_point
 from ds_slm.run import folder as run_folder
 from tests.support import ranks
 from tests.unit.checkpoint.test_manager import HOSTS, Host, fail_at, snapshots  # noqa: F401 - a fixture
@@ -93,13 +94,13 @@ def test_resuming_puts_the_checkpoints_in_order(tmp_path: Path) -> None:
         host = Host(control, tmp_path, keep_last=2)
         for step, loss in ((5, 3.0), (10, 2.0), (15, 2.5), (20, 2.6)):
             if step == 10 and control.rank:
-                checkpoint_files.on_write_point.append(fail_at("host1", "state", 10))
+                on_write_point.append(fail_at("host1", "state", 10))
             control.barrier()
             host.save(step, loss)
         return host
 
     before = ranks.run(HOSTS, train)[0]
-    checkpoint_files.on_write_point.clear()
+    on_write_point.clear()
     broken = checkpoint_files.folder_of_step(tmp_path / "host1", 20)
     (broken / "state.json").unlink()
 

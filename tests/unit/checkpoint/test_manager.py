@@ -1,6 +1,6 @@
 """Saving on two hosts, one of which fails: ranks that are threads, each a host with a run folder of its own.
 
-A fault is put where a disk would have it, through `checkpoint_files.on_write_point`, or where memory runs out.
+A fault is put where a disk would have it, through `ds_slm.files.on_write_point`, or where memory runs out.
 """
 
 import errno
@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from ds_slm.checkpoint import files as checkpoint_files
-from ds_slm.checkpoint import gathering, manager
+from ds_slm.checkpoint import gathering
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave, Saved
 from ds_slm.engine import masters, partitions
 from ds_slm.engine.partitions import PartitionValues, Snapshot
 from ds_slm.errors import ReplacedByNewerLaunch, TrainingError
+from ds_slm.files import on_write_point
 from ds_slm.run import launches
 from ds_slm.run.launches import Launch
 from ds_slm.train import loop
@@ -51,17 +52,17 @@ def snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def faults() -> Iterator[list[Callable[[str, int, Path], None]]]:
-    """Functions of a write point, a step and a run folder."""
-    yield checkpoint_files.on_write_point
-    checkpoint_files.on_write_point.clear()
+def faults() -> Iterator[list[Callable[[str, Path], None]]]:
+    """Functions of a write point and a path."""
+    yield on_write_point
+    on_write_point.clear()
 
 
-def fail_at(host: str, point: str, *steps: int, error: Exception = FULL) -> Callable[[str, int, Path], None]:
+def fail_at(host: str, point: str, *steps: int, error: Exception = FULL) -> Callable[[str, Path], None]:
     """A host whose disk fails at a write point of some steps."""
 
-    def fault(at: str, step: int, run: Path) -> None:
-        if (run.name, at) == (host, point) and step in steps:
+    def fault(at: str, run: Path) -> None:
+        if run.name == host and at in [f"{point}@{step}" for step in steps]:
             raise error
 
     return fault
@@ -274,8 +275,8 @@ def test_a_replaced_launch_touches_nothing_more(tmp_path: Path, faults: list, po
     Both ranks are told; from that point on host 1's pointers and older checkpoints are left alone.
     """
 
-    def taken(at: str, step: int, run: Path) -> None:
-        if (run.name, at, step) == ("host1", point, 10):
+    def taken(at: str, run: Path) -> None:
+        if (run.name, at) == ("host1", f"{point}@10"):
             (run / "env.json").write_text(json.dumps(replace(LAUNCH, id="bbb").facts()))
 
     faults.append(taken)
@@ -311,17 +312,15 @@ def test_the_run_is_done_where_one_host_holds_the_last_step(tmp_path: Path, faul
     assert done[0]["checkpoint_sha256"] == checkpoint_files.manifest_sha256(whole)
 
 
-def test_a_host_that_cannot_write_done_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_cannot_write_done_is_told_of(tmp_path: Path, faults: list) -> None:
     """Oracle: host 1's disk refuses done.json: told; both refuse: the run has failed."""
     refusing = {"host1"}
-    write_json = manager.write_json
 
-    def refuse(path: Path, content: Any) -> None:
-        if path.parent.name in refusing:
+    def refuse(point: str, path: Path) -> None:
+        if point == "replacing" and path.name == "done.json" and path.parent.name in refusing:
             raise FULL
-        write_json(path, content)
 
-    monkeypatch.setattr(manager, "write_json", refuse)
+    faults.append(refuse)
 
     def rank(control: Any) -> Host:
         host = Host(control, tmp_path)

@@ -17,6 +17,7 @@ from ds_slm.data.shards import prepared as shards
 from ds_slm.errors import DataError, UserError
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import prepare, recipe, source, texts, two_sources, write_jsonl
+from tests.support.faults import fail_at
 
 
 @pytest.fixture
@@ -324,18 +325,8 @@ def test_damaged_stamps_and_journals_cost_time_alone(
 
     monkeypatch.setattr(writer, "BATCH_DOCUMENTS", 16)
     monkeypatch.setattr(writer, "JOURNAL_TOKENS", 1_000)
-    work, calls = os.replace, []
-
-    def stop_behind_the_journal(before: Any, after: Any) -> None:
-        work(before, after)
-        calls.append(str(after))
-        if str(after).endswith("journal.json"):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", stop_behind_the_journal)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(made, tmp_path / "data")
+    with fail_at("replaced", "journal.json", KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        prepare(made, tmp_path / "data")
     journal = tmp_path / "data" / "made" / "first" / "journal.json"
     journal.write_bytes(HALVES[damage](journal.read_bytes()))
     assert prepare(made, tmp_path / "data").sha256 == whole.sha256

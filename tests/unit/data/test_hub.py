@@ -24,6 +24,7 @@ from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Source
 from tests.support import data_recipes
 from tests.support.data_recipes import texts
+from tests.support.faults import fail_at
 from tests.support.hub_stand_in import COMMIT, Fault, HubStandIn
 from tests.support.source_files import jsonl, zstd
 
@@ -140,18 +141,9 @@ def test_preparing_from_the_hub(hub: HubStandIn, tmp_path: Path, monkeypatch: py
     whole = data_recipes.prepare(local, tmp_path / "local")
     assert data_recipes.prepare(made, tmp_path / "hub").sha256 == whole.sha256
 
-    tokens = iter(range(3))
-    real = writer.ShardsInProgress.save
-
-    def save_twice(shards: Any, position: Any) -> None:
-        real(shards, position)
-        if next(tokens) == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(writer.ShardsInProgress, "save", save_twice)
-        with pytest.raises(KeyboardInterrupt):
-            data_recipes.prepare(made, tmp_path / "killed")
+    second_save = fail_at("replaced", "journal.json", KeyboardInterrupt(), after=1)
+    with second_save, pytest.raises(KeyboardInterrupt):
+        data_recipes.prepare(made, tmp_path / "killed")
     journal = json.loads((tmp_path / "killed" / "made" / "web" / "journal.json").read_text())
     assert journal["position"]["made_from"]["commit"] == COMMIT
     before = len(hub.data_requests("small/0.parquet"))

@@ -1,6 +1,5 @@
 """Shards while they are written: killed at any change on disk, in several pieces, on a full disk, with its progress."""
 
-import errno
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from ds_slm.errors import DataError
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import BPE, character_folder, contents, prepare, recipe, source, texts, write_jsonl
+from tests.support.faults import fail_at
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -121,11 +121,10 @@ def test_several_shards_read_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("change", ["recipe", "file", "part"])
-def test_a_journal_of_something_else_is_not_used(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_of_something_else_is_not_used(change: str, tmp_path: Path) -> None:
     """Oracle: the folder as prepared without the interruption, after the recipe, a file or a part has changed."""
     made = text_recipe(tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(journal.ShardsInProgress, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with fail_at("finishing", error=KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         prepare(made, tmp_path / "data")
     folder = tmp_path / "data" / "made" / "first"
     assert (folder / "journal.json").exists()
@@ -140,17 +139,12 @@ def test_a_journal_of_something_else_is_not_used(change: str, tmp_path: Path, mo
     assert contents(prepare(made, tmp_path / "data").folder) == contents(prepare(made, tmp_path / "whole").folder)
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     """Oracle: one sentence with the way out, and afterwards the bytes of an uninterrupted run."""
     made = text_recipe(tmp_path)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(journal.os, "fsync", full)
-        with pytest.raises(DataError, match=r"the disk is full \(.* MB free\): make room, or name another --data-root"):
-            prepare(made, tmp_path / "data")
+    told = r"the disk is full \(.* MB free\): make room, or name another --data-root"
+    with fail_at("syncing"), pytest.raises(DataError, match=told):
+        prepare(made, tmp_path / "data")
     assert contents(prepare(made, tmp_path / "data").folder) == contents(prepare(made, tmp_path / "whole").folder)
 
 
@@ -206,14 +200,12 @@ def _resident_bytes() -> int:
 
 @pytest.mark.parametrize("name", ["train-00000.bin.part", "train-00001.bin.part"])
 @pytest.mark.usefixtures("small_pieces")
-def test_a_part_that_changed_is_written_anew(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_changed_is_written_anew(name: str, tmp_path: Path) -> None:
     """Oracle: the bytes of an uninterrupted run, after a bit of a closed or an open part flipped while nobody wrote."""
     made = text_recipe(tmp_path)
     whole = contents(prepare(made, tmp_path / "whole").folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, "_finished", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prepare(made, tmp_path / "data")
+    with fail_at("finishing", error=KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        prepare(made, tmp_path / "data")
     part = tmp_path / "data" / "made" / "first" / name
     content = bytearray(part.read_bytes())
     content[8] ^= 1
@@ -222,13 +214,11 @@ def test_a_part_that_changed_is_written_anew(name: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_an_interrupted_trial_is_no_beginning_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_trial_is_no_beginning_of_another(tmp_path: Path) -> None:
     """Oracle: the tokens that were asked for, and one more document at most; not all that the other had written."""
     made = text_recipe(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, "_finished", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prepare(made, tmp_path / "data")
+    with fail_at("finishing", error=KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        prepare(made, tmp_path / "data")
     assert 500 <= prepare(made, tmp_path / "data", max_tokens=500).train_tokens < 800
     assert prepare(made, tmp_path / "whole").train_tokens > 5_000
 

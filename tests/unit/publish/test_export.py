@@ -15,6 +15,7 @@ from ds_slm.publish import export as exporting
 from ds_slm.publish.export import export
 from ds_slm.publish.generate import GREEDY, Sampling, generate, sampler
 from ds_slm.recipe import schema
+from tests.support.faults import fail_at
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -261,15 +262,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tokenizer_folder):
         export(state, shape, tokenizer_folder, tmp_path / "out")
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer_folder, monkeypatch):
+def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer_folder):
     """Oracle: an empty folder after a full disk."""
-
-    def full_disk(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(exporting, "_write_tensors", full_disk)
     shape = schema.Model(**SHAPE)
-    with pytest.raises(OSError, match="No space"):
+    with fail_at("syncing", "model.safetensors"), pytest.raises(OSError, match="No space"):
         export(dict(build(shape, seed=1).named_parameters()), shape, tokenizer_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -10,7 +10,6 @@ import pyarrow.parquet
 import pytest
 
 from ds_slm.data.shards import writer
-from ds_slm.data.shards.journal import ShardsInProgress
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.errors import DataError
 from sft import forms
@@ -19,6 +18,7 @@ from sft.forms import read_messages
 from sft.prepare import prepare_conversations
 from sft.shards import Conversations
 from tests.support import conversations
+from tests.support.faults import fail_at
 
 ASKED, SAID = "what is it?", "it is a cat."
 TURNS = [("user", ASKED), ("assistant", SAID)]
@@ -148,21 +148,14 @@ def test_counts_are_those_of_all_messages_after_a_kill(tmp_path: Path, monkeypat
     whole: list[str] = []
     prepare(path, tmp_path / "whole", whole)
 
-    saved: list[int] = []
-    save = ShardsInProgress.save
-
-    def save_and_end(self: ShardsInProgress, position: dict[str, Any]) -> None:
-        save(self, position)
-        saved.append(self.totals.rows_read)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-
     told: list[str] = []
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(ShardsInProgress, "save", save_and_end)
+    third_save = fail_at("replaced", "journal.json", KeyboardInterrupt(), after=2)
+    with third_save, pytest.raises(KeyboardInterrupt):
         prepare(path, tmp_path / "cut", [])
+    [journal] = (tmp_path / "cut").rglob("journal.json")
+    rows_read = json.loads(journal.read_text())["totals"]["rows_read"]
     prepare(path, tmp_path / "cut", told)
-    assert any("goes on behind" in line for line in told) and 0 < saved[-1] < 90
+    assert any("goes on behind" in line for line in told) and 0 < rows_read < 90
     notes = [line for line in whole if "beside their content" in line]
     assert len(notes) == 1 and notes == [line for line in told if "beside their content" in line]
 

@@ -1,6 +1,5 @@
 """What of training needs no process group."""
 
-import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from ds_slm.run.launches import Launch
 from ds_slm.run.report import Report
 from ds_slm.train import agreement
 from tests.support import runs
+from tests.support.faults import fail_at
 
 
 @pytest.fixture
@@ -197,13 +197,9 @@ def test_a_full_disk_leaves_no_rest_and_no_traceback(
 
     Oracle: the old file as it was, nothing beside it; exit code 2 and a sentence.
     """
-
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     (tmp_path / "env.json").write_text("old")
-    monkeypatch.setattr(files, "fsync", full)
-    assert run_program(lambda: files.replace_text(tmp_path / "env.json", "new")) == 2
+    with fail_at("syncing"):
+        assert run_program(lambda: files.replace_text(tmp_path / "env.json", "new")) == 2
     assert capsys.readouterr().err == "error: a disk: No space left on device.\n"
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError, ValidationInfo, model_validator
 from ds_slm.errors import RecipeError
 from ds_slm.files import sha256_of_json
 from ds_slm.recipe import effects
+from ds_slm.recipe.consistency import disagreements
 from ds_slm.recipe.inheritance import inherited_places, tables_of, with_base
 from ds_slm.recipe.problems import closest, nearest, sentences
 from ds_slm.recipe.sections import (
@@ -34,7 +35,6 @@ from ds_slm.recipe.sections import (
     Target,
     Tokenizer,
     Train,
-    disagreements,
 )
 
 __all__ = [

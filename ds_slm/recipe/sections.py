@@ -13,7 +13,6 @@ CONTRIBUTING.md says which other files a new field or kind needs.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -398,34 +397,3 @@ class Target(Section):
     source: str
     """Where it is published."""
     note: str = ""
-
-
-def disagreements(sections: Mapping[str, Section]) -> list[str]:
-    """What sections that are right by themselves get wrong beside one another. Those that are absent are skipped."""
-    model, tokenizer, data = sections.get("model"), sections.get("tokenizer"), sections.get("data")
-    optimizer, train = sections.get("optimizer"), sections.get("train")
-    problems = []
-
-    if isinstance(train, Train) and isinstance(data, Data) and train.global_batch_tokens % data.seq_len:
-        lower = train.global_batch_tokens // data.seq_len * data.seq_len
-        problems.append(
-            f"train.global_batch_tokens = {train.global_batch_tokens} cannot be split into rows of "
-            f"data.seq_len = {data.seq_len}: use {f'{lower} or ' if lower else ''}{lower + data.seq_len}"
-        )
-
-    if isinstance(model, Model) and isinstance(data, Data) and data.seq_len > model.max_position_embeddings:
-        problems.append(
-            f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
-            f"{model.max_position_embeddings}: shorten the first or raise the second"
-        )
-
-    if isinstance(model, Model) and isinstance(tokenizer, Tokenizer) and tokenizer.vocab_size > model.vocab_size:
-        problems.append(
-            f"tokenizer.vocab_size = {tokenizer.vocab_size} has ids beyond model.vocab_size = {model.vocab_size}: "
-            "make the model's at least as large"
-        )
-
-    if isinstance(optimizer, Optimizer) and optimizer.min_lr > optimizer.lr:
-        problems.append(f"optimizer.min_lr = {optimizer.min_lr} exceeds optimizer.lr = {optimizer.lr}: lower the first")
-
-    return problems

@@ -3,11 +3,10 @@
     run --command, folder, environment, files--> server --fork--> deepspeed --fork--> its launcher --fork--> ranks
     run <------------ exit code ---------------- server
 
-Imports take most of the time of a tiny launch: two ranks, DeepSpeed's runner and its launcher spend 29 seconds of a
-core on three steps where each is started anew, and 3.4 where all are forks. All else is as users have it: DeepSpeed's
-own runner and launcher, a process for each rank, the environment, signals, exit codes, the end of the interpreter. A
-program is started anew where its environment says something that is read on import (`can_run`), and where a test kills
-it.
+Imports take most of the time of a tiny launch: DeepSpeed's runner, its launcher and every rank import torch anew,
+unless they are forks. All else is as users have it: DeepSpeed's own runner and launcher, a process for each rank, the
+environment, signals, exit codes, the end of the interpreter. A program is started anew where its environment says
+something that is read on import (`can_run`), and where a test kills it.
 """
 
 import contextlib

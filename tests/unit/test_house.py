@@ -1,16 +1,14 @@
 """The house rules that a machine can check: one-way imports, short files, declared dependencies, no private paths."""
 
 import ast
-import io
 import re
 import sys
-import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.shape import ROOT, code_lines, functions, imports, layer_of, python_files
+
 BELOW_TRAIN = {"recipe", "data", "model", "distributed", "run", "engine", "checkpoint"}
 
 ALLOWED = {
@@ -37,28 +35,6 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy", "datasets", "bitsandbyte
 HOME = re.compile(r"(?<![\w.])/(?:home|root|Users)/")
 
 
-def python_files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def layer_of(path: Path) -> str:
-    """The layer a file belongs to: a folder of ds_slm, or a module beside them."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "sft":
-        return "sft.train" if parts[1:] == ("train",) else "sft"
-    return parts[1]
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names of everything a file imports, at its top or inside a function: `from a import b` gives a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
 def breaches(layer: str, imported: str) -> str | None:
     """Why a layer may not import a name, or None."""
     package, *parts = imported.split(".")
@@ -76,7 +52,7 @@ def breaches(layer: str, imported: str) -> str | None:
     return f"{layer} may not import {target}"
 
 
-@pytest.mark.parametrize("path", python_files("ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", python_files(ROOT, "ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     """Oracle: the design's list of who may import whom."""
     layer = layer_of(path)
@@ -110,40 +86,16 @@ def test_breaches_are_found(layer: str, imported: str) -> None:
     assert breaches(layer, imported)
 
 
-def code_lines(path: Path) -> int:
-    """Lines of a file that hold code: blank lines, comments and docstrings are free."""
-    text = path.read_text(encoding="utf-8")
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
-    used = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            used -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return len(used)
-
-
 LONG_LINES = 20
 
 
-def functions(path: Path) -> Iterator[tuple[str, int, list[str]]]:
-    """Of each function: name, number of parameters without self, and the lines of its body without the docstring."""
-    text = path.read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-            names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            lines = text.splitlines()[body[0].lineno - 1 : body[-1].end_lineno] if body else []
-            yield node.name, len([name for name in names if name not in ("self", "cls")]), lines
-
-
-@pytest.mark.parametrize("path", python_files("ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", python_files(ROOT, "ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_long_functions_have_paragraphs(path: Path) -> None:
     """Oracle: a body of 20 lines or more without a blank line is a wall."""
-    walls = [name for name, _, lines in functions(path) if len(lines) >= LONG_LINES and all(map(str.strip, lines))]
-    assert not walls
+    long = [function for function in functions(path) if len(function.lines) >= LONG_LINES]
+    assert not [function.name for function in long if all(map(str.strip, function.lines))]
 
 
-MOST_PARAMETERS = 6
 TOO_MANY = {
     "forward": 9, "chunked_loss": 7, "_from_logits": 7,  # the loss: an autograd function takes its tensors one by one
     "plan_recipe": 8, "verify_run": 7,  # verbs of the command line: a parameter for each flag
@@ -155,27 +107,18 @@ TOO_MANY = {
 def test_functions_take_few_parameters() -> None:
     """Oracle: more than six parameters are an object that is missing."""
     found: dict[str, int] = {}
-    for path in python_files("ds_slm", "sft"):
-        for name, parameters, _ in functions(path):
-            if parameters > MOST_PARAMETERS:
-                found[name] = max(found.get(name, 0), parameters)
+    for path in python_files(ROOT, "ds_slm", "sft"):
+        for function in functions(path):
+            if function.is_wide:
+                found[function.name] = max(found.get(function.name, 0), function.parameters)
     assert found == TOO_MANY
 
 
 def test_files_are_short() -> None:
     """Oracle: a file of more than 300 lines of code is two files."""
-    files = [*python_files("ds_slm", "sft", "tests", "benchmarks"), ROOT / "setup.py"]
+    files = [*python_files(ROOT, "ds_slm", "sft", "tests", "benchmarks"), ROOT / "setup.py"]
     lines = {str(path.relative_to(ROOT)): code_lines(path) for path in files}
     assert not {name: count for name, count in lines.items() if count > 300}
-
-
-def test_code_lines_are_counted(tmp_path: Path) -> None:
-    """Oracle: a file whose lines are counted by hand."""
-    path = tmp_path / "some.py"
-    path.write_text(
-        '"""Two\nlines."""\n\nx = """three\nlines\nof text"""  # one\n# none\ndef f():\n    """None."""\n    return x\n'
-    )
-    assert code_lines(path) == 5
 
 
 def test_documents_fit_the_screen() -> None:
@@ -197,7 +140,7 @@ def test_documents_link_to_what_is_there() -> None:
 
 def test_modules_say_what_they_do() -> None:
     """Oracle: every module begins with a docstring."""
-    files = python_files("ds_slm", "sft", "tests", "benchmarks")
+    files = python_files(ROOT, "ds_slm", "sft", "tests", "benchmarks")
     undocumented = [path for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert not undocumented
 
@@ -210,7 +153,7 @@ def test_dependencies_are_declared_and_pinned() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     declared = {match[1].lower() for text in strings if (match := re.match(r"([\w-]+)(?:\[\w+\])?>=", text))}
-    imported = {name.partition(".")[0] for path in python_files("ds_slm", "sft") for name in imports(path)}
+    imported = {name.partition(".")[0] for path in python_files(ROOT, "ds_slm", "sft") for name in imports(path)}
     third_party = imported - set(sys.stdlib_module_names) - {"ds_slm", "sft"}
     assert {name.replace("_", "-").lower() for name in third_party} <= declared
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

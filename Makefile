@@ -1,9 +1,13 @@
-# `make help` lists the targets. PYTHON=... picks the interpreter; TORCH_INDEX=... the index torch alone comes from.
+# `make help` lists the targets. PYTHON=... picks the interpreter; TORCH_INDEX=... the index torch alone comes from;
+# WORKERS=... the processes that share the tests.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+WORKERS ?= 2
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IN_VENV := env PATH="$(CURDIR)/.venv/bin:$$PATH"
+# A file's tests stay in one process, which makes its fixtures once; files start in their order, launches first.
+IN_WORKERS := env OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 LAUNCH := sh -c 'if $$0 -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then exec deepspeed --quiet "$$@"; \
 	else DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 exec deepspeed --quiet --num_accelerators 2 "$$@"; fi' python
@@ -43,10 +47,10 @@ format: .venv/.installed-dev  ## rewrite files as `make check` wants them
 	$(IN_VENV) ruff check --fix .
 
 test-unit: .venv/.installed-dev  ## the tests of single modules, in process
-	$(IN_VENV) pytest tests/unit -m 'not slow'
+	$(IN_VENV) $(IN_WORKERS) tests/unit -m 'not slow'
 
 test: .venv/.installed-dev  ## the test suite, without what takes minutes
-	$(IN_VENV) pytest tests --ignore=tests/cluster -m 'not slow'
+	$(IN_VENV) $(IN_WORKERS) tests --ignore=tests/cluster -m 'not slow'
 
 slow-test: .venv/.installed-dev  ## the tests that take minutes
 	$(IN_VENV) pytest tests --ignore=tests/cluster --ignore=tests/faults -m slow

@@ -65,6 +65,7 @@ setup(
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             "trl>=1.16,<2",  # an oracle of the labels
             "xxhash>=3",

@@ -1,7 +1,9 @@
 """Fixtures for every test."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -42,6 +44,25 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, request.param)
     return request.param
+
+
+@pytest.fixture
+def ds_slm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command, run in this process: its exit code, and what it printed."""
+    from ds_slm.cli import main
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", ["ds-slm", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(words, ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

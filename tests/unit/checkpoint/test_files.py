@@ -12,7 +12,6 @@ import torch
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import resume, retention
 from ds_slm.errors import CheckpointError
-from tests.unit.cli.test_main import ds_slm
 
 
 def write(run: Path, step: int, value: float = 1.0) -> Path:
@@ -37,7 +36,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert checkpoint_files.steps(tmp_path) == [3, 12]
 
 
-def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
+def test_verify_names_what_is_damaged(tmp_path: Path, ds_slm: Any) -> None:
     """Oracle: exit code 0 and `whole` for each; after a byte is gone, code 2, the checkpoint and the file."""
     write(tmp_path, 3)
     newer = write(tmp_path, 12)

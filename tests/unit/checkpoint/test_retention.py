@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import retention
 from tests.unit.checkpoint.test_files import write
-from tests.unit.cli.test_main import ds_slm
 
 
 def damage(checkpoint: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_checkpoint_whose_times_changed_is_read_once_more(tmp_path: Path, monk
     assert sorted(read) == ["model.safetensors", "optimizer-exp_avg.safetensors", "state.json"]
 
 
-def test_what_was_set_aside_is_told_of(tmp_path: Path) -> None:
+def test_what_was_set_aside_is_told_of(tmp_path: Path, ds_slm: Any) -> None:
     """Oracle: exit code 0 (the run is whole), the file that is damaged, and that it is not used."""
     write(tmp_path, 50)
     for _ in range(2):

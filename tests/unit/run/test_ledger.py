@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,6 @@ from hypothesis import strategies as st
 from ds_slm.data.order import Order, extend_ledger, step_row_ids
 from ds_slm.errors import CheckpointError
 from ds_slm.run import ledger
-from tests.support import runs
-from tests.unit.cli.test_main import ds_slm
 
 
 def run_folder(folder: Path, seeds: list[int], every: int = 1) -> Path:
@@ -45,22 +44,7 @@ def test_compare_finds_the_first_step_with_other_rows(same: list[bool], every: i
     assert compared.same_until_step == max([step for step in seen if changed is None or step < changed], default=0)
 
 
-def test_other_data_give_another_ledger(tmp_path: Path) -> None:
-    """Oracle: two short real runs on the same rows of different text, and a third on the first one's text again."""
-    ledgers = []
-    for number, seed in enumerate((0, 1, 0)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        runs.write_corpus(folder / "corpus.jsonl", seed=seed)
-        recipe = runs.write_recipe(folder)
-        done = runs.run(runs.deepspeed_command(1, "--recipe", recipe, "--run-dir", "run", "--max-steps", 2), folder)
-        assert done.returncode == 0, done.stderr
-        ledgers.append([record["ledger"] for record in runs.records(folder / "run")])
-    assert ledgers[0] == ledgers[2]
-    assert not set(ledgers[0]) & set(ledgers[1])
-
-
-def test_verify_rows_and_against(tmp_path: Path) -> None:
+def test_verify_rows_and_against(tmp_path: Path, ds_slm: Any) -> None:
     """Oracle: ledgers of made-up runs: the same, another logging interval, other rows from step 5 on."""
     one = run_folder(tmp_path / "one", [7] * 8)
     sparse = run_folder(tmp_path / "sparse", [7] * 8, every=2)

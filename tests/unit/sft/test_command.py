@@ -12,8 +12,8 @@ import pytest
 from ds_slm.cli import flags
 from ds_slm.cluster import launch, runner_flags
 from ds_slm.errors import ConfigError, HostfileError
-from tests.support.assistants import ds_slm, small_talk, write_base, write_sft
-from tests.support.runs import environment, free_port, records
+from tests.support.assistants import ds_slm
+from tests.support.runs import environment
 
 ROOT = Path(__file__).resolve().parents[3]
 TWO_NODE = ROOT / "hostfiles" / "two_node"
@@ -324,24 +324,3 @@ def test_a_python_without_torch_launches_nothing(tmp_path: Path) -> None:
     done = subprocess.run([str(SCRIPTS[0])], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "activate" in done.stderr
     assert not (tmp_path / "record").exists()
-
-
-def test_two_steps_for_real(tmp_path: Path) -> None:
-    """Oracle: the records and files of a run of `ds-slm sft` under the real launcher on one rank."""
-    base = write_base(tmp_path)
-    recipe = write_sft(tmp_path, small_talk())
-    command = [sys.executable, "-c", "from ds_slm.cli.main import run; run()", "sft", str(recipe), "--base", str(base)]
-    flags = ["--devices", "1", "--master_port", str(free_port()), "--set", "train.steps=2"]
-    flags += ["--set", "schedule.warmup_steps=1"]
-    done = subprocess.run(
-        [*command, *flags],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [record["step"] for record in records(tmp_path / "runs" / "chatty")] == [1, 2]
-    assert (tmp_path / "runs" / "chatty" / "done.json").is_file()

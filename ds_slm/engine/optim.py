@@ -8,7 +8,7 @@ Under ZeRO the optimiser sees one flat partition per group, so whatever needs ot
 embeddings are unstable in 8 bits early in pretraining, and norms are too few to be worth it.
 """
 
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -42,7 +42,9 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
     options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "adamw8bit":
         return _adamw8bit()(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    assert_never(settings.name)
 
 
 def _adamw8bit() -> type[torch.optim.Optimizer]:

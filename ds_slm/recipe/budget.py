@@ -11,7 +11,7 @@ are left out; communication within a host counts as free; nothing overlaps.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, assert_never
 
 from ds_slm.recipe.schema import Model, Optimizer, Recipe
 
@@ -132,6 +132,9 @@ def _moment_bytes(optimizer: Optimizer, params: int, embedding_params: int, shap
     """Both moments over all ranks: fp32, or 8 bits and their scales for matrices and, where asked for, embeddings."""
     if optimizer.name == "adamw":
         return 2 * FP32 * params
+    if optimizer.name != "adamw8bit":
+        assert_never(optimizer.name)
+
     norms = shape.num_hidden_layers * (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) + shape.hidden_size
     in_8_bits = params - norms - (embedding_params if optimizer.embedding_bits == 32 else 0)
     return 2 * (in_8_bits + FP32 * in_8_bits // BLOCK_VALUES + FP32 * (params - in_8_bits))

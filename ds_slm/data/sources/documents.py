@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from ds_slm.data.sources.builtin import builtin_documents
 from ds_slm.data.sources.hub import Hub, Report, way_out
@@ -109,10 +109,15 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
         DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, or none of the
             split, and for what looks like a data file and is none: a broken link, a pipe.
     """
-    if replacement is None and source.kind in ("builtin", "hub"):
+    if replacement is not None:
+        root = replacement
+    elif source.kind in ("builtin", "hub"):
         return SourceFiles(source.kind)
+    elif source.kind in ("files", "tokens"):
+        root = Path(source.path) if source.path else Hub(source, report).token_files(TOKENS_SUFFIX)
+    else:
+        assert_never(source.kind)
 
-    root = replacement or (Path(source.path) if source.path else Hub(source, report).token_files(TOKENS_SUFFIX))
     who = f"source {source.name!r}"
     if not root.exists():
         state = "is a link to nothing" if root.is_symlink() else "does not exist"
@@ -290,10 +295,12 @@ def documents(
         made_from = {"commit": commit, **source.model_dump(include={"kind", "id", "config", "split", "column"})}
         files, start = hub.text_files(commit), [0, *START]
         read = partial(_read_files, files, source.column, as_json, say)
-    else:
+    elif place.kind == "text":
         files = [TextFile(str(path), partial(path.open, "rb")) for path in place.files]
         made_from = {"kind": "files", "column": source.column, "sha256": _sha256(place.file_sizes())}
         read, start = partial(_read_files, files, source.column, as_json, say), [0, *START]
+    else:
+        assert_never(place.kind)
 
     names = [file.name for file in files]
     if position is None:

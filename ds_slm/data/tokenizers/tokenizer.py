@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from ds_slm.data.sources.stand_ins import stand_in_at
 from ds_slm.data.tokenizers.bpe_training import train_bpe
@@ -279,8 +279,10 @@ def build_tokenizer(
         backend = _trained_bpe(recipe, documents, report)
     elif section.kind == "cl100k":
         backend = _cl100k(section)
-    else:
+    elif section.kind == "hf":
         backend = _existing(section, report)
+    else:
+        assert_never(section.kind)
     tokenizer = Tokenizer(backend, section.eos_token, section.pad_token)
     for setting in tokenizer.switched_off:
         report(f"tokenizer: switched off: {setting}")

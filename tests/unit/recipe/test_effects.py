@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -240,3 +241,8 @@ def test_flags_of_which_one_would_be_ignored_are_refused(
     """Oracle: exit code 2 and the sentence."""
     assert ds_slm(*command, monkeypatch=monkeypatch) == 2
     assert told in capsys.readouterr().err
+
+
+def test_every_kind_of_source_says_what_it_is_read_from() -> None:
+    """Oracle: the kinds that a recipe may name."""
+    assert effects.READ_FROM.keys() == set(get_args(schema.Source.model_fields["kind"].annotation))

@@ -4,6 +4,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -337,7 +338,7 @@ def test_warmup_stable_decay(name: str, step: int, rate: float) -> None:
 
 
 @given(
-    kind=st.sampled_from(["cosine", "wsd"]),
+    kind=st.sampled_from(get_args(schema.Schedule.model_fields["kind"].annotation)),
     shape=st.sampled_from(["cosine", "linear"]),
     warmup=st.integers(0, 30),
     stable=st.integers(0, 30),

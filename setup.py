@@ -59,8 +59,11 @@ setup(
     ],
     extras_require={
         "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
+        "eval": ["lm-eval>=0.4.13,<0.5"],
         "dev": [
+            "accelerate>=1.10,<2",  # lm_eval's own scorer, the oracle of ours, needs it
             "hypothesis>=6.120",
+            "lm-eval>=0.4.13,<0.5",
             "matplotlib>=3.9,<4",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.3",

@@ -314,3 +314,25 @@ def export(
         print_json(exported)
     else:
         print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a Hugging Face folder.")
+    ],
+    tasks: Annotated[str, typer.Option(metavar="card|leaderboard|NAME,...", help="What is scored.")] = "card",
+    bench_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the benchmarks' files lie.  [default: the hub]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first items of each task.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="RECIPE", help="Whose published figures.  [default: the run's own]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Benchmarks: the published figure, ours, its error, and what chance gives."""
+    from ds_slm.cli import evaluation
+
+    evaluation.run(model, tasks, bench_dir, limit, name, as_json)

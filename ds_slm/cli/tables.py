@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ds_slm.evaluate.table import Row
 from ds_slm.recipe.plan import Plan
 
 
@@ -37,6 +38,22 @@ def show_plan(plan: Plan, inherited: list[str]) -> None:
     print(textwrap.fill("Assumed: " + "; ".join(plan.assumptions) + ".", width=100))
     for warning in plan.warnings:
         print(f"warning: {warning}")
+
+
+def show_evaluation(rows: list[Row]) -> None:
+    """Published beside ours."""
+    table = _table("task", "metric", "published", "ours", "±", "chance", "commonest", "bits/byte", "items", "what")
+    for row in rows:
+        figures = (row.published, row.ours, row.plus_minus, row.chance, row.commonest)
+        cells = ["" if one is None else _figure(one) for one in figures]
+        bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
+        items = "" if row.items is None else f"{row.items:,}"
+        table.add_row(row.task, row.metric, *cells, bits, items, row.what)
+    _console().print(table, highlight=False)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _facts(plan: Plan) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
     ids_BT --> embed_tokens --> blocks: x += attention(norm(x)); x += mlp(norm(x)) --> norm --> hidden_BTD
     hidden_BTD, targets_BT, weights_BT --> head and loss in chunks --> LossSums          (training, evaluation)
-    hidden_BTD --> head --> logits_BTV                                                   (scoring, generation)
+    hidden_BTD, continuations --> head where a token is scored --> TokenScores           (benchmarks)
+    hidden_BTD --> head --> logits_BTV                                                   (generation)
 
 RMSNorm is computed in fp32 (arXiv 1910.07467); rotary positions turn half against half (arXiv 2104.09864); SwiGLU has
 no biases (arXiv 2002.05202); queries share keys and values in groups (arXiv 2305.13245). Optional: RMSNorm of each
@@ -28,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_slm.model import kernels
 from ds_slm.model.kernels import attention, embed, product
-from ds_slm.model.loss import LossSums, chunked_loss
+from ds_slm.model.loss import LossSums, TokenScores, chunked_loss, score_tokens
 from ds_slm.recipe import schema
 
-__all__ = ["Decoder", "KVCache", "build", "exclude_own_value", "initialise"]
+__all__ = ["Continuations", "Decoder", "KVCache", "build", "exclude_own_value", "initialise"]
 
 
 class Linear(nn.Module):
@@ -80,6 +81,18 @@ class Positions(NamedTuple):
     mask_BTS: Tensor | None
     """True where a token may look; None where `causal` says it all."""
     causal: bool
+
+
+class Continuations(NamedTuple):
+    """What is scored in a batch whose rows hold a context once and several continuations of it, one after another."""
+
+    branch_ids_BT: Tensor | None
+    """0 for the context's tokens, then a number for each continuation, and -1 for padding. A continuation sees the
+    context and itself, and its positions follow the context's. None where each row is one plain sequence."""
+    places_N: Tensor
+    """The token, counted over all B x T, after which a target is scored."""
+    targets_N: Tensor
+    """The ids that are scored."""
 
 
 class KVCache:
@@ -198,9 +211,8 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, ids_BT: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """Final hidden states, hidden_BTD."""
-        positions = self.positions(ids_BT, document_ids_BT, cache)
         x_BTD = self.embed_tokens(ids_BT)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
@@ -214,21 +226,23 @@ class Backbone(nn.Module):
             cache.length += ids_BT.shape[1]
         return self.norm(x_BTD)
 
-    def positions(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Positions:
-        """Rotations and sight of each token: of all before it, or of all before it in its document."""
+    def positions(self, ids_BT: Tensor, cache: KVCache | None) -> Positions:
+        """Rotations and sight of each token: of all before it."""
         T, seen = ids_BT.shape[1], cache.length if cache else 0
         limit = self.shape.max_position_embeddings
         assert seen + T <= limit, f"{seen + T} tokens exceed max_position_embeddings = {limit}"
         cos, sin = rotary_tables(self.shape.head_dim, self.shape.rope_theta, limit, ids_BT.device)
-        if document_ids_BT is not None:
-            assert cache is None, "decoding of packed rows is not supported"
-            positions_BT, mask_BTT = packed(document_ids_BT)
-            return Positions(cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1), mask_BTT, causal=False)
         cos, sin = cos[seen : seen + T], sin[seen : seen + T]
         if seen == 0 or T == 1:  # one new token sees everything, and is_causal would align it with the first key
             return Positions(cos, sin, None, causal=T > 1)
         mask_TS = torch.ones(T, seen + T, dtype=torch.bool, device=ids_BT.device).tril(seen)
         return Positions(cos, sin, mask_TS.expand(len(ids_BT), -1, -1), causal=False)
+
+    def positions_of(self, positions_BT: Tensor, mask_BTT: Tensor) -> Positions:
+        """The same for rows whose tokens do not simply follow each other: packed documents, branches."""
+        limit = self.shape.max_position_embeddings
+        cos, sin = rotary_tables(self.shape.head_dim, self.shape.rope_theta, limit, positions_BT.device)
+        return Positions(cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1), mask_BTT, causal=False)
 
 
 def packed(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,6 +257,26 @@ def packed(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     first_BT = torch.where(starts_BT, index_T, 0).cummax(1).values
     same_BTT = first_BT.unsqueeze(2) == first_BT.unsqueeze(1)
     return index_T - first_BT, same_BTT.tril()
+
+
+def branched(branch_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that go on after the context in each branch, and the mask of context and own branch.
+
+    Returns:
+        positions_BT, 0 for padding, and mask_BTT.
+    """
+    starts_BT = torch.ones_like(branch_ids_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = branch_ids_BT[:, 1:] != branch_ids_BT[:, :-1]
+    index_T = torch.arange(branch_ids_BT.shape[1], device=branch_ids_BT.device)
+    first_BT = torch.where(starts_BT, index_T, 0).cummax(1).values
+
+    in_context_BT = branch_ids_BT == 0
+    context_length_B1 = in_context_BT.sum(1, keepdim=True)
+    positions_BT = torch.where(in_context_BT, index_T, index_T - first_BT + context_length_B1)
+    positions_BT = positions_BT.masked_fill(branch_ids_BT < 0, 0)
+
+    seen_BTT = in_context_BT.unsqueeze(1) | (branch_ids_BT.unsqueeze(2) == branch_ids_BT.unsqueeze(1))
+    return positions_BT, seen_BTT.tril()
 
 
 class Decoder(nn.Module):
@@ -286,21 +320,34 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         z_scale: float | Tensor = 0.0,
         cache: KVCache | None = None,
-    ) -> LossSums | Tensor:
-        """Loss sums where there are targets, logits where there are none.
+        continuations: Continuations | None = None,
+    ) -> LossSums | TokenScores | Tensor:
+        """Loss sums where there are targets, scores where there are continuations, otherwise logits.
 
         Args:
-            input_ids_BT: tokens, at most max_position_embeddings of them.
+            input_ids_BT: tokens; none may stand at a position of max_position_embeddings or more.
             target_ids_BT: the token to predict at each place.
             weights_BT: its loss weight; None means 1 everywhere. Targets of weight 0 are never looked at.
             document_ids_BT: the document of each token; attention and positions then stay within documents.
             z_scale: factor of the sum of squared logsumexps in the objective.
             cache: tokens seen before; extended by these.
+            continuations: which tokens are scored, and how rows are made of a context and its continuations.
 
         Returns:
-            `LossSums`, or logits_BTV in the model's dtype; with a cache the last token's alone, logits_B1V.
+            `LossSums`, `TokenScores`, or logits_BTV in the model's dtype; with a cache the last token's, logits_B1V.
         """
-        hidden_BTD = self.model(input_ids_BT, document_ids_BT, cache)
+        if document_ids_BT is not None:
+            assert cache is None, "decoding of packed rows is not supported"
+            positions = self.model.positions_of(*packed(document_ids_BT))
+        elif continuations is not None and continuations.branch_ids_BT is not None:
+            positions = self.model.positions_of(*branched(continuations.branch_ids_BT))
+        else:
+            positions = self.model.positions(input_ids_BT, cache)
+        hidden_BTD = self.model(input_ids_BT, positions, cache)
+
+        if continuations is not None:
+            hidden_ND = hidden_BTD.flatten(0, 1)
+            return score_tokens(hidden_ND, self.head_weight_VD, continuations.places_N, continuations.targets_N)
         if target_ids_BT is None:
             return product(hidden_BTD if cache is None else hidden_BTD[:, -1:], self.head_weight_VD)
         weights_BT = torch.ones_like(target_ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT

@@ -80,6 +80,39 @@ def chunked_loss(
     )
 
 
+class TokenScores(NamedTuple):
+    """What a model says of single tokens."""
+
+    log_probability_N: Tensor
+    """In nats, fp32."""
+    is_greedy_N: Tensor
+    """Whether no other token is likelier; of equals the one with the smallest id counts."""
+
+
+@torch.no_grad()
+def score_tokens(hidden_ND: Tensor, head_weight_VD: Tensor, places_N: Tensor, targets_N: Tensor) -> TokenScores:
+    """The log-probabilities of single tokens, a few places at a time: the head runs only where something is scored.
+
+    Args:
+        hidden_ND: final hidden states of all tokens.
+        head_weight_VD: the output projection.
+        places_N: the token after which each target is scored. Equal places that stand side by side are computed once.
+        targets_N: the ids that are scored.
+    """
+    operand = hidden_ND.dtype if multiplies(hidden_ND.device.type, hidden_ND.dtype) else torch.float32
+    matrix_VD = head_weight_VD.to(operand)
+    chunk_tokens = loss_chunk_tokens(hidden_ND.device.type, len(head_weight_VD))
+
+    found = []
+    for places_C, targets_C in zip(places_N.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True):
+        once_U, index_C = places_C.unique_consecutive(return_inverse=True)
+        logits_UV = F.linear(hidden_ND[once_U].to(operand), matrix_VD).float()
+        log_probability_C = logits_UV[index_C, targets_C] - logits_UV.logsumexp(-1)[index_C]
+        found.append((log_probability_C, logits_UV.argmax(-1)[index_C] == targets_C))
+
+    return TokenScores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -64,7 +64,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 class Tokenizer:
     """Text to ids and back, with the ids that end and pad documents."""
 
-    def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str) -> None:
+    def __init__(
+        self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str, bos_token: str | None = None
+    ) -> None:
         """Raises DataError where the vocabulary lacks the EOS or the pad token, naming both."""
         self.switched_off = _leftovers(backend)
         """Settings that would have made ids depend on more than the text, for people."""
@@ -85,6 +87,8 @@ class Tokenizer:
             raise DataError(problems)
 
         self.eos_id, self.pad_id = self.token_id(eos_token), self.token_id(pad_token)
+        self.bos_id = None if bos_token is None else backend.token_to_id(bos_token)
+        """The token that begins a text, in tokenizers made by others; no document is trained with it."""
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -96,6 +100,22 @@ class Tokenizer:
         if self._bulk:
             return self._bulk(texts)
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_control_tokens(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """The ids that transformers' tokenizer gives: the literal of a control token is that token.
+
+        Args:
+            texts: what is encoded.
+            add_special_tokens: whether the tokens that a tokenizer of others puts around a text are added.
+        """
+        found = self._parsing_encoder.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    @cached_property
+    def _parsing_encoder(self) -> "tokenizers.Tokenizer":
+        from tokenizers import Tokenizer as Backend
+
+        return Backend.from_str(self._backend.to_str())  # a copy parses control tokens: that setting is not stored
 
     @property
     def cuts_alone(self) -> bool:
@@ -227,11 +247,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        named = {role: _content(config.get(f"{role}_token")) for role in ("eos", "pad")}
+        named = {role: _content(config.get(f"{role}_token")) for role in ("eos", "pad", "bos")}
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"{folder} holds no whole tokenizer ({error}): prepare it again.") from error
     eos_token = named["eos"] or _eos_by_id(folder, backend)
-    return Tokenizer(backend, eos_token, named["pad"] or eos_token)
+    return Tokenizer(backend, eos_token, named["pad"] or eos_token, named["bos"])
 
 
 def _content(token: Any) -> str | None:

@@ -285,7 +285,7 @@ def test_rotary_tables_survive_a_cast_of_the_model():
     """Oracle: the fp32 tables: positions near 1,000 would be the same in bf16."""
     shape = small(max_position_embeddings=1024)
     model = build(shape, 0).bfloat16()
-    places = model.model.positions(random_ids(1, 1024), None, None)
+    places = model.model.positions(random_ids(1, 1024), None)
     assert places.cos.dtype == torch.float32 and not [name for name, _ in model.named_buffers()]
     exact = torch.arange(1024).double().outer(shape.rope_theta ** (-torch.arange(0, 16, 2).double() / 16)).cos()
     torch.testing.assert_close(places.cos.double(), exact, atol=1e-4, rtol=0)

@@ -1,0 +1,236 @@
+"""One evaluation: tasks by name, their rows, their items answered, their figures.
+
+names --chosen_tasks--> names --prepare--> tasks: rows, questions, hashes --evaluate--> items, answered --> results
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_slm.errors import ConfigError, DataError, UserError
+from ds_slm.evaluate import arithmark
+from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, Benchmark, find_rows
+from ds_slm.evaluate.opening import Opened
+from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
+from ds_slm.evaluate.scoring import Counts
+from ds_slm.evaluate.text import TextEncoder
+from ds_slm.recipe.schema import Recipe
+
+MMLU_NAME = "mmlu"
+LEADERBOARD = ("hellaswag", "arc_easy", "arc_challenge", "piqa", arithmark.NAME)
+"""The Open SLM Leaderboard's tasks; its average takes the two ARCs as one."""
+TEN = (*LEADERBOARD, "winogrande", MMLU_NAME, "sciq", "boolq", "lambada_openai", "wikitext")
+NO_HARNESS = "lm-evaluation-harness, whose tasks these are, is not installed: pip install -e '.[eval]'."
+
+
+@dataclass
+class TaskResult:
+    """What one task says of a model."""
+
+    name: str
+    version: str
+    items: int
+    of_items: int
+    """How many the task has."""
+    file: str
+    sha256: str
+    """Of all its questions, whatever the limit."""
+    published: bool | None
+    """Whether they are the published ones; None where their hash is not known."""
+    figures: dict[str, Figure]
+    counts: Counts
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether only the first items were scored."""
+        return self.items < self.of_items
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that is ready to be answered."""
+
+    name: str
+    questions: list[Question]
+    file: str
+    version: str
+    of_harness: Any = None
+    rows: Sequence[Mapping[str, Any]] = ()
+
+
+def chosen_tasks(names: Sequence[str], recipe: Recipe | None) -> list[str]:
+    """Tasks by name. `card` stands for those of the recipe's published figures, `leaderboard` for the leaderboard's.
+
+    Without a recipe, or without published figures of tasks, `card` is all ten.
+    """
+    chosen: list[str] = []
+    for name in names:
+        if name == "card":
+            known = (*TEN, *BENCHMARKS)
+            published = [target.metric.partition("/")[0] for target in recipe.targets] if recipe else []
+            published = [arithmark.NAME if one in arithmark.OPERATORS.values() else one for one in published]
+            chosen += [one for one in published if one in known] or TEN
+        elif name == "leaderboard":
+            chosen += LEADERBOARD
+        else:
+            chosen.append(name)
+    return list(dict.fromkeys(chosen))
+
+
+def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str], None]) -> list[Task]:
+    """Find the rows of tasks and make their questions.
+
+    Raises:
+        DataError: with every task that does not exist, whose rows are not there or are damaged.
+    """
+    tasks, problems = [], []
+    for name in names:
+        try:
+            for benchmark in _benchmarks_of(name):
+                tasks.append(_task(benchmark, bench_dir))
+                last = tasks[-1]
+                report(f"{last.name}: {len(last.questions):,} items of {last.file}")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return tasks
+
+
+def _benchmarks_of(name: str) -> Iterable[Benchmark]:
+    if name == MMLU_NAME:
+        return MMLU
+    if name == arithmark.NAME:
+        return [arithmark.ARITHMARK]
+    if name in BENCHMARKS:
+        return [BENCHMARKS[name]]
+    return [_harness().benchmark_of(name)]
+
+
+def _task(benchmark: Benchmark, bench_dir: Path | None) -> Task:
+    found = find_rows(benchmark, bench_dir)
+    if benchmark.name == arithmark.NAME:
+        questions = arithmark.questions_of(found.rows, found.place)
+        return Task(benchmark.name, questions, found.place, arithmark.VERSION, rows=found.rows)
+
+    harness = _harness()
+    task = harness.task_of(Path(benchmark.config), found.rows)
+    return Task(benchmark.name, harness.questions_of(task), found.place, harness.version_of(task), task)
+
+
+def _harness() -> Any:
+    try:
+        from ds_slm.evaluate import harness
+    except ImportError as error:
+        raise ConfigError(f"{NO_HARNESS} ({error})") from error
+    return harness
+
+
+def evaluate(
+    opened: Opened, tasks: Sequence[Task], limit: int | None, report: Callable[[int], None]
+) -> tuple[list[TaskResult], dict[str, list[Item]]]:
+    """Answer tasks.
+
+    Args:
+        opened: the model.
+        tasks: made by `prepare`.
+        limit: only the first items of each.
+        report: takes the number of rows that were computed since the last call.
+
+    Returns:
+        The results, parts and groups among them; and the items of each task.
+
+    Raises:
+        DataError: the model gives log-probabilities that are no numbers.
+    """
+    encoder = TextEncoder(opened.tokenizer)
+    counts: dict[str, Counts] = {}
+    items: dict[str, list[Item]] = {}
+
+    # The harness's own, all together: batches are fuller.
+    if of_harness := {task.name: task.of_harness for task in tasks if task.of_harness is not None}:
+        harness = _harness()
+        model = harness.HarnessModel(opened.scorer, encoder, report)
+        items |= harness.run(of_harness, model, limit)
+        counts |= model.counts
+    for task in tasks:
+        if task.name == arithmark.NAME:
+            counts[task.name] = Counts()
+            asked = task.questions[:limit]
+            items[task.name] = arithmark.answer(asked, opened.scorer, encoder, report, counts[task.name])
+
+    # A model that is broken answers every item with the first choice: that is no score.
+    broken = [name for name, answered in items.items() if _is_broken(answered)]
+    if broken:
+        raise DataError(
+            f"{opened.facts['path']} gives log-probabilities that are not finite ({', '.join(broken)}): its weights "
+            "are damaged, or its training diverged. `ds-slm verify RUN` names checkpoints that are whole."
+        )
+
+    results = []
+    for task in tasks:
+        results.append(_result(task, items[task.name], counts.get(task.name, Counts())))
+        if task.name == arithmark.NAME:
+            results += _parts(task, items[task.name], results[-1])
+    return results + _groups(tasks, items, counts), items
+
+
+def _is_broken(items: Sequence[Item]) -> bool:
+    return any(not abs(one) < float("inf") for item in items for one in item.log_probabilities)
+
+
+def _result(task: Task, items: Sequence[Item], counts: Counts) -> TaskResult:
+    sha256, published = content_sha256(task.questions), is_published(task.name, task.questions)
+    total = len(task.questions)
+    return TaskResult(task.name, task.version, len(items), total, task.file, sha256, published, figures(items), counts)
+
+
+def _parts(task: Task, items: Sequence[Item], whole: TaskResult) -> list[TaskResult]:
+    """ArithMark by number of operators."""
+    totals = dict.fromkeys(arithmark.OPERATORS.values(), 0)
+    for row in task.rows:
+        totals[arithmark.OPERATORS[row["metadata"]["operator_count"]]] += 1
+    return [
+        TaskResult(
+            name,
+            task.version,
+            len(part),
+            totals[name],
+            task.file,
+            whole.sha256,
+            whole.published,
+            figures(part),
+            Counts(),
+        )
+        for name, part in arithmark.by_operators(task.rows, items).items()
+    ]
+
+
+def _groups(
+    tasks: Sequence[Task], items: Mapping[str, Sequence[Item]], counts: Mapping[str, Counts]
+) -> list[TaskResult]:
+    """MMLU over all its subjects, weighted by their sizes, where all were asked for."""
+    subjects = [task for task in tasks if task.name in {one.name for one in MMLU}]
+    if len(subjects) < len(MMLU):
+        return []
+    together = [item for task in subjects for item in items[task.name]]
+    questions = [question for task in subjects for question in task.questions]
+    total = Counts()
+    for task in subjects:
+        one = counts.get(task.name, Counts())
+        total.tokens += one.tokens
+        total.cut_contexts += one.cut_contexts
+        total.cut_continuations += one.cut_continuations
+    whole = Task(MMLU_NAME, questions, str(Path(subjects[0].file).parent), "2")
+    return [_result(whole, together, total)]
+
+
+def leaderboard_average(results: Sequence[TaskResult]) -> float | None:
+    """(HellaSwag + (ARC-Easy + ARC-Challenge) / 2 + PIQA + ArithMark) / 4, where all were scored whole."""
+    whole = {result.name: result.figures for result in results if not result.is_limited}
+    if not set(LEADERBOARD) <= whole.keys():
+        return None
+    norm = {name: whole[name]["acc_norm"].value for name in LEADERBOARD if name != arithmark.NAME}
+    arc = (norm["arc_easy"] + norm["arc_challenge"]) / 2
+    return (norm["hellaswag"] + arc + norm["piqa"] + whole[arithmark.NAME]["acc"].value) / 4

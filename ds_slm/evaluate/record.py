@@ -1,0 +1,97 @@
+"""What an evaluation leaves behind: eval.json, and every item in eval-items.jsonl.gz.
+
+results, items --as_json, store--> FOLDER/eval.json (merged with what the same model scored before), items
+"""
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ds_slm.errors import DataError
+from ds_slm.evaluate.evaluation import MMLU_NAME, TaskResult, leaderboard_average
+from ds_slm.evaluate.opening import Opened
+from ds_slm.evaluate.results import Item
+from ds_slm.evaluate.text import TextEncoder
+from ds_slm.files import read_json, replace_bytes, replace_text
+
+EVAL_FILE, ITEMS_FILE = "eval.json", "eval-items.jsonl.gz"
+
+
+def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, seconds: float) -> dict[str, Any]:
+    """What eval.json holds of one evaluation that took so many seconds."""
+    encoder = TextEncoder(opened.tokenizer)
+    tokens = sum(result.counts.tokens for result in results if result.name != MMLU_NAME)
+    try:
+        harness = version("lm-eval")
+    except PackageNotFoundError:
+        harness = None
+
+    return {
+        "model": opened.facts,
+        "lm_eval": harness,
+        "settings": {
+            "prefix_id": encoder.prefix_id,
+            "adds_special_tokens": encoder.adds_special_tokens,
+            "max_length": opened.scorer.max_length,
+            "limit": limit,
+            "device": str(opened.scorer.device),
+        },
+        "tasks": {result.name: {**asdict(result), "limited": result.is_limited} for result in results},
+        "leaderboard": leaderboard_average(results),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+    }
+
+
+def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> None:
+    """Write eval.json and the items. What the same model scored before stays, but for the tasks that are new.
+
+    A task that was scored whole stays whole: a later trial with a limit does not take its place.
+    """
+    before = read_json(folder / EVAL_FILE) or {}
+    same = before.get("model", {}).get("sha256") == found["model"]["sha256"]
+    kept = before.get("tasks", {}) if same else {}
+    whole = {name for name, task in kept.items() if not task["limited"]}
+    new = {name: task for name, task in found["tasks"].items() if not (task["limited"] and name in whole)}
+
+    merged = {**found, "tasks": {**kept, **new}}
+    if same and merged["leaderboard"] is None:
+        merged["leaderboard"] = before.get("leaderboard")
+
+    lines = [line for line in _lines(folder / ITEMS_FILE) if json.loads(line)["task"] not in new] if same else []
+    for name, answered in items.items():
+        if name in new:
+            lines += [json.dumps({"task": name, **item._asdict()}, ensure_ascii=False) for item in answered]
+
+    replace_bytes(folder / ITEMS_FILE, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    replace_text(folder / EVAL_FILE, json.dumps(merged, indent=2) + "\n")
+
+
+def read_items(folder: Path) -> dict[str, list[Item]]:
+    """The items of each task that a model was scored on. Raises DataError where there are none."""
+    path = folder / ITEMS_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} has no {ITEMS_FILE}: score it first, ds-slm eval {folder}.")
+
+    found: dict[str, list[Item]] = {}
+    for line in _lines(path):
+        fields = json.loads(line)
+        requests = tuple(tuple(one) for one in fields["requests"])
+        scores = tuple(fields["log_probabilities"])
+        item = Item(requests, fields["gold"], fields["right"], scores, fields["values"])
+        found.setdefault(fields["task"], []).append(item)
+
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    try:
+        return gzip.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it, and score the model again.") from error

@@ -1,0 +1,156 @@
+"""From items to figures: each metric with its standard error, chance, and what always choosing alike would score.
+
+    items of a task --figures--> {metric: Figure} --> eval.json, the table        questions --content_sha256--> a hash
+
+Standard errors are closed forms, from the items alone:
+
+    a mean of values x_i                        s(x) / sqrt(n)
+    exp(-mean of log-probabilities l_i)         the value times s(l) / sqrt(n)                      (delta method)
+    a ratio R = sum l_i / sum w_i, and exp(-R)  sqrt(n / (n - 1) sum (l_i - R w_i)^2) / sum w_i     (over the pages)
+
+s is the standard deviation with n - 1. The harness draws 100,000 bootstrap samples for the second, and has none for the
+third.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+PUBLISHED = {
+    "hellaswag": (10_042, "56529d0cbf3d7beb0b19e2f6c724d26eb0e83529fe61fd40070bfed2db489ea0"),
+    "piqa": (1_838, "3fb22e87c1891744ab30ab208425bb5f4139713bc8dd2516e3cec27822f9056d"),
+    "winogrande": (1_267, "02b0e8af05b1745f2c3e5171f43c7b22eb668dd28a993f20e8aa186556ca3624"),
+    "lambada_openai": (5_153, "3508f2985e14b4da48772497e3d747a9157cdb25a8414c7e193dbc3704e85b83"),
+    "arc_easy": (2_376, "532afdc7a879aa20b593d51a336fe41e6deab589374d522b39f289e751abea3d"),
+    "arc_challenge": (1_172, "123ef06e6f9c5d77225deb2049da87847d27d63ecbbf4ede78f4c875732448e3"),
+}
+"""Items of the sets that the harness scores, and their content's hash."""
+
+
+class Question(NamedTuple):
+    """What is asked of a model in one item, and the right answer."""
+
+    requests: tuple[tuple[str, ...], ...]
+    """Context and continuation of each choice; a text alone where a whole text is scored."""
+    gold: Any
+
+
+class Item(NamedTuple):
+    """One item, answered."""
+
+    requests: tuple[tuple[str, ...], ...]
+    gold: Any
+    right: int | None
+    """The number of the right request; None where that is not one of them."""
+    log_probabilities: tuple[float, ...]
+    """Of each request, in nats."""
+    values: dict[str, Any]
+    """What the item adds to each metric."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one task."""
+
+    value: float
+    """Accuracies in percent."""
+    stderr: float | None
+    """None for a single item, or a metric that this does not know."""
+    chance: float | None = None
+    """What guessing scores: the mean of one over the number of choices, in percent."""
+    commonest: float | None = None
+    """What always giving the commonest answer scores, in percent."""
+
+
+def content_sha256(questions: Sequence[Question]) -> str:
+    """One hash of what is asked, whatever file it came from: of the sorted JSON lines of its questions."""
+    lines = sorted(
+        json.dumps([[list(pair) for pair in one.requests], one.gold], ensure_ascii=False) for one in questions
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def is_published(task: str, questions: Sequence[Question]) -> bool | None:
+    """Whether these are the published items; None where their hash is not known."""
+    if task not in PUBLISHED:
+        return None
+    return (len(questions), content_sha256(questions)) == PUBLISHED[task]
+
+
+def figures(items: Sequence[Item]) -> dict[str, Figure]:
+    """Every metric of a task."""
+    chance, commonest = _chance(items), _commonest(items)
+    found = {}
+    for name in items[0].values:
+        values = [item.values[name] for item in items]
+        if name.startswith("acc") or name == "exact_match":
+            found[name] = Figure(100 * fmean(values), _scaled(100, _mean_stderr(values)), chance, commonest)
+        elif name == "perplexity":
+            perplexity = _exp(-fmean(values))
+            found[name] = Figure(perplexity, _scaled(perplexity, _mean_stderr(values)))
+        elif isinstance(values[0], tuple):
+            ratio, stderr = _ratio(values)
+            if name == "bits_per_byte":
+                found[name] = Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))
+            else:
+                found[name] = Figure(_exp(-ratio), _scaled(_exp(-ratio), stderr))
+        else:
+            found[name] = Figure(fmean(values), _mean_stderr(values))
+
+    if answer := _answer_bits_per_byte(items):
+        found["answer_bits_per_byte"] = answer
+    return found
+
+
+def _mean_stderr(values: Sequence[float]) -> float | None:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
+    """Sum of the first over sum of the second, and its standard error."""
+    total, n = sum(weight for _, weight in pairs), len(pairs)
+    ratio = sum(value for value, _ in pairs) / total
+    if n < 2:
+        return ratio, None
+    squares = sum((value - ratio * weight) ** 2 for value, weight in pairs)
+    return ratio, math.sqrt(n / (n - 1) * squares) / total
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(exponent) if exponent < 700 else math.inf
+
+
+def _scaled(factor: float, stderr: float | None) -> float | None:
+    return None if stderr is None else factor * stderr
+
+
+def _chance(items: Sequence[Item]) -> float | None:
+    if any(len(item.requests) < 2 for item in items):
+        return None
+    return 100 * fmean(1 / len(item.requests) for item in items)
+
+
+def _commonest(items: Sequence[Item]) -> float | None:
+    if any(len(item.requests) < 2 or item.right is None for item in items):
+        return None
+    return 100 * Counter(item.right for item in items).most_common(1)[0][1] / len(items)
+
+
+def _answer_bits_per_byte(items: Sequence[Item]) -> Figure | None:
+    """Bits per byte of the right answers, over all items together, without the space before them."""
+    if any(item.right is None or len(item.requests[item.right]) < 2 for item in items):
+        return None
+    pairs = []
+    for item in items:
+        assert item.right is not None
+        answer = item.requests[item.right][1].removeprefix(" ")
+        pairs.append((item.log_probabilities[item.right], len(answer.encode())))
+    if not all(size for _, size in pairs):
+        return None
+    ratio, stderr = _ratio(pairs)
+    return Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))

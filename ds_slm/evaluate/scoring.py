@@ -1,0 +1,235 @@
+"""Log-probabilities of continuations: a context is computed once, and its continuations are branches of it.
+
+    items: [[Request, ...], ...] --> rows: context | continuation 1 | continuation 2 | ... --> batches of about as many
+    tokens --> the model's forward --> TokenScores --> [[Score, ...], ...]
+
+A benchmark's item asks for several continuations of one context. Their tokens begin alike, so a row holds what they
+share once; each continuation then sees the shared tokens and itself, at the positions it would have alone
+(`decoder.branched`). The head runs only where a token is scored, and batches hold tokens rather than rows.
+
+A sequence that is longer than the model's context loses its oldest tokens, as in lm-evaluation-harness. A continuation
+that is longer than the context by itself loses its oldest tokens too, and is counted; the harness stops there.
+
+Known gap: a model that is not ours computes a context anew for each continuation.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_slm.model.decoder import Continuations, Decoder
+from ds_slm.model.loss import TokenScores
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens of a batch, padding included."""
+LEAST_SHARED = 0.25
+"""Continuations share a row where this part of the longest sequence is common to all: else their mask costs more."""
+
+
+class Request(NamedTuple):
+    """One continuation of one context."""
+
+    context_ids: Sequence[int]
+    continuation_ids: Sequence[int]
+
+
+class Score(NamedTuple):
+    """What a model says of a continuation."""
+
+    log_probability: float
+    """Of all its tokens together, in nats: a float64 sum of the model's fp32 values."""
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest one."""
+    cut_tokens: int
+    """Tokens of the continuation that the model's context had no place for: they are not scored."""
+
+
+@dataclass
+class Counts:
+    """What was scored, and what the model's context had no place for."""
+
+    tokens: int = 0
+    """Tokens of all requests."""
+    cut_contexts: int = 0
+    """Requests whose context lost its oldest tokens."""
+    cut_continuations: int = 0
+    """Requests whose continuation alone is longer than the model's context: its oldest tokens are not scored."""
+
+    def add(self, requests: Sequence[Request], scores: Sequence[Score], max_length: int) -> None:
+        """Count an item."""
+        for request, one in zip(requests, scores, strict=True):
+            length = len(request.context_ids) + len(request.continuation_ids)
+            self.tokens += length
+            self.cut_contexts += length > max_length + 1
+            self.cut_continuations += one.cut_tokens > 0
+
+
+class Row(NamedTuple):
+    """One row of a batch, and which requests its scored tokens belong to."""
+
+    ids: list[int]
+    branch_ids: list[int]
+    places: list[int]
+    """The tokens after which a target is scored, in ascending order."""
+    targets: list[int]
+    requests: list[int]
+    """The request, by its number among all, of each target."""
+    has_branches: bool
+
+
+class Batch(NamedTuple):
+    """Some rows as tensors."""
+
+    ids_BT: Tensor
+    continuations: Continuations
+    requests_N: Tensor
+
+
+class Scorer(Protocol):
+    """A model that scores batches."""
+
+    max_length: int
+    """Tokens of the longest sequence."""
+    branches: bool
+    """Whether its rows may have branches."""
+    device: torch.device
+
+    def __call__(self, batch: Batch) -> TokenScores:
+        """The scores of a batch's tokens."""
+        ...
+
+
+class DecoderScorer:
+    """Our own decoder as a scorer."""
+
+    branches = True
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model.eval()
+        self.max_length = model.shape.max_position_embeddings
+        self.device = model.head_weight_VD.device
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TokenScores:
+        """The scores of a batch's tokens."""
+        scores = self.model(batch.ids_BT, continuations=batch.continuations)
+        assert isinstance(scores, TokenScores)
+        return scores
+
+
+def score(
+    scorer: Scorer,
+    items: Sequence[Sequence[Request]],
+    report: Callable[[int], None] = lambda rows: None,
+    batch_tokens: int | None = None,
+) -> list[list[Score]]:
+    """The scores of every request of every item.
+
+    Args:
+        scorer: the model.
+        items: requests that belong together; those of an item share a row where they begin alike.
+        report: takes the number of rows that a batch had, once it is done.
+        batch_tokens: tokens of a batch; None chooses by device. Figures do not depend on it.
+    """
+    if not any(items):
+        return [[] for _ in items]
+
+    requests = [request for item in items for request in item]
+    rows = list(_rows(items, scorer.max_length, scorer.branches))
+    sums = torch.zeros(len(requests), dtype=torch.float64)
+    misses = torch.zeros(len(requests), dtype=torch.int64)
+
+    for chosen in batches(rows, batch_tokens or BATCH_TOKENS[scorer.device.type]):
+        batch = to_batch(chosen, scorer.device)
+        scores = scorer(batch)
+        sums.index_add_(0, batch.requests_N, scores.log_probability_N.double().cpu())
+        misses.index_add_(0, batch.requests_N, (~scores.is_greedy_N).long().cpu())
+        report(len(chosen))
+
+    found = iter(zip(sums.tolist(), misses.tolist(), strict=True))
+    return [
+        [
+            Score(total, missed == 0, max(0, len(request.continuation_ids) - scorer.max_length))
+            for request, (total, missed) in zip(item, found)  # noqa: B905 - `found` goes on with the next item
+        ]
+        for item in items
+    ]
+
+
+def _rows(items: Sequence[Sequence[Request]], max_length: int, branches: bool) -> Iterator[Row]:
+    """The rows of all items, one or several each."""
+    first = 0
+    for item in items:
+        windows = [_window(request, max_length) for request in item]
+        shared = _common_prefix([ids for ids, _ in windows])
+        longest = max((len(ids) for ids, _ in windows), default=0)
+        same = all(len(ids) == shared for ids, _ in windows)
+
+        if same or (branches and shared >= LEAST_SHARED * longest):
+            yield _joined_row(windows, shared, first)
+        else:
+            for number, window in enumerate(windows, first):
+                yield _joined_row([window], len(window[0]), number)
+        first += len(item)
+
+
+def _window(request: Request, max_length: int) -> tuple[list[int], list[int]]:
+    """The tokens that are read, and the newest of them that are scored, each one place later."""
+    whole = [*request.context_ids, *request.continuation_ids][-(max_length + 1) :]
+    scored = min(len(request.continuation_ids), len(whole) - 1)
+    return whole[:-1], whole[len(whole) - scored :]
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
+
+
+def _joined_row(windows: Sequence[tuple[list[int], list[int]]], shared: int, first: int) -> Row:
+    """One row of sequences whose first `shared` tokens are the same; `first` is the number of the first request."""
+    ids, branch_ids = windows[0][0][:shared], [0] * shared
+    scored: list[tuple[int, int, int]] = []
+
+    for branch, (read, targets) in enumerate(windows, 1):
+        begin = len(ids)
+        ids += read[shared:]
+        branch_ids += [branch] * (len(read) - shared)
+        for place, target in enumerate(targets, len(read) - len(targets)):
+            scored.append((place if place < shared else begin + place - shared, target, first + branch - 1))
+
+    scored.sort(key=lambda one: one[0])
+    places, targets, requests = (list(column) for column in zip(*scored, strict=True)) if scored else ([], [], [])
+    return Row(ids, branch_ids, places, targets, requests, has_branches=len(ids) > shared)
+
+
+def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows of like length together, the longest first; those with branches apart from plain ones."""
+    longest_first = sorted(rows, key=lambda row: (row.has_branches, -len(row.ids)))
+    chosen: list[Row] = []
+    for row in longest_first:
+        full = chosen and (len(chosen) + 1) * len(chosen[0].ids) > batch_tokens
+        if full or (chosen and row.has_branches != chosen[0].has_branches):
+            yield chosen
+            chosen = []
+        chosen.append(row)
+    if chosen:
+        yield chosen
+
+
+def to_batch(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Rows as tensors, filled up on the right: causal attention does not see what follows."""
+    T = max(len(row.ids) for row in rows)
+    ids_BT = torch.tensor([row.ids + [0] * (T - len(row.ids)) for row in rows])
+    places = [index * T + place for index, row in enumerate(rows) for place in row.places]
+
+    branch_ids_BT = None
+    if rows[0].has_branches:
+        branch_ids_BT = torch.tensor([row.branch_ids + [-1] * (T - len(row.ids)) for row in rows]).to(device)
+
+    targets_N = torch.tensor([target for row in rows for target in row.targets])
+    continuations = Continuations(branch_ids_BT, torch.tensor(places).to(device), targets_N.to(device))
+    requests_N = torch.tensor([request for row in rows for request in row.requests])
+    return Batch(ids_BT.to(device), continuations, requests_N)

@@ -167,7 +167,7 @@ def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
     """Train the loop, its records printed now and then and all written to OUT/qwen3.jsonl."""
     import torch
 
-    from ds_slm.data.shards import prepared as shards
+    from ds_slm.data.shards.prepared import open_prepared
 
     records: list[Record] = []
     with (out / "qwen3.jsonl").open("w", buffering=1) as file:
@@ -179,16 +179,16 @@ def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
                 print(f"Qwen3 step {record['step']}/{recipe.train.steps}, {record['kind']} loss {record['loss']:.4f}")
 
         torch.set_num_threads(CPU_CORES)
-        train_qwen3(recipe, shards.open_prepared(recipe, "slm-10m", out / "data"), "cuda" if on_gpu else "cpu", report)
+        train_qwen3(recipe, open_prepared(recipe, "slm-10m", out / "data"), "cuda" if on_gpu else "cpu", report)
     return records
 
 
 def loading_s(recipe: Recipe, out: Path) -> float:
     """Seconds that drawing and reading one step's rows takes, all of them by one process: the mean over the run."""
     from ds_slm.data.rows import PretrainRows
-    from ds_slm.data.shards import prepared as shards
+    from ds_slm.data.shards.prepared import open_prepared
 
-    rows, position = PretrainRows(recipe, shards.open_prepared(recipe, "slm-10m", out / "data")), 0
+    rows, position = PretrainRows(recipe, open_prepared(recipe, "slm-10m", out / "data")), 0
     begin_s = time.perf_counter()
     for _ in range(recipe.train.steps):
         rows.read(rows.row_ids(position))

@@ -1,8 +1,8 @@
-"""What a step costs beside its arithmetic: the tiny recipe of the tests, whose products take next to no time.
+"""What a step costs beside its arithmetic: the tiny recipe of tiny_runs.py, whose products take next to no time.
 
     checkouts A, B --> A B B A A B ..., each launch some hundred steps --> its median step --> median and least of all
 
-python benchmarks/step_cost.py [CHECKOUT ...] [--ranks 1 2] [--micro-batch 1 4] [--rounds 5]
+python -m benchmarks.step_cost [CHECKOUT ...] [--ranks 1 2] [--micro-batch 1 4] [--rounds 5]
 
 Several checkouts (each with a `.venv` of its own) take turns, so that a machine whose speed drifts is the same for all;
 the pairs' ratios are what to quote. Without one, this checkout alone is measured.
@@ -18,11 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":  # the folder of this file has a train.py, too
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
+from benchmarks import tiny_runs
 from ds_slm.errors import TrainingError, run_program
-from tests.support import runs
 
 STEPS, WARM_STEPS = 400, 50
 
@@ -33,20 +30,20 @@ def median_step_ms(checkout: Path, folder: Path, ranks: int, micro_batch: int) -
     shutil.rmtree(run_dir, ignore_errors=True)
 
     binaries = checkout / ".venv" / "bin"
-    launcher = [binaries / "deepspeed", "--num_accelerators", ranks, "--master_port", runs.free_port()]
+    launcher = [binaries / "deepspeed", "--num_accelerators", ranks, "--master_port", tiny_runs.free_port()]
     files = ["--recipe", folder / "tiny.toml", "--run-dir", run_dir, "--data-root", folder / f"data-{checkout.name}"]
     every = [f"run.{what}_every_steps={STEPS}" for what in ("eval", "save")]
     settings = [part for one in (*every, f"train.steps={STEPS}") for part in ("--set", one)]
     command = [*launcher, checkout / "ds_slm" / "pretrain.py", *files, "--micro-batch", micro_batch, *settings]
 
-    environment = {**runs.environment(), "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]])}
+    environment = {**tiny_runs.environment(), "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]])}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
     if done.returncode:
         raise TrainingError(f"{checkout} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
-    durations_s = [record["step_s"] for record in runs.records(run_dir)][WARM_STEPS:]
+    durations_s = [record["step_s"] for record in tiny_runs.records(run_dir)][WARM_STEPS:]
     return 1e3 * statistics.median(durations_s)
 
 
@@ -62,7 +59,7 @@ def measure(checkouts: list[Path], folder: Path, ranks: int, micro_batch: int, r
 def main() -> int:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkouts", nargs="*", type=Path, default=[runs.ROOT])
+    parser.add_argument("checkouts", nargs="*", type=Path, default=[tiny_runs.ROOT])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
@@ -72,7 +69,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        runs.write_recipe(folder)
+        tiny_runs.write_recipe(folder)
 
         for ranks in args.ranks:
             for micro_batch in args.micro_batch:

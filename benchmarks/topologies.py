@@ -5,9 +5,9 @@
                                                                   v
     cell: the largest relative difference of a loss over those STEPS; ledgers must be equal
 
-python benchmarks/topologies.py [--out DIR] [--precision bf16]
+python -m benchmarks.topologies [--out DIR] [--precision bf16]
 
-A tiny recipe (tests/support/runs.py) on a CPU: what is compared does not depend on size. Losses of two undisturbed
+A tiny recipe (benchmarks/tiny_runs.py) on a CPU: what is compared does not depend on size. Losses of two undisturbed
 topologies differ too, by the order of their sums: the diagonal and the last row show by how much.
 """
 
@@ -16,19 +16,18 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if __name__ == "__main__":  # the folder of this file has a train.py, too
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
+from benchmarks import tiny_runs
 from ds_slm.errors import DataError, run_program
-from tests.support import runs
 
-PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
+PROGRAM = tiny_runs.ROOT / "tests" / "support" / "programs" / "cases.py"
 WRITTEN, STEPS = 6, 20
 
 
@@ -65,17 +64,17 @@ TOPOLOGIES = [
 ]
 
 
-def launch(folder: Path, ranks: int, cases: list[str]) -> None:
-    """Run the cases one after another in one process group of so many ranks."""
+def launch(folder: Path, ranks: int, cases: list[str], run: Callable[..., Any] = tiny_runs.run) -> None:
+    """Run the cases one after another in one process group of this number of ranks."""
     arguments = ["--recipe", folder / "tiny.toml", "--out", folder, *cases]
-    done = runs.run(runs.deepspeed_command(ranks, *arguments, script=PROGRAM), cwd=folder, timeout_s=900)
+    done = run(tiny_runs.deepspeed_command(ranks, *arguments, script=PROGRAM), cwd=folder, timeout_s=900)
     if done.returncode:
         raise DataError(f"{ranks} ranks failed ({done.returncode}):\n{(done.stdout + done.stderr)[-3000:]}")
 
 
 def measure(folder: Path, precision: str, topologies: list[Topology]) -> dict[str, dict[str, float]]:
     """Reader -> writer (or "undisturbed in the first topology") -> the largest relative difference of a loss."""
-    runs.write_recipe(folder)
+    tiny_runs.write_recipe(folder)
 
     # Each topology writes a checkpoint, and trains undisturbed for comparison.
     worlds = sorted({one.ranks for one in topologies})
@@ -100,13 +99,13 @@ def measure(folder: Path, precision: str, topologies: list[Topology]) -> dict[st
 
     found: dict[str, dict[str, float]] = {}
     for reader in topologies:
-        whole = runs.records(folder / f"whole-{reader.name}")
+        whole = tiny_runs.records(folder / f"whole-{reader.name}")
         found[reader.name] = {
-            writer.name: difference(runs.records(folder / f"{writer.name}-to-{reader.name}"), whole)
+            writer.name: difference(tiny_runs.records(folder / f"{writer.name}-to-{reader.name}"), whole)
             for writer in topologies
         }
 
-        first = runs.records(folder / f"whole-{topologies[0].name}")
+        first = tiny_runs.records(folder / f"whole-{topologies[0].name}")
         found[reader.name]["undisturbed, first"] = difference(first, whole)
     return found
 

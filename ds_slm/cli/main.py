@@ -101,8 +101,8 @@ def plan_recipe(
     from dataclasses import asdict
 
     from ds_slm.cli import tables
-    from ds_slm.recipe import ds_config as ds_configs
     from ds_slm.recipe import plan, schema
+    from ds_slm.recipe.ds_config import read as read_ds_config
 
     recipe = schema.load(name, overrides)
 
@@ -119,7 +119,7 @@ def plan_recipe(
         host_count = nodes or 1
         world_size = host_count * (gpus_per_node or 1)
 
-    found = plan.plan(recipe, name, ds_configs.read(ds_config), world_size, host_count, network)
+    found = plan.plan(recipe, name, read_ds_config(ds_config), world_size, host_count, network)
     inherited = schema.inherited(name)
 
     if as_json:
@@ -141,8 +141,9 @@ def prepare(
 ) -> None:
     """Tokenizer and token shards."""
     from ds_slm.cli.flags import parse_sources
-    from ds_slm.data.shards import prepare as preparing
-    from ds_slm.data.shards import prepared as shards
+    from ds_slm.data.shards.prepare import prepare as prepare_data
+    from ds_slm.data.shards.prepared import open_prepared
+    from ds_slm.data.shards.prepared import verify as verify_shards
     from ds_slm.recipe import schema
 
     recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
@@ -157,11 +158,11 @@ def prepare(
 
     sources = parse_sources(source)
     if verify:
-        prepared = shards.open_prepared(recipe, stem, data_root)
-        shards.verify(prepared)
+        prepared = open_prepared(recipe, stem, data_root)
+        verify_shards(prepared)
         report_to(as_json)("every byte of every shard is as its manifest says")
     else:
-        prepared = preparing.prepare(recipe, stem, data_root, sources, max_tokens, report_to(as_json))
+        prepared = prepare_data(recipe, stem, data_root, sources, max_tokens, report_to(as_json))
 
     summary = {
         "folder": str(prepared.folder),

@@ -1,4 +1,4 @@
-"""The sections of a recipe, typed, and what each must satisfy by itself and beside the others.
+"""The sections of a recipe, typed, and what each must satisfy by itself (beside the others: consistency.py).
 
     one table of the TOML file --> one Section; all of them --> schema.Recipe
 

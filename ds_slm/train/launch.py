@@ -57,7 +57,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         agreement.agree_on_inputs(control, inputs.identity, recipe, inputs.engine_config, inputs.beginning)
         if not _is_finished(inputs, control):
             resume_point = _resume_point(inputs, control)
-            inputs = replace(inputs, engine_config=_settled(inputs, control))
+            inputs = replace(inputs, engine_config=_compiled_and_batched(inputs, control))
             Launching(inputs, control, resume_point, differing).run()
 
 
@@ -280,7 +280,7 @@ def _resume_point(inputs: Inputs, control: Control) -> resume.ResumePoint | None
     return found
 
 
-def _settled(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
+def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
     """The configuration once it is known what works here and what is fastest. Collective."""
     config = _eager_if_compiling_fails(inputs.engine_config, control)
     kernels.fix_sums(config.deterministic and (config.compiled or devices.device_type() != "cpu"))

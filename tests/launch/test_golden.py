@@ -14,9 +14,8 @@ import pytest
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.cli import main
 from ds_slm.data.rows import PretrainRows
-from ds_slm.data.shards import prepared as shards
 from ds_slm.data.shards.prepare import prepare
-from ds_slm.data.shards.prepared import Prepared
+from ds_slm.data.shards.prepared import Prepared, verify
 from ds_slm.errors import DataError
 from ds_slm.publish.models import open_model
 from ds_slm.recipe import schema
@@ -95,7 +94,7 @@ def test_prepared_data_are_used_as_they_are(workspace: Path, name: str, kind: st
     before, said = states_of_files(workspace / facts.DATA), []
     prepared = open_data(name, recipe, said)
     assert states_of_files(workspace / facts.DATA) == before, said
-    shards.verify(prepared)
+    verify(prepared)
     rows = ConversationRows(recipe, prepared) if recipe.sft else PretrainRows(recipe, prepared)
     assert facts.of_data(prepared, rows) == EXPECTED["data"][name]
 

@@ -34,7 +34,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def launch(ranks: int, name: str, last_step: int) -> None:
         quiet = "set=train.steps=65,set=run.eval_every_steps=1000,set=run.save_every_steps=1000"
         cases = [f"{name}-{one}:{settings},{quiet},max_steps={last_step}" for one, settings in VARIANTS.items()]
-        topologies.launch(folder, ranks, cases)
+        topologies.launch(folder, ranks, cases, runs.run)
 
     launch(1, "whole", 65)
     for ranks, last_step in ROUTE:
@@ -63,7 +63,7 @@ def test_what_was_written_is_what_is_loaded(moved: Path) -> None:
         shutil.copytree(moved / "whole-fp32-adamw", moved / name)
     cases = [f"same:zero=3,{base},resave=same-again"]
     cases += [f"rounded:zero=1,{base},set=optimizer.name=adamw8bit,resave=rounded-again"]
-    topologies.launch(moved, 2, cases)
+    topologies.launch(moved, 2, cases, runs.run)
     before = checkpoint_files.folder_of_step(moved / "whole-fp32-adamw", 65)
     states, rounded = [checkpoint_files.read_state(before)], False
     for name in ("same-again", "rounded-again"):
@@ -108,5 +108,5 @@ def test_launches_that_fail_are_told(tmp_path: Path) -> None:
     from ds_slm.errors import DataError
 
     with pytest.raises(DataError, match="1 ranks failed"):
-        topologies.launch(tmp_path, 1, ["case:"])
+        topologies.launch(tmp_path, 1, ["case:"], runs.run)
     assert PROGRAM.is_file()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tokenizers
 
-from ds_slm.data.shards import prepare as preparing
 from ds_slm.data.shards import prepared
+from ds_slm.data.shards.prepare import prepare as prepare_data
 from ds_slm.data.tokenizers import tokenizer
 from ds_slm.recipe import schema
 
@@ -113,7 +113,7 @@ def cl100k(ranks: Path) -> tokenizer.Tokenizer:
 def prepare(made: schema.Recipe, root: Path, **options: object) -> prepared.Prepared:
     """Prepare in silence."""
     report: Callable[[str], None] = lambda line: None  # noqa: E731
-    return preparing.prepare(made, "made", root, **{"report": report, **options})  # type: ignore[arg-type]
+    return prepare_data(made, "made", root, **{"report": report, **options})  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

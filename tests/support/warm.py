@@ -28,8 +28,9 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
+from benchmarks import tiny_runs
+from benchmarks.tiny_runs import BIN, ROOT
+
 IMPORTED = (
     "torch", "torch._dynamo", "deepspeed", "deepspeed.comm.torch", "deepspeed.launcher.launch",
     "deepspeed.launcher.runner", "deepspeed.runtime.zero.muon.original_muon",
@@ -52,13 +53,7 @@ REAL_POPEN = subprocess.Popen
 
 def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Whether a command is a Python program, and its environment says nothing new on import."""
-    return _program_of(command) is not None and _read_on_import(environment) == _read_on_import(base_environment())
-
-
-def base_environment() -> dict[str, str]:
-    """One thread a rank, the virtual environment first on the path, no GPU."""
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return _program_of(command) is not None and _read_on_import(environment) == _read_on_import(tiny_runs.environment())
 
 
 def run(
@@ -93,7 +88,7 @@ class _Server:
         with theirs:
             # Ranks look for DeepSpeed's launcher in the command line of their parent.
             command = [sys.executable, "-m", "tests.support.warm", "deepspeed.launcher.launch", str(theirs.fileno())]
-            environment = {**base_environment(), "PYTHONPATH": str(ROOT)}
+            environment = {**tiny_runs.environment(), "PYTHONPATH": str(ROOT)}
             self._process = REAL_POPEN(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
 
     def start(self, request: Mapping[str, Any], stdout: int, stderr: int) -> socket.socket:

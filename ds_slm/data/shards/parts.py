@@ -31,7 +31,7 @@ from ds_slm.data.shards.writer import (
     write_documents,
     write_token_files,
 )
-from ds_slm.data.sources import documents as corpus
+from ds_slm.data.sources.documents import DocumentStream, SourceFiles, documents, locate
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.files import fsync, new_folder, write_json
@@ -62,7 +62,7 @@ class Preparation:
             return load_tokenizer(target)
 
         def training_texts(source: Source) -> Iterator[str]:
-            texts = corpus.documents(source, self.replacements.get(source.name), report=self.report)
+            texts = documents(source, self.replacements.get(source.name), report=self.report)
             limit_bytes = left_bytes = tokenizer_bytes(self.limits[source.name])
             for split, text in split_documents(texts, recipe.data):
                 if split == "train" and text:
@@ -105,7 +105,7 @@ class Preparation:
         fsync(folder)
         return tokenizer
 
-    def make_shards(self, source: Source, files: corpus.SourceFiles, tokenizer: Tokenizer) -> None:
+    def make_shards(self, source: Source, files: SourceFiles, tokenizer: Tokenizer) -> None:
         """The shards of one source and, last, its manifest."""
         recipe, document_format, report = self.recipe, self.document_format, self.report
         replacement, token_limit = self.replacements.get(source.name), self.limits[source.name]
@@ -141,12 +141,12 @@ class Preparation:
                     written = write_token_files(to, files.files, file_dtype)
                 else:
 
-                    def documents(position: dict[str, Any] | None) -> corpus.DocumentStream:
-                        return corpus.documents(
+                    def stream_from(position: dict[str, Any] | None) -> DocumentStream:
+                        return documents(
                             source, replacement, position, report, document_format.as_json, document_format.builtin
                         )
 
-                    written = write_documents(to, documents, document_format)
+                    written = write_documents(to, stream_from, document_format)
         except BaseException:
             shards.abandon()
             raise
@@ -169,7 +169,7 @@ def text_of(recipe: Recipe, replacements: Mapping[str, Path]) -> dict[str, Any]:
     found = {}
     for source in recipe.data.source:
         with suppress(DataError):  # told when it is read
-            found[source.name] = corpus.locate(source, replacements.get(source.name)).file_sizes()
+            found[source.name] = locate(source, replacements.get(source.name)).file_sizes()
     return found
 
 

@@ -34,7 +34,7 @@ from ds_slm.data.shards.journal import JOURNAL, tell_skipped
 from ds_slm.data.shards.parts import Preparation, text_of, tokenizer_bytes
 from ds_slm.data.shards.prepared import Prepared, open_prepared, refuse
 from ds_slm.data.shards.writer import TEXT, DocumentFormat
-from ds_slm.data.sources import documents as corpus
+from ds_slm.data.sources.documents import SourceFiles, locate, stand_ins, tell_left_out
 from ds_slm.errors import DataError
 from ds_slm.files import CANNOT_WRITE, locked, obstacle, shortened
 from ds_slm.recipe.problems import nearest
@@ -83,7 +83,7 @@ def prepare(
         raise DataError(f"--data-root: {in_the_way}")
 
     # Data that are whole are only read, without a lock.
-    places: dict[str, corpus.SourceFiles] = {}
+    places: dict[str, SourceFiles] = {}
     if _missing(recipe, folder):
         with _locked(recipe, folder, report), _room_on_disk(folder):
             if document_format.tokenizer_folder is None:
@@ -130,14 +130,14 @@ def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[s
 
 def _places(
     recipe: Recipe, folder: Path, replacements: Mapping[str, Path], report: Callable[[str], None]
-) -> dict[str, corpus.SourceFiles]:
+) -> dict[str, SourceFiles]:
     """Where to read each source that has no shards yet. Raises DataError with every path that is wrong."""
     places, problems = {}, []
     for source in recipe.data.source:
         if not (folder / source.name / MANIFEST).exists():
             try:
-                places[source.name] = place = corpus.locate(source, replacements.get(source.name), report)
-                problems += corpus.stand_ins(place)
+                places[source.name] = place = locate(source, replacements.get(source.name), report)
+                problems += stand_ins(place)
             except DataError as error:
                 problems += error.problems
     refuse(problems)
@@ -163,7 +163,7 @@ def _changed_since(manifest: Mapping[str, Any], source: Source, replacement: Pat
     if replacement is None and (manifest["replaced"] or source.path is None):
         return False
     try:
-        return corpus.locate(source, replacement).newest_change_ns() > manifest["newest_change_ns"]
+        return locate(source, replacement).newest_change_ns() > manifest["newest_change_ns"]
     except DataError:  # moved away since
         return False
 
@@ -231,7 +231,7 @@ def _notes(
         if source.name not in told:
             if manifest["replaced"]:
                 yield f"{source.name}: read from local files ({shortened([name for name, _ in manifest['files']])})"
-            if left_out := corpus.tell_left_out(manifest.get(LEFT_OUT, {})):
+            if left_out := tell_left_out(manifest.get(LEFT_OUT, {})):
                 yield f"{source.name}: left out when it was prepared: {left_out}"
 
         if not manifest["whole"] and tokens < _token_limit(recipe, source, None):

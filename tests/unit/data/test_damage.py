@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from ds_slm.data.shards import identity
-from ds_slm.data.shards import prepare as preparing
-from ds_slm.data.shards import prepared as shards
+from ds_slm.data.shards.prepared import STAMPS, _read_stamps, open_prepared, verify
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import BPE, contents, prepare, recipe, source, texts, two_sources, write_jsonl
@@ -63,7 +62,7 @@ def test_damaged_folders_are_refused(
     damage(folder)
     before = contents(folder)
     with pytest.raises(DataError, match=f"{message}.*remove .* and prepare again"):
-        shards.open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, "made", tmp_path / "data")
     with pytest.raises(DataError, match=message):
         prepare(made, tmp_path / "data")
     assert contents(folder) == before
@@ -84,12 +83,12 @@ def test_verify_finds_one_changed_bit(made: Recipe, tmp_path: Path, monkeypatch:
     for name in ("first", "second"):
         flip_bit(prepared.folder / name / "train-00000.bin")
     with monkeypatch.context() as patched:
-        stamps = shards._read_stamps(prepared.folder)
+        stamps = _read_stamps(prepared.folder)
         before = {prepared.folder / name: stamp for name, stamp in stamps.items()}
-        patched.setattr(shards, "_stamp", lambda path, sha256: before[path])
-        shards.open_prepared(made, "made", tmp_path / "data")
+        patched.setattr("ds_slm.data.shards.prepared._stamp", lambda path, sha256: before[path])
+        open_prepared(made, "made", tmp_path / "data")
     with pytest.raises(DataError, match=r"train-00000.bin was changed: sha256 .* prepare again") as caught:
-        shards.verify(prepared)
+        verify(prepared)
     assert len(caught.value.problems) == 2
 
 
@@ -97,11 +96,11 @@ def test_an_edited_shard_is_refused_when_opened(made: Recipe, tmp_path: Path) ->
     """Oracle: the shard whose time of change differs is read and named; a whole copy with other times is accepted."""
     prepared = prepare(made, tmp_path / "data")
     shutil.copytree(prepared.folder, tmp_path / "copy" / "made", copy_function=shutil.copyfile)
-    assert shards.open_prepared(made, "made", tmp_path / "copy").sha256 == prepared.sha256
+    assert open_prepared(made, "made", tmp_path / "copy").sha256 == prepared.sha256
     flip_bit(prepared.folder / "first" / "val-00000.bin")
     for _ in range(2):
         with pytest.raises(DataError, match=r"first/val-00000.bin was changed") as caught:
-            shards.open_prepared(made, "made", tmp_path / "data")
+            open_prepared(made, "made", tmp_path / "data")
         assert len(caught.value.problems) == 1
 
 
@@ -109,22 +108,22 @@ def test_a_copy_that_keeps_every_time_is_read(made: Recipe, tmp_path: Path) -> N
     """Oracle: stamps came with the copy, size and time of change as well: a bit that fell over on the way is found."""
     prepared = prepare(made, tmp_path / "data")
     shutil.copytree(prepared.folder, tmp_path / "copy" / "made", copy_function=shutil.copy2)
-    assert (tmp_path / "copy" / "made" / shards.STAMPS).is_file()
+    assert (tmp_path / "copy" / "made" / STAMPS).is_file()
     flip_bit(tmp_path / "copy" / "made" / "second" / "train-00000.bin")
     with pytest.raises(DataError, match=r"second/train-00000.bin was changed"):
-        shards.open_prepared(made, "made", tmp_path / "copy")
+        open_prepared(made, "made", tmp_path / "copy")
 
 
 def test_an_edited_source_is_warned_of(made: Recipe, tmp_path: Path) -> None:
     """Oracle: no word while nothing changed; an edit that keeps name and size is told, with the way out."""
     said: list[str] = []
     for _ in range(2):
-        preparing.prepare(made, "made", tmp_path / "data", report=said.append)
+        prepare(made, tmp_path / "data", report=said.append)
     assert not [line for line in said if line.startswith("warning")]
     path = tmp_path / "two" / "b.jsonl"
     path.write_text(path.read_text().replace("a", "b"))
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    preparing.prepare(made, "made", tmp_path / "data", report=said.append)
+    prepare(made, tmp_path / "data", report=said.append)
     [warning] = [line for line in said if line.startswith("warning")]
     assert warning.startswith("warning: second: its files have changed") and "data/made/second to prepare" in warning
 
@@ -133,12 +132,12 @@ def test_a_tokenizer_of_a_trial_is_warned_of(tmp_path: Path) -> None:
     """Oracle: no word where all text was read; after a trial the real run is told what its tokenizer was trained on."""
     made = recipe(source("first", path=write_jsonl(tmp_path / "one.jsonl", texts(400))), tokenizer=BPE)
     said: list[str] = []
-    preparing.prepare(made, "made", tmp_path / "data", max_tokens=1_000, report=said.append)
-    preparing.prepare(made, "made", tmp_path / "data", report=said.append)
+    prepare(made, tmp_path / "data", max_tokens=1_000, report=said.append)
+    prepare(made, tmp_path / "data", report=said.append)
     told = [line for line in said if line.startswith("warning: tokenizer was trained for a shorter run, on 0.0 MB")]
     assert told and "to prepare all of it anew" in told[-1]
     said.clear()
-    preparing.prepare(made, "made", tmp_path / "whole", report=said.append)
+    prepare(made, tmp_path / "whole", report=said.append)
     assert not [line for line in said if line.startswith("warning")]
 
 
@@ -185,12 +184,12 @@ def test_opening_reads_no_shard_twice(made: Recipe, tmp_path: Path, monkeypatch:
     hashed = []
     work = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (hashed.append(file.name), work(file, name))[1])
-    shards.open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, "made", tmp_path / "data")
     assert not hashed
     os.utime(prepared.folder / "first" / "train-00000.bin")
-    shards.open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, "made", tmp_path / "data")
     assert [Path(name).parent.name for name in hashed] == ["first"]
-    shards.open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, "made", tmp_path / "data")
     assert len(hashed) == 1
 
 
@@ -201,4 +200,4 @@ def test_manifests_of_another_format_are_refused(made: Recipe, tmp_path: Path) -
     with pytest.raises(
         DataError, match=rf"has format 1, this version reads {identity.FORMAT}: remove .*first and prepare again"
     ):
-        shards.open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, "made", tmp_path / "data")

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from ds_slm import files
-from ds_slm.data.shards import prepared as shards
+from ds_slm.data.shards.prepared import STAMPS, open_prepared
 from ds_slm.errors import DataError, UserError
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import prepare, recipe, source, texts, two_sources, write_jsonl
@@ -62,7 +63,7 @@ def test_a_read_only_copy_is_checked_each_time_and_that_is_told(
 ) -> None:
     """Oracle: stamps of other files: each opening reads all four shards; a shard that differs is refused."""
     prepared = prepare(made, tmp_path / "data")
-    (prepared.folder / shards.STAMPS).write_text("{}")
+    (prepared.folder / STAMPS).write_text("{}")
     shard = prepared.folder / "first" / "val-00000.bin"
     content = shard.read_bytes()
     read_only(tmp_path / "data")
@@ -156,12 +157,10 @@ def test_readers_do_not_wait_for_one_another(made: Recipe, tmp_path: Path) -> No
 def test_a_copy_is_checked_by_one_process(made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: of four that open it at once, a count of the shards that are hashed: each once."""
     prepared = prepare(made, tmp_path / "data")
-    (prepared.folder / shards.STAMPS).unlink()
+    (prepared.folder / STAMPS).unlink()
     hashed: list[str] = []
-    work = shards.hashlib.file_digest
-    monkeypatch.setattr(
-        shards.hashlib, "file_digest", lambda file, name: (hashed.append(file.name), work(file, name))[1]
-    )
+    work = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (hashed.append(file.name), work(file, name))[1])
     readers = [threading.Thread(target=prepare, args=(made, tmp_path / "data"), daemon=True) for _ in range(4)]
     for reader in readers:
         reader.start()
@@ -234,7 +233,7 @@ def test_links_in_place_of_our_own_files_are_not_followed(made: Recipe, tmp_path
         prepare(made, tmp_path / "data")
     (folder / ".lock").unlink()
     (folder / "tokenizer.tmp").symlink_to(tmp_path / "elsewhere")
-    (folder / f".{shards.STAMPS}.tmp-{files.writer_name()}").symlink_to(victim)
+    (folder / f".{STAMPS}.tmp-{files.writer_name()}").symlink_to(victim)
     (folder / "first" / f".manifest.json.tmp-{files.writer_name()}").symlink_to(victim)
     (folder / "first" / "train-00000.bin.part").symlink_to(victim)
     prepare(made, tmp_path / "data")
@@ -271,7 +270,7 @@ def test_a_manifest_names_files_beside_it_alone(made: Recipe, tmp_path: Path, na
     manifest["shards"]["val"][0]["file"] = name
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"first/manifest.json is damaged"):
-        shards.open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, "made", tmp_path / "data")
 
 
 def test_a_shard_that_is_a_link_is_refused(made: Recipe, tmp_path: Path) -> None:
@@ -279,11 +278,11 @@ def test_a_shard_that_is_a_link_is_refused(made: Recipe, tmp_path: Path) -> None
     folder = prepare(made, tmp_path / "data").folder
     (folder / "first").rename(tmp_path / "first")
     (folder / "first").symlink_to(tmp_path / "first")
-    shards.open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, "made", tmp_path / "data")
     (tmp_path / "first" / "val-00000.bin").rename(tmp_path / "val.bin")
     (tmp_path / "first" / "val-00000.bin").symlink_to(tmp_path / "val.bin")
     with pytest.raises(DataError, match=r"val-00000.bin is a link, expected the shard itself"):
-        shards.open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, "made", tmp_path / "data")
 
 
 HALVES: dict[str, Callable[[bytes], bytes]] = {
@@ -303,7 +302,7 @@ def test_damaged_manifests_are_told(made: Recipe, tmp_path: Path, damage: str, p
     path = prepare(made, tmp_path / "data").folder / part / "manifest.json"
     path.write_bytes(HALVES[damage](path.read_bytes()))
     for opened in (
-        lambda: shards.open_prepared(made, "made", tmp_path / "data"),
+        lambda: open_prepared(made, "made", tmp_path / "data"),
         lambda: prepare(made, tmp_path / "data"),
     ):
         with pytest.raises(DataError, match=rf"{part}/manifest.json (is damaged|has format None).*prepare again"):
@@ -317,7 +316,7 @@ def test_damaged_stamps_and_journals_cost_time_alone(
     """Oracle: the data of a folder where nothing was damaged."""
     made = recipe(source("first", path=write_jsonl(tmp_path / "one.jsonl", texts(150))))
     whole = prepare(made, tmp_path / "whole")
-    stamps = whole.folder / shards.STAMPS
+    stamps = whole.folder / STAMPS
     stamps.write_bytes(HALVES[damage](stamps.read_bytes()))
     assert prepare(made, tmp_path / "whole").sha256 == whole.sha256
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from ds_slm.data.shards import journal, parts, writer
-from ds_slm.data.shards import prepared as shards
+from ds_slm.data.shards.prepared import open_prepared, stamp_written, verify
 from ds_slm.data.shards.progress import Amount, Progress
 from ds_slm.data.sources import token_files
 from ds_slm.errors import DataError
+from ds_slm.files import write_json
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import BPE, character_folder, contents, prepare, recipe, source, texts, write_jsonl
@@ -116,7 +117,7 @@ def test_several_shards_read_as_one(tmp_path: Path) -> None:
     assert (path.name, place) == ("train-00001.bin", 3)
     assert all(tokens >= 2_000 for tokens in files[:-1])
     assert several.val_text() == one.val_text()
-    shards.verify(several)
+    verify(several)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -178,10 +179,10 @@ def test_opening_ten_billion_tokens_reads_nothing_of_them(tmp_path: Path) -> Non
     manifest_path = path.with_name("manifest.json")
     manifest = {**prepared.manifests["first"]}
     manifest["shards"]["train"][0] |= {"tokens": tokens, "bytes": 2 * tokens}
-    shards.write_json(manifest_path, manifest)
-    shards.stamp_written(prepared.folder, "first", manifest)
+    write_json(manifest_path, manifest)
+    stamp_written(prepared.folder, "first", manifest)
     before = _read_bytes(), _resident_bytes()
-    opened = shards.open_prepared(made, "made", tmp_path / "data")
+    opened = open_prepared(made, "made", tmp_path / "data")
     array = opened.tokens("train")[0]
     assert len(array) == opened.train_tokens == tokens
     assert not array[tokens - 1_025 :].any()

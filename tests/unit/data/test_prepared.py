@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from ds_slm.data.shards import journal, writer
-from ds_slm.data.shards import prepare as preparing
-from ds_slm.data.shards import prepared as shards
+from ds_slm.data.shards.prepared import Prepared, open_prepared, verify
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe import schema
@@ -39,7 +38,7 @@ def made(tmp_path: Path) -> Recipe:
     return two_sources(tmp_path)
 
 
-def documents_of(prepared: shards.Prepared, split: journal.Split) -> list[list[str]]:
+def documents_of(prepared: Prepared, split: journal.Split) -> list[list[str]]:
     tokenizer = load_tokenizer(prepared.tokenizer_folder)
     arrays = [np.asarray(tokens) for tokens in prepared.tokens(split)]
     ends = [np.flatnonzero(array == prepared.eos_id) + 1 for array in arrays]
@@ -68,7 +67,7 @@ def test_shards_hold_every_document_once(made: Recipe, tmp_path: Path) -> None:
     shard = manifest["shards"]["train"][0]
     content = (tmp_path / "data" / "made" / "first" / "train-00000.bin").read_bytes()
     assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
-    shards.verify(prepared)
+    verify(prepared)
 
 
 def test_split_depends_on_seed_and_document_alone(made: Recipe) -> None:
@@ -97,7 +96,7 @@ def test_preparing_again_changes_nothing(made: Recipe, tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.name != ".lock"}
     (tmp_path / "one.jsonl").rename(tmp_path / "elsewhere.jsonl")
     assert prepare(made, tmp_path / "data").sha256 == first.sha256
-    assert shards.open_prepared(made, "made", tmp_path / "data").sha256 == first.sha256
+    assert open_prepared(made, "made", tmp_path / "data").sha256 == first.sha256
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
@@ -158,7 +157,7 @@ def test_killed_while_preparing(stall: str, reached: str, made: Recipe, tmp_path
     process.communicate()
     assert contents(folder).keys() != whole.keys()
     with pytest.raises(DataError, match=r"lacks .*second: run ds-slm prepare made"):
-        shards.open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, "made", tmp_path / "data")
     prepare(made, tmp_path / "data")
     assert contents(folder) == whole
 
@@ -185,7 +184,7 @@ def test_another_recipes_folder_is_refused(made: Recipe, tmp_path: Path) -> None
     )
     for refused in (
         lambda: prepare(other, tmp_path / "data"),
-        lambda: shards.open_prepared(other, "made", folder.parent),
+        lambda: open_prepared(other, "made", folder.parent),
     ):
         with pytest.raises(
             DataError, match=r"data\.split_seed was 0, is 9, tokenizer\.vocab_size was 300, is 310"
@@ -277,7 +276,7 @@ def test_ready_made_tokens(tmp_path: Path) -> None:
 
 def test_a_source_is_read_as_far_as_the_run_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: steps x batch x weight, one per cent more and a row; a document more at most; twice the steps, twice."""
-    monkeypatch.setattr(preparing, "WHOLE_SOURCE_TOKENS", 0)
+    monkeypatch.setattr("ds_slm.data.shards.prepare.WHOLE_SOURCE_TOKENS", 0)
     for name, seed in (("one", 1), ("two", 2)):
         write_jsonl(tmp_path / f"{name}.jsonl", texts(3_000, seed=seed))
     made = recipe(

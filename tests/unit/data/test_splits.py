@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import pytest
 
-from ds_slm.data.shards import prepared as shards
+from ds_slm.data.shards.prepared import open_prepared
 from ds_slm.data.sources.documents import locate
 from ds_slm.data.sources.splits import UnclearSplit, choose
 from ds_slm.errors import DataError, run_program
@@ -335,7 +335,7 @@ def test_file_names_of_any_bytes_are_told(tmp_path: Path) -> None:
         assert all(line.encode().isascii() and line.isprintable() for line in told)
         assert any(r"caf\xe9.jsonl" in line and r"red\x1b[31m\n.jsonl" in line for line in told)
         assert any(r"1 of another split: \xff-test.jsonl" in line for line in told)
-    assert shards.open_prepared(recipe, "made", tmp_path / "data").train_tokens
+    assert open_prepared(recipe, "made", tmp_path / "data").train_tokens
 
 
 def test_any_name_can_be_printed_whatever_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ds_slm.data.shards import prepared as shards
 from ds_slm.data.shards.identity import MANIFEST
+from ds_slm.data.shards.prepared import open_prepared
 from ds_slm.data.sources.documents import documents
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError
@@ -305,7 +305,7 @@ def test_data_of_an_older_version_whose_held_out_part_is_no_text(tmp_path: Path)
     manifest["bytes"]["val"] = 0
     (folder / "ids" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"{folder}: what is held out holds no text"):
-        _ = shards.open_prepared(made, "made", tmp_path / "data").val_bytes
+        _ = open_prepared(made, "made", tmp_path / "data").val_bytes
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

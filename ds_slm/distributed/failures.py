@@ -1,7 +1,7 @@
-"""Failures of ranks: who failed first, and what each rank still tells, so that every error is told once.
+"""Failures of ranks: who failed first, and what each rank prints, so that every error is printed once.
 
-the first that fails   waits a moment for the others' mistakes and tells all there are; a crash it tells at once
-another that fails     tells what the first did not
+the first that fails   waits a moment for the others' mistakes and prints all of them; it prints a crash at once
+another that fails     prints what the first did not
 a rank that did not    ends, and says so where none of its host failed
 """
 
@@ -25,7 +25,7 @@ class Failure:
     host: str
     code: int
     text: str
-    """What its user is told."""
+    """What its user reads."""
     problems: tuple[str, ...] = ()
     """Of a mistake of the user's: one sentence each."""
 
@@ -36,7 +36,7 @@ class Failure:
 
 
 def failure_of(error: BaseException, rank: int) -> Failure:
-    """What a rank tells of an error: a sentence, or a traceback where it is nobody's mistake but ours."""
+    """How a rank describes an error: a sentence for a user's mistake, a traceback for one of this program's."""
     problems = tuple(error.told) if isinstance(error, UserError) else ()
     text, code = describe(error) or ("".join(traceback.format_exception(error)).rstrip(), EXIT_FAILURE)
     if isinstance(error, SystemExit) and error.code == EXIT_USER_ERROR:
@@ -57,7 +57,7 @@ class FailureBoard:
         return self._store.count("failed") == 0
 
     def post(self, own: Failure, was_told: bool) -> str | None:
-        """Post a rank's failure; returns what this rank is to tell, if anything, and then to call `mark_told`."""
+        """Post a rank's failure; returns what this rank must print, if anything, before it calls `mark_told`."""
         self._store.set(f"failed/{own.rank}", json.dumps(asdict(own)))
         if self._store.count("failed", 1) > 1:
             return None if was_told else self._left_to_tell(own)
@@ -69,12 +69,12 @@ class FailureBoard:
         return all_problems(self._told)
 
     def mark_told(self) -> None:
-        """Let the other ranks end: the first failure is told."""
+        """Let the other ranks end: the first failure is printed."""
         if not self._store.has("told"):
             self._store.set("told", json.dumps([one.rank for one in self._told]))
 
     def await_told(self) -> None:
-        """Wait until the first failure is told, but not for ever."""
+        """Wait until the first failure is printed, for a limited time."""
         limit_s = self._intervals.together_s + self._intervals.come_out_s
         wait_until(lambda: self._store.has("told"), limit_s, POLL_S)
 
@@ -85,7 +85,7 @@ class FailureBoard:
         return [Failure(**{**one, "problems": tuple(one["problems"])}) for one in found]
 
     def _left_to_tell(self, own: Failure) -> str | None:
-        """What the first did not tell of this one."""
+        """The part of this rank's failure that the first rank did not print."""
         self.await_told()
         told = json.loads(self._store.get("told")) if self._store.has("told") else []
         self._told = [one for one in self.failures() if one.rank in told]

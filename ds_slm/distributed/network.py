@@ -62,7 +62,7 @@ def refuse_unknown_interfaces(environ: MutableMapping[str, str] = os.environ) ->
 
 
 def own_address(master: str, port: int) -> str | None:
-    """What a rank tells the others of itself: its address on the route to rank 0's host, where there is one."""
+    """The address that a rank gives to the others: its own on the route to rank 0's host; None without a route."""
     try:
         return address_towards(master, port)
     except OSError:

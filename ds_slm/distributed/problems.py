@@ -23,7 +23,7 @@ def merged(hosts: Sequence[str], problems: Sequence[Iterable[str]]) -> list[str]
 
     Args:
         hosts: the host of each rank; at least one.
-        problems: those of each rank.
+        problems: the problems of each rank.
     """
     by_host: dict[str, dict[str, None]] = {}
     for host, theirs in zip(hosts, problems, strict=True):

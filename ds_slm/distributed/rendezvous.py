@@ -2,7 +2,7 @@
 
     open      a thread connects to the store: the first thing a launch does, while data are prepared
     arrive    this rank is ready; returns once all are, with what each of them says of itself
-    fail      this rank cannot go on: the others are told, the error is told once, the process ends at once
+    fail      this rank cannot go on: it tells the others, the error is printed once, the process ends at once
 
 The thread counts up this rank's heartbeat and looks for failures until the launch ends. Before the ranks have met,
 rank 0 ends the launch where a heartbeat stands still or a rank never came. Only counters are compared, never clocks.
@@ -115,16 +115,16 @@ class Rendezvous:
             self._thread.join(patience_s)
             self._leave(failure.code)
 
-        # Before the thread runs, and after an interruption, the error is told without the store.
+        # Before the thread runs, and after an interruption, the error is printed without the store.
         if not was_open or is_interrupted:
             wait_s = self._intervals.interrupted_s if is_interrupted else self._intervals.together_s
             self._tell_in_turn(failure.text, 0 if self.world.size == 1 else wait_s)
 
-        # The other ranks must be told, unless the launcher on this host ends them.
+        # The other ranks must know of it, unless the launcher on this host ends them.
         on_its_own = self.world.size == 1 or (self.world.on_one_host and not was_open)
         if not on_its_own:
             self._failure = failure
-            with contextlib.suppress(ImportError):  # torch's, on this host: then nobody can be told
+            with contextlib.suppress(ImportError):  # torch's, on this host: then the others cannot be reached
                 self.open()
             self._wake.set()
 
@@ -243,7 +243,7 @@ class Rendezvous:
         """The store is gone, and rank 0 with it."""
         if self._closed.is_set() or self._met.is_set():
             return  # the launch may have come to its end; where it did not, collectives fail
-        time.sleep(self._intervals.together_s)  # a launcher on this host ends us, and rank 0 has told why
+        time.sleep(self._intervals.together_s)  # a launcher on this host ends this process, and rank 0 has printed why
         gone = f"error: rank 0 at {self.world.master} ended before the ranks had met ({first_line(error)}): "
         self._tell_once(self._failure.text if self._failure else gone + "look into its host's output.")
         self._leave(self._failure.code if self._failure else EXIT_FAILURE)
@@ -251,7 +251,7 @@ class Rendezvous:
     # ---- failures
 
     def _report(self, own: Failure, store: Store, board: FailureBoard) -> None:
-        """This rank's failure: post it, tell what is to be told, end."""
+        """This rank's failure: post it, print what is left to print, end."""
         if text := board.post(own, self._was_told):
             self._tell_once(text)
         self._was_told = True
@@ -259,7 +259,7 @@ class Rendezvous:
         self._leave_store(own.code, store)
 
     def _follow(self, store: Store, board: FailureBoard) -> None:
-        """Another rank failed: end, as soon as it has told why."""
+        """Another rank failed: end, as soon as it has printed why."""
         self._follows = True
         board.await_told()
         if self._met.is_set():  # the main thread may fail as well, and have more to say
@@ -288,7 +288,7 @@ class Rendezvous:
         self._end(code)
 
     def _tell_in_turn(self, text: str, wait_s: float) -> None:
-        """Without the store: the first rank of a host tells, another only where that does not end it."""
+        """Without the store: the first rank of a host prints; another one does only if that rank does not end it."""
         if not worlds.first_on_host():
             time.sleep(wait_s)
         self._tell_once(text)
@@ -332,7 +332,7 @@ _current: Rendezvous | None = None
 
 
 def current() -> Rendezvous:
-    """This process's rendezvous. Raises DeviceError where the environment is no launch's."""
+    """This process's rendezvous. Raises DeviceError where the environment does not come from a launcher."""
     global _current
     if _current is None:
         _current = Rendezvous(worlds.read(), INTERVALS, os.dup(2))
@@ -342,7 +342,7 @@ def current() -> Rendezvous:
 def run_rank(main: Callable[[], int | None]) -> int:
     """Run a training program's `main` as one rank of its launch; returns the exit code where all ranks leave alike.
 
-    Where this rank fails alone, or nobody knows whether it does, the process ends at once, its error told.
+    If this rank fails alone, or may have failed alone, it prints its error and the process ends at once.
     """
     print_any_name()
     note = worlds.ignored()

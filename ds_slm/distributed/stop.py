@@ -11,8 +11,8 @@ The pipe is written in C, so a request is noted also while Python waits for a co
 change nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a
 SIGTERM, and so does that of the `deepspeed` command above it.
 
-Known gap: a vote is taken after a number of micro-batches, as many as fit into VOTE_EVERY_S at the pace of the step
-before: one that suddenly takes longer is waited for, and so is each single one, however long.
+Known gap: a vote is taken after a number of micro-batches: the number that fitted into VOTE_EVERY_S in the step before.
+A request waits for a micro-batch that suddenly takes longer.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ class Interrupt:
         stopping = self._request >= Request.STOP
         _let_compiling_fail(False)
         for number, handler in self._handlers.items():
-            # a stopped rank waits for the others, and may be told once more meanwhile
+            # a stopped rank waits for the others, and may get the signal again meanwhile
             signal.signal(number, signal.SIG_IGN if stopping else handler)
         os.close(self._writer)
         if not isinstance(error, Stopped):  # the run came to its end before the request counted
@@ -175,7 +175,7 @@ class Interrupt:
         self._note(Request.REPLACED)
 
     def saved(self) -> None:
-        """What was wanted is done."""
+        """The checkpoint that a signal asked for is saved."""
         self.save_requested = False
         with self._lock:
             if self._request == Request.SAVE:
@@ -200,7 +200,7 @@ def _let_compiling_fail(may: bool) -> None:
 
 
 def _end_compilers() -> None:
-    """End what this process started and what is no Python: compilers, and what they call."""
+    """End the processes that this one started and that do not run Python: compilers, and what they call."""
     with contextlib.suppress(psutil.Error):  # what ended meanwhile; the next look is soon
         for child in psutil.Process().children(recursive=True):
             if not child.name().startswith("python"):
@@ -208,7 +208,7 @@ def _end_compilers() -> None:
 
 
 def _tell_siblings() -> None:
-    """The launcher tells its ranks one after another and waits for each: one that compiles would keep it waiting."""
+    """The launcher stops its ranks one after another and waits for each: one that compiles would keep it waiting."""
     above, siblings = launcher(), []
     with contextlib.suppress(psutil.Error):
         siblings = above.children() if above else []

@@ -25,18 +25,18 @@ class Intervals:
     beat_s: float = 1.0
     """Between two heartbeats of a rank that does something else."""
     first_word_s: float = 10.0
-    """Who waits for whom is said after so long, and then every `word_every_s`."""
+    """The first line on who waits for whom comes after this time, the next ones every `word_every_s`."""
     word_every_s: float = 60.0
     connect_s: float = 600.0
     """A rank must have connected by then: it does so before it prepares anything."""
     silent_s: float = 120.0
-    """A heartbeat that stands still for so long has ended."""
+    """A heartbeat that stands still for this time has ended."""
     together_s: float = 3.0
-    """The first rank that fails collects so long what is wrong on the others, so that all is told at once."""
+    """For this time the first rank that fails collects what is wrong on the others, to print all of it at once."""
     come_out_s: float = 5.0
-    """What the main thread is given to end by itself once another rank has failed."""
+    """The main thread's time to end by itself once another rank has failed."""
     linger_s: float = 30.0
-    """A failure before the ranks have met is offered so long to ranks that are still starting."""
+    """For this time a failure before the ranks have met is kept for ranks that are still starting."""
     interrupted_s: float = 0.5
     """So long where the failure is that a user interrupted this rank: nobody waits for the end of a wait."""
 
@@ -113,7 +113,7 @@ def await_server(
         world: this process among all; rank 0 has nothing to wait for.
         intervals: how long, and when to speak.
         is_needless: whether to give up silently, asked with the seconds waited.
-        say: tells the user.
+        say: prints a line for the user.
 
     Returns:
         False where it became needless.

@@ -2,7 +2,7 @@
 
 Launchers that start several processes set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A process without
 RANK was started by hand and trains alone on one device: what else an environment holds (a scheduler's or MPI's
-variables, those of an earlier launch) is set aside. Imports neither torch nor deepspeed.
+variables, variables of an earlier launch) is set aside. Imports neither torch nor deepspeed.
 """
 
 import contextlib

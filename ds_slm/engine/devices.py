@@ -35,8 +35,11 @@ def accelerator() -> Any:
 
 
 def refuse_missing_precision(precision: str) -> None:
-    """Raise DeviceError where the device cannot compute in the recipe's precision, ConfigError where it is told how in
-    unknown words.
+    """Refuse a precision that the device does not have.
+
+    Raises:
+        DeviceError: the device cannot compute in the recipe's precision.
+        ConfigError: the environment variable that chooses the products has an unknown value.
     """
     kernels.chosen_products()
     device = accelerator()
@@ -55,8 +58,8 @@ def refuse_missing_precision(precision: str) -> None:
 def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
     """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
 
-    Without it each of them starts as many threads as there are cores. Ranks compute on cores where there is no GPU, and
-    where the optimiser is offloaded. OMP_NUM_THREADS is heeded: whoever sets it has chosen.
+    Without it each of them starts one thread for every core. Ranks compute on cores on hosts without a GPU, and
+    where the optimiser is offloaded. OMP_NUM_THREADS, if the user sets it, decides.
 
     Args:
         control: the ranks' connection.

@@ -99,7 +99,7 @@ class Engine:
         self._micro_batch_s = 0.0
 
         if self.loss_scaler:
-            self.loss_scaler.raise_error_at_min_scale = False  # the loop tells it, with the rows
+            self.loss_scaler.raise_error_at_min_scale = False  # the loop reports it, with the rows
 
     def agree(self, share: Share) -> Totals:
         """What all ranks' rows add up to, before the first forward. Collective.
@@ -115,7 +115,7 @@ class Engine:
         return Totals(sum(weights), sum(counts), micro_batches_per_vote(max(durations_s)))
 
     def forward_backward(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
-        """Add up the gradients of a step's rows; `step` applies them. Every rank passes as many micro-batches.
+        """Add up the gradients of a step's rows; `step` applies them. All ranks pass the same number of micro-batches.
 
         Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
         """
@@ -162,7 +162,10 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
-        """Sums over held-out rows. Every rank passes as many micro-batches. Raises Stopped as `forward_backward`."""
+        """Sums over held-out rows. All ranks pass the same number of micro-batches.
+
+        Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
+        """
         self.deepspeed.eval()
         own = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):

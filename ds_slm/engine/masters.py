@@ -29,8 +29,8 @@ def fill(engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
     Args:
         engine: DeepSpeed's engine.
-        weights: name and whole fp32 tensor of each parameter, in any order; those of which this rank holds nothing
-            may be left out.
+        weights: name and whole fp32 tensor of each parameter, in any order. Parameters of which this rank holds no
+            element may be left out.
 
     Raises:
         ValueError: a name is unknown or missing, or a shape is another.
@@ -88,7 +88,7 @@ def _agrees(parameter: Any, flat: Tensor, part: partitions.Fragment) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit but for the kinds of not-a-number."""
+    """Whether the bits are equal; all kinds of not-a-number count as equal."""
     other = other.to(one.device)
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 

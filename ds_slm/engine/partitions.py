@@ -9,7 +9,7 @@ stage, the world size and the optimiser's precision.
 
 8-bit states (bitsandbytes): uint8 codes of the flat partition in blocks of 256, value = map[code] * absmax[block]. They
 are stored as fp32 values, like any moments; each partition's absmax goes along as a note, and on the same topology the
-same absmax leads back to the same codes, bit for bit. Elsewhere absmax is computed anew.
+same absmax leads back to the same codes, bit for bit. Elsewhere absmax is computed again.
 
 DeepSpeed's own accessors are not used: they know neither bitsandbytes' states nor more than one group.
 """
@@ -201,7 +201,7 @@ def optimizer_steps(engine: Any) -> dict[str, int]:
 
 
 def topology(engine: Any) -> dict[str, Any]:
-    """What must be equal for a return to be bit-exact, but for the partitions themselves (`masters.layout`)."""
+    """What must be equal for a bit-exact return, except the partitions themselves (`masters.layout`)."""
     return {
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
@@ -304,7 +304,7 @@ SMALLEST_LARGEST = 0.98
 
 
 def _fits(note: Tensor, values: Tensor) -> bool:
-    """Whether block scales are of these very values: those of other partitions would round them anew, or wrongly."""
+    """Whether block scales belong to these values: scales of other partitions would round them again, or wrongly."""
     largest = block_absmax(values)
     return note.shape == largest.shape and bool(((largest <= note) & (largest >= SMALLEST_LARGEST * note)).all())
 

@@ -75,7 +75,7 @@ class Watch:
 
 
 class Profile:
-    """Profiles some steps of a run, on every rank; rank 0 tells."""
+    """Profiles a range of steps on every rank; rank 0 prints the table."""
 
     def __init__(self, steps: range, folder: Path, say: Callable[[str], None]) -> None:
         self.steps, self.folder, self._say = steps, folder, say
@@ -85,7 +85,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int, engine: Engine, reader: RowReader) -> Iterator[None]:
-        """Run a step within; nothing is done for one that is not wanted."""
+        """Run a step within. A step outside the range is not profiled."""
         if number not in self.steps:
             yield
             return
@@ -100,7 +100,7 @@ class Profile:
             self.finish(engine.control.rank)
 
     def finish(self, rank: int) -> None:
-        """Write the trace and tell the table; once, and also where the run ends early."""
+        """Write the trace and print the table; once, and also if the run ends early."""
         if self._watch is None:
             return
         self._torch.stop()

@@ -3,9 +3,9 @@
     position --> rows of the step, without skipped ones --share--> this rank's micro-batches --read--> StepRows
     a GPU copies from page-locked memory, which its processor need not wait for (`PageLocked`)
 
-Which rows a step has is a pure function of its position, so they can be read early. A row that cannot be read is told
-where it is used, on all ranks at once, and never stops the step before. All rows are read in that one thread: a source
-need not be safe for several.
+Which rows a step has is a pure function of its position, so they can be read early. A row that cannot be read is
+reported where it is used, on all ranks at once, and never stops the step before. That one thread reads all rows: a
+source need not be thread-safe.
 
 Known gap: the rows of two steps lie in memory at a time.
 """
@@ -110,7 +110,7 @@ class RowReader:
         self._ahead: tuple[int, Future[StepRows]] | None = None
 
     def of_step(self, position: int, another_follows: bool) -> StepRows:
-        """Rows of the step that begins at a global position; those of the next one are read from now on.
+        """Rows of the step that begins at a global position; the thread then begins to read the next step's rows.
 
         Rows that a GPU copies stay as they are until the second step after this one is asked for.
         """
@@ -144,7 +144,7 @@ class RowReader:
         return StepRows(begin, self._source.next_position(begin), rows, held, self._source.describe(row_ids))
 
     def _read_share(self, row_ids: Sequence[RowId], split: Split, count: int = 0) -> Share:
-        """This rank's micro-batches, filled up to `count`: a short last step has as many forwards as the others."""
+        """This rank's micro-batches, filled up to `count`: a short last step has the same number of forwards."""
         shares = share(row_ids, self._control.rank, self._control.world_size, self._config.micro_batch)
         shares += [[None] * len(shares[0])] * (count - len(shares))
         try:
@@ -157,7 +157,7 @@ class PageLocked:
     """Rows in two page-locked buffers in turn: one is copied to the device while the other is filled."""
 
     def __init__(self, allocate: Callable[[int], np.ndarray] | None = None) -> None:
-        """Uses `allocate` for buffers of so many bytes (uint8)."""
+        """`allocate` makes a buffer of a number of bytes (uint8)."""
         self._allocate = allocate or _page_locked_bytes
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 

@@ -36,7 +36,7 @@ class Best:
         return replace(self, val_loss=val_loss, step=step)
 
     def over(self, eval_rows: int, was_changed: bool) -> tuple["Best", str]:
-        """The best of a launch that evaluates so many rows; and, where it begins anew, what to say of it.
+        """The best of a launch that evaluates `eval_rows` rows; and a note, if the comparison begins again.
 
         Args:
             eval_rows: this launch's number of held-out rows in an evaluation.

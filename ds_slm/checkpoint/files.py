@@ -9,7 +9,7 @@ A checkpoint holds fp32 weights and moments keyed by parameter name, so it does 
     model.safetensors  optimizer-exp_avg.safetensors  optimizer-exp_avg_sq.safetensors  state.json  manifest.json
     optimizer-absmax.safetensors   only with 8-bit states: the writer's block scales, a note for a bit-exact return
 
-Known gap: verification reads every byte; there is no cheaper check that is also trusted.
+Known gap: verification reads every byte; no cheaper check is trusted.
 """
 
 import contextlib

@@ -4,7 +4,7 @@
     each window:  every rank packs what it holds of it --send--> each writer puts the parts in place --> its file
 
 A writer needs a few windows of memory, however large the model, and all of it is taken before anything is sent. A rank
-that fails later goes on sending and receiving, so that nobody waits for it, and tells at the end.
+that fails later goes on sending and receiving, so that the others need not wait, and reports it at the end.
 """
 
 import math
@@ -88,7 +88,7 @@ class Gathering:
         Args:
             shapes: of all tensors, by name; the same on all ranks.
             own: what this rank holds of them.
-            write: takes a flat tensor, which it must not keep; raises nothing. None on ranks that are no writers.
+            write: takes a flat tensor, which it must not keep; raises nothing. None on ranks that do not write.
         """
         own = sorted((span for span in own if span.numel), key=lambda span: span.start)
         layout = [[tuple(pair) for pair in theirs] for theirs in self._control.gather([_place(one) for one in own])]

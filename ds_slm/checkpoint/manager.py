@@ -109,9 +109,9 @@ class Checkpoints:
     def resume(self, state: State, found: ResumePoint) -> None:
         """Put every host's checkpoints in order as a launch goes on from one. Collective.
 
-        What was passed over as damaged is set aside. `best` names the run's best checkpoint where a host holds it;
-        where none does (its only host is gone), the best of those that are held takes its place. Where this launch
-        evaluates other held-out rows, the next evaluation decides anew.
+        Checkpoints that were passed over as damaged are set aside. `best` names the run's best checkpoint if a host
+        holds it. If none does (its only host is gone), the best of the checkpoints that are there takes its place. If
+        this launch evaluates other held-out rows, the next evaluation chooses the best again.
         """
         notes: list[str] = []
         if self.writes:

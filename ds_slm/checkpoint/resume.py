@@ -80,8 +80,8 @@ def find(
         older: the hashes that an older version gave the same.
 
     Raises:
-        CheckpointError: on every rank, where it was made from other data or another tokenizer, where none of those
-            that are there is whole, or where none is there although records say that one was saved.
+        CheckpointError: on every rank, if it was made from other data or another tokenizer, if there are checkpoints
+            and none is whole, or if there is none although records say that one was saved.
     """
     if control.leads_host:
         checkpoint_files.put_back(run)

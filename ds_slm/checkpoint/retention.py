@@ -1,6 +1,6 @@
 """Which checkpoints stay: the newest whole ones, the best one, and what `latest` names.
 
-    damaged      -> checkpoints/damaged/: out of the way, for a user to look at; `ds-slm verify` still tells of them
+    damaged      -> checkpoints/damaged/: out of the way, for a user to look at; `ds-slm verify` still lists them
     superfluous  -> deleted; of a link the link alone
     killed writers' temporary folders of this host -> deleted, once their process is gone
 
@@ -107,7 +107,7 @@ def _attempt(said: list[str], path: Path, action: Callable[[Path], None]) -> Non
 
 
 def _delete(checkpoint: Path) -> None:
-    """Take its name away first: one that is half deleted when a kill comes is no damaged checkpoint."""
+    """Rename it first: a kill half-way through deleting must not leave what looks like a damaged checkpoint."""
     leaving = checkpoint.with_name(f".{checkpoint.name}.tmp-{writer_name()}-deleted")
     remove(leaving)
     os.rename(checkpoint, leaving)

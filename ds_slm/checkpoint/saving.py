@@ -6,8 +6,8 @@
     finish  wait for the thread; what became of the save on every host
 
 A step is saved where at least one writer holds it whole. A disk that is full, or a host short of memory, costs its
-copy, not the run: the writer goes on receiving, so that nobody waits for it, and tells. On each host older checkpoints
-are deleted only once that host holds the new one, and the best one it holds only once it holds a better one.
+copy, not the run: the writer goes on receiving, so that the others need not wait, and reports it. A host deletes its
+older checkpoints only once it holds the new one, and the best one only once it holds a better one.
 
 Known gap: the copy takes host memory while a save is in flight: 12 bytes a parameter over all ranks, 6 with 8-bit
 moments; a rank needs a window of values besides (gathering.py), a writer three.
@@ -256,7 +256,7 @@ class Disk:
         if self.error is None:
             try:
                 return action()
-            except Exception as error:  # also what is no disk's fault: the others wait for this rank's next message
+            except Exception as error:  # whatever it is: the others wait for this rank's next message
                 self.error = error
         return None
 

@@ -3,7 +3,7 @@
     loss or gradient not finite --> RUN/bad-steps/step-00000014/{rows,model}.safetensors, what.json --> stop
     replay: those rows, one by one, through those weights on a CPU --> the first module whose output is not finite
 
-The dump is no checkpoint: nothing resumes from it, and the last whole one stays the newest.
+The dump is not a checkpoint: nothing resumes from it, and the last whole checkpoint stays the newest.
 """
 
 from collections.abc import Callable, Iterator

@@ -97,7 +97,7 @@ class Inputs:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Hashes that are equal on all hosts, and at every resumption but for the recipe's."""
+        """Hashes that are equal on all hosts and, except the recipe's, at every resumption."""
         return {
             "recipe_sha256": self.recipe.identity_sha256(),
             "data_sha256": self.corpus.sha256,
@@ -132,7 +132,7 @@ class Launching:
                 raise ReplacedByNewerLaunch(str(launches.holder(options.run_dir))) from replaced
 
     def _describe(self, launch: Launch, writers: list[int], terminal: TextIO) -> skipping.Ranges:
-        """Write into every run folder, and tell the user, what this launch does; returns the rows it leaves out."""
+        """Write into every run folder, and print, what this launch does; returns the rows it leaves out."""
         control, inputs = self.control, self.inputs
         recipe, options, rows, corpus = inputs.recipe, inputs.options, inputs.rows, inputs.corpus
         content = self.resume_point.content if self.resume_point else {}
@@ -238,7 +238,7 @@ class Launching:
         return engine, State(ledger=self.inputs.corpus.sha256)
 
     def _report(self, launch: Launch, state: State, stop_at_step: int, terminal: TextIO) -> Report:
-        """The run's records from here on, and what to say of those that are taken again."""
+        """The run's records from here on. Prints where the run goes on, and where records of repeated steps lie."""
         control, options, found = self.control, self.inputs.options, self.resume_point
         kept = None
         if control.rank == 0 and found and found.lost:

@@ -1,4 +1,4 @@
-"""Loss spikes: told, and kept in the records. They stop nothing.
+"""Loss spikes: printed, and kept in the records. They stop nothing.
 
 A spike is a loss that exceeds the median of the last SPIKE_WINDOW steps by more than SPIKE_DEVIATIONS robust standard
 deviations (1.4826 x the median absolute deviation) and by more than SPIKE_SHARE of that median.

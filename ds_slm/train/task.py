@@ -63,7 +63,7 @@ class Options:
     allow_mixed: bool = False
     """Train together on hosts whose code or libraries differ."""
     profile: range | None = None
-    """Steps whose time is told apart."""
+    """Steps that are profiled."""
     skip_rows: tuple[range, ...] = ()
     """Global positions of rows that are left out, beside those that are recorded; an empty range forgets these."""
     grace_s: float = 25.0

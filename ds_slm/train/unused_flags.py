@@ -1,4 +1,4 @@
-"""Flags of a launch that have no effect on it: refused where they can only be a mistake, else told at its start."""
+"""Flags of a launch that have no effect on it: refused if they can only be a mistake, else named at its start."""
 
 from collections.abc import Iterator
 

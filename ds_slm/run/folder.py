@@ -66,7 +66,7 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
     if not (run / RECIPE_FILE).is_file():
         raise CheckpointError(f"--run-dir {run} is not empty and holds no recipe.toml: not a run folder; name another.")
 
-    # The run's recipe must be the same, but for changes that are permitted.
+    # The run's recipe must be the same, except for changes that are permitted.
     try:
         old = schema.load_recorded(run)
     except RecipeError as error:
@@ -166,8 +166,8 @@ def keep_records(run: Path, generation: int) -> Path | None:
 def generation(run: Path) -> int:
     """Number of launches that wrote into this folder.
 
-    Where env.json does not say it, the greatest number that changes.jsonl or stopped.json knows. Checkpoints do not
-    know it: those of a run that was interrupted are the same bytes as those of one that was not.
+    If env.json does not say it: the greatest number in changes.jsonl or stopped.json. Checkpoints do not hold it, so
+    that an interrupted run and one that was not interrupted write the same bytes.
     """
     recorded = (read_json(run / "env.json") or {}).get("generation")
     return recorded if isinstance(recorded, int) else generation_elsewhere(run)
@@ -183,7 +183,7 @@ def generation_elsewhere(run: Path) -> int:
 def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any], tokenizer: Path) -> list[str]:
     """Write recipe.toml, ds_config.json, env.json, saved.json and tokenizer/; changes of the recipe are recorded.
 
-    recipe.toml comes first, for it tells a run folder from others: a kill after any of these writes leaves a folder
+    recipe.toml comes first, because it marks a folder as a run folder: a kill after any of these writes leaves a folder
     that the same command accepts. A done.json of a run that now goes on longer is removed: it is the sign of success.
 
     Returns:
@@ -246,7 +246,7 @@ def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
     temporary.rename(mine)
     fsync(run)
 
-    # A new run, without a checkpoint, has no tokenizer yet: nobody needs to be told.
+    # A new run, without a checkpoint, has no tokenizer yet: that is not worth a line.
     begun = any(run.glob("checkpoints/step-*"))
     return [f"{mine} {problem}: it is copied anew from {prepared}"] if begun else []
 

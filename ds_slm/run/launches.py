@@ -7,8 +7,8 @@ A launch has a generation, one more than any before it, and a random id: of laun
 the same generation, the one with the greater id holds every host's folder. The others leave without having written
 anything more. No clock decides anything.
 
-Known gap: where a file system has no locks, launches that begin within the same instant may both end, and none is told
-of one that lives; where hosts share a disk, its locks must reach all of them.
+Known gap: where a file system has no locks, launches that begin within the same instant may both end, and neither
+knows that; where hosts share a disk, its locks must reach all of them.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def take_over(control: Control, run: Path, launch: Launch, writers: list[int], h
     """
     found: list[str] = []
     if control.rank in writers:
-        with contextlib.suppress(OSError):  # a disk that refuses this refuses env.json as well, and that is told
+        with contextlib.suppress(OSError):  # a disk that refuses this refuses env.json too, and that is reported
             held.enter_context(living(run, launch))
             found = others_alive(run, launch)
     others = dict.fromkeys(one for theirs in control.gather(found) for one in theirs)

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl, and a progress bar or plain lines on the terminal. Rank 0 alone speaks.
+"""What a run reports: TensorBoard, metrics.jsonl, and a progress bar or lines on the terminal. Rank 0 alone does.
 
     libraries' output (stdout, stderr) --> logs/rank-00000.log        (`captured_output`)
     record --> metrics.jsonl, tb/ and the terminal                    (`Report`)
@@ -169,7 +169,7 @@ class Report:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """A full disk costs records, not the run; it is told once."""
+        """A full disk costs records, not the run; one warning is printed."""
         try:
             yield
         except OSError as error:

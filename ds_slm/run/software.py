@@ -48,7 +48,7 @@ def sources_sha256(root: Path) -> str:
 
 
 def script_sha256(script: Path) -> str:
-    """Hash of the script that was launched, which may be a user's own; 'unknown' where there is no such file."""
+    """Hash of the script that was launched, which may be a user's own; 'unknown' if the file does not exist."""
     try:
         return hashlib.sha256(script.read_bytes()).hexdigest()
     except OSError:
@@ -106,7 +106,7 @@ def notes(hosts: Sequence[str], found: Sequence[dict[str, Any]], devices: Sequen
         if len(set(values)) > 1
     ]
 
-    equal_sources = len({one["sources_sha256"] for one in found}) == 1  # else it is told beside that difference
+    equal_sources = len({one["sources_sha256"] for one in found}) == 1  # else it is named beside that difference
     return rounded + [
         f"the hosts differ in {what} ({_by_value(hosts, values)}), not in the source files that run."
         for what, values in _commits(found).items()

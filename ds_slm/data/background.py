@@ -4,7 +4,7 @@
 
 Python runs a signal's handler between two instructions of its main thread, so a call into Rust or C++ that takes
 minutes delays Ctrl-C by minutes. A main thread that waits for a future is woken. A daemon thread does not hold up the
-end of the process, as those of `concurrent.futures` do.
+end of the process; a thread of `concurrent.futures` would.
 """
 
 import threading

@@ -168,7 +168,7 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
     # Files that are gone can only be judged by their names.
     if is_local:
         others = sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
-    elif LEFT_OUT in manifest:  # a file's folder may have told its split
+    elif LEFT_OUT in manifest:  # a file's folder may have named its split
         others = []
     else:
         others = documents.of_another_split(sorted(names.elements()), source.split)
@@ -189,7 +189,7 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
 
 
 def _chosen(source: Source, replacement: Path | None) -> list[list[str | int]]:
-    """Names and sizes of the local files that are read now: none where nobody can tell which of them are meant."""
+    """Names and sizes of the local files that are read now: none where it is unclear which of them are meant."""
     try:
         return documents.locate(source, replacement).file_sizes()
     except DataError:

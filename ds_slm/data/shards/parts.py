@@ -168,7 +168,7 @@ def text_of(recipe: Recipe, replacements: Mapping[str, Path]) -> dict[str, Any]:
         return {}
     found = {}
     for source in recipe.data.source:
-        with suppress(DataError):  # told when it is read
+        with suppress(DataError):  # reported when it is read
             found[source.name] = locate(source, replacements.get(source.name)).file_sizes()
     return found
 

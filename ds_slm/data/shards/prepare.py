@@ -90,7 +90,7 @@ def prepare(
                 _drop_lonely_tokenizer(recipe, folder, replacements)
             refuse(conflicts(recipe, folder, replacements, document_format.identity))
             places = _places(recipe, folder, replacements, report)
-            if _missing(recipe, folder):  # nobody has prepared it meanwhile
+            if _missing(recipe, folder):  # no other process has prepared it meanwhile
                 limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
                 if document_format.as_json and max_tokens is None:
                     limits = dict.fromkeys(limits, math.inf)  # conversations are few, and an epoch holds all of them
@@ -120,7 +120,7 @@ def _missing(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
-    """Remove a tokenizer of ours that no source was prepared with, and that this launch would make of other text."""
+    """Remove a tokenizer that no source was prepared with, if this launch would train it on other text."""
     manifest = read_manifest(folder / TOKENIZER)
     if manifest is None or any((folder / source.name / MANIFEST).exists() for source in recipe.data.source):
         return
@@ -202,7 +202,7 @@ def _locked(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> Iter
 def _notes(
     recipe: Recipe, prepared: Prepared, replacements: Mapping[str, Path], max_tokens: int | None, told: Collection[str]
 ) -> Iterator[str]:
-    """What a user may not expect of data that were found ready; of the sources in `told` their files are known."""
+    """Notes on data that were found ready. The user already knows the files of the sources in `told`."""
     wanted = {source.name: tokenizer_bytes(_token_limit(recipe, source, max_tokens)) for source in recipe.data.source}
     trained_on = prepared.tokenizer_manifest["cut_at_bytes"]
     if short := [name for name, cut_bytes in trained_on.items() if cut_bytes < wanted[name]]:

@@ -10,7 +10,7 @@ whole.
 Opening reads manifests, file sizes and the tokenizer. A shard whose size, times of change and inode are not those under
 which it was last found right (.verified.json, as git's index does it) is read and compared with its hash: one that was
 edited is refused, one that came from another host is checked once, by one process while the others of its host wait.
-Data that are found right take no lock. Where nothing can be written, they are checked at every launch, which is told.
+Checking data that are right takes no lock. Where nothing can be written they are checked at every launch, with a note.
 """
 
 import hashlib
@@ -141,7 +141,7 @@ class Prepared:
         """UTF-8 bytes of the held-out text, without anything for the EOS tokens.
 
         Raises:
-            DataError: where there is no text, so that nothing can be told for each byte.
+            DataError: the data have no text, so nothing can be measured for each byte.
         """
         total = sum(manifest["bytes"]["val"] for manifest in self.manifests.values())
         if not total:
@@ -176,7 +176,7 @@ class Prepared:
 
 
 def _quiet(line: str) -> None:
-    """The report that nobody reads."""
+    """A report that discards its lines."""
 
 
 def open_prepared(

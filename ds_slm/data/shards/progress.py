@@ -2,8 +2,8 @@
 
 advance(tokens, bytes) --> MB/s, tokens/s, time left --> rich, or `report`
 
-The time left is an estimate: by the tokens that are wanted or, where the source may end before that, by the bytes of
-its files. Of compressed files the text's length is unknown until the end.
+The time left is estimated from the tokens that are asked for or, if the source may end before that, from the bytes of
+its files. The length of a compressed file's text is unknown until its end.
 """
 
 import sys
@@ -23,7 +23,7 @@ class Amount(NamedTuple):
 
     tokens: float
     text_bytes: int | None
-    """None where nobody knows."""
+    """None where it is unknown."""
 
 
 NOTHING = Amount(0, 0)
@@ -45,8 +45,8 @@ class Progress:
 
         Args:
             name: the source's.
-            total: tokens that are wanted at most, and bytes of the source's text, about.
-            report: takes a line every REPORT_EVERY_S where there is no bar.
+            total: the most tokens that are asked for, and about how many bytes the source's text has.
+            report: takes a line every REPORT_EVERY_S if no bar is drawn.
             done: what an interrupted run had done.
             bar: whether to draw a bar; None draws one where stderr is a terminal.
             clock: seconds.

@@ -52,7 +52,7 @@ class UnusableDocuments(Exception):
     """Raised by an `Encode` where documents are not to be left out: what is wrong, by their places in the list."""
 
     def __init__(self, problems: Mapping[int, str], way_out: str) -> None:
-        """`way_out` is told once, behind the problems."""
+        """`way_out` is said once, after the problems."""
         super().__init__(way_out)
         self.problems, self.way_out = problems, way_out
 

@@ -3,9 +3,9 @@
     Source (+ a local replacement) --locate--> SourceFiles --documents--> DocumentStream: one str per document
     DocumentStream --position--> plain data --documents--> the stream from there on
 
-Of a folder the files of the source's split are read (`ds_slm.data.sources.splits`), and what is left out is told.
+In a folder the files of the source's split are read (`ds_slm.data.sources.splits`); the files left out are reported.
 
-An empty or null document, or one that is no valid Unicode, comes out as "": whoever consumes them counts and skips it.
+A document that is empty, null or not valid Unicode comes out as "": the consumer counts and skips it.
 Ready-made token files hold no documents; `ds_slm.data.shards.prepared` copies them.
 
 Known gaps: a local file is recognised by its name and size; one that was edited since and kept its size is only warned
@@ -36,7 +36,7 @@ TOKENS_SUFFIX = ".bin"
 
 
 def _quiet(line: str) -> None:
-    """The report that nobody reads."""
+    """A report that discards its lines."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SourceFiles:
         return {reason: [str(path.relative_to(self.root)) for path in group] for reason, group in groups.items()}
 
     def tell(self, split: str) -> str | None:
-        """One line: which local files are read, and which are not; None where there are no local files."""
+        """One line: which local files are read, and which are not; None without local files."""
         if not self.files:
             return None
 
@@ -86,12 +86,12 @@ class SourceFiles:
         return line
 
     def text_bytes(self) -> int | None:
-        """Bytes of the text, about; None where nobody knows before reading it."""
+        """About how many bytes the text has; None where that is unknown before reading it."""
         plain = all(path.suffix.lower() not in (".gz", ".zst", ".parquet") for path in self.files)
         return sum(path.stat().st_size for path in self.files) if self.files and plain else None
 
     def file_sizes(self) -> list[list[str | int]]:
-        """Name and bytes of every local file: tells without reading them whether they are the same ones."""
+        """Name and bytes of every local file: shows without reading them whether they are the same files."""
         return [[path.name, path.stat().st_size] for path in self.files]
 
     def newest_change_ns(self) -> int:
@@ -146,7 +146,7 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
     if root == known_kind[0]:
         return SourceFiles("text" if text else "tokens", known_kind, root=root)
 
-    # The names of files and folders tell their split.
+    # The names of files and folders give their split.
     try:
         choice = choose([_without_suffix(path.relative_to(root)) for path in known_kind], source.split)
     except UnclearSplit as reason:
@@ -223,7 +223,7 @@ class DocumentStream:
         """Begin at a mark.
 
         Args:
-            made_from: what tells this source from others.
+            made_from: what distinguishes this source from others.
             read: gives its documents with their marks.
             mark: where to begin.
             names: of the files; None where the documents come from no file.
@@ -283,7 +283,7 @@ def documents(
             "that made them, 'hf' or 'cl100k'."
         )
 
-    # `made_from` tells later whether a position belongs to this text.
+    # `made_from` shows later whether a position belongs to this text.
     if place.kind == "builtin":
         texts = builtin()
         made_from: dict[str, Any] = {"kind": OLD_WORD, "sha256": _sha256(texts)}

@@ -9,8 +9,8 @@ minutes within its own retries, in silence. Here a request fetches at most `read
 the one column's chunks, and a position is a row group and a row. The commit is part of the position: files that change
 on the hub meanwhile are not mixed.
 
-What may pass (timeouts, broken connections, answers cut short, 429, 5xx) is asked again with growing delays, each told
-through `report`; every answer gives the next request all its tries back. What does not pass (no such dataset, file,
+A passing fault (timeout, broken connection, answer cut short, 429, 5xx) is tried again with growing delays, each said
+through `report`; every answer gives the next request all its tries back. A lasting one (no such dataset, file,
 configuration or split; gated) fails at once. A hub that was never reached is given up sooner than one that broke off.
 
 Known gaps: nothing is read ahead, so a small row group costs a round trip; only parquet and JSON lines are streamed.

@@ -8,14 +8,14 @@ start. `.parquet`: row group and row in it; the groups before are not touched, a
 
 .txt      one document; of a file over WHOLE_TXT_BYTES, pieces cut behind a line end. UTF-8, or refused with the byte; a
           run of zeros, which a crash leaves where nothing was written, is refused.
-.jsonl    one document a line; blank lines hold none. A line that is no JSON object with the column, no UTF-8 or longer
-          than LINE_BYTES is refused with its number.
+.jsonl    one document a line; blank lines hold none. A line that is not a JSON object with the column, not UTF-8 or
+          longer than LINE_BYTES is refused with its number.
 .parquet  one document a row. A column of another type than strings is refused.
 
-A byte order mark at the start of a file, of a line in it, or of a string in a column, is no part of the text; UTF-16
+A byte order mark at the start of a file, of a line in it, or of a string in a column, is not part of the text; UTF-16
 and UTF-32 are refused by name, and so is what a download left in a file's place (`stand_ins`). In a column
 of lists or tables, binary that is UTF-8 is text; any other value that JSON lacks (a time, a decimal, binary) becomes a
-table of its type and what it looks like, {"datetime": "2020-01-01 00:00:00"}, so that nobody takes it for text.
+table of its type and what it looks like, {"datetime": "2020-01-01 00:00:00"}, so that it is not mistaken for text.
 
 A document that is null, no string, or no valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
 comes out as "": whoever consumes them counts and skips it. Damage that a format can show (a checksum, a file cut short,
@@ -49,7 +49,7 @@ READ_BYTES = 8 << 20
 """Bytes of a parquet column read at a time, and of compressed text skipped at a time."""
 BATCH_ROWS = 1024
 ZEROS = bytes(64)
-"""So many zeros in a row are no text."""
+"""This number of zeros in a row is not text."""
 ZERO_SHARE = 0.1
 """Of the first bytes of a .txt: UTF-16 without a mark has nearly a half, text has none."""
 MARKS = {
@@ -66,7 +66,7 @@ OTHER_NAMES = {"messages": "conversations", "conversations": "messages"}
 """A column of conversations is called either; where only the other one is there, it is read."""
 
 SHOWN_BYTES = 32
-"""Of binary that is no text, in a message."""
+"""How much of binary that is not text a message shows."""
 
 Cursor = tuple[int, int]
 START: Cursor = (0, 0)
@@ -150,7 +150,7 @@ def _readable(name: str) -> Iterator[None]:
 
 @contextmanager
 def _called_what_it_is(opened: io.BufferedIOBase, suffix: str) -> Iterator[None]:
-    """Says of a file that cannot be read what it is instead, where its first bytes tell."""
+    """Says what a file that cannot be read is instead, where its first bytes show it."""
     try:
         yield
     except _damage() as error:
@@ -214,7 +214,7 @@ def _refuse_other_text(block: bytes) -> None:
 
 
 def _marked_encoding(head: bytes) -> str | None:
-    """The encoding that a byte order mark names; None for UTF-8 and where there is no mark."""
+    """The encoding that a byte order mark names; None for UTF-8 and without a mark."""
     return next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None)
 
 

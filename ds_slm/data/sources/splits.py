@@ -1,6 +1,6 @@
 """Which files of a folder belong to a split: data sets say it in the names of files and folders.
 
-    paths below the root + the wanted split --choose--> Choice: read, of another split, named for none
+    paths below the root + a split --choose--> Choice: read, of another split, named for none
 
 The rule is the one by which `datasets` reads a repository (`datasets.data_files`), so that a folder and its copy on the
 hub give the same text: a split's keyword between characters that are not letters names the split, and a folder's name
@@ -17,7 +17,7 @@ A name with the words of two splits (`train_dev.jsonl`) is of neither. The root'
 say nothing.
 
 Known gaps: words that are written as one in small letters (`wikival`) name no split, but come first where it is said
-what is read. Nobody can tell a title (`strength-training.txt`) from a split's name. Where few files name a split among
+what is read. A title (`strength-training.txt`) can look like a split's name. Where few files name a split among
 many that name none, the folder is refused, with the way out.
 """
 
@@ -37,7 +37,7 @@ WORDS = {
     ),
     "held out": ("heldout", "holdout"),
 }
-"""Split -> the words that name it, in `testset`, `testdata` and `testsplit` too; those of `datasets` first."""
+"""Split -> the words that name it, in `testset`, `testdata` and `testsplit` too; the words of `datasets` first."""
 
 ALONE = {
     "validate": "validation",
@@ -80,7 +80,7 @@ class Choice:
 
 
 class UnclearSplit(Exception):
-    """The names do not tell which files the wanted split is."""
+    """The names do not show which files belong to the split."""
 
 
 def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
@@ -122,17 +122,17 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
 
 
 def canonical(split: str) -> str:
-    """A split's one spelling: valid, val and dev are validation; one that nobody knows is its own words."""
+    """A split's one spelling: valid, val and dev are validation; an unknown one is its own words."""
     known = _splits_in(split)
     return known.pop() if len(known) == 1 and _is_a_splits(split) else split.lower()
 
 
 def splits_of(path: PurePath, wanted: str = TRAIN) -> set[str]:
-    """The splits that a path is named for: none, one, or two and more where nobody can tell.
+    """The splits that a path is named for: none, one, or several where it is unclear.
 
     Args:
         path: relative to the root, without its suffix.
-        wanted: a split that is found by its own name as well, should it be none of the usual ones.
+        wanted: the split asked for, which is also found by its own name if it is not one of the usual ones.
     """
     name, folders = path.name, path.parts[:-1]
     own = canonical(wanted)

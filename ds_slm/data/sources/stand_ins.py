@@ -3,8 +3,8 @@
     the first bytes of a file --stand_in--> what they are, and the way out; None for what may be data
 
 A pointer of Git LFS, Xet or git-annex is a few lines of text where the file itself was not fetched. A page is what a
-server answers instead of a file: HTML, or the XML of a storage service. Neither can be told from text in a .txt but for
-the pointers, whose form is fixed.
+server answers instead of a file: HTML, or the XML of a storage service. In a .txt only the pointers, whose form is
+fixed, can be distinguished from text.
 """
 
 import codecs
@@ -23,7 +23,7 @@ def stand_in(head: bytes, pages: bool = True) -> str | None:
 
     Args:
         head: its first HEAD_BYTES, or all of it where it is shorter.
-        pages: whether a page is no data either, as in every kind of file but plain text.
+        pages: whether a page counts as a stand-in too, as in every kind of file except plain text.
     """
     short = len(head) < HEAD_BYTES
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()  # as an editor may have left a pointer

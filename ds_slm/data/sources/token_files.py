@@ -8,7 +8,7 @@ Refused is what no text gives:
     LONG_RUN zeros in a row, whichever token 0 is: a block of a disk that was never written, 4,096 bytes, reads as 1,024
     zeros of 32 bits or 2,048 of 16
 
-Any other id LONG_RUN times in a row may be a table's rule or a damaged line: it is told and copied.
+Any other id LONG_RUN times in a row may be a table's rule or a damaged line: it is reported and copied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +23,9 @@ from ds_slm.errors import DataError
 COPY_TOKENS = 1 << 24
 """Ids read at a time."""
 WIDE_IDS = 32
-"""So many ids of which each is followed by a 0 are ids of twice their width."""
+"""This number of ids, each followed by a 0, are ids of twice their width."""
 NO_TEXT_RUN = 64
-"""More equal ids in a row than this are no documents, if they stand for no text; at a file's end, padding."""
+"""More equal ids in a row than this, if they decode to nothing, are not documents; at a file's end they are padding."""
 LONG_RUN = 512
 """Half of what the smallest block of a disk holds of the widest ids: a block need not begin where ids are missing."""
 LOOK_TOKENS = 1 << 20
@@ -41,11 +41,11 @@ class TokenFiles:
         """Reads the ends of the files.
 
         Raises:
-            DataError: for a file that is no whole number of ids, of another format, or holds nothing but padding.
+            DataError: for a file without a whole number of ids, of another format, or holds nothing but padding.
         """
         self._files, self._dtype, self._tokenizer = files, dtype, tokenizer
         self.long_run: str | None = None
-        """The first id that stands so often in a row that people should look at it, and where."""
+        """The first id in a run long enough that people should look at it, and where."""
         self._counts = [path.stat().st_size // dtype.itemsize for path in files]
 
         problems = [
@@ -153,7 +153,7 @@ class TokenFiles:
         )
 
     def _look_at_runs(self, path: Path, ids: np.ndarray, place: int) -> None:
-        """Refuse, or note, ids that stand so often in a row that they are no text."""
+        """Refuse, or note, runs of one id that are too long for text."""
         for offset in range(0, len(ids), LOOK_TOKENS):
             first = max(offset - LONG_RUN, 0)
             part = ids[first : offset + LOOK_TOKENS]

@@ -23,7 +23,7 @@ LONGEST_RUN = 256
 LONG_RUN_BYTES = 1_000_000
 """Bytes of UTF-8 of all runs that were cut; the trainer takes about 10 s for random ones."""
 LONGEST_READ_S = 10.0
-"""An interrupted trainer waits so long for the text that is being read."""
+"""How long an interrupted trainer waits for the text that is being read."""
 KINDS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")
 """Of characters: a pre-token holds one kind, and a space before it."""
 
@@ -45,7 +45,7 @@ class LongRuns:
         """What was not."""
 
     def cut(self, text: str) -> Iterator[str]:
-        """The text in pieces whose pre-tokens are those of the text, but for long ones; most often it is one piece."""
+        """The text in pieces with the same pre-tokens as the text, except long ones; most often one piece."""
         begin = 0
         for run in self._pattern.finditer(text) if self._may_be_long.search(text) else ():
             self.count += 1

@@ -61,7 +61,7 @@ def by_rank(
     Args:
         tokens: what text is made of, in byte letters; a lower id is joined first.
         others: the rest of the vocabulary.
-        specials: those of the others that are control tokens.
+        specials: the control tokens among the others.
         pattern: cuts text into pieces.
         ignore_merges: take a piece that is in the vocabulary as it is; none of the others may then be a piece.
     """

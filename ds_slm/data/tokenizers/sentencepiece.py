@@ -33,7 +33,7 @@ def read_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
     """Convert a tokenizer.model.
 
     Raises:
-        DataError: where the file is no such model, or one whose ids cannot be had exactly, with all the reasons.
+        DataError: the file is not such a model, or its ids cannot be reproduced exactly; with all the reasons.
     """
     from sentencepiece import SentencePieceProcessor
     from sentencepiece import sentencepiece_model_pb2 as protobuf

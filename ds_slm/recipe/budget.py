@@ -3,7 +3,7 @@
     Recipe, ZeRO settings, world size, micro-batch --> memory --> Memory (bytes of one rank)
     FLOPs and bytes of one optimiser step --> times --> Time for each kind of device; assumptions puts both in words
 
-Sources: what each ZeRO stage splits is arXiv 1910.02054; buffers are those of DeepSpeed 0.19 as ds_slm sets it up (fp32
+Sources: what each ZeRO stage splits is arXiv 1910.02054; buffers follow DeepSpeed 0.19 as ds_slm sets it up (fp32
 accumulation and reduction); saved activations are counted from ds_slm.model.decoder, the loss from ds_slm.model.loss.
 Known gaps: temporary tensors of single operations, fragmentation and the device's own context (about 0.5 GiB of CUDA)
 are left out; communication within a host counts as free; nothing overlaps.
@@ -97,7 +97,7 @@ def memory(
     Args:
         recipe: what is trained.
         params: all parameters.
-        embedding_params: those of the embedding and an untied head.
+        embedding_params: parameters of the embedding and an untied head.
         zero: DeepSpeed's zero_optimization section.
         world_size: devices over all hosts.
         micro_batch: rows of one forward.

@@ -1,10 +1,10 @@
-"""Settings that have no effect: refused where they can only be a mistake, told where they may be meant.
+"""Settings that have no effect: refused if they can only be a mistake, warned of if they may be meant.
 
     sections --mistakes--> refused when a recipe is read
-    recipe   --warnings--> told by `ds-slm plan`, and once at the start of every launch
+    recipe   --warnings--> printed by `ds-slm plan`, and once at the start of every launch
 
 Only keys that were set count, never defaults. A recipe that a run has recorded holds every key: there a key counts
-where its value is not the default. Such a recipe is never refused, so that older runs can go on; its mistakes are told.
+where its value is not the default. Such a recipe is never refused, so that older runs go on; its mistakes are printed.
 
 A mistake is a place that is never read (a hub's id for local files), or a rate that teaches nothing. Everything else
 may be what is left of another kind after `--set schedule.kind=cosine`, or a short trial of a long recipe.

@@ -90,7 +90,7 @@ FREE_WITH_PERMISSION = ("optimizer.lr", "optimizer.min_lr")
 """Fields that may change with --allow-change."""
 
 RECORDED = "recorded"
-"""In pydantic's context: a recipe that a run has recorded, whose mistakes are told rather than refused."""
+"""In pydantic's context: a recipe that a run has recorded, whose mistakes are printed rather than refused."""
 
 IDENTITY = ("model", "tokenizer", "data", "optimizer", "schedule", "train", "sft")
 """Sections that change the result."""
@@ -146,7 +146,7 @@ class Recipe(Section):
 
 
 def library_names() -> list[str]:
-    """Names of the recipes that ship with the project, the demo first, those of fine-tuning last."""
+    """Names of the recipes that ship with the project, the demo first, fine-tuning recipes last."""
     tuned = {path.stem for path in SFT_LIBRARY.glob("*.toml")}
     names = {path.stem for path in LIBRARY.glob("*.toml")} | tuned
     return sorted(names, key=lambda name: (name in tuned, not name.startswith("demo"), name))
@@ -253,7 +253,7 @@ def refused_changes(old: Recipe, new: Recipe, allow_change: bool) -> list[str]:
 
 @cache
 def field_names() -> tuple[str, ...]:
-    """Every section and section.key a recipe can hold; those of [[data.source]] as data.source.key."""
+    """Every section and section.key a recipe can hold; keys of [[data.source]] as data.source.key."""
     return tuple(_names(Recipe))
 
 
@@ -274,7 +274,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Fields as section.key -> value; a section that is no table as itself."""
+    """Fields as section.key -> value; a section that is not a table as itself."""
     flat: dict[str, Any] = {}
     for section, value in recipe.model_dump(mode="json").items():
         table = value if isinstance(value, dict) and section != "unstated" else None

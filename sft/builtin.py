@@ -145,7 +145,7 @@ def entries() -> list[Entry]:
 
 
 def answer_of(docstring: str) -> str:
-    """The first sentence of a docstring without markup, or two short ones; nothing where that is no plain English."""
+    """The first sentence of a docstring without markup, or two short ones; nothing where that is not plain English."""
     lines = inspect.cleandoc(docstring).partition("\n\n")[0]
     paragraph = _QUOTED.sub(r"\2", _ROLE.sub("", " ".join(lines.split())))
     paragraph = _EMPHASIS.sub(r"\2", paragraph)

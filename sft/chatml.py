@@ -3,8 +3,8 @@ r"""Conversations as token ids, and which of them are trained: one function for 
     messages --check--> problems
              --encode--> [im_start] role \n content [im_end] \n, for each turn; ids and a mask of the same length
 
-Ids and masks are those of the chat template's text in the exported tokenizer (`sft.probe` proves it), but for one
-thing: control tokens come by id alone, so a literal `<|im_end|>` in a message stays text. The literal of an added
+Ids and masks are what the exported tokenizer gives for the chat template's text (`sft.probe` proves it), with one
+exception: control tokens come by id alone, so a literal `<|im_end|>` in a message stays text. The literal of an added
 token that is not special (`<think>` in many a base) gives its id, as it does in the template's text. A prompt's ids
 are a prefix of the whole conversation's, unless an answer begins with white space that the tokenizer joins with the
 header's newline: that token is then a target.
@@ -63,7 +63,7 @@ class Encoded:
 
 
 def problem_of(messages: Any) -> str | None:
-    """Why these are no conversation that can be trained on; None where they are one.
+    """Why these messages cannot be trained on; None where they can.
 
     A system turn may come first; after it user and assistant take turns, the user begins.
     """

@@ -10,7 +10,7 @@
 A message that has both pairs of keys, and a conversation with messages of both forms, say two things at once: they
 cannot be used, and neither can a message whose flags say both that it is trained and that it is not. `"train": false`
 (or `training`, `loss`) is `"weight": 0`. What stands beside a content and would be text of its own (UNREAD) is counted
-and left out; other keys of a message are left alone. A byte order mark at the start of a content is no part of it.
+and left out; other keys of a message are left alone. A byte order mark at the start of a content is not part of it.
 """
 
 from collections import Counter
@@ -46,10 +46,10 @@ TEXT_PARTS = "contents that are lists of text parts are joined"
 
 
 def read_messages(value: Any, notes: Counter[str]) -> tuple[Any, str | None]:
-    """A conversation in the one form, and why it cannot be told which one it has; else None.
+    """A conversation in the one form; and, if its form is unclear, the reason.
 
     Args:
-        value: what the column holds. What is no list of messages comes back as it is.
+        value: what the column holds. Anything but a list of messages comes back as it is.
         notes: counts the messages of each form that was found, beside `role` and `content`.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):

@@ -2,8 +2,8 @@
 
     older ids = header, content and newline each encoded alone, literals of added tokens as letters
 
-Most tokenizers give the same ids either way, but for contents that begin with white space. Tokenizers that put a space
-before each text do not, and neither do those whose added tokens stand in the conversations.
+Most tokenizers give the same ids either way, except for contents that begin with white space. Tokenizers that put a
+space before each text do not, nor do tokenizers whose added tokens stand in the conversations.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

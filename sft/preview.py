@@ -3,12 +3,12 @@
     shards --read_shown--> runs of tokens that share a colour --> as_text: the terminal
                                                               --> as_html: one file, no script
 
-Nothing is derived anew: what is shown as trained is what carries the shard's flag and has a token before it to be
-predicted from. Control tokens stand out, so that a literal `<|im_end|>` in a message is told from the real one. Line
-ends are drawn as ⏎, for they are targets or not like any token; other control characters as Unicode's pictures of
+Nothing is derived again: a token is shown as trained if it carries the shard's flag and a token stands before it to
+predict it from. Control tokens stand out, so that a literal `<|im_end|>` in a message looks different. Line ends are
+drawn as ⏎, because each is a target or not like any token; other control characters as Unicode's pictures of
 them, so that no text of a data set can steer a terminal.
 
-A character of several tokens is shown once, with all their ids. Bytes that are no character, behind a cut for
+A character of several tokens is shown once, with all their ids. Bytes that are not a character, after a cut for
 instance, are shown as U+FFFD.
 """
 
@@ -33,7 +33,7 @@ Piece = tuple[str, list[int]]
 
 TRAINED_STYLE, MASKED_STYLE, ID_STYLE = "bold green", "cyan", "dim"
 TRAINED_MARKS = "⟦", "⟧"
-"""Around what is trained where there are no colours."""
+"""Around what is trained, on a terminal without colours."""
 TOKENS_PER_CHARACTER = 4
 """UTF-8 has no longer character."""
 
@@ -118,12 +118,12 @@ def pieces(ids: list[int], decode: Callable[[list[int]], str]) -> list[Piece]:
 
 
 def visible(text: str) -> str:
-    """Control characters as pictures, but for line ends and tabs."""
+    """Control characters as pictures, except line ends and tabs."""
     return text.translate(_PICTURES)
 
 
 def as_text(shown: Shown, with_ids: bool = False, with_marks: bool = False) -> Text:
-    """For a terminal. `with_marks` puts what is trained into brackets, where there are no colours."""
+    """For a terminal. `with_marks` puts what is trained into brackets, for terminals without colours."""
     line = Text()
     marked = False
     for run in [*shown.runs, Run(False, False, [])]:

@@ -3,8 +3,8 @@
     hard conversations --ChatML--> ids, targets
                        --the folder that is exported, transformers' apply_chat_template--> ids, targets: the same
 
-Compared is everything, the literals of added tokens included, but for those of control tokens, which are text to us and
-control tokens to transformers: of those, that no control token comes out of them.
+The comparison covers everything, literals of added tokens included, except literals of control tokens: they are text
+here and control tokens to transformers. For those it checks that no control token comes out of them.
 """
 
 from functools import lru_cache

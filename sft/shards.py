@@ -2,7 +2,7 @@
 
     ids, masks --flagged--> uint32: an id in the low bits, flags in the high ones --Conversations--> one by one
 
-A shard is a flat file of them, so preparing, resuming, hashing and checking are those of pretraining.
+A shard is a flat file of them, so preparing, resuming, hashing and checking work as in pretraining.
 
     TRAINED      the token is a target under the recipe's mask
     ANSWER       it belongs to an assistant turn, header and newline included: what the `card` mask trains

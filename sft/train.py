@@ -50,7 +50,7 @@ def main() -> None:
 
     @cache
     def base() -> OpenModel:
-        """Opened with the data: what is wrong with it on one host is told on all."""
+        """Opened with the data, so that a problem on one host is raised on all."""
         opened = open_model(args.base)
         refuse_other_base(recipe, opened)
         opened.refuse_other_parameters()

@@ -2,7 +2,7 @@
 
 Every error lists all the problems found, each as: what was got, what was expected, the way out.
 
-Exit codes: 0 done; 2 the user's mistake, told in one paragraph; 75 stopped by a signal with a whole checkpoint saved;
+Exit codes: 0 done; 2 the user's mistake, said in one paragraph; 75 stopped by a signal with a whole checkpoint saved;
 130 interrupted before training began; 1 anything else.
 """
 
@@ -88,7 +88,7 @@ RAISED_ON_ALL_RANKS = (Stopped, TrainingError, AgreedDataError)
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
-    """What to tell of an error without a traceback, and the exit code; None where a traceback is due."""
+    """What to print of an error without a traceback, and the exit code; None where a traceback is due."""
     if isinstance(error, UserError):
         return "error: " + "\n  ".join(error.told), EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
@@ -110,7 +110,7 @@ def print_any_name() -> None:
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program's `main` and return its exit code; a mistake of the user's is told on stderr without a traceback.
+    """Run a program's `main` and return its exit code; a user's mistake is printed on stderr without a traceback.
 
     A training program's ranks run under `ds_slm.distributed.rendezvous.run_rank` instead.
     """

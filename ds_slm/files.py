@@ -2,7 +2,7 @@
 
 content --> .NAME.tmp-HOST-PID --> fsync --> rename over NAME --> fsync of the folder
 
-File systems differ. What one cannot do (fsync of a folder, locks) is told once and done without where that is safe.
+File systems differ. What one cannot do (fsync of a folder, locks) is reported once, and left out where that is safe.
 Links are followed where a user may have put one, never where this program makes a file of its own: temporary files and
 locks are opened with O_NOFOLLOW, and a temporary is always a new file.
 """
@@ -77,7 +77,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file in one atomic step."""
-    replace_text(path, json.dumps(content, indent=1, sort_keys=True))  # no line end: cut by one byte it is no JSON
+    replace_text(path, json.dumps(content, indent=1, sort_keys=True))  # no line end: cut by one byte it is not JSON
 
 
 def sha256_of_json(content: Any) -> str:
@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def fsync(path: Path) -> None:
     """Wait until a file's or folder's content is on the disk.
 
-    A folder whose file system cannot do this is told of once: after a power failure a name in it may be an older one.
+    A warning says once that a folder's file system cannot do this: after a power failure its names may be older ones.
     """
     write_point("syncing", path)
     try:
@@ -165,7 +165,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         say: takes a line where another process holds the lock, or the file system has none.
 
     Raises:
-        UserError: where something else than a file of ours has the lock's name.
+        UserError: something other than a file of this program has the lock's name.
         OSError: where the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ NAMES_TOLD = 5
 
 
 def printable(name: str) -> str:
-    """A file's name for a terminal: what is no UTF-8, or steers a terminal, is spelled out."""
+    """A file's name for a terminal: what is not UTF-8, or steers a terminal, is spelled out."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 

@@ -7,7 +7,7 @@ A plain decoder is a Llama, one with QK-norm a Qwen3; exclusive attention has a 
 `torch_dtype` beside them say the same to transformers 4.
 
 Known gaps: initialisation is not part of a configuration beyond `initializer_range`; no RoPE scaling, biases or sliding
-windows; transformers refuses a Llama whose hidden size is no multiple of its heads.
+windows; transformers refuses a Llama whose hidden size is not a multiple of its heads.
 """
 
 from collections.abc import Mapping

@@ -79,7 +79,7 @@ def fix_sums(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(deterministic)  # imports torch's compiler, which takes seconds
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; torch insists on it
-        # a help to find mistakes, which takes time and is no part of determinism
+        # helps to find mistakes, takes time, and determinism does not need it
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -200,7 +200,7 @@ def _from_logits(
     z_scale_1: Tensor,
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's sums of w nll and z^2 and, if wanted, its d_logits_CV / unit in the logits' place and dtype."""
+    """A chunk's sums of w nll and z^2 and, if asked for, its d_logits_CV / unit in the logits' place and dtype."""
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
     target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
     peak_C1 = logits_CV.amax(1, keepdim=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ds_slm.data.order import mix
+from ds_slm.data.order import splitmix64
 
 PACK_WINDOW = 4_096
 """Conversations that are packed together."""
@@ -68,5 +68,6 @@ def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         keys = np.arange(count, dtype=np.uint64) + np.uint64(1)
         for salt in (seed, epoch):
-            keys = mix(keys * np.uint64(0x9E3779B97F4A7C15) + mix(np.uint64(salt & (1 << 64) - 1) + np.uint64(1)))
+            hashed_salt = splitmix64(np.uint64(salt & (1 << 64) - 1) + np.uint64(1))
+            keys = splitmix64(keys * np.uint64(0x9E3779B97F4A7C15) + hashed_salt)
     return np.argsort(keys, kind="stable")

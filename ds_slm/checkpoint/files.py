@@ -7,7 +7,7 @@
 A checkpoint holds fp32 weights and moments keyed by parameter name, so it does not depend on who wrote it:
 
     model.safetensors  optimizer-exp_avg.safetensors  optimizer-exp_avg_sq.safetensors  state.json  manifest.json
-    optimizer-absmax.safetensors   only with 8-bit states: the writer's block scales, a note for a bit-exact return
+    optimizer-absmax.safetensors   only with 8-bit states: the writer's block scales, a note for resuming bit-exactly
 
 Known gap: verification reads every byte; no cheaper check is trusted.
 """
@@ -70,7 +70,7 @@ class Writer:
     def _reached(self, point: str) -> None:
         write_point(f"{point}@{self._step}", self._run)
 
-    def open_tensors(self, file_name: str, shapes: Mapping[str, Iterable[int]]) -> TensorFile:
+    def begin_tensors(self, file_name: str, shapes: Mapping[str, Iterable[int]]) -> TensorFile:
         """Begin a safetensors file of fp32 tensors, whose values follow piece by piece; `end_tensors` ends it."""
         return TensorFile(self.folder / file_name, shapes)
 
@@ -83,7 +83,7 @@ class Writer:
 
     def add_tensors(self, file_name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one safetensors file of whole fp32 tensors on the CPU."""
-        with self.open_tensors(file_name, {name: tensor.shape for name, tensor in tensors.items()}) as file:
+        with self.begin_tensors(file_name, {name: tensor.shape for name, tensor in tensors.items()}) as file:
             for name in in_file_order(tensors):
                 file.write(tensors[name].contiguous().view(-1))
             self.end_tensors(file_name, file)
@@ -103,7 +103,7 @@ class Writer:
         fsync(self.folder)
         self._reached("manifest-synced")
 
-        # Of this very step there may be a damaged one, or one from before the run was resumed further back.
+        # A checkpoint of this step may be there: damaged, or left by a run that later resumed from an earlier step.
         allowed()
         replaced = self.folder.with_name(f"{self.folder.name}{REPLACED}")
         if os.path.lexists(self.final):
@@ -147,7 +147,7 @@ def put_back(run: Path) -> None:
 
 
 def mark_latest(checkpoint: Path) -> None:
-    """Let `latest` name this checkpoint."""
+    """Let `latest` name this checkpoint, for people and other programs: resuming looks for the newest whole one."""
     replace_text(checkpoint.parent / "latest", checkpoint.name)
 
 

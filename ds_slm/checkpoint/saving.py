@@ -278,7 +278,7 @@ class _Attempt:
 
     def open(self, file_name: str, shapes: Shapes) -> None:
         """Begin a safetensors file."""
-        self._file = self._attempt(lambda writer: writer.open_tensors(file_name, shapes))
+        self._file = self._attempt(lambda writer: writer.begin_tensors(file_name, shapes))
 
     def write(self, values: Tensor) -> None:
         """The next values of it."""

@@ -46,20 +46,23 @@ def permute(seed: int, epoch: int, index: int, count: int) -> int:
     low_bits = bits // 2
     keys = _round_keys(seed, epoch)
     while True:
+        # Walk until the place lies in the range: at most half of the 2^bits places lie outside (of a count of 1 three
+        # quarters), so two rounds are enough on average.
         index = _feistel(index, bits - low_bits, low_bits, keys)
-        if index < count:  # at most half of the domain lies outside: two rounds of walking on average
+        if index < count:
             return index
 
 
 def _feistel(value: int, high_bits: int, low_bits: int, keys: tuple[int, ...]) -> int:
     high, low = value >> low_bits, value & ((1 << low_bits) - 1)
+    # In each round the halves change places, and their widths with them.
     for key in keys:
-        high, low = low, high ^ (mix(low ^ key) & ((1 << high_bits) - 1))
+        high, low = low, high ^ (splitmix64(low ^ key) & ((1 << high_bits) - 1))
         high_bits, low_bits = low_bits, high_bits
     return high << low_bits | low
 
 
-def mix(value: Integers) -> Integers:
+def splitmix64(value: Integers) -> Integers:
     """SplitMix64's finaliser, of a whole number below 2^64 or of a uint64 array: a bijection that looks random."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
@@ -119,46 +122,53 @@ def _mix_pattern(weights: list[int]) -> list[tuple[int, int]]:
     total = sum(weights)
     drawn = [0] * len(weights)
     pattern = []
+
     for slot in range(total):
-        _, source = min(
-            (-(-(drawn[source] + 1) * total // weight), source)
-            for source, weight in enumerate(weights)
-            if drawn[source] * total // weight <= slot
-        )
-        pattern.append((source, drawn[source]))
-        drawn[source] += 1
+        # Of the sources whose next draw may happen by now, take the one whose draw is due first; of equals the first.
+        deadlines = {}
+        for source, weight in enumerate(weights):
+            released = drawn[source] * total // weight
+            if released <= slot:
+                deadlines[source] = -(-(drawn[source] + 1) * total // weight)  # rounded up
+        chosen = min(deadlines, key=deadlines.__getitem__)
+
+        pattern.append((chosen, drawn[chosen]))
+        drawn[chosen] += 1
+
     return pattern
 
 
 def step_row_ids(
-    order: Order, position: int, rows_per_step: int, last_batch: LastBatch, total_rows: int
+    order: Order, position: int, rows_per_step: int, last_batch: LastBatch, rows_per_epoch: int
 ) -> list[RowId]:
     """The rows of the step that begins at a global position.
 
-    wrap: always `rows_per_step` rows, running on into the next epoch. keep: the last step of an epoch of `total_rows`
-    is short. drop: as wrap, for `next_step_position` leaves out an epoch's rest that fills no step.
+    wrap: always `rows_per_step` rows, running on into the next epoch. keep: the last step of an epoch is short. drop:
+    as wrap, for `next_step_position` leaves out an epoch's rest that fills no step.
     """
-    left_in_epoch = total_rows - position % total_rows
+    left_in_epoch = rows_per_epoch - position % rows_per_epoch
     count = min(rows_per_step, left_in_epoch) if last_batch == "keep" else rows_per_step
     return [order.sample(position + offset) for offset in range(count)]
 
 
-def next_step_position(position: int, rows_per_step: int, last_batch: LastBatch, total_rows: int) -> int:
+def next_step_position(position: int, rows_per_step: int, last_batch: LastBatch, rows_per_epoch: int) -> int:
     """Where the step after the one at `position` begins."""
-    left_in_epoch = total_rows - position % total_rows
+    left_in_epoch = rows_per_epoch - position % rows_per_epoch
     if last_batch == "keep":
         return position + min(rows_per_step, left_in_epoch)
-    if last_batch == "drop" and left_in_epoch < 2 * rows_per_step:
+
+    # This step takes its rows; where the epoch has no whole step left behind it, the next epoch follows.
+    if last_batch == "drop" and left_in_epoch - rows_per_step < rows_per_step:
         return position + left_in_epoch
     return position + rows_per_step
 
 
-def step_at(position: int, rows_per_step: int, last_batch: LastBatch, total_rows: int) -> int:
+def step_at(position: int, rows_per_step: int, last_batch: LastBatch, rows_per_epoch: int) -> int:
     """The step, counted from 1, that takes the row at a global position; of rows that `drop` leaves out, the next."""
     if last_batch == "wrap":
         return position // rows_per_step + 1
-    epoch, place = divmod(position, total_rows)
-    steps_per_epoch = total_rows // rows_per_step if last_batch == "drop" else -(-total_rows // rows_per_step)
+    epoch, place = divmod(position, rows_per_epoch)
+    steps_per_epoch = rows_per_epoch // rows_per_step if last_batch == "drop" else -(-rows_per_epoch // rows_per_step)
     return epoch * steps_per_epoch + min(place // rows_per_step, steps_per_epoch) + 1
 
 

@@ -1,10 +1,14 @@
-"""DeepSpeed's engine behind four verbs: start, forward_backward, step, evaluate.
+"""DeepSpeed's engine behind four verbs: agree, forward_backward, step, evaluate.
 
-    rows of a step -> micro-batches of this rank -> forward, backward (gradients add up) -> step
+    rows of a step -> micro-batches of this rank -> agree: the weights of all ranks' rows, summed
+                   -> forward_backward: gradients add up -> step: clipped and applied
 
 The loss of a step is the sum over all its tokens, on all ranks and in all micro-batches, divided by the sum of their
 weights: never a mean of means. DeepSpeed divides by the accumulation steps and averages over ranks, so each
 micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps / sum of the step's weights.
+
+Ranks talk in two ways: `Control` carries JSON over gloo, and each `Vote` asks all ranks, between two micro-batches,
+whether a signal has reached any of them (`Interrupt`), so that all stop or save after the same one (distributed/).
 """
 
 import importlib
@@ -35,7 +39,7 @@ from ds_slm.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over all rows of all ranks."""
+    """What a forward over all rows of all ranks adds up to, and the means it gives."""
 
     nll: float
     weight: float
@@ -56,16 +60,21 @@ class Sums:
 
 @dataclass(frozen=True)
 class Totals:
-    """What all ranks' rows of a step, or of an evaluation, add up to: known before the first forward."""
+    """What the sums of a step, or of an evaluation, are divided by: known of all ranks before the first forward."""
 
     weight: float
+    """Sum of the loss weights of all targets."""
     count: float
-    """Tokens of a weight above 0."""
+    """Targets of a weight above 0."""
     micro_batches_per_vote: int
+    """How many are run from one vote to the next: more where they are short."""
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed asks whether the optimiser is its Muon. Importing that loads all of torch's compiler, for seconds."""
+    """Import DeepSpeed's Muon with its compile() switched off: else torch's whole compiler is loaded, for seconds.
+
+    DeepSpeed imports it by itself, to ask whether the optimiser is one.
+    """
     with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
@@ -93,7 +102,7 @@ class Engine:
             model.compile_parts()
 
         self.topology = {**partitions.topology(self.deepspeed), "partitions": masters.layout(self.deepspeed, control)}
-        """What must be equal for a return to be bit-exact."""
+        """What must be equal for a resumed run to be bit-exact."""
         self.device = torch.device(self.deepspeed.device)
         self.dtype = devices.DTYPES[recipe.train.precision]
         self._micro_batch_s = 0.0
@@ -120,8 +129,10 @@ class Engine:
         Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
         """
         begin_s = time.perf_counter()
+
+        # So that the summed objective / weight = mean of nll, by weight, + z_loss * mean of z^2, by count.
         z_scale = self.recipe.train.z_loss * totals.weight / totals.count
-        scale = self.control.world_size * self.engine_config.accumulation_steps / totals.weight
+        objective_scale = self.control.world_size * self.engine_config.accumulation_steps / totals.weight
         self.deepspeed.train()
 
         nll, z2 = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -130,7 +141,7 @@ class Engine:
                 self.deepspeed.step()  # between micro-batches it only counts
             sums = self.deepspeed(*self._on_device(rows), z_scale)
             vote = self._start_vote(index, micro_batches, totals)  # its messages travel behind the backward pass
-            self.deepspeed.backward(sums.objective * scale)
+            self.deepspeed.backward(sums.objective * objective_scale)
             vote.wait()
             nll, z2 = nll + sums.nll, z2 + sums.z2
 
@@ -182,14 +193,17 @@ class Engine:
             yield self.deepspeed.module
 
     def _start_vote(self, index: int, micro_batches: Sequence[Rows], totals: Totals) -> Vote:
-        """Begin to vote after a micro-batch where it is time to; the last one's vote goes along with the sums."""
+        """Begin a vote after every few micro-batches; after the last one the requests travel with the sums."""
         done = index + 1
         if done % totals.micro_batches_per_vote or done == len(micro_batches):
             return Vote()
         return self.interrupt.start_vote()
 
     def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """A GPU copies page-locked rows while it computes; they stay as they are until the step is done."""
+        """Input ids, target ids (the inputs shifted by one), loss weights and document ids, each [B, T].
+
+        A GPU copies page-locked rows while it computes; they stay as they are until the step is done.
+        """
         ids, weights, documents = (
             None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
             for array in (rows.token_ids, rows.weights, rows.document_ids)

@@ -82,7 +82,7 @@ class StepRows:
     begin: int
     """Where the step begins; later than asked for where all rows of a step are skipped."""
     next_position: int
-    rows: dict[int, RowId]
+    row_ids: dict[int, RowId]
     """All ranks' rows by global position, without skipped ones."""
     share: Share
     contents: Mapping[str, int]

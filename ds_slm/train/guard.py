@@ -30,7 +30,8 @@ def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
     """Stop before the optimiser step where a loss is not finite."""
     if not sums.nonfinite_ranks:
         return
-    control, micro_batch, row_ids = run.engine.control, run.engine.engine_config.micro_batch, list(rows.rows.values())
+    control, micro_batch = run.engine.control, run.engine.engine_config.micro_batch
+    row_ids = list(rows.row_ids.values())
     theirs = {
         rank: [tuple(row) for ids in share(row_ids, rank, control.world_size, micro_batch) for row in ids if row]
         for rank in sums.nonfinite_ranks
@@ -55,10 +56,10 @@ def refuse_step(run: Run, rows: StepRows, why: str) -> NoReturn:
     folder = folder_of(run.folder, step)
     problems = run.checkpoints.write_weights(folder / WEIGHTS)
     if run.checkpoints.writes and not run.checkpoints.is_replaced and (folder / WEIGHTS).is_file():
-        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.rows.items()]
+        described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.row_ids.items()]
         what = {"step": step, "why": why, "rows": described}
         try:
-            dump(folder, run.reader.whole(list(rows.rows.values())), what)
+            dump(folder, run.reader.whole(list(rows.row_ids.values())), what)
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
     for problem in problems:
@@ -66,7 +67,7 @@ def refuse_step(run: Run, rows: StepRows, why: str) -> NoReturn:
     raise TrainingError(
         f"step {step}: {why}. The step was not taken; the last checkpoint in {run.folder} is untouched. "
         f"`ds-slm verify {run.folder} --replay {step}` looks for the layer that went wrong; "
-        f"--skip-rows {min(rows.rows)}:{max(rows.rows) + 1} goes on without these rows."
+        f"--skip-rows {min(rows.row_ids)}:{max(rows.row_ids) + 1} goes on without these rows."
     )
 
 

@@ -4,6 +4,16 @@
 
 A step is done when the optimiser has applied it. A run that stops before its recipe's last step leaves a checkpoint;
 one that reaches it evaluates on all held-out rows and writes done.json.
+
+What a `Run` (train/task.py) brings along:
+
+    run.reader       this rank's rows of a step, read in a thread while the step before trains (engine/row_reader.py)
+    run.engine       DeepSpeed, and what all ranks agree on (engine/engine.py)
+    run.checkpoints  saves in a thread while training goes on: all ranks send to the writers, the first rank of each of
+                     the first `checkpoint_copies` hosts; durable after `wait`, not after `save` (checkpoint/saving.py)
+    run.report       a record -> metrics.jsonl, TensorBoard and the terminal; log=False leaves out the terminal alone
+    run.state        position, step, tokens, ledger: all that a checkpoint holds beside tensors (checkpoint/resume.py)
+    run.spikes, run.profile     the median loss of the last steps; where the time goes (--profile)
 """
 
 from collections.abc import Mapping
@@ -27,7 +37,7 @@ def train(run: Run) -> None:
     launch writes into the run folder.
     """
     try:
-        train_on(run)
+        run_steps(run)
     except Stopped as stopped:
         save_before_exit(run)
         run.checkpoints.mark_stopped(run.state.step)
@@ -36,13 +46,15 @@ def train(run: Run) -> None:
         run.reader.close()
 
 
-def train_on(run: Run) -> None:
-    """Step after step, with an evaluation or a save now and then."""
+def run_steps(run: Run) -> None:
+    """One step after another, with an evaluation or a save now and then."""
     last_step = run.recipe.train.steps
     if run.evaluate_first and run.state.step == 0:
         evaluate(run)
+
+    # A resumed run: an evaluation or a save may have been due at this step, and the end came before it.
     if 0 < run.state.step < last_step:
-        after_step(run)  # what a signal kept from being done
+        after_step(run)
 
     while run.state.step < run.stop_at_step:
         with run.profile.step(run.state.step + 1, run.engine, run.reader) if run.profile else nullcontext():
@@ -67,7 +79,10 @@ def after_step(run: Run) -> None:
 
 
 def is_saved(run: Run) -> bool:
-    """Whether the newest checkpoint holds the last applied step."""
+    """Whether the last applied step is in the newest checkpoint, or in the one that is being saved.
+
+    After `run.checkpoints.wait` no save is in flight, and one that failed does not count.
+    """
     return run.checkpoints.is_saved(run.state)
 
 
@@ -85,33 +100,37 @@ def save_before_exit(run: Run) -> None:
 def take_step(run: Run) -> None:
     """One optimiser step; an fp16 overflow lowers the loss scale and takes the same rows again."""
     engine, state, clock = run.engine, run.state, StepClock()
+
+    # A newer launch holds the run folder: the next vote ends this one, on all ranks.
     if run.checkpoints.is_replaced:
         engine.interrupt.note_replaced()
 
     # Which rows: a pure function of the position. Every rank has read its share of them.
-    rows = run.reader.of_step(state.position, another_follows=state.step + 1 < run.stop_at_step)
-    totals = engine.agree(rows.share)
+    step_rows = run.reader.of_step(state.position, another_follows=state.step + 1 < run.stop_at_step)
+    totals = engine.agree(step_rows.share)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
 
     # Forward and backward, until an optimiser step is applied.
     while True:
-        scale = scaler.cur_scale if scaler else None
-        sums = engine.forward_backward(rows.share.micro_batches, totals)
-        guard.refuse_nonfinite(run, sums, rows)
+        loss_scale = scaler.cur_scale if scaler else None
+        sums = engine.forward_backward(step_rows.share.micro_batches, totals)
+        guard.refuse_nonfinite(run, sums, step_rows)
         if engine.step(rate):
             break
-        guard.refuse_lost_step(run, scale, rows)
+        guard.refuse_lost_step(run, loss_scale, step_rows)
 
-    ledger = extend_ledger(state.ledger, rows.rows.values())
-    run.state = state.after(rows.next_position, int(sums.count), ledger)
+    ledger = extend_ledger(state.ledger, step_rows.row_ids.values())
+    run.state = state.after(step_rows.next_position, int(sums.count), ledger)
     engine.synchronise()
-    record_step(run, sums, rate, clock.elapsed_s(), rows.contents)
+    record_step(run, sums, rate, clock.elapsed_s(), step_rows.contents)
 
 
 def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:
     """The record of an applied step."""
     recipe, state = run.recipe, run.state
-    tokens_per_s = contents.get("real", sums.count) / step_s  # targets alone are fewer where prompts are masked
+
+    # Fine-tuning counts its real tokens, all but padding; of those only the answers are targets.
+    tokens_per_s = contents.get("real", sums.count) / step_s
     flops_per_s = tokens_per_s * flops_per_token(recipe.model, recipe.data.seq_len)
     peak = run.peak_flops and run.peak_flops * run.engine.control.world_size
     scaler = run.engine.loss_scaler
@@ -140,7 +159,7 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapp
 def save(run: Run) -> None:
     """Save a checkpoint; an evaluation at this very step decides whether it is the best."""
     clock = StepClock()
-    val_loss = run.val_loss if run.state.evaluated_step == run.state.step else None
+    val_loss = run.val_loss if run.state.evaluated_step == run.state.step else None  # `evaluate` set both
     run.checkpoints.save(run.state, val_loss)
     run.engine.interrupt.saved()
     run.report.record("save", run.state.step, {"wait_s": clock.elapsed_s()})

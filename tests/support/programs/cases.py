@@ -71,7 +71,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     overrides = {value.partition("=")[0]: value for key, value in pairs if key == "set"}
     recipe = schema.load(str(recipe_path), list(overrides.values()))
     originals = engine.Engine.agree, loop.record_step, ds_config._deepspeed, ds_config.COMPILE_FLOPS
-    train_on, zero_problems = loop.train_on, zero_keys.problems
+    run_steps, zero_problems = loop.run_steps, zero_keys.problems
     if "unchecked" in single:
         zero_keys.problems = lambda zero: []
     if "compiled" in single:
@@ -87,7 +87,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     if "supersede_at" in single:
         loop.record_step = after_step(int(single["supersede_at"]), supersede)
     if "resave" in single:
-        loop.train_on = resave_into(out / single["resave"])
+        loop.run_steps = resave_into(out / single["resave"])
     if "scale_power" in single:
         ds_config._deepspeed = scaled(int(single["scale_power"]))
     undo = signal_in_phase(*single["signal_at"].split(".")) if "signal_at" in single else lambda: None
@@ -109,7 +109,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
         launch.run(recipe, options, pretraining)
     finally:
         undo()
-        loop.train_on, zero_keys.problems = train_on, zero_problems
+        loop.run_steps, zero_keys.problems = run_steps, zero_problems
         (
             engine.Engine.agree,
             loop.record_step,
@@ -209,7 +209,7 @@ def supersede(run: loop.Run) -> None:
 def resave_into(folder: Path) -> Callable[[loop.Run], None]:
     """Instead of training: save what was loaded into another folder, as it is."""
 
-    def train_on(run: loop.Run) -> None:
+    def run_steps(run: loop.Run) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "env.json").write_text((run.folder / "env.json").read_text())
         run.checkpoints._background.run = folder
@@ -217,7 +217,7 @@ def resave_into(folder: Path) -> Callable[[loop.Run], None]:
         saved = run.checkpoints.wait()
         assert saved and saved.durable and not saved.failed
 
-    return train_on
+    return run_steps
 
 
 def burst(run: loop.Run) -> None:

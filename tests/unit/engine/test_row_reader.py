@@ -64,7 +64,7 @@ def test_each_step_has_its_own_rows_whatever_was_read_ahead() -> None:
         weights = [float(one.weights.sum()) for one in step.share.micro_batches]
         assert (ids, weights) == ([position + 1, position + 3, 0], [2.0, 2.0, 0.0])
         assert (step.begin, step.next_position, step.contents) == (position, position + 4, {"conversations": 4})
-        assert list(step.rows.items()) == [(place, RowId(0, 0, place)) for place in range(position, position + 4)]
+        assert list(step.row_ids.items()) == [(place, RowId(0, 0, place)) for place in range(position, position + 4)]
     rows.close()
 
 
@@ -115,8 +115,8 @@ def test_skipped_rows_leave_a_shorter_step_or_none() -> None:
     rows = reader(Source(), world_size=1, skipped=((2, 10),))
     first = rows.of_step(0, another_follows=True)
     second = rows.of_step(first.next_position, another_follows=True)
-    assert ([*first.rows], first.next_position, len(first.share.micro_batches)) == ([0, 1], 4, 3)
-    assert ([*second.rows], second.begin, second.next_position) == ([10, 11], 8, 12)
+    assert ([*first.row_ids], first.next_position, len(first.share.micro_batches)) == ([0, 1], 4, 3)
+    assert ([*second.row_ids], second.begin, second.next_position) == ([10, 11], 8, 12)
     rows.close()
 
 
@@ -132,7 +132,7 @@ def test_held_out_rows_and_whole_steps_are_read_in_the_same_thread() -> None:
     rows = reader(Seen())
     step = rows.of_step(0, another_follows=True)
     assert len(rows.held_out(5, "val").micro_batches) == 3
-    assert rows.whole(list(step.rows.values())).token_ids[:, 0].tolist() == [0, 1, 2, 3]
+    assert rows.whole(list(step.row_ids.values())).token_ids[:, 0].tolist() == [0, 1, 2, 3]
     rows.close()
     assert len(seen) == 1 and threading.current_thread().name not in seen
 

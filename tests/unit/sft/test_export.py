@@ -13,23 +13,21 @@ from ds_slm.publish.export import export
 from ds_slm.recipe import plan, schema
 from sft.chatml import ChatML
 from sft.prepare import prepare_conversations
-from tests.support.data_recipes import BPE, prepare, recipe, source, texts, write_jsonl
+from tests.support.data_recipes import BPE, CL100K, prepare, recipe, source, texts, write_jsonl
 
 PROMPT = "<|im_start|>user\nWrite a short mail.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def assistant_tokenizer(folder: Path, section: str) -> Path:
+def assistant_tokenizer(folder: Path, section: str, base_tokenizer: Path) -> Path:
     """The tokenizer folder of prepared conversations."""
     talks = [
         json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": text}]) for text in texts(40)
     ]
     lines = "".join(f'{{"messages": {talk}}}\n' for talk in talks)
     (folder / "talks.jsonl").write_text(lines)
-    text = write_jsonl(folder / "text.jsonl", texts(200))
-    base = prepare(recipe(source("a", path=text), tokenizer=section), folder / "base")
     made = recipe(source("talks", path=folder / "talks.jsonl", column="messages"), tokenizer=section, seq_len=512)
     made = made.model_copy(update={"sft": schema.Sft()})
-    prepared = prepare_conversations(made, "talks", folder / "data", base.tokenizer_folder, report=lambda line: None)
+    prepared = prepare_conversations(made, "talks", folder / "data", base_tokenizer, report=lambda line: None)
     return prepared.tokenizer_folder
 
 
@@ -69,7 +67,9 @@ def test_chat_template_and_ends(tmp_path: Path) -> None:
     """Oracle: our own encoding of the prompt; generation stops at a turn's end and at the end of text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer_folder = assistant_tokenizer(tmp_path, BPE)
+    text = write_jsonl(tmp_path / "text.jsonl", texts(200))
+    base = prepare(recipe(source("a", path=text), tokenizer=BPE), tmp_path / "base")
+    tokenizer_folder = assistant_tokenizer(tmp_path, BPE, base.tokenizer_folder)
     folder, parameters = exported(tmp_path / "out", tokenizer_folder, 300)
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
     question = [{"role": "system", "content": "be short"}, {"role": "user", "content": "é <|im_end|>?"}]
@@ -84,12 +84,11 @@ def test_chat_template_and_ends(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cl100k_export(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An assistant's export with a vocabulary of 100,277 ids: making one takes most of a minute."""
+def cl100k_export(test_data: Path, cl100k_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An assistant's export with a vocabulary of 100,277 ids, which takes long to make."""
     folder = tmp_path_factory.mktemp("cl100k")
-    ranks = test_data / "cl100k_base" / "cl100k_base.tiktoken"
-    section = f'kind = "cl100k"\nvocab_size = 100277\npath = "{ranks}"'
-    return exported(folder / "out", assistant_tokenizer(folder, section), 100_277)[0]
+    section = CL100K.replace("RANKS", str(test_data / "cl100k_base" / "cl100k_base.tiktoken"))
+    return exported(folder / "out", assistant_tokenizer(folder, section, cl100k_folder), 100_277)[0]
 
 
 def test_the_cards_own_snippet(test_data: Path, cl100k_export: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Prepares data again and again, ended before its n-th change on disk for every n, and each time goes on to the end.
 
-    python killed_preparing.py RECIPE.toml FOLDER --> FOLDER/N/data for every N; prints the number of kills
+    python killed_preparing.py RECIPE.toml FOLDER STEP --> FOLDER/N/data for N = 0, STEP, 2 STEP, ... as far as there
+    are changes; prints the first N beyond them
 
 One process that has imported everything forks a child for each try: `os._exit` loses whatever is buffered, as a kill
 does.
@@ -26,13 +27,13 @@ writer.JOURNAL_TOKENS = 2_500
 token_files.COPY_TOKENS = 700
 
 
-def main(recipe_path: str, folder: Path) -> None:
+def main(recipe_path: str, folder: Path, step: int) -> None:
     """Runs until a try comes to its end without being killed."""
     recipe = schema.load(recipe_path)
     kill_at = 0
     while in_child(recipe, folder / str(kill_at) / "data", kill_at) == KILLED:
         assert in_child(recipe, folder / str(kill_at) / "data", None) == 0
-        kill_at += 1
+        kill_at += step
     print(kill_at)
 
 
@@ -80,4 +81,4 @@ def arm(kill_at: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -46,6 +46,27 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiler(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What torch.compile does once it has traced a model and its derivatives: nothing more, or, slowly, fuse them.
+
+    Whole runs on fused blocks are in tests/launch/test_equivalence.py.
+    """
+    import torch
+
+    from ds_slm.model import loss
+
+    def forget() -> None:
+        torch._dynamo.reset()
+        loss._compiled.cache_clear()
+
+    forget()
+    torch.compiler.set_default_backend(request.param)
+    yield request.param
+    torch.compiler.set_default_backend(None)
+    forget()
+
+
 @pytest.fixture
 def ds_slm(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -25,6 +25,7 @@ def test_every_case_is_a_recipe(case: gpu.Case) -> None:
         assert recipe.train.gradient_checkpointing
 
 
+@pytest.mark.usefixtures("compiler")
 def test_numerics_pass_where_they_are_right_and_fail_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the real model passes; a loss whose gradient is a little off in half precision does not.
 

@@ -340,23 +340,9 @@ def test_a_row_beyond_the_context_is_refused():
         build(small(), 0)(random_ids(1, 65))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_parts_are_one_graph_for_all_blocks_and_change_nothing(backend):
-    """Oracle: the eager model; torch's own count of graphs: a block's, and the loss's.
-
-    Graphs and their derivatives are traced alike for both backends; inductor fuses them, which takes its time. Whole
-    runs on what it makes are in tests/launch/test_equivalence.py.
-    """
-    torch._dynamo.reset()
-    torch.compiler.set_default_backend(backend)
-    try:
-        assert_compiled_is_eager()
-    finally:
-        torch.compiler.set_default_backend(None)
-        torch._dynamo.reset()
-
-
-def assert_compiled_is_eager():
+@pytest.mark.usefixtures("compiler")
+def test_compiled_parts_are_one_graph_for_all_blocks_and_change_nothing():
+    """Oracle: the eager model; torch's own count of graphs: a block's, and the loss's."""
     shape = small(num_hidden_layers=12, qk_norm=True)
     eager, compiled = (build(shape, seed=1) for _ in range(2))
     compiled.compile_parts()

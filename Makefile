@@ -4,7 +4,9 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= 2
-PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# What pip would do on one core. Packages hold files that are meant not to compile.
+COMPILE := @.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 IN_VENV := env PATH="$(CURDIR)/.venv/bin:$$PATH"
 # A file's tests stay in one process, which makes its fixtures once; files start in their order, launches first.
 IN_WORKERS := env OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -22,7 +24,7 @@ help:  ## this list
 
 setup: .venv/.installed-dev  ## make .venv and install the project and its tools into it
 
-.venv/.installed: setup.py constraints.txt
+.venv/.made: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is no Python 3.11 or newer: name one, make PYTHON=python3.11 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
@@ -30,12 +32,17 @@ setup: .venv/.installed-dev  ## make .venv and install the project and its tools
 	@echo "installing into .venv: about two minutes beside the download"
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(PIP_INSTALL) --index-url $(TORCH_INDEX) torch)
-	$(PIP_INSTALL) --editable .
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed
-	$(PIP_INSTALL) --editable '.[dev]'
+.venv/.installed: .venv/.made setup.py
+	$(PIP_INSTALL) --editable .
+	$(COMPILE)
 	@touch $@
+
+.venv/.installed-dev: .venv/.made setup.py
+	$(PIP_INSTALL) --editable '.[dev]'
+	$(COMPILE)
+	@touch .venv/.installed $@
 
 check: .venv/.installed-dev  ## formatting, lint and types
 	$(IN_VENV) ruff format --check .

@@ -78,7 +78,7 @@ def read(
 
 
 def _without(arguments: Sequence[str], names: tuple[str, ...]) -> list[str]:
-    """The arguments but for some flags and their values."""
+    """The arguments without some flags and their values."""
     kept, left = [], iter(arguments)
     for argument in left:
         name, equals, _ = argument.partition("=")
@@ -96,7 +96,7 @@ def start(script: Path, line: CommandLine) -> None:
     args = line.args
     run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
 
-    # Mistakes in the recipe, the flags or the hosts are told before anything starts.
+    # Mistakes in the recipe, the flags or the hosts are reported before anything starts.
     schema.load(line.recipe, args.set, run_folder)
     hosts = runner_flags.chosen_hosts(args)
     runner_flags.refuse_unusable(args, hosts)
@@ -123,7 +123,7 @@ def start(script: Path, line: CommandLine) -> None:
 
     # The run folder knows more than the launcher's exit code.
     if code and _content(sign) not in (None, before):
-        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, where it was told itself, ends with 1
+        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, if it got the signal itself, ends with 1
     if code == EXIT_INTERRUPTED:
         print(INTERRUPTED, file=sys.stderr)
     if code == 0 and not hosts and args.max_steps is None and not (run_folder / "done.json").is_file():

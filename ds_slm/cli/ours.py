@@ -52,7 +52,7 @@ class Ours:
 
 
 def ours_of(name: str, recipe: Recipe, runs: Path) -> Ours | None:
-    """The run that says most of a recipe: one that counts, else the furthest of those called by its name."""
+    """The run that says most of a recipe: one that counts, else the furthest of the runs called by its name."""
     found = [run for folder in _run_folders(runs) if (run := _read(folder, name, recipe))]
     return max(found, key=lambda run: (run.counts, bool(run.figures), -len(run.differs), run.step), default=None)
 
@@ -74,7 +74,7 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
     if not same and environment.get("recipe_name", folder.name) != name:
         return None
 
-    # What keeps the figures from being those of the library's recipe.
+    # Why the figures do not count for the library's recipe.
     differs = [] if same else [_differences(recipe, recorded)]
     if done and done.get("recipe_sha256") != recorded.identity_sha256():
         differs.append("done.json is of another recipe")

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def report_to(as_json: bool) -> Callable[[str], None]:
-    """Where progress is told: stdout belongs to the JSON object where there is one."""
+    """Where progress is printed: stdout belongs to the JSON object if one is printed."""
     return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 

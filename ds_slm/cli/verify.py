@@ -15,7 +15,7 @@ from ds_slm.errors import CheckpointError, DataError
 def checkpoints(run: Path, as_json: bool) -> None:
     """Every checkpoint: whole or not, and why. Raises CheckpointError where there is none, or a damaged one.
 
-    Those that a launch has set aside are told of as well, and are no mistake.
+    Checkpoints that a launch has set aside are listed too, and do not count as a mistake.
     """
     from ds_slm.checkpoint import files as checkpoint_files
     from ds_slm.checkpoint import retention

@@ -46,7 +46,7 @@ _RUNNER_MODULE = "deepspeed.launcher.runner"
 _LAUNCH_MODULE = "deepspeed.launcher.launch"
 # Where the runner looks without --hostfile.
 _DEFAULT_HOSTFILE = "/job/hostfile"
-# The runner's options, so that its own are told from those of the script behind it.
+# The runner's options, to distinguish them from the options of the script behind it.
 RUNNER_VALUE_OPTIONS = (
     ("-i", "--include"),
     ("-e", "--exclude"),
@@ -282,7 +282,7 @@ def _slots(text: str) -> int:
 
 
 def _line_problem(text: str, first: tuple[int, str] | None) -> str | None:
-    """What is wrong with a line that is no comment: got, expected, the way out; None if nothing is.
+    """What is wrong with a line that is not a comment: got, expected, the way out; None if nothing is.
 
     Args:
         text: the line.
@@ -335,7 +335,7 @@ def _is_ipv6(name: str) -> bool:
 
 
 def _missing(path: Path) -> str:
-    """The problem of a hostfile that is no file, with the nearest name that is one."""
+    """The problem of a hostfile that is not a file, with the nearest name that is one."""
     beside = path.parent if path.parent.is_dir() else Path("hostfiles")
     names = [entry.name for entry in sorted(beside.iterdir()) if entry.is_file()] if beside.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)

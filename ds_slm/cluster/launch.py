@@ -2,7 +2,7 @@
 
     script, its flags, where --command--> deepspeed [DeepSpeed's flags] script [the script's flags] --run--> exit code
 
-Flags that DeepSpeed's launcher knows (`--force_multi`, `--master_port N`) are told from the script's by their names.
+Flags that DeepSpeed's launcher knows (`--force_multi`, `--master_port N`) are distinguished from the script's by their names.
 Where this machine has no CUDA device and no hostfile names others, the ranks run on its CPU and share its cores.
 
 Known gaps: nothing is restarted, and a run that hangs is waited for.
@@ -93,10 +93,10 @@ def run(
     What it prints goes to `stdout`, or where this process's own output goes. With `hold_back` what DeepSpeed's
     launcher says of itself is shown only where the launch fails.
 
-    SIGTERM and SIGINT go on to the launch, as SIGTERM; a rank that a terminal told, too, heeds the first.
+    SIGTERM and SIGINT go on to the launch, as SIGTERM; a rank that also gets one from a terminal obeys the first.
 
     Raises:
-        ConfigError: there is no such program.
+        ConfigError: the program does not exist.
     """
     program = shutil.which(command[0], path=environ.get("PATH"))
     if program is None:
@@ -140,7 +140,7 @@ def run(
 
 
 def _copy_lines(source: IO[bytes], target: TextIO, held: list[bytes]) -> None:
-    """Line by line; lines of DeepSpeed's launcher that are no errors are held back."""
+    """Line by line; lines of DeepSpeed's launcher that are not errors are held back."""
     with source:
         for line in source:
             if _LAUNCHER_LINE.match(line):

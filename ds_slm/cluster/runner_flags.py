@@ -54,7 +54,7 @@ def add_runner_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bind_cores_to_rank", action="store_true", help="give each rank cores of its own")
     group.add_argument("--bind_core_list", metavar="LIST", help="the cores to share out")
 
-    # What the launcher tells of itself.
+    # What the launcher prints about itself.
     group.add_argument("--save_pid", action="store_true", help="leave the launcher's process id in /tmp")
     levels = ("debug", "info", "warning", "error", "critical")
     group.add_argument("--log_level", choices=levels, help="what the launcher says (default error)")
@@ -82,7 +82,7 @@ def refuse_unusable(
         args: the command line.
         hosts: those that are chosen; none for this machine.
         environ: where programs are looked for.
-        cores: of this machine, in place of those it has.
+        cores: stand in for this machine's own cores.
     """
     problems, cores = [], cores or os.cpu_count() or 1
     here = not over_ssh(args, hosts)
@@ -107,7 +107,7 @@ def refuse_unusable(
 
 
 def _core_list_problems(text: str, cores: int | None, is_used: bool) -> list[str]:
-    """What is wrong with a list of cores; `cores` None where those of other machines are meant."""
+    """What is wrong with a list of cores; `cores` None where cores of other machines are meant."""
     if not is_used:
         return [f"--bind_core_list {text} has no effect without --bind_cores_to_rank: give both, or none."]
     pieces = [piece.split("-") for piece in text.split(",")]

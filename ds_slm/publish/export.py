@@ -7,7 +7,7 @@
 
 The tokenizer pads on the left, and its chat template is one that any Jinja renders: without the marks of training.
 config.json has the tokenizer's hash, generation_config.json the ids that stand for nothing, never to be generated.
-A tied head is stored once, as the embedding, so that transformers counts as many parameters as the recipe.
+A tied head is stored once, as the embedding, so that transformers counts the same parameters as the recipe.
 Known gap: one safetensors file, however large.
 """
 

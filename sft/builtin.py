@@ -121,7 +121,7 @@ def conversations() -> list[Conversation]:
 
 
 def conversations_about(asked: Iterable[Entry]) -> list[Conversation]:
-    """The same for some entries, in whatever order they come."""
+    """Conversations about these entries; the order in which they come changes nothing."""
     places: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(asked, key=lambda entry: _draw("company", entry.name)):
         places[entry.place].append(entry)

@@ -193,7 +193,7 @@ class ChatML:
 
 
 def _targets(turns: Sequence[Message], mask: Mask) -> list[tuple[bool, bool, bool]]:
-    """Of each turn: whether its content is trained, whether what is around it is, and whether it is an answer."""
+    """For each turn: whether its content is trained, whether what is around it is, and whether it is an answer."""
     answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     found = []
     for place, turn in enumerate(turns):

@@ -45,7 +45,7 @@ class Conversations:
         """Reads every token once, to find where conversations begin."""
         self.sources = sources
         self.begins = [_begins(tokens) for tokens in sources]
-        """Of each source, the places of its conversations' first tokens."""
+        """For each source, the places of its conversations' first tokens."""
         lengths = [np.diff(begins, append=len(tokens)) for begins, tokens in zip(self.begins, sources, strict=True)]
         self.lengths = np.concatenate(lengths)
         """Tokens of each conversation."""

@@ -32,7 +32,7 @@ class Checkpoints:
     """All checkpoints of a run, and its signs of an end."""
 
     def __init__(self, background: BackgroundSave, identity: Mapping[str, Any]) -> None:
-        """Of a run that begins; one that goes on calls `resume`.
+        """Begins as a new run does; a run that goes on calls `resume` after it.
 
         Args:
             background: writes them.

@@ -88,7 +88,7 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
         self._result = Saved()
         self.durable_step = -1
-        """Of the newest checkpoint that this launch wrote and knows to lie on a disk."""
+        """The step of the newest checkpoint that this launch wrote and knows to lie on a disk."""
         self._whole: dict[int, retention.Stamps] = {}
         """Steps of this host's checkpoints that this launch wrote or read to the end, and how their files were then."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_slm.errors import CheckpointError
 
 BYTES = 4
-"""Of an fp32 value."""
+"""Size of an fp32 value."""
 
 
 def in_file_order(names: Iterable[str]) -> list[str]:

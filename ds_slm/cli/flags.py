@@ -147,7 +147,7 @@ def parse_sources(pairs: list[str]) -> dict[str, Path]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A training program's parser: a mistake is one sentence, printed once for all ranks; rank 0 alone prints the help."""
+    """A training program's parser: a mistake is one sentence, printed once for all ranks; rank 0 prints the help."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""

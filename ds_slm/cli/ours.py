@@ -111,6 +111,6 @@ def _short(value: Any) -> str:
 
 
 def _last_step(folder: Path) -> int:
-    """Of the newest checkpoint, whole or not."""
+    """The step of the newest checkpoint, whole or not."""
     names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("checkpoints/step-*"))
     return max((int(found[1]) for found in names if found), default=0)

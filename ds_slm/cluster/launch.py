@@ -2,8 +2,8 @@
 
     script, its flags, where --command--> deepspeed [DeepSpeed's flags] script [the script's flags] --run--> exit code
 
-Flags that DeepSpeed's launcher knows (`--force_multi`, `--master_port N`) are distinguished from the script's by their names.
-Where this machine has no CUDA device and no hostfile names others, the ranks run on its CPU and share its cores.
+The names of DeepSpeed's own flags (`--force_multi`, `--master_port N`) distinguish them from the script's.
+If this machine has no CUDA device and no hostfile names others, the ranks run on its CPU and share its cores.
 
 Known gaps: nothing is restarted, and a run that hangs is waited for.
 """

@@ -27,7 +27,7 @@ class Failure:
     text: str
     """What its user reads."""
     problems: tuple[str, ...] = ()
-    """Of a mistake of the user's: one sentence each."""
+    """If it is a user's mistake: one sentence each."""
 
     @property
     def place(self) -> str:

@@ -170,7 +170,7 @@ def taken(world: World) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text; its type where it has none."""
+    """The first line of an error's text; its type if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -37,7 +37,7 @@ from ds_slm.run import measure
 MINIMAL_GAIN = 1.02
 REPEATS = 3
 FREE_SHARE = 0.9
-"""Of a device's memory may be used."""
+"""The share of a device's free memory that may be used."""
 METHOD = 2
 """Version of the measurement: results of an older one are not used."""
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "triton")

@@ -140,7 +140,7 @@ class Snapshot:
     """This rank's part of a checkpoint, copied: training may go on and change the originals."""
 
     fragments: list[list[Fragment]]
-    """Of each partition."""
+    """The fragments of each partition."""
     stored: dict[str, list[PartitionValues]]
     """Kind -> each partition's values."""
     shapes: dict[str, torch.Size]
@@ -300,7 +300,7 @@ def _set_moment(
 
 
 SMALLEST_LARGEST = 0.98
-"""Of a block's scale, the least its largest value is stored as: bitsandbytes' signed map ends at -0.993 and at 1."""
+"""The least share of a block's scale that its largest value has: bitsandbytes' signed map ends at -0.993 and at 1."""
 
 
 def _fits(note: Tensor, values: Tensor) -> bool:

@@ -36,7 +36,7 @@ class Device:
     half_flops_per_s: float
     fp32_flops_per_s: float
     memory_bytes: int | None
-    """None: whatever the machine has."""
+    """None stands for the memory of this machine."""
     has_bf16: bool = True
     mfu: float = GPU_MFU
 

@@ -57,8 +57,8 @@ OWNED_BY_RECIPE = {
 
 
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 2e16}
-"""Of a run on each device, from which on blocks are compiled: that takes half a minute once, and saved 1 to 14 % of a
-micro-batch on a CPU."""
+"""FLOPs of a rank's whole run, by device, from which on blocks are compiled: that takes half a minute once, and saved
+1 to 14 % of a micro-batch on a CPU."""
 
 
 @dataclass(frozen=True)

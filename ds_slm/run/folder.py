@@ -80,7 +80,7 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
 
 
 def _refuse_unless_trained_with(run: Path, recipe: Recipe, damage: RecipeError) -> None:
-    """Of a folder whose recipe.toml is damaged: its other files hold the hash of what it was trained with."""
+    """Check a folder whose recipe.toml is damaged: its other files hold the hash of the recipe it was trained with."""
     newest_first = sorted(run.glob("checkpoints/step-*/state.json"), reverse=True)
     kept = (read_json(path) for path in (*newest_first, run / "done.json", run / "env.json"))
     trained_with = next((found["recipe_sha256"] for found in kept if found and "recipe_sha256" in found), None)

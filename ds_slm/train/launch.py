@@ -212,8 +212,8 @@ class Launching:
         )
 
         def leave() -> None:
-            """All ranks do; one that fails alone waits for nobody."""
-            control.barrier()  # whoever leaves first has the others ended
+            """Called on all ranks at the end; a rank that fails alone does not wait."""
+            control.barrier()  # the launcher ends the others once one has left
             checkpoints.close()
 
         interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
@@ -334,7 +334,7 @@ def _with_fastest_micro_batch(
 
 
 def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:
-    """The action's result; or None, and what was wrong, in `place` where it is not said, added to the problems."""
+    """The action's result; or None, and its problem, in `place` if the error names no file, added to the problems."""
     try:
         return action()
     except (UserError, OSError) as error:
@@ -343,7 +343,7 @@ def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a 
 
 
 def _problems_of(error: UserError | OSError, place: str) -> list[str]:
-    """What was wrong, in `place` where the error does not say it."""
+    """The problems that an error holds; `place` stands in where it names no file."""
     if isinstance(error, UserError):
         return error.problems
     return [f"{error.filename or place}: {error.strerror or error}."]

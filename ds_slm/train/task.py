@@ -111,7 +111,7 @@ class Run:
     evaluate_first: bool = False
     """Whether to evaluate before the first step."""
     val_loss: float = math.inf
-    """Of the last evaluation."""
+    """The loss of the last evaluation."""
     profile: Profile | None = None
     spikes: Spikes = field(default_factory=Spikes)
     reader: RowReader = field(init=False)

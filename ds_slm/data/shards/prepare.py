@@ -1,13 +1,13 @@
-"""From a recipe to its tokenizer and token shards, whatever is missing of them.
+"""From a recipe to its tokenizer and token shards: makes the parts that are missing.
 
     recipe --prepare--> tokenizer/, then for each source: shards, then manifest.json --open_prepared--> Prepared
 
 One process of a host prepares, under a lock; the others wait and find the work done. Data that are whole are only read:
-that takes no lock and writes nothing, so they may lie on a read-only mount. The same text gives the same bytes, however
-often preparing was interrupted; a source goes on where its journal says.
+that takes no lock and writes nothing, so they may lie on a read-only mount. The same text gives the same bytes, even if
+preparing was interrupted: a source goes on where its journal says.
 
-Held out are the documents whose keyed hash falls below `data.val_fraction`; of a source that is one single document,
-and of ready-made token files, the last `data.val_fraction`. Train and validation share no document.
+A document is held out if its keyed hash falls below `data.val_fraction`. A source that is one single document, and
+ready-made token files, hold out their last `data.val_fraction`. Train and validation share no document.
 
 Known gaps: a source on the hub is read twice, once for a trained tokenizer. How far a long source was read is not part
 of the data's identity, so a longer run finds the same shards and repeats them; removing the folder prepares more.

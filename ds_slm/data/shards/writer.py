@@ -40,7 +40,7 @@ DRAWS = 1 << 20
 EMPTY = "empty or unreadable"
 NAMED_PROBLEMS = 10
 SHOWN_CHARACTERS = 400
-"""Of a document, in a message."""
+"""How much of a document a message shows."""
 
 
 Ids = Sequence[int] | np.ndarray
@@ -68,7 +68,7 @@ class DocumentFormat:
 
     encode: Callable[[Tokenizer], Encode] = encode_text
     tokenizer_folder: Path | None = None
-    """Of the tokenizer that encodes them; None: the recipe's."""
+    """The folder of the tokenizer that encodes them; None takes the recipe's tokenizer."""
     builtin: Callable[[], Sequence[str]] = builtin_documents
     """The documents of a built-in source."""
     as_json: bool = False
@@ -76,15 +76,15 @@ class DocumentFormat:
     row_limit: int | None = None
     """Documents to read of each source at most."""
     expected: str = "text in the column that data.source.column names"
-    """What a document must be, for those who have another kind."""
+    """What a document must be: for the message to users whose documents are something else."""
     notes: Callable[[], Mapping[str, int]] = dict
-    """What a user should know of how the documents were read, of all that were encoded by now, with counts."""
+    """Notes on how the documents were read, each with the count among all that are encoded by now."""
     dtype: np.dtype | None = None
-    """Of what is written; None: that of the tokenizer's ids."""
+    """The type of what is written; None takes the type of the tokenizer's ids."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What decides the encoding, beside the recipe's data and tokenizer."""
     version: Mapping[str, Any] = field(default_factory=dict)
-    """Said in the manifest as well: how documents are encoded, where older versions did it in another way."""
+    """Written into the manifest too: how documents are encoded, if older versions did it in another way."""
 
 
 TEXT = DocumentFormat()

@@ -102,12 +102,12 @@ class SourceFiles:
 def locate(source: Source, replacement: Path | None = None, report: Report = _quiet) -> SourceFiles:
     """Where to read a source: the replacement if there is one, else what the recipe says.
 
-    Token files on the hub are downloaded; `report` takes a line for every try that fails. Of a folder, files that are
-    named for another split than the source's are left out; a file that is named itself is read whatever its name.
+    Token files on the hub are downloaded; `report` takes a line for every try that fails. In a folder, files that
+    are named for another split than the source's are left out. A file that the recipe names is always read.
 
     Raises:
-        DataError: for a path that does not exist, cannot be listed or holds no file of a known kind, or none of the
-            split, and for what looks like a data file and is none: a broken link, a pipe.
+        DataError: a path does not exist, cannot be listed, or holds no file of a known kind or of the split; or what
+            looks like a data file is a broken link or a pipe.
     """
     if replacement is not None:
         root = replacement

@@ -18,7 +18,7 @@ of lists or tables, binary that is UTF-8 is text; any other value that JSON lack
 table of its type and what it looks like, {"datetime": "2020-01-01 00:00:00"}, so that it is not mistaken for text.
 
 A document that is null, no string, or no valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
-comes out as "": whoever consumes them counts and skips it. Damage that a format can show (a checksum, a file cut short,
+comes out as "": the consumer counts and skips it. Damage that a format can show (a checksum, a file cut short,
 rows that are missing) is always an error.
 
 Known gaps: text without checksums (.jsonl, .txt, most parquet files) can be damaged into other valid text; a .gz or
@@ -51,7 +51,7 @@ BATCH_ROWS = 1024
 ZEROS = bytes(64)
 """This number of zeros in a row is not text."""
 ZERO_SHARE = 0.1
-"""Of the first bytes of a .txt: UTF-16 without a mark has nearly a half, text has none."""
+"""Share of zeros in the first bytes of a .txt that is not text: UTF-16 without a mark has nearly half, text none."""
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",

@@ -2,7 +2,7 @@
 
     .bin files --TokenFiles--> padding at their ends cut off --blocks--> ids, each block looked at
 
-Refused is what no text gives:
+It refuses what no text gives:
     an id beyond the vocabulary, ids of twice or four times the width, numpy's own format
     NO_TEXT_RUN ids in a row that decode to nothing (EOS, padding): a document holds at least one other id
     LONG_RUN zeros in a row, whichever token 0 is: a block of a disk that was never written, 4,096 bytes, reads as 1,024

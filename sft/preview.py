@@ -106,7 +106,7 @@ def show(number: int, flagged: np.ndarray, decode: Callable[[list[int]], str], c
 def pieces(ids: list[int], decode: Callable[[list[int]], str]) -> list[Piece]:
     """Tokens and their texts, which joined are the text of all; tokens that share a character stay together."""
     found: list[Piece] = []
-    context = begin = 0  # one piece more is decoded: some tokenizers give a leading space only behind another token
+    context = begin = 0  # one piece more is decoded: some tokenizers give a leading space only after another token
     for end in range(1, len(ids) + 1):
         text = decode(ids[context:end])[len(decode(ids[context:begin])) :]
         if text.endswith("\ufffd") and end < len(ids) and end - begin < TOKENS_PER_CHARACTER:

@@ -54,7 +54,7 @@ class Best:
         return Best(eval_rows=eval_rows), note
 
     def held(self, held_by_rank: Sequence[Sequence[Sequence[float]]]) -> tuple["Best", str]:
-        """The best that lies on some host; and, where that is another one, what to say of it.
+        """The best checkpoint that a host holds; and a note, if that is another one than before.
 
         Args:
             held_by_rank: pairs of step and held-out loss that each rank's host holds (`held_best`).
@@ -73,7 +73,7 @@ class Best:
 def held_best(run: Path, best: Best, until_step: int) -> dict[int, float]:
     """Step -> held-out loss of each checkpoint in a folder that was the run's best when it was saved.
 
-    Of those up to a step, whose losses are over the same held-out rows.
+    It covers checkpoints up to `until_step` whose losses are over the same held-out rows.
     """
     held = {}
     for step in checkpoint_files.steps(run):

@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
 
 
 def put_back(run: Path) -> None:
-    """Give a checkpoint its name back that was moved away for one which never came."""
+    """Give a checkpoint its name back, if it was moved away for a new one that never came."""
     for moved in sorted(checkpoints_folder(run).glob(f".step-*{REPLACED}")):
         final = moved.with_name(moved.name[1:].partition(".")[0])
         if not os.path.lexists(final):

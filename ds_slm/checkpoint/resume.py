@@ -142,7 +142,7 @@ def refuse_other_beginning(
 
 
 def begin(engine: Engine, weights: Iterable[tuple[str, Tensor]] | None) -> None:
-    """Give a fresh run its fp32 weights: those passed in, or the recipe's initialisation. Collective.
+    """Give a fresh run its fp32 weights: the ones passed in, or the recipe's initialisation. Collective.
 
     Raises:
         DataError: on all ranks, where one of them cannot read them.

@@ -11,9 +11,9 @@ and a hostfile (or a filter) that leaves a single host starts its ranks on the m
 are refused here. The grammar of a line, and of the runner's command line, is that of `deepspeed/launcher/runner.py`
 (DeepSpeed 0.19), except that DeepSpeed ignores whatever follows `slots=N` and accepts `slots=0`; we do not.
 
-Known gaps: in a launch over ssh the runner is on no rank's ancestor line, and needs no check, for it has found its
-hostfile. A host known by an ssh alias alone, which resolves to no address, counts as another machine. Imports neither
-torch nor deepspeed.
+Known gaps: in a launch over ssh the runner is not an ancestor of any rank; it needs no check, because it has found
+its hostfile. A host known only by an ssh alias, without an address, counts as another machine. Imports neither torch
+nor deepspeed.
 """
 
 import argparse

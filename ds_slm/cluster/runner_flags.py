@@ -80,7 +80,7 @@ def refuse_unusable(
 
     Args:
         args: the command line.
-        hosts: those that are chosen; none for this machine.
+        hosts: the chosen ones; empty for this machine.
         environ: where programs are looked for.
         cores: stand in for this machine's own cores.
     """

@@ -52,7 +52,7 @@ def fill(engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check(engine: Any, control: Control) -> None:
-    """Compare the fp32 weights with those the model computes with. Collective.
+    """Compare the fp32 weights with the weights the model computes with. Collective.
 
     Raises:
         TrainingError: on all ranks, where one of them found a difference.

@@ -59,7 +59,7 @@ def connected() -> Iterator[Control]:
 
 
 def disconnect(control: Control) -> None:
-    """Leave the process group. Collective: only where all ranks leave alike, for another may be inside a collective."""
+    """Leave the process group. Collective: only if all ranks leave alike, or another may be inside a collective."""
     rendezvous.current().close()
     control.barrier()
     dist.destroy_process_group()

@@ -2,8 +2,8 @@
 
     zero_optimization --problems--> one sentence for each key that cannot stay, all at once
 
-DeepSpeed has many more keys than those whose checkpoints are right: some lay weights out differently from the map by
-which they are saved, some keep copies that loading does not refresh, some round. A key is allowed once a test has
+With many of DeepSpeed's keys checkpoints would be wrong: some lay weights out differently from the map by which they
+are saved, some keep copies that loading does not refresh, some round. A key is allowed once a test has
 trained, resumed and exported with it (test_zero_launch.py); every other field of the installed DeepSpeed is
 refused here with its reason, unless it says what is so anyway.
 """

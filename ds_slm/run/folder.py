@@ -32,7 +32,7 @@ from ds_slm.run import software
 STOPPED = "stopped.json"
 """Left by a run that a signal ended, with its step and generation; the next launch removes it."""
 SAVED = "saved.json"
-"""The newest step that was saved, and the hosts that hold it: on every host, also on those that keep no checkpoints."""
+"""The newest step that was saved, and the hosts that hold it: on every host, also on hosts that keep no checkpoints."""
 FOLDERS, FILES = (
     ("checkpoints", "logs", "tb"),
     ("env.json", "ds_config.json", "metrics.jsonl", "changes.jsonl", "done.json", STOPPED, SAVED),
@@ -285,7 +285,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
-    """Add a line to changes.jsonl: what a launch does otherwise than those before it."""
+    """Add a line to changes.jsonl: what a launch does differently from the launches before it."""
     path = run / "changes.jsonl"
     before = path.read_bytes() if path.is_file() else b""
     if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own

@@ -92,7 +92,7 @@ def replay(run: Path, step: int) -> Iterator[str]:
     """Run a dumped step's rows again, each alone on the CPU, in the recipe's precision; yields what is found.
 
     Raises:
-        CheckpointError: there is no such dump.
+        CheckpointError: the dump does not exist.
     """
     from safetensors.torch import load_file
 

@@ -13,7 +13,7 @@ SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_DEVIATIONS, SPIKE_SHARE = 50, 20, 6.0, 0.
 
 
 class Spikes:
-    """Tells losses that stand out from those before them."""
+    """Finds losses that stand out from the losses before them."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)

@@ -48,7 +48,7 @@ class Totals:
     noted: dict[str, int] = field(default_factory=dict)
     """What a user should know of how documents were read -> how many parts of them were read so."""
     rows_read: int = 0
-    """Documents the source has given, those left out included."""
+    """Documents the source has given, including the ones left out."""
     content_sha256: str = ""
 
     def skip(self, reason: str, documents: int = 1) -> None:

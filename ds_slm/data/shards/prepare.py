@@ -157,7 +157,7 @@ def _token_limit(recipe: Recipe, source: Source, max_tokens: int | None) -> floa
 
 
 def _changed_since(manifest: Mapping[str, Any], source: Source, replacement: Path | None) -> bool:
-    """Whether local files of the same names and sizes are there, but younger than those that were prepared."""
+    """Whether local files have the names and sizes of the prepared ones, but changed after them."""
     if source.kind in ("builtin", "hub") and replacement is None:
         return False
     if replacement is None and (manifest["replaced"] or source.path is None):

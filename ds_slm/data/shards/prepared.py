@@ -7,9 +7,9 @@ Layout: DATA_ROOT/NAME/tokenizer/ and DATA_ROOT/NAME/SOURCE/{train,val}-00000.bi
 uint16, or uint32 where the vocabulary needs it, EOS after each document. The manifest comes last: what has one is
 whole.
 
-Opening reads manifests, file sizes and the tokenizer. A shard whose size, times of change and inode are not those under
-which it was last found right (.verified.json, as git's index does it) is read and compared with its hash: one that was
-edited is refused, one that came from another host is checked once, by one process while the others of its host wait.
+Opening reads manifests, file sizes and the tokenizer. A shard is read and compared with its hash if its size,
+times of change or inode differ from when it was last found right (.verified.json; git's index works the same way). An
+edited shard is refused; one from another host is checked once, by one process while the others of its host wait.
 Checking data that are right takes no lock. Where nothing can be written they are checked at every launch, with a note.
 """
 

@@ -336,7 +336,7 @@ def _finished(to: Destination) -> dict[str, Any]:
 def write_token_files(to: Destination, files: Sequence[Path], file_dtype: np.dtype) -> dict[str, Any]:
     """Copy ready-made token files into shards; returns what the manifest says.
 
-    Held out are the documents that begin in the last `val_fraction`; without a document's border there, those tokens.
+    The documents that begin in the last `val_fraction` are held out; if none begins there, the tokens themselves.
     Padding at the end of a file is cut off and counted.
 
     Raises:

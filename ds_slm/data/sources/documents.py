@@ -165,7 +165,7 @@ def _without_suffix(path: PurePath) -> PurePath:
 
 
 def of_another_split(names: Sequence[str], split: str) -> list[str]:
-    """Those of some files' names that are left out where nothing but their names is known."""
+    """The file names that are left out of a split, if only the names are known."""
     try:
         read = set(choose([_without_suffix(PurePath(name)) for name in names], split).read)
     except UnclearSplit:
@@ -241,7 +241,7 @@ class DocumentStream:
             yield text
 
     def find(self, places: Sequence[int]) -> list[str]:
-        """File and row of some documents, by how many stand before each; reads to the last of them."""
+        """File and row of the documents at these places in the stream, counted from 0; reads up to the last one."""
         found: dict[int, str] = {}
         first_row: dict[str, int] = {}
         for place, (_, mark) in enumerate(islice(self._read(self._mark), max(places) + 1)):

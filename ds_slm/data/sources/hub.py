@@ -1,13 +1,13 @@
-"""Datasets on the hub: which files they are, and reading those over ranged requests, however often the network breaks.
+"""Datasets on the hub: which files they are, and reading them over ranged requests, even if the network often breaks.
 
     id, config, split --datasets--> data files of one commit --RemoteFile--> readers.py, as for local files
     id of token files --snapshot_download--> a local folder, every file compared with the hub's list
 
-`datasets` knows how a repository's configurations and splits become files. The files are read by our own readers and
-not by its streams: those start a file again after every break and every resume (one of FineWeb-Edu is 2 GB), and sleep
-minutes within its own retries, in silence. Here a request fetches at most `readers.READ_BYTES`, of parquet only from
-the one column's chunks, and a position is a row group and a row. The commit is part of the position: files that change
-on the hub meanwhile are not mixed.
+`datasets` knows how a repository's configurations and splits become files. The files are read by this project's
+readers and not by its streams: its streams start a file again after every break and every resume (one of FineWeb-Edu is
+2 GB), and sleep minutes within their retries, in silence. Here a request fetches at most `readers.READ_BYTES`, of
+parquet only from the one column's chunks, and a position is a row group and a row. The commit is part of the position:
+files that change on the hub meanwhile are not mixed.
 
 A passing fault (timeout, broken connection, answer cut short, 429, 5xx) is tried again with growing delays, each said
 through `report`; every answer gives the next request all its tries back. A lasting one (no such dataset, file,
@@ -62,7 +62,7 @@ class Hub:
         """The data files of the source's split at a commit, in order.
 
         Raises:
-            DataError: for a configuration or split that is not there, with those that are, and files of other kinds.
+            DataError: the configuration or split does not exist, naming the ones that do; or files are of other kinds.
         """
         from datasets import load_dataset_builder
 

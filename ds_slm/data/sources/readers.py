@@ -58,7 +58,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""Byte order marks, longer ones first, for one begins with another."""
+"""Byte order marks, longer ones first, because one begins with another."""
 BYTE_ORDER_MARK = "\ufeff"
 """UTF-8's, as a character."""
 _MARK_AT_LINE = re.compile(rf"(?<=\n){BYTE_ORDER_MARK}+")

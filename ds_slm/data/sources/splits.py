@@ -175,7 +175,7 @@ def _splits_in(name: str) -> set[str]:
 
 
 def _is_a_splits(name: str) -> bool:
-    """Whether a name has no word but a split's and those that stand beside one."""
+    """Whether a name holds only words of a split and words that stand beside one."""
     return all(word in _SPLIT_OF or word in ALONE or word in BESIDE or len(word) == 1 for word in _words(name))
 
 

@@ -1,4 +1,4 @@
-r"""Byte-level BPE learned from text, in bounded time and heeding signals, whatever the text.
+r"""Byte-level BPE learned from text, in bounded time and interruptible, for any text.
 
     texts --LongRuns.cut--> no pre-token of more than LONGEST_RUN --train_bpe, in the background--> tokens by rank
 

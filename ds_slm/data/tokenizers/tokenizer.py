@@ -11,11 +11,11 @@ hf      a local folder, a tokenizer.json, a SentencePiece tokenizer.model, or a 
 Text is text: an added token's literal inside a document is encoded as ordinary text, whether it is marked special or
 not; only added tokens of white space, which some tokenizers have for indents, are part of how text is cut. In
 conversations (`control_text`) the literal of an added token that is not special, such as <think>, gives its id, as it
-does in the chat template's text. The saved folder's default, for those who load it with transformers, does parse
-control tokens, as chat templates need.
+does in the chat template's text. Loaded with transformers, the saved folder parses control tokens by default, as
+chat templates need.
 
-Ids depend on the text alone: what is random in a tokenizer, or depends on its last use, is switched off, and so it is
-in the folder that is saved and in the hash (`_switch_off`). Older versions left it on: their hash is known as well.
+Ids depend on the text alone: what is random in a tokenizer, or depends on its last use, is switched off, also in the
+folder that is saved and in the hash (`_switch_off`). Older versions left it on: their hash is accepted too.
 
 Known gaps: an hf tokenizer's chat template is not carried over.
 """
@@ -58,7 +58,7 @@ CL100K_SPECIAL_TOKENS = {
 }
 CL100K_VOCAB_SIZE = 100277
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""Read in place of transformers' own loading, which rebuilds some tokenizers anew, and not always with the same ids."""
+"""Read in place of transformers' own loading, which rebuilds some tokenizers, and not always with the same ids."""
 
 
 class Tokenizer:
@@ -124,9 +124,9 @@ class Tokenizer:
 
     @cached_property
     def plain_added_tokens(self) -> list[str]:
-        """The added tokens whose literals in a conversation give their ids: those that are not special.
+        """The added tokens that are not special: their literals in a conversation give their ids.
 
-        An EOS, a pad or a ChatML token is none of them, however its file marks it.
+        An EOS, a pad or a ChatML token is not among them, however its file marks it.
         """
         control = {self.eos_token, self.pad_token, IM_START, IM_END}
         added = self._backend.get_added_tokens_decoder().values()
@@ -141,7 +141,7 @@ class Tokenizer:
         return bulk_encoder(self._encoder)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of some ids."""
+        """The text of these ids."""
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def has_token(self, token: str) -> bool:
@@ -156,7 +156,7 @@ class Tokenizer:
         return token_id
 
     def unused_ids(self, vocab_size: int) -> list[int]:
-        """The ids below a model's vocabulary size that stand for nothing: those no token has, and fillers."""
+        """The ids below a model's vocabulary size that stand for nothing: ids without a token, and fillers."""
         used = {number for token, number in self._backend.get_vocab().items() if token != filler(number)}
         return [number for number in range(vocab_size) if number not in used]
 
@@ -204,7 +204,7 @@ def _leftovers(backend: "tokenizers.Tokenizer") -> list[str]:
 
 
 def _switch_off(backend: "tokenizers.Tokenizer") -> None:
-    """Leave none of `_leftovers`; what is off already stays as it is, for it is part of the hash."""
+    """Leave none of `_leftovers`; what is off already stays as it is, because it is part of the hash."""
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
     if getattr(backend.model, "nbest_size", None) or getattr(backend.model, "alpha", None):
@@ -345,7 +345,7 @@ def _trained_bpe(
     if long_runs.count:
         report(f"warning: tokenizer: {long_runs}")
 
-    # Special tokens have the recipe's ids, the learned ones those that are free.
+    # Special tokens have the recipe's ids, learned ones the ids that are left.
     taken = set(specials.values())
     free_ids = (number for number in range(section.vocab_size) if number not in taken)
     vocab = {token: next(free_ids) for token in learned}

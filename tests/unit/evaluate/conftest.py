@@ -1,0 +1,96 @@
+"""Tasks over generated rows, and tiny models that know most of the answers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_slm.evaluate import harness
+from ds_slm.evaluate.benchmarks import BENCHMARKS
+from ds_slm.evaluate.results import Question
+from ds_slm.model.decoder import Decoder
+from ds_slm.publish.export import export
+from ds_slm.recipe import schema
+from tests.support import benchmark_files, scored_models
+
+KINDS = {"qwen3": True, "llama": False}
+"""Of models: whether each has QK-norm."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A trained model, in each of the places that a command line may name."""
+
+    recipe: schema.Recipe
+    model: Decoder
+    export: Path
+    run: Path
+    checkpoint: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline() -> Iterator[None]:
+    """No test asks the hub; one thread, for tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tasks() -> dict[str, Any]:
+    """The harness's task of each kind, over the generated rows."""
+    return {name: harness.task_of(Path(BENCHMARKS[name].config), rows) for name, rows in benchmark_files.ROWS.items()}
+
+
+@pytest.fixture(scope="session")
+def questions(tasks: dict[str, Any]) -> dict[str, list[Question]]:
+    """What each task asks."""
+    return {name: harness.questions_of(task) for name, task in tasks.items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(questions: dict[str, list[Question]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of the tasks' texts."""
+    texts = scored_models.texts_of(questions, most=False)
+    return scored_models.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts)
+
+
+def _made(kind: str, folder: Path, tokenizer_folder: Path, texts: list[str]) -> Made:
+    recipe = scored_models.recipe_of(KINDS[kind])
+    assert recipe.model is not None
+    model = scored_models.trained(recipe.model, tokenizer_folder, texts)
+    state = scored_models.state_of(model)
+    export(state, recipe.model, tokenizer_folder, folder / "export")
+    checkpoint = scored_models.write_run(folder / "run", recipe, state, tokenizer_folder)
+    return Made(recipe, model, folder / "export", folder / "run", checkpoint)
+
+
+@pytest.fixture(scope="session")
+def qwen3(
+    questions: dict[str, list[Question]], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    """A model with QK-norm that saw the answers of most items."""
+    texts = scored_models.texts_of(questions, most=True)
+    return _made("qwen3", tmp_path_factory.mktemp("qwen3"), tokenizer_folder, texts)
+
+
+@pytest.fixture(scope="session")
+def llama(
+    questions: dict[str, list[Question]], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    """A plain model that saw the answers of most items."""
+    texts = scored_models.texts_of(questions, most=True)
+    return _made("llama", tmp_path_factory.mktemp("llama"), tokenizer_folder, texts)
+
+
+@pytest.fixture(params=KINDS)
+def made(request: pytest.FixtureRequest) -> Made:
+    """Each of the two models."""
+    return request.getfixturevalue(request.param)

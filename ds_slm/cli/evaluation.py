@@ -1,51 +1,79 @@
 """`ds-slm eval`: the model opened, its tasks answered, the table printed, eval.json written beside the model."""
 
+import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from ds_slm.cli import tables
 from ds_slm.cli.output import print_json, report_to
-from ds_slm.evaluate import evaluation, record
-from ds_slm.evaluate.opening import open_scorer
+from ds_slm.errors import ConfigError, DataError
+from ds_slm.evaluate import comparison, evaluation, ranking, record
+from ds_slm.evaluate.opening import Opened, open_scorer
+from ds_slm.evaluate.results import Item
 from ds_slm.evaluate.table import rows_of
 from ds_slm.recipe import schema
 
 
-def run(
-    model: Path, tasks: str, bench_dir: Path | None, limit: int | None, recipe_name: str | None, as_json: bool
-) -> None:
-    """Evaluate a model. Raises UserError with all that keeps it from being scored, before anything is."""
-    begun_s = time.monotonic()
-    report = report_to(as_json)
-    opened = open_scorer(model)
+@dataclass(frozen=True)
+class Request:
+    """What `ds-slm eval` was asked for."""
 
-    recipe = schema.load(recipe_name) if recipe_name else None
+    tasks: str
+    bench_dir: Path | None
+    limit: int | None
+    recipe: str | None
+    against: Path | None
+    as_json: bool
+
+
+def run(model: Path, asked: Request) -> None:
+    """Evaluate a model. Raises UserError with all that keeps it from being scored, before anything is."""
+    report = report_to(asked.as_json)
+    opened = open_scorer(model)
+    other = open_scorer(asked.against) if asked.against else None
+
+    recipe = schema.load(asked.recipe) if asked.recipe else None
     if recipe is None and (opened.folder / "recipe.toml").is_file():
         recipe = schema.load_recorded(opened.folder)
 
-    names = evaluation.chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()], recipe)
-    prepared = evaluation.prepare(names, bench_dir, report)
+    names = evaluation.chosen_tasks([name.strip() for name in asked.tasks.split(",") if name.strip()], recipe)
+    tasks = evaluation.prepare(names, asked.bench_dir, report)
+    found, items = _score(opened, tasks, asked, report)
+    differences = comparison.compare(items, _score(other, tasks, asked, report)[1]) if other else None
 
+    if asked.as_json:
+        print_json({**found, "against": [asdict(one) for one in differences]} if differences else found)
+        return
+    tables.show_evaluation(rows_of(found, recipe))
+    if differences:
+        print(f"\n{model} less {asked.against}, on the same items:")
+        tables.show_differences(differences)
+
+
+def _score(
+    opened: Opened, tasks: list[evaluation.Task], asked: Request, report: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, list[Item]]]:
+    """Answer the tasks, store the results beside the model, and say what was cut and where they are."""
+    begun_s = time.monotonic()
     with Progress(
-        TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeRemainingColumn(),
-        disable=as_json or not sys.stderr.isatty(),
+        TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,} rows"),
+        disable=asked.as_json or not sys.stdout.isatty(), transient=True,
     ) as progress:  # fmt: skip
         bar = progress.add_task("", total=None)
-        results, items = evaluation.evaluate(opened, prepared, limit, lambda rows: progress.advance(bar, rows))
+        results, items = evaluation.evaluate(opened, tasks, asked.limit, lambda rows: progress.advance(bar, rows))
 
-    found = record.as_json(opened, results, limit, time.monotonic() - begun_s)
+    found = record.as_json(opened, results, asked.limit, time.monotonic() - begun_s)
     record.store(opened.folder, found, items)
-
-    if as_json:
-        print_json(found)
-        return
     for line in _remarks(results):
         report(line)
-    tables.show_evaluation(rows_of(found, recipe))
-    report(f"written: {opened.folder / record.EVAL_FILE}, {record.ITEMS_FILE}; {found['seconds']:.0f} s")
+    report(f"{opened.folder / record.EVAL_FILE}: {found['seconds']:.1f} s, {found['tokens_per_s']:,.0f} tokens/s")
+    return found, items
 
 
 def _remarks(results: list[evaluation.TaskResult]) -> list[str]:
@@ -62,3 +90,44 @@ def _remarks(results: list[evaluation.TaskResult]) -> list[str]:
                 "scored"
             )
     return lines
+
+
+def rank(model: Path, texts: list[str], file: Path | None, by_mean: bool, as_json: bool) -> None:
+    """`ds-slm rank`: the choices of one context, or of each line of a file, the likeliest first."""
+    if file is not None and texts:
+        raise ConfigError("--file holds contexts and choices already: leave them out of the command.")
+    if file is None and len(texts) < 3:
+        raise ConfigError("name a context and at least two choices, or a file of them: --file FILE.jsonl.")
+    questions = [(texts[0], texts[1:])] if file is None else _questions_of(file)
+
+    ranked = ranking.rank(open_scorer(model), questions, by_mean)
+    if as_json:
+        lines = [
+            {"context": context, "choices": [asdict(one) for one in choices]}
+            for (context, _), choices in zip(questions, ranked, strict=True)
+        ]
+        print_json({"ranked": lines})
+        return
+    for (context, _), choices in zip(questions, ranked, strict=True):
+        tables.show_ranking(context, choices)
+
+
+def _questions_of(file: Path) -> list[tuple[str, list[str]]]:
+    """A context and its choices from each line of a JSON-lines file. Raises DataError with every line that has none."""
+    questions, problems = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            context, choices = row["context"], row["choices"]
+            if not isinstance(context, str) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+                raise ValueError("a choice is not text, or there are fewer than two")
+            questions.append((context, choices))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(
+                f'{file}, line {number}: {error!r}: expected {{"context": "...", "choices": ["...", "..."]}}.'
+            )
+    if problems or not questions:
+        raise DataError(problems or f"{file} holds no line.")
+    return questions

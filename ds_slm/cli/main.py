@@ -31,6 +31,9 @@ app = typer.Typer(
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name in the library, or path of a .toml file.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override the recipe.")]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run folder, one of its checkpoints, or a Hugging Face folder.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DataRoot = Annotated[Path, typer.Option(help="Where prepared data lies or goes.")]
 CHECKOUT = Path(__file__).parents[2]
@@ -319,9 +322,7 @@ def export(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a Hugging Face folder.")
-    ],
+    model: ModelPath,
     tasks: Annotated[str, typer.Option(metavar="card|leaderboard|NAME,...", help="What is scored.")] = "card",
     bench_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the benchmarks' files lie.  [default: the hub]")
@@ -331,9 +332,29 @@ def evaluate(
         str | None,
         typer.Option("--recipe", metavar="RECIPE", help="Whose published figures.  [default: the run's own]"),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="Score this one too, and tell the difference on the same items."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Benchmarks: the published figure, ours, its error, and what chance gives."""
     from ds_slm.cli import evaluation
 
-    evaluation.run(model, tasks, bench_dir, limit, name, as_json)
+    evaluation.run(model, evaluation.Request(tasks, bench_dir, limit, name, against, as_json))
+
+
+@app.command()
+def rank(
+    model: ModelPath,
+    texts: Annotated[list[str], typer.Argument(metavar="[CONTEXT CHOICE...]", help="Choices, as they go on.")] = [],  # noqa: B006
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='JSON lines, {"context": "...", "choices": ["...", "..."]}.')
+    ] = None,
+    by_mean: Annotated[bool, typer.Option("--mean", help="Order by the mean of a token, not by the sum.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continuations of a context, the likeliest first."""
+    from ds_slm.cli import evaluation
+
+    evaluation.rank(model, texts, file, by_mean, as_json)

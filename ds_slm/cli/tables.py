@@ -1,13 +1,17 @@
 """Tables for people: what the verbs print without --json."""
 
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ds_slm.evaluate.table import Row
+from ds_slm.evaluate.table import CONFIDENCE, Row
 from ds_slm.recipe.plan import Plan
+
+if TYPE_CHECKING:
+    from ds_slm.evaluate.comparison import Difference
+    from ds_slm.evaluate.ranking import Ranked
 
 
 def show_recipes(rows: list[dict[str, Any]]) -> None:
@@ -50,6 +54,27 @@ def show_evaluation(rows: list[Row]) -> None:
         items = "" if row.items is None else f"{row.items:,}"
         table.add_row(row.task, row.metric, *cells, bits, items, row.what)
     _console().print(table, highlight=False)
+
+
+def show_differences(differences: "list[Difference]") -> None:
+    """Two models on the same items."""
+    table = _table("task", "metric", "ours", "theirs", "difference", "±", "only ours", "only theirs", "p", "items")
+    for one in differences:
+        plus_minus = "" if one.stderr is None else f"{CONFIDENCE * one.stderr:.3f}"
+        only = ["" if count is None else f"{count:,}" for count in (one.only_ours, one.only_theirs)]
+        chance = "" if one.probability is None else f"{one.probability:.2g}"
+        figures = f"{one.ours:.3f}", f"{one.theirs:.3f}", f"{one.difference:+.3f}"
+        table.add_row(one.task, one.metric, *figures, plus_minus, *only, chance, f"{one.items:,}")
+    _console().print(table, highlight=False)
+
+
+def show_ranking(context: str, choices: "list[Ranked]") -> None:
+    """The choices of one context, the likeliest first."""
+    print(context)
+    table = _table("sum", "mean", "tokens", "choice")
+    for one in choices:
+        table.add_row(f"{one.log_probability:.4f}", f"{one.mean_log_probability:.4f}", str(one.tokens), one.choice)
+    _console().print(table, highlight=False, markup=False)
 
 
 def _figure(value: float) -> str:

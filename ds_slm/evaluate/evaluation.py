@@ -3,22 +3,23 @@
 names --chosen_tasks--> names --prepare--> tasks: rows, questions, hashes --evaluate--> items, answered --> results
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import ConfigError, DataError, UserError
-from ds_slm.evaluate import arithmark
-from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, Benchmark, find_rows
+from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
 from ds_slm.evaluate.opening import Opened
+from ds_slm.evaluate.own_sets import ARITHMARK, OPERATORS, OWN_SETS, Answering, questions_of
 from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
 from ds_slm.evaluate.scoring import Counts
 from ds_slm.evaluate.text import TextEncoder
 from ds_slm.recipe.schema import Recipe
 
 MMLU_NAME = "mmlu"
-LEADERBOARD = ("hellaswag", "arc_easy", "arc_challenge", "piqa", arithmark.NAME)
+LEADERBOARD = ("hellaswag", "arc_easy", "arc_challenge", "piqa", ARITHMARK)
 """The Open SLM Leaderboard's tasks; its average takes the two ARCs as one."""
 TEN = (*LEADERBOARD, "winogrande", MMLU_NAME, "sciq", "boolq", "lambada_openai", "wikitext")
 NO_HARNESS = "lm-evaluation-harness, whose tasks these are, is not installed: pip install -e '.[eval]'."
@@ -69,7 +70,7 @@ def chosen_tasks(names: Sequence[str], recipe: Recipe | None) -> list[str]:
         if name == "card":
             known = (*TEN, *BENCHMARKS)
             published = [target.metric.partition("/")[0] for target in recipe.targets] if recipe else []
-            published = [arithmark.NAME if one in arithmark.OPERATORS.values() else one for one in published]
+            published = [ARITHMARK if one in OPERATORS.values() else one for one in published]
             chosen += [one for one in published if one in known] or TEN
         elif name == "leaderboard":
             chosen += LEADERBOARD
@@ -87,10 +88,9 @@ def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str]
     tasks, problems = [], []
     for name in names:
         try:
-            for benchmark in _benchmarks_of(name):
-                tasks.append(_task(benchmark, bench_dir))
-                last = tasks[-1]
-                report(f"{last.name}: {len(last.questions):,} items of {last.file}")
+            for task in _tasks_of(name, bench_dir):
+                report(f"{task.name}: {len(task.questions):,} items of {task.file}")
+                tasks.append(task)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -98,25 +98,18 @@ def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str]
     return tasks
 
 
-def _benchmarks_of(name: str) -> Iterable[Benchmark]:
-    if name == MMLU_NAME:
-        return MMLU
-    if name == arithmark.NAME:
-        return [arithmark.ARITHMARK]
-    if name in BENCHMARKS:
-        return [BENCHMARKS[name]]
-    return [_harness().benchmark_of(name)]
-
-
-def _task(benchmark: Benchmark, bench_dir: Path | None) -> Task:
-    found = find_rows(benchmark, bench_dir)
-    if benchmark.name == arithmark.NAME:
-        questions = arithmark.questions_of(found.rows, found.place)
-        return Task(benchmark.name, questions, found.place, arithmark.VERSION, rows=found.rows)
+def _tasks_of(name: str, bench_dir: Path | None) -> Iterable[Task]:
+    """A task by its name, or the tasks of a group."""
+    if name in OWN_SETS:
+        found = OWN_SETS[name].find(bench_dir)
+        yield Task(name, questions_of(found), found.place, OWN_SETS[name].version, rows=found.rows)
+        return
 
     harness = _harness()
-    task = harness.task_of(Path(benchmark.config), found.rows)
-    return Task(benchmark.name, harness.questions_of(task), found.place, harness.version_of(task), task)
+    for benchmark in MMLU if name == MMLU_NAME else [BENCHMARKS.get(name) or harness.benchmark_of(name)]:
+        found = find_rows(benchmark, bench_dir)
+        task = harness.task_of(Path(benchmark.config), found.rows)
+        yield Task(benchmark.name, harness.questions_of(task), found.place, harness.version_of(task), task)
 
 
 def _harness() -> Any:
@@ -155,10 +148,10 @@ def evaluate(
         items |= harness.run(of_harness, model, limit)
         counts |= model.counts
     for task in tasks:
-        if task.name == arithmark.NAME:
+        if task.name in OWN_SETS:
             counts[task.name] = Counts()
-            asked = task.questions[:limit]
-            items[task.name] = arithmark.answer(asked, opened.scorer, encoder, report, counts[task.name])
+            answering = Answering(opened.scorer, encoder, report, counts[task.name])
+            items[task.name] = OWN_SETS[task.name].answer(answering, task.questions[:limit])
 
     # A model that is broken answers every item with the first choice: that is no score.
     broken = [name for name, answered in items.items() if _is_broken(answered)]
@@ -171,8 +164,7 @@ def evaluate(
     results = []
     for task in tasks:
         results.append(_result(task, items[task.name], counts.get(task.name, Counts())))
-        if task.name == arithmark.NAME:
-            results += _parts(task, items[task.name], results[-1])
+        results += _parts(task, items[task.name], results[-1])
     return results + _groups(tasks, items, counts), items
 
 
@@ -187,23 +179,19 @@ def _result(task: Task, items: Sequence[Item], counts: Counts) -> TaskResult:
 
 
 def _parts(task: Task, items: Sequence[Item], whole: TaskResult) -> list[TaskResult]:
-    """ArithMark by number of operators."""
-    totals = dict.fromkeys(arithmark.OPERATORS.values(), 0)
-    for row in task.rows:
-        totals[arithmark.OPERATORS[row["metadata"]["operator_count"]]] += 1
+    """The parts of a set that has some, such as ArithMark by number of operators."""
+    part_of = OWN_SETS[task.name].parts if task.name in OWN_SETS else None
+    if part_of is None:
+        return []
+
+    totals = Counter(map(part_of, task.rows))
+    parts: dict[str, list[Item]] = {}
+    for row, item in zip(task.rows, items, strict=False):  # with a limit there are fewer items than rows
+        parts.setdefault(part_of(row), []).append(item)
+
     return [
-        TaskResult(
-            name,
-            task.version,
-            len(part),
-            totals[name],
-            task.file,
-            whole.sha256,
-            whole.published,
-            figures(part),
-            Counts(),
-        )
-        for name, part in arithmark.by_operators(task.rows, items).items()
+        replace(whole, name=name, items=len(part), of_items=totals[name], figures=figures(part), counts=Counts())
+        for name, part in sorted(parts.items())
     ]
 
 
@@ -231,6 +219,6 @@ def leaderboard_average(results: Sequence[TaskResult]) -> float | None:
     whole = {result.name: result.figures for result in results if not result.is_limited}
     if not set(LEADERBOARD) <= whole.keys():
         return None
-    norm = {name: whole[name]["acc_norm"].value for name in LEADERBOARD if name != arithmark.NAME}
+    norm = {name: whole[name]["acc_norm"].value for name in LEADERBOARD if name != ARITHMARK}
     arc = (norm["arc_easy"] + norm["arc_challenge"]) / 2
-    return (norm["hellaswag"] + arc + norm["piqa"] + whole[arithmark.NAME]["acc"].value) / 4
+    return (norm["hellaswag"] + arc + norm["piqa"] + whole[ARITHMARK]["acc"].value) / 4

@@ -62,8 +62,13 @@ _NO_LETTERS = (string.punctuation + string.digits + string.whitespace).encode()
 @cache
 def builtin_documents() -> tuple[str, ...]:
     """All documents, in an order that depends on the installed packages only."""
+    return tuple(read_builtin())
+
+
+def read_builtin() -> Iterator[str]:
+    """The same one after another, for those who need the first ones alone."""
     seen: set[bytes] = set()
-    return tuple(document for docstring in _docstrings() if (document := _document(docstring, seen)))
+    yield from (document for docstring in _docstrings() if (document := _document(docstring, seen)))
 
 
 def _docstrings() -> Iterator[str]:

@@ -79,7 +79,7 @@ class Positions(NamedTuple):
     """Cosines of the rotation, fp32 [..., T, E / 2]."""
     sin: Tensor
     mask_BTS: Tensor | None
-    """True where a token may look; None where `causal` says it all."""
+    """True where a token may look. None: at all S keys, or where `causal` at those up to its own."""
     causal: bool
 
 
@@ -296,13 +296,14 @@ class Decoder(nn.Module):
         """
         from torch._functorch import config
 
-        # both passes at the first forward, where one whose compiler was ended can still run eagerly
+        # Compile the backward pass together with the first forward. A stopping signal ends compilers too: what then
+        # fails to compile in a forward runs eagerly, in a backward pass it would end the run with an error.
         config.force_non_lazy_backward_lowering = True
         if torch.are_deterministic_algorithms_enabled():
             from torch._inductor import config as inductor
 
             inductor.deterministic = True  # no kernel is chosen by a timing
-        kernels.answer_while_compiling()
+        kernels.make_device_checks_constant()
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.compiled = True

@@ -55,10 +55,10 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
-def answer_while_compiling() -> None:
-    """Let the questions about a device be asked when a block is compiled, and not be traced."""
-    for question in (multiplies, _is_ampere_or_newer):
-        torch.compiler.assume_constant_result(question)  # a decorator would import the compiler in every process
+def make_device_checks_constant() -> None:
+    """Let torch.compile ask once what a device can do and keep the answer, instead of tracing the question."""
+    for check in (multiplies, _is_ampere_or_newer):
+        torch.compiler.assume_constant_result(check)  # a decorator would import the compiler in every process
 
 
 def fix_sums(deterministic: bool) -> None:

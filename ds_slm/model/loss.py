@@ -72,10 +72,10 @@ def chunked_loss(
         compiled: whether torch.compile fuses what happens between the products.
     """
     chunk_tokens = chunk_tokens or loss_chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
-    wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
+    needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
     return LossSums(
         *_ChunkedLoss.apply(
-            hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, wanted, compiled
+            hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, needs_grad, compiled
         )
     )
 
@@ -99,14 +99,14 @@ def score_tokens(hidden_ND: Tensor, head_weight_VD: Tensor, places_N: Tensor, ta
         places_N: the token after which each target is scored. Equal places that stand side by side are computed once.
         targets_N: the ids that are scored.
     """
-    operand = hidden_ND.dtype if multiplies(hidden_ND.device.type, hidden_ND.dtype) else torch.float32
-    matrix_VD = head_weight_VD.to(operand)
+    compute_dtype = hidden_ND.dtype if multiplies(hidden_ND.device.type, hidden_ND.dtype) else torch.float32
+    matrix_VD = head_weight_VD.to(compute_dtype)
     chunk_tokens = loss_chunk_tokens(hidden_ND.device.type, len(head_weight_VD))
 
     found = []
     for places_C, targets_C in zip(places_N.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True):
         once_U, index_C = places_C.unique_consecutive(return_inverse=True)
-        logits_UV = F.linear(hidden_ND[once_U].to(operand), matrix_VD).float()
+        logits_UV = F.linear(hidden_ND[once_U].to(compute_dtype), matrix_VD).float()
         log_probability_C = logits_UV[index_C, targets_C] - logits_UV.logsumexp(-1)[index_C]
         found.append((log_probability_C, logits_UV.argmax(-1)[index_C] == targets_C))
 
@@ -123,7 +123,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weights_N: Tensor,
         z_scale: float | Tensor,
         chunk_tokens: int,
-        wanted: bool,
+        needs_grad: bool,
         compiled: bool,
     ) -> tuple[Tensor, ...]:
         counted_N = weights_N > 0
@@ -133,30 +133,30 @@ class _ChunkedLoss(torch.autograd.Function):
         unit = weights_N.max().clamp_min(torch.finfo(torch.float32).tiny)
 
         upcast = not multiplies(hidden_ND.device.type, hidden_ND.dtype)
-        operand = torch.float32 if upcast else hidden_ND.dtype
-        vocab_size, matrix_VD = len(head_weight_VD), head_weight_VD.to(operand)
-        if missing := -vocab_size % ALIGNMENT[hidden_ND.device.type]:
-            matrix_VD = F.pad(matrix_VD, (0, 0, 0, missing))
+        compute_dtype = torch.float32 if upcast else hidden_ND.dtype
+        vocab_size, matrix_VD = len(head_weight_VD), head_weight_VD.to(compute_dtype)
+        if padding := -vocab_size % ALIGNMENT[hidden_ND.device.type]:
+            matrix_VD = F.pad(matrix_VD, (0, 0, 0, padding))
 
         z_scale_1 = torch.as_tensor(z_scale, dtype=torch.float32, device=hidden_ND.device)
         from_logits = _compiled() if compiled else _from_logits
 
         nll = hidden_ND.new_zeros((), dtype=torch.float32)
         z2 = torch.zeros_like(nll)
-        d_hidden_ND = torch.empty_like(hidden_ND, dtype=operand) if wanted else None
-        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if wanted else None
+        d_hidden_ND = torch.empty_like(hidden_ND, dtype=compute_dtype) if needs_grad else None
+        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if needs_grad else None
 
         for start in range(0, len(targets_N), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             counted_C, weights_C, targets_C1 = counted_N[chunk], weights_N[chunk], targets_N[chunk].unsqueeze(1)
 
             # A masked token may hold anything, infinities too: zero its hidden state before, not its loss after.
-            hidden_CD = hidden_ND[chunk].to(operand).masked_fill(~counted_C.unsqueeze(1), 0)
+            hidden_CD = hidden_ND[chunk].to(compute_dtype).masked_fill(~counted_C.unsqueeze(1), 0)
             logits_CV = F.linear(hidden_CD, matrix_VD)
             logits_CV[:, vocab_size:] = -torch.inf
 
             nll_chunk, z2_chunk, d_logits_CV = from_logits(
-                logits_CV, targets_C1, weights_C, counted_C, unit, z_scale_1, wanted
+                logits_CV, targets_C1, weights_C, counted_C, unit, z_scale_1, needs_grad
             )
             nll += nll_chunk
             z2 += z2_chunk
@@ -165,12 +165,12 @@ class _ChunkedLoss(torch.autograd.Function):
             if d_hidden_ND is None or d_weight_VD is None:
                 continue
             torch.mm(d_logits_CV, matrix_VD, out=d_hidden_ND[chunk])
-            if operand == torch.float32:
+            if compute_dtype == torch.float32:
                 d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
             else:
                 d_weight_VD += d_logits_CV.T @ hidden_CD
 
-        if wanted:
+        if needs_grad:
             assert d_weight_VD is not None
             ctx.save_for_backward(d_hidden_ND, d_weight_VD[:vocab_size], unit)
             ctx.dtypes = hidden_ND.dtype, head_weight_VD.dtype
@@ -198,7 +198,7 @@ def _from_logits(
     counted_C: Tensor,
     unit: Tensor,
     z_scale_1: Tensor,
-    wanted: bool,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A chunk's sums of w nll and z^2 and, if asked for, its d_logits_CV / unit in the logits' place and dtype."""
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
@@ -209,10 +209,10 @@ def _from_logits(
     z_C = (sum_C1.log() + peak_C1).squeeze(1)
     nll = (weights_C * (z_C - target_logits_C)).sum()
     z2 = (z_C.square() * counted_C).sum()
-    if not wanted:
+    if not needs_grad:
         return nll, z2, exp_CV
-    share_C = (weights_C + 2 * z_scale_1 * z_C * counted_C) / unit
-    d_logits_CV = exp_CV.mul_(share_C.unsqueeze(1) / sum_C1)
+    coefficient_C = (weights_C + 2 * z_scale_1 * z_C * counted_C) / unit
+    d_logits_CV = exp_CV.mul_(coefficient_C.unsqueeze(1) / sum_C1)
     d_logits_CV.scatter_add_(1, targets_C1, -(weights_C / unit).unsqueeze(1))
     return nll, z2, d_logits_CV.to(dtype)
 

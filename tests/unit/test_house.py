@@ -87,6 +87,12 @@ def test_breaches_are_found(layer: str, imported: str) -> None:
     assert breaches(layer, imported)
 
 
+def test_nothing_that_ships_imports_the_tests() -> None:
+    """Oracle: tests may import the benchmarks' helper, never the reverse."""
+    files = python_files(ROOT, "ds_slm", "sft", "benchmarks")
+    assert not {str(path.relative_to(ROOT)) for path in files for name in imports(path) if name.startswith("tests.")}
+
+
 LONG_LINES = 20
 
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -44,19 +45,23 @@ def begin(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def check_same_end(folder: Path, name: str) -> None:
-    """Resume, and compare with the run nobody disturbed: steps, ledger, every tensor of the last checkpoint."""
+def resumed_end(folder: Path, name: str) -> dict[str, Any]:
+    """Resume, and how the run ended."""
     done = launch(folder, name)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found, expected = (runs.records(folder / one) for one in (name, "whole"))
+    return end_of(folder / name) if done.returncode == 0 else {"failed": done.stdout + done.stderr}
+
+
+def end_of(run: Path) -> dict[str, Any]:
+    """Of a run's end all that must be the same: steps, ledger, every tensor of the last checkpoint, what names it."""
     kept = ("step", "loss", "grad_norm", "ledger")
-    assert [[one[key] for key in kept] for one in found] == [[one[key] for key in kept] for one in expected]
-    assert tensors(folder / name) == tensors(folder / "whole")
-    assert (folder / name / "done.json").is_file()
-    for pointer in ("latest", "best"):
-        theirs, ours = ((folder / one / "checkpoints" / pointer).read_text() for one in (name, "whole"))
-        assert theirs == ours, pointer
-    assert not list((folder / name / "checkpoints").glob(".*.tmp-*"))
+    checkpoints = run / "checkpoints"
+    return {
+        "steps": [[one[key] for key in kept] for one in runs.records(run)],
+        "tensors": tensors(run),
+        "done": (run / "done.json").is_file(),
+        **{pointer: (checkpoints / pointer).read_text() for pointer in ("latest", "best")},
+        "unfinished": [path.name for path in checkpoints.glob(".*.tmp-*")],
+    }
 
 
 def tensors(run: Path) -> dict[str, str]:
@@ -67,11 +72,10 @@ def tensors(run: Path) -> dict[str, str]:
     return {name: one["sha256"] for name, one in files.items() if name.endswith(".safetensors")}
 
 
-def check_whole_or_absent(run: Path, ends: tuple[int, ...] = ()) -> None:
-    """Every checkpoint that has its name verifies, and those of these steps are there."""
-    for step in checkpoint_files.steps(run):
-        assert checkpoint_files.verify(checkpoint_files.folder_of_step(run, step)) == []
-    assert set(ends) <= set(checkpoint_files.steps(run))
+def problems_by_step(run: Path) -> dict[int, list[str]]:
+    """Each checkpoint that has its name, and what is wrong with it."""
+    folders = {step: checkpoint_files.folder_of_step(run, step) for step in checkpoint_files.steps(run)}
+    return {step: checkpoint_files.verify(folder) for step, folder in folders.items()}
 
 
 def kill(folder: Path, name: str, who: str, after_s: float, begun: str = "metrics.jsonl") -> None:

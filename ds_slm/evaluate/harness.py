@@ -142,7 +142,7 @@ def task_of(
             task = ConfigurableTask(config=config)
             task.set_config("num_fewshot", shots)
             return task
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except Exception as error:  # the templates of its tasks raise their own kinds
         raise DataError(
             f"task {name!r} cannot be made from these rows ({type(error).__name__}: {error}): expected the columns of "
             f"{config.get('dataset_path')}, got {', '.join(rows[0])}."
@@ -187,9 +187,16 @@ def _gold(task: Any, doc: Any) -> Any:
 
 
 def questions_of(task: Any) -> list[Question]:
-    """What a task asks of each of its rows, whatever the limit."""
-    with quiet():
-        task.build_all_requests(limit=None, rank=0, world_size=1)
+    """What a task asks of each of its rows, whatever the limit. Raises DataError for a row that it cannot ask."""
+    try:
+        with quiet():
+            task.build_all_requests(limit=None, rank=0, world_size=1)
+    except Exception as error:  # as above
+        name = task.config.task
+        raise DataError(
+            f"a row of task {name!r} is not as the harness expects ({type(error).__name__}: {error})."
+        ) from error
+
     asked = []
     for _, group in groupby(task.instances, key=lambda instance: instance.doc_id):
         instances = list(group)

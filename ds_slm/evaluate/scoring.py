@@ -139,7 +139,7 @@ def score(
         return [[] for _ in items]
 
     requests = [request for item in items for request in item]
-    rows = list(_rows(items, scorer.max_length, scorer.branches))
+    rows = [row for row in _rows(items, scorer.max_length, scorer.branches) if row.targets]
     sums = torch.zeros(len(requests), dtype=torch.float64)
     misses = torch.zeros(len(requests), dtype=torch.int64)
 

@@ -64,4 +64,4 @@ class TextEncoder:
 
 def _trailing_space_moved(context: str, continuation: str) -> tuple[str, str]:
     stripped = context.rstrip()
-    return (stripped, context[len(stripped) :] + continuation) if stripped else (context, continuation)
+    return stripped, context[len(stripped) :] + continuation

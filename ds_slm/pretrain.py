@@ -48,6 +48,7 @@ def main() -> None:
     refuse_missing_hostfile()
 
     from ds_slm.data.rows import PretrainRows
+    from ds_slm.evaluate.on_ranks import scored_tasks
     from ds_slm.publish.generate import sampler
     from ds_slm.train import launch
     from ds_slm.train.task import Task
@@ -57,6 +58,7 @@ def main() -> None:
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,
+        benchmarks=lambda corpus: scored_tasks(recipe, corpus.tokenizer_folder, worlds.rank(), report),
     )
     launch.run(recipe, flags.options(args, name), task)
 

@@ -18,6 +18,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 from ds_slm.cli import flags  # noqa: E402
 from ds_slm.distributed import rendezvous  # noqa: E402
+from ds_slm.distributed import world as worlds  # noqa: E402
 from ds_slm.errors import ConfigError  # noqa: E402 - after the path is right
 from ds_slm.pretrain import first_on_host, report  # noqa: E402
 
@@ -40,6 +41,7 @@ def main() -> None:
 
     from ds_slm.data.shards.prepared import Prepared
     from ds_slm.data.tokenizers.tokenizer import IM_END
+    from ds_slm.evaluate.on_ranks import scored_tasks
     from ds_slm.publish.generate import sampler
     from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
     from ds_slm.train import launch
@@ -72,6 +74,7 @@ def main() -> None:
             end_token=IM_END,
         ),
         val_tokens_per_byte=lambda corpus: None,
+        benchmarks=lambda corpus: scored_tasks(recipe, corpus.tokenizer_folder, worlds.rank(), report),
         identity=lambda: {"base_sha256": base().sha256},
         evaluate_first=True,
         begin=lambda: base().tensors(),

@@ -59,6 +59,11 @@ def launcher() -> psutil.Process | None:
     return None
 
 
+def rank() -> int:
+    """The rank of this process; 0 where it was started alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def first_on_host() -> bool:
     """Whether this process speaks for its host, before anything is checked."""
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -6,6 +6,7 @@ path --open_model--> our decoder on the device, fp32 --> DecoderScorer
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class TransformersScorer:
     """Any causal model of transformers, one plain row for each continuation."""
 
     branches = False
+    at_a_time = 1
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model.eval().to(device)
@@ -46,8 +48,11 @@ class TransformersScorer:
         self.max_length = next((length for length in lengths if length), 2048)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> TokenScores:
-        """The scores of a batch's tokens."""
+    def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
+        """The scores of each batch's tokens."""
+        return [self._score(batch) for batch in batches]
+
+    def _score(self, batch: Batch) -> TokenScores:
         logits_NV = self.model(batch.ids_BT).logits.flatten(0, 1)[batch.continuations.places_N].float()
         targets_N = batch.continuations.targets_N
         log_probability_N = F.log_softmax(logits_NV, dim=-1).gather(1, targets_N.unsqueeze(1)).squeeze(1)

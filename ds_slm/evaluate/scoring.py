@@ -15,7 +15,7 @@ Known gap: a model that is not ours computes a context anew for each continuatio
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
 
 import torch
@@ -97,9 +97,11 @@ class Scorer(Protocol):
     branches: bool
     """Whether its rows may have branches."""
     device: torch.device
+    at_a_time: int
+    """Batches that are scored side by side."""
 
-    def __call__(self, batch: Batch) -> TokenScores:
-        """The scores of a batch's tokens."""
+    def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
+        """The scores of each batch's tokens, of `at_a_time` batches or fewer."""
         ...
 
 
@@ -107,6 +109,7 @@ class DecoderScorer:
     """Our own decoder as a scorer."""
 
     branches = True
+    at_a_time = 1
 
     def __init__(self, model: Decoder) -> None:
         self.model = model.eval()
@@ -114,11 +117,9 @@ class DecoderScorer:
         self.device = model.head_weight_VD.device
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> TokenScores:
-        """The scores of a batch's tokens."""
-        scores = self.model(batch.ids_BT, continuations=batch.continuations)
-        assert isinstance(scores, TokenScores)
-        return scores
+    def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
+        """The scores of each batch's tokens."""
+        return [self.model(batch.ids_BT, continuations=batch.continuations) for batch in batches]
 
 
 def score(
@@ -143,12 +144,13 @@ def score(
     sums = torch.zeros(len(requests), dtype=torch.float64)
     misses = torch.zeros(len(requests), dtype=torch.int64)
 
-    for chosen in batches(rows, batch_tokens or BATCH_TOKENS[scorer.device.type]):
-        batch = to_batch(chosen, scorer.device)
-        scores = scorer(batch)
-        sums.index_add_(0, batch.requests_N, scores.log_probability_N.double().cpu())
-        misses.index_add_(0, batch.requests_N, (~scores.is_greedy_N).long().cpu())
-        report(len(chosen))
+    waiting = batches(rows, batch_tokens or BATCH_TOKENS[scorer.device.type])
+    while chosen := list(islice(waiting, scorer.at_a_time)):
+        made = [to_batch(one, scorer.device) for one in chosen]
+        for batch, scores in zip(made, scorer(made), strict=True):
+            sums.index_add_(0, batch.requests_N, scores.log_probability_N.double().cpu())
+            misses.index_add_(0, batch.requests_N, (~scores.is_greedy_N).long().cpu())
+        report(sum(map(len, chosen)))
 
     found = iter(zip(sums.tolist(), misses.tolist(), strict=True))
     return [

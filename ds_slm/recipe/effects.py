@@ -204,9 +204,10 @@ def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             f"and saved (every {run.save_every_steps:,}); make one a multiple of the other"
         )
 
-    for key in sorted(set_keys(recipe.eval, resolved) & {"tasks", "every_steps"}):
-        if getattr(recipe.eval, key):
-            yield f"eval.{key} has no effect: benchmarks are not run during training in this version"
+    if not recipe.eval.tasks:
+        for key in sorted(set_keys(recipe.eval, resolved) & {"every_steps", "limit", "bench_dir"}):
+            if getattr(recipe.eval, key):
+                yield f"eval.{key} has no effect: eval.tasks names no task"
 
     for target in recipe.targets:
         if target.step and target.step > steps:

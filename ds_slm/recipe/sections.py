@@ -363,6 +363,10 @@ class Eval(Section):
     tasks: list[str] = []
     every_steps: PositiveInt | None = None
     """None: only after training."""
+    limit: Annotated[PositiveInt | None, NEWER] = None
+    """Items of each task that are scored, from its beginning; None scores all."""
+    bench_dir: Annotated[str | None, NEWER] = None
+    """Where the benchmarks' files lie, on the host of rank 0; None reads the hub."""
     prompts: list[str] = []
     """Texts continued at each evaluation, shown in TensorBoard."""
 

@@ -158,11 +158,14 @@ class Report:
         if log and self._may_write:
             with self._disk():
                 self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-                for field, tag in TAGS[kind].items():
+                tags = TAGS.get(kind) or {field: f"eval/{field}" for field in values}  # TASK/METRIC of benchmarks
+                for field, tag in tags.items():
                     if values.get(field) is not None:
                         self.tensorboard.add_scalar(tag, values[field], step)
         if kind == "train":
             self._progress(step, values)
+        elif kind == "benchmarks":
+            self.say(f"step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
         elif kind != "save":
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
             self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")

@@ -1,4 +1,4 @@
-"""Held-out losses of a run, and continuations of its recipe's prompts."""
+"""Held-out losses of a run, continuations of its recipe's prompts, and benchmarks."""
 
 import math
 from dataclasses import replace
@@ -15,6 +15,16 @@ def evaluate(run: Run) -> None:
     for prompt, continuation in continuations.items():
         run.report.text(f"samples/{prompt}", continuation, run.state.step)
     run.state, run.val_loss = replace(run.state, evaluated_step=run.state.step), values["loss"]
+
+
+def score_benchmarks(run: Run) -> None:
+    """The figures of the recipe's `[eval]` tasks."""
+    if run.benchmarks is None:
+        return
+    control, interrupt = run.engine.control, run.engine.interrupt
+    with run.engine.eager() as model:
+        figures = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
+    run.report.record("benchmarks", run.state.step, figures)
 
 
 def held_out(run: Run, limit: int | None) -> dict[str, float]:

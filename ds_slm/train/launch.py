@@ -35,7 +35,7 @@ from ds_slm.run.launches import Launch
 from ds_slm.run.report import Report, captured_output
 from ds_slm.train import agreement, loop, unused_flags
 from ds_slm.train.choices import effective_choices
-from ds_slm.train.task import Corpus, Options, Task
+from ds_slm.train.task import Benchmarks, Corpus, Options, Task
 
 Result = TypeVar("Result")
 
@@ -73,6 +73,7 @@ class Inputs:
     rows: RowSource
     beginning: Mapping[str, str]
     """Hashes of what a run begins with beside recipe and data."""
+    benchmarks: Benchmarks | None
 
     @classmethod
     def checked(cls, recipe: Recipe, options: Options, task: Task, world_size: int) -> "Inputs":
@@ -91,9 +92,10 @@ class Inputs:
         )
         corpus = None if problems else _attempt(problems, task.prepare)
         rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
+        benchmarks = _attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None
         if problems or engine_config is None or corpus is None or rows is None:
             raise UserError(problems)
-        return cls(recipe, options, task, engine_config, corpus, rows, task.identity())
+        return cls(recipe, options, task, engine_config, corpus, rows, task.identity(), benchmarks)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -206,6 +208,7 @@ class Launching:
             identity=inputs.identity,
             peak_flops=measure.peak_flops(engine.device, engine.dtype),
             sample=task.sample(inputs.corpus),
+            benchmarks=inputs.benchmarks,
             val_tokens_per_byte=task.val_tokens_per_byte(inputs.corpus),
             evaluate_first=task.evaluate_first,
             profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,

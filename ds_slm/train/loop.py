@@ -26,7 +26,7 @@ from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.run.measure import StepClock, peak_memory_bytes
 from ds_slm.train import guard
-from ds_slm.train.evaluate import evaluate, held_out
+from ds_slm.train.evaluate import evaluate, held_out, score_benchmarks
 from ds_slm.train.task import Run
 
 
@@ -74,6 +74,8 @@ def after_step(run: Run) -> None:
     step, every = run.state.step, run.recipe.run
     if step % every.eval_every_steps == 0 and run.state.evaluated_step != step:
         evaluate(run)
+    if run.recipe.eval.every_steps and step % run.recipe.eval.every_steps == 0:
+        score_benchmarks(run)
     if (step % every.save_every_steps == 0 or run.engine.interrupt.save_requested) and not is_saved(run):
         save(run)
 
@@ -172,6 +174,7 @@ def finish(run: Run) -> None:
     save_before_exit(run)
     values = held_out(run, limit=None)
     run.report.record("eval", run.state.step, values)
+    score_benchmarks(run)
     done = {"step": run.state.step, **run.identity}
     done |= {f"val_{key}" if key != "tokens" else key: value for key, value in values.items()}
     run.checkpoints.write_done(run.state.step, done)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
+from ds_slm.distributed.ranks import Control
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.profile import Profile
 from ds_slm.engine.row_reader import RowReader, RowSource
@@ -70,6 +71,10 @@ class Options:
     """From a signal that stops the run to the end of its processes."""
 
 
+Benchmarks = Callable[[nn.Module, Control, Callable[[], None]], Mapping[str, float]]
+"""From the model, the ranks and a vote on signals to figures by TASK/METRIC, on rank 0. Called on every rank."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What differs between pretraining and fine-tuning."""
@@ -81,6 +86,8 @@ class Task:
     sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
     """From prepared data to a function that continues the recipe's prompts."""
     val_tokens_per_byte: Callable[[Any], float | None]
+    benchmarks: Callable[[Any], Benchmarks | None] = lambda corpus: None
+    """From prepared data to a function that scores the recipe's `[eval]` tasks; None where it names none."""
     identity: Callable[[], Mapping[str, str]] = dict
     """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
     evaluate_first: bool = False
@@ -107,6 +114,8 @@ class Run:
     """Of one device."""
     sample: Callable[[nn.Module], dict[str, str]]
     """Prompt -> continuation, called on every rank at each evaluation."""
+    benchmarks: Benchmarks | None = None
+    """Scores the recipe's `[eval]` tasks."""
     val_tokens_per_byte: float | None = None
     evaluate_first: bool = False
     """Whether to evaluate before the first step."""

@@ -23,11 +23,11 @@ ALLOWED = {
     "checkpoint": {"recipe", "data", "model", "distributed", "run", "engine"},
     "train": BELOW_TRAIN,
     "publish": {"recipe", "data", "model", "checkpoint.files", "checkpoint.tensor_file", "run"},
-    "evaluate": {"recipe", "data", "model", "checkpoint.files", "run", "publish.models"},
+    "evaluate": {"recipe", "data", "model", "distributed", "checkpoint.files", "run", "publish.models"},
     "cluster": {"recipe", "data", "checkpoint.files"},
-    "pretrain": {*BELOW_TRAIN, "train", "publish", "cluster.hostfile", "cli.flags"},
+    "pretrain": {*BELOW_TRAIN, "train", "publish", "evaluate", "cluster.hostfile", "cli.flags"},
     "sft": {*BELOW_TRAIN, "train", "pretrain", "sft"},
-    "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "cluster.hostfile", "cli.flags"},
+    "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "evaluate", "cluster.hostfile", "cli.flags"},
     "cli": {*BELOW_TRAIN, "train", "publish", "evaluate", "cluster", "pretrain", "sft", "cli"},
 }
 """What each layer may import besides itself, errors and files, as docs/architecture.md draws it."""

@@ -110,7 +110,7 @@ WARNINGS = {
         [(FILES, 'kind = "builtin"\ncolumn = "a"')], [], ["column of source 'generated' has no effect under kind = 'b"]
     ),
     "bits under adamw": ([], ["optimizer.embedding_bits=8"], ["embedding_bits = 8 has no effect"]),
-    "tasks": ([], ['eval.tasks=["arc"]', "eval.every_steps=5"], ["eval.every_steps has no", "eval.tasks has no"]),
+    "no tasks": ([], ["eval.limit=9", "eval.every_steps=5"], ["eval.every_steps has no", "eval.limit has no"]),
     "evaluations beyond the end": ([], ["run.eval_every_steps=21"], ["run.eval_every_steps = 21 is more than"]),
     "saves beyond the end": ([], ["run.save_every_steps=21"], ["run.save_every_steps = 21 is more than"]),
     "records beyond the end": ([], ["run.log_every_steps=21"], ["run.log_every_steps = 21 is more than"]),

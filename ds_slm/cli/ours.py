@@ -1,6 +1,6 @@
 """What the runs there are say of a recipe: the figure beside the published one, or why there is none.
 
-    RUNS/*/recipe.toml, done.json, env.json, checkpoints/ --ours_of--> one sentence and its parts for --json
+    RUNS/*/recipe.toml, done.json, eval.json, env.json, checkpoints/ --ours_of--> one sentence and its parts for --json
 
 A figure counts as ours where the run is finished and its recipe and data are the library's; otherwise it is shown with
 the word that says what differs. Imports no torch.
@@ -37,6 +37,10 @@ class Ours:
     """As done.json names them; empty for a run that is not finished."""
     differs: list[str]
     """What keeps it from being a run of the library's recipe; empty where nothing does."""
+    scored: dict[str, str]
+    """Benchmarks' figures by TASK/METRIC, each with the word that says what keeps it from being the published one's."""
+    headline: str | None = None
+    """The metric of the recipe's first published figure."""
 
     @property
     def counts(self) -> bool:
@@ -44,7 +48,9 @@ class Ours:
         return bool(self.figures) and not self.differs
 
     def __str__(self) -> str:
-        if not self.figures:
+        if self.headline in self.scored:
+            text = f"{self.headline} {self.scored[self.headline]}"
+        elif not self.figures:
             text = f"step {self.step:,} of {self.steps:,}"
         else:
             text = next((form.format(self.figures[key]) for key, form in FIGURES if key in self.figures), "finished")
@@ -92,7 +98,22 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
         if key.startswith("val_") and isinstance(value, int | float) and not isinstance(value, bool)
     }
     step = done.get("step") if isinstance(done.get("step"), int) else _last_step(folder)
-    return Ours(str(folder), int(step or 0), recorded.train.steps, figures, differs)
+    scored = _scored(read_json(folder / "eval.json") or {}, recorded)
+    headline = recipe.targets[0].metric if recipe.targets else None
+    return Ours(str(folder), int(step or 0), recorded.train.steps, figures, differs, scored, headline)
+
+
+def _scored(found: dict[str, Any], recorded: Recipe) -> dict[str, str]:
+    """What `ds-slm eval` found of the run, and what keeps a figure from standing beside the published one."""
+    step, scored = found.get("model", {}).get("step"), {}
+    for name, task in found.get("tasks", {}).items():
+        remarks = [f"at step {step:,}"] if step is not None and step != recorded.train.steps else []
+        remarks += [f"first {task['items']:,}"] if task["limited"] else []
+        remarks += ["other rows"] if task["published"] is False else []
+        for metric, figure in task["figures"].items():
+            text = f"{figure['value']:.4g}"
+            scored[f"{name}/{metric}"] = f"{text} ({', '.join(remarks)})" if remarks else text
+    return scored
 
 
 def _differences(recipe: Recipe, recorded: Recipe) -> str:

@@ -49,6 +49,38 @@ def test_a_run_says_what_it_is(tmp_path: Path, case: str) -> None:
     assert (str(found), found.counts) == (text, counts)
 
 
+def write_eval(folder: Path, step: int, **task: Any) -> None:
+    """An eval.json of one task, as `ds-slm eval` leaves it."""
+    figures = {"acc_norm": {"value": 26.671, "stderr": 0.44, "chance": 25.0, "commonest": 25.7}}
+    whole = {"items": 10_042, "limited": False, "published": True, "figures": figures, **task}
+    write_json(folder / "eval.json", {"model": {"step": step}, "tasks": {"hellaswag": whole}})
+
+
+@pytest.mark.parametrize(
+    ("step", "task", "text"),
+    [
+        (20_345, {}, "hellaswag/acc_norm 26.67"),
+        (20_345, {"limited": True, "items": 150}, "hellaswag/acc_norm 26.67 (first 150)"),
+        (20_345, {"published": False}, "hellaswag/acc_norm 26.67 (other rows)"),
+        (400, {}, "hellaswag/acc_norm 26.67 (at step 400)"),
+    ],
+)
+def test_what_was_scored_stands_beside_the_published_figure(tmp_path: Path, step: int, task: dict, text: str) -> None:
+    """Oracle: by hand; gpt-s-1.4m's headline is HellaSwag, and no trial passes for it without its word."""
+    recipe = schema.load("gpt-s-1.4m")
+    assert recipe.train.steps == 20_345 and recipe.targets[0].metric == "hellaswag/acc_norm"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
+    write_json(folder / "env.json", {"replaced_sources": [], "data_sha256": "d"})
+    write_json(
+        folder / "done.json",
+        {"step": step, "val_loss": 2.5, "recipe_sha256": recipe.identity_sha256(), "data_sha256": "d"},
+    )
+    write_eval(folder, step, **task)
+    assert str(ours_of("gpt-s-1.4m", recipe, tmp_path)) == text
+
+
 def test_the_run_that_counts_is_shown(tmp_path: Path) -> None:
     """Oracle: of a longer run of another recipe, an unfinished one and the recipe's own, the last."""
     write_run(tmp_path, "a", "train.steps=9000")

@@ -78,6 +78,7 @@ demo: .venv/.installed  ## an empty machine -> data, a trained model, an assista
 	rm -rf exports/demo exports/demo-instruct
 	$(IN_VENV) ds-slm export runs/demo --out exports/demo
 	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo
+	$(IN_VENV) ds-slm eval runs/demo --tasks documentation
 	$(IN_VENV) $(LAUNCH) sft/train.py --recipe demo-instruct --base runs/demo
 	$(IN_VENV) ds-slm export runs/demo-instruct --out exports/demo-instruct
 	$(IN_VENV) python benchmarks/demo_answers.py runs/demo-instruct exports/demo-instruct

@@ -40,13 +40,16 @@ def test_killed_at_a_write_point(folder: Path, point: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_while_a_damaged_checkpoint_is_replaced(folder: Path) -> None:
-    """Step 6 is damaged, so the run goes on from 3 and saves 6 anew: killed between the two renames."""
-    name = "point-old-moved"
+def test_killed_while_a_damaged_checkpoint_is_written_anew(folder: Path) -> None:
+    """Step 6 is damaged, so the run goes on from 3 and writes 6 anew: killed before that has its name.
+
+    A kill between the two renames of one step is shown in unit/checkpoint/test_files.py.
+    """
+    name = "written-anew"
     assert matrix.launch(folder, name, "--max-steps", 6).returncode == 0
     state = folder / name / "checkpoints" / "step-00000006" / "state.json"
     state.write_bytes(state.read_bytes()[:-1])
-    assert matrix.launch(folder, name, DS_SLM_DIE_AT="old-moved@6").returncode != 0
+    assert matrix.launch(folder, name, DS_SLM_DIE_AT="manifest-synced@6").returncode != 0
     found = matrix.problems_by_step(folder / name)
     assert not any(found.values()) and {3} <= found.keys()
     assert matrix.resumed_end(folder, name) == matrix.end_of(folder / "whole")

@@ -200,7 +200,8 @@ def poison(run: loop.Run) -> None:
 
 
 def supersede(run: loop.Run) -> None:
-    """What a newer launch writes first."""
+    """What a newer launch writes first, once the save that is in flight has ended."""
+    run.checkpoints.wait()
     if run.engine.control.rank == 0:
         environment = json.loads((run.folder / "env.json").read_text())
         (run.folder / "env.json").write_text(json.dumps({**environment, "generation": environment["generation"] + 1}))

@@ -1,8 +1,10 @@
 """Checkpoints on disk: whole, or they do not exist."""
 
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,26 @@ def test_a_link_in_a_checkpoint_is_no_file_of_it(tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     [problem] = checkpoint_files.verify(checkpoint)
     assert "model.safetensors: a link" in problem
+
+
+def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is saved again, and the process killed when the old checkpoint has lost its name and the new one has none.
+
+    Oracle: the old one, whole, has its name again.
+    """
+    whole = write(tmp_path, 4)
+    before = (whole / "manifest.json").read_bytes()
+    monkeypatch.setenv("DS_SLM_DIE_AT", "old-moved@4")
+    child = os.fork()
+    if child == 0:
+        write(tmp_path, 4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    assert checkpoint_files.newest_whole(tmp_path) is None
+    checkpoint_files.put_back(tmp_path)
+    assert checkpoint_files.newest_whole(tmp_path) == whole
+    assert (whole / "manifest.json").read_bytes() == before and checkpoint_files.verify(whole) == []
 
 
 def test_a_checkpoint_moved_away_in_vain_comes_back(tmp_path: Path) -> None:

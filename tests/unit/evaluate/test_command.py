@@ -1,0 +1,112 @@
+"""`ds-slm eval`: what it writes, and one paragraph and exit code 2 for each mistake."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_slm.model.decoder import build
+from ds_slm.publish.export import export
+from tests.support import benchmark_files, scored_models
+from tests.support.benchmark_files import ROWS
+
+
+@pytest.fixture(scope="module")
+def fresh(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained model as a run and as an export, and the files of two benchmarks."""
+    folder = tmp_path_factory.mktemp("command")
+    recipe = scored_models.recipe_of()
+    assert recipe.model is not None
+    state = scored_models.state_of(build(recipe.model, seed=1))
+    export(state, recipe.model, tokenizer_folder, folder / "export")
+    scored_models.write_run(folder / "run", recipe, state, tokenizer_folder)
+    state["model.norm.weight"] = torch.full_like(state["model.norm.weight"], float("nan"))
+    export(state, recipe.model, tokenizer_folder, folder / "nan")
+    for name in ("piqa", "lambada_openai"):
+        benchmark_files.write_published(folder / "files", name, ROWS[name])
+    return folder
+
+
+@pytest.mark.parametrize("place", ["export", "run"])
+def test_what_is_written(place: str, fresh: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: eval.json beside the model holds what --json prints; the items are those of the limit."""
+    flags = ("--bench-dir", fresh / "files", "--tasks", "piqa,lambada_openai", "--limit", 5)
+    done = ds_slm("eval", fresh / place, *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert json.loads((fresh / place / "eval.json").read_text())["tasks"] == found["tasks"]
+    assert {name: (task["items"], task["of_items"]) for name, task in found["tasks"].items()} == {
+        "piqa": (5, 18), "lambada_openai": (5, 21)
+    }  # fmt: skip
+    done = ds_slm("eval", fresh / place, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "first 5" in done.stdout
+
+
+def _mistake(case: str, fresh: Path, tmp_path: Path) -> tuple[Path, list[object]]:
+    """The model and the flags of a mistake."""
+    flags: list[object] = ["--bench-dir", fresh / "files", "--tasks", "piqa"]
+    if case == "nan":
+        return fresh / "nan", flags
+    if case == "no tokenizer":
+        shutil.copytree(fresh / "export", tmp_path / "bare")
+        for path in (tmp_path / "bare").glob("tokenizer*"):
+            path.unlink()
+        return tmp_path / "bare", flags
+    if case == "damaged":
+        shutil.copytree(fresh / "run", tmp_path / "run")
+        path = next((tmp_path / "run").rglob("model.safetensors"))
+        path.write_bytes(path.read_bytes()[:-100])
+        return tmp_path / "run", flags
+    if case == "limit":
+        return fresh / "export", [*flags, "--limit", 0]
+    if case == "no model":
+        return tmp_path / "nowhere", flags
+    if case == "no files":
+        return fresh / "export", ["--bench-dir", tmp_path, "--tasks", "piqa,sciq"]
+    if case == "half a file":
+        path = benchmark_files.write_published(tmp_path, "lambada_openai", ROWS["lambada_openai"])
+        path.write_bytes(path.read_bytes()[:-9])
+        return fresh / "export", ["--bench-dir", tmp_path, "--tasks", "lambada_openai"]
+    assert case == "misspelt"
+    return fresh / "export", ["--bench-dir", fresh / "files", "--tasks", "helaswag"]
+
+
+MISTAKES = {
+    "nan": "log-probabilities that are not finite", "no tokenizer": "tokenizer", "damaged": "checkpoint",
+    "limit": "--limit", "no model": "does not exist", "no files": "sciq: ",
+    "half a file": "lambada_test.jsonl, line 21",
+    "misspelt": "did you mean hellaswag?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case: str, fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: exit code 2, nothing on stdout with --json, one paragraph that says what is wrong, nothing written."""
+    model, flags = _mistake(case, fresh, tmp_path)
+    record = model / "eval.json"
+    before = record.read_bytes() if record.exists() else None
+    done = ds_slm("eval", model, *flags, "--json")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert (record.read_bytes() if record.exists() else None) == before
+    assert MISTAKES[case] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert case == "limit" or "\n\n" not in done.stderr.strip()  # that one is the command line's own usage
+
+
+def test_without_the_harness(fresh: Path, ds_slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the sentence that says how it is installed."""
+    import ds_slm.evaluate as package
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "ds_slm.evaluate.harness", raising=False)
+    monkeypatch.delattr(package, "harness", raising=False)
+    done = ds_slm("eval", fresh / "export", "--bench-dir", fresh / "files", "--tasks", "piqa")
+    assert done.returncode == 2
+    assert "pip install -e '.[eval]'" in done.stderr

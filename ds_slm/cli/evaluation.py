@@ -17,6 +17,7 @@ from ds_slm.evaluate import comparison, evaluation, ranking, record
 from ds_slm.evaluate.opening import Opened, open_scorer
 from ds_slm.evaluate.results import Item
 from ds_slm.evaluate.table import rows_of
+from ds_slm.files import refuse_unwritable
 from ds_slm.recipe import schema
 
 
@@ -37,6 +38,8 @@ def run(model: Path, asked: Request) -> None:
     report = report_to(asked.as_json)
     opened = open_scorer(model)
     other = open_scorer(asked.against) if asked.against else None
+    for one in filter(None, (opened, other)):
+        refuse_unwritable(one.folder)
 
     recipe = schema.load(asked.recipe) if asked.recipe else None
     if recipe is None and (opened.folder / "recipe.toml").is_file():

@@ -6,6 +6,7 @@ names --chosen_tasks--> names --prepare--> tasks: rows, questions, hashes --eval
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,10 @@ def _tasks_of(name: str, bench_dir: Path | None) -> Iterable[Task]:
 
     harness = _harness()
     for benchmark in MMLU if name == MMLU_NAME else [BENCHMARKS.get(name) or harness.benchmark_of(name)]:
-        found = find_rows(benchmark, bench_dir)
-        task = harness.task_of(Path(benchmark.config), found.rows)
+        found, config = find_rows(benchmark, bench_dir), Path(benchmark.config)
+        examples = harness.fewshot_split_of(config)
+        others = replace(benchmark, split=examples, published=()) if examples else None
+        task = harness.task_of(config, found.rows, find_rows(others, bench_dir).rows if others else ())
         yield Task(benchmark.name, harness.questions_of(task), found.place, harness.version_of(task), task)
 
 
@@ -174,8 +177,11 @@ def _is_broken(items: Sequence[Item]) -> bool:
 
 def _result(task: Task, items: Sequence[Item], counts: Counts) -> TaskResult:
     sha256, published = content_sha256(task.questions), is_published(task.name, task.questions)
+    found = figures(items)
+    if task.of_harness is not None:
+        found = figures(items, partial(_harness().aggregate, task.of_harness))
     total = len(task.questions)
-    return TaskResult(task.name, task.version, len(items), total, task.file, sha256, published, figures(items), counts)
+    return TaskResult(task.name, task.version, len(items), total, task.file, sha256, published, found, counts)
 
 
 def _parts(task: Task, items: Sequence[Item], whole: TaskResult) -> list[TaskResult]:

@@ -120,19 +120,16 @@ def task_of(
     """
     config = load_yaml(TASKS / config_path, resolve_func=True)
     name = config.get("task", config_path.stem)
-    kind = config.get("output_type", "generate_until")
-    if kind not in LIKELIHOODS:
-        raise DataError(
-            f"task {name!r} is scored by {kind!r}: expected one that is scored by {', '.join(LIKELIHOODS)}."
-        )
+    _refuse_generation(name, config)
 
+    # Its rows are the only split, and what its examples are taken from, where it has some, the other.
     shots = config.get("num_fewshot") or 0
     for key in ("training_split", "validation_split", "fewshot_split", "tag", "task_alias", "group"):
         config.pop(key, None)
     if not shots:
         config.pop("fewshot_config", None)
     splits = DatasetDict({"test": Dataset.from_list([dict(row) for row in rows])})  # pyright: ignore
-    if shots and fewshot_rows:
+    if shots:
         splits["fewshot"] = Dataset.from_list([dict(row) for row in fewshot_rows])
         config["fewshot_split"] = "fewshot"
     config |= {"test_split": "test", "dataset_kwargs": None, "custom_dataset": lambda **_: splits}
@@ -147,6 +144,14 @@ def task_of(
             f"task {name!r} cannot be made from these rows ({type(error).__name__}: {error}): expected the columns of "
             f"{config.get('dataset_path')}, got {', '.join(rows[0])}."
         ) from error
+
+
+def fewshot_split_of(config_path: Path) -> str | None:
+    """The split that a task's examples are taken from; None where its prompts have none."""
+    config = load_yaml(TASKS / config_path, resolve_func=False)
+    if not config.get("num_fewshot"):
+        return None
+    return config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
 
 
 def _refuse_generation(name: str, config: Mapping[str, Any]) -> None:
@@ -202,6 +207,11 @@ def questions_of(task: Any) -> list[Question]:
         instances = list(group)
         asked.append(Question(tuple(tuple(one.args) for one in instances), _gold(task, instances[0].doc)))
     return asked
+
+
+def aggregate(task: Any, metric: str, values: Sequence[Any]) -> float:
+    """A metric's value by the task's own rule."""
+    return float(task.aggregation()[metric](values))
 
 
 def version_of(task: Any) -> str:

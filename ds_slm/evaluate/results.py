@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -30,6 +30,10 @@ PUBLISHED = {
     "arc_challenge": (1_172, "123ef06e6f9c5d77225deb2049da87847d27d63ecbbf4ede78f4c875732448e3"),
 }
 """Items of the sets that the harness scores, and their content's hash."""
+
+
+RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+"""Metrics to which an item adds a log-probability and what it is divided by."""
 
 
 class Question(NamedTuple):
@@ -82,8 +86,15 @@ def is_published(task: str, questions: Sequence[Question]) -> bool | None:
     return (len(questions), content_sha256(questions)) == PUBLISHED[task]
 
 
-def figures(items: Sequence[Item]) -> dict[str, Figure]:
-    """Every metric of a task."""
+def figures(
+    items: Sequence[Item], aggregate: Callable[[str, Sequence[Any]], float] = lambda metric, values: fmean(values)
+) -> dict[str, Figure]:
+    """Every metric of a task.
+
+    Args:
+        items: the task's, answered.
+        aggregate: from the name of a metric that is not one of ours, such as F1, and each item's share to its value.
+    """
     chance, commonest = _chance(items), _commonest(items)
     found = {}
     for name in items[0].values:
@@ -93,14 +104,15 @@ def figures(items: Sequence[Item]) -> dict[str, Figure]:
         elif name == "perplexity":
             perplexity = _exp(-fmean(values))
             found[name] = Figure(perplexity, _scaled(perplexity, _mean_stderr(values)))
-        elif isinstance(values[0], tuple):
+        elif name in RATIOS:
             ratio, stderr = _ratio(values)
             if name == "bits_per_byte":
                 found[name] = Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))
             else:
                 found[name] = Figure(_exp(-ratio), _scaled(_exp(-ratio), stderr))
         else:
-            found[name] = Figure(fmean(values), _mean_stderr(values))
+            is_mean = all(isinstance(value, int | float) for value in values)
+            found[name] = Figure(aggregate(name, values), _mean_stderr(values) if is_mean else None)
 
     if answer := _answer_bits_per_byte(items):
         found["answer_bits_per_byte"] = answer
@@ -122,7 +134,7 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
 
 
 def _exp(exponent: float) -> float:
-    return math.exp(exponent) if exponent < 700 else math.inf
+    return math.exp(min(exponent, 709.0))  # the largest that a float holds: JSON has no infinity
 
 
 def _scaled(factor: float, stderr: float | None) -> float | None:

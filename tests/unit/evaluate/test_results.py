@@ -79,9 +79,16 @@ def test_one_item_has_no_error() -> None:
         assert figures(items_of(metric, [value]))[metric].stderr is None
 
 
-def test_a_perplexity_beyond_floats_is_infinite() -> None:
-    """Oracle: exp(800) is larger than any float."""
-    assert figures(items_of("perplexity", [-800.0, -800.0]))["perplexity"].value == math.inf
+def test_a_perplexity_beyond_floats_is_the_largest() -> None:
+    """Oracle: exp(800) is larger than any float, and JSON has no infinity."""
+    value = figures(items_of("perplexity", [-800.0, -800.0]))["perplexity"].value
+    assert 8e307 < value < math.inf
+
+
+def test_a_metric_that_is_not_ours_is_the_harness_s() -> None:
+    """Oracle: the rule that is handed in; pairs are not taken for a ratio."""
+    figure = figures(items_of("f1", [(0, 1), (1, 1), (1, 1)]), lambda metric, pairs: len(pairs) + len(metric))["f1"]
+    assert figure == Figure(5, None)
 
 
 def test_other_metrics_are_means() -> None:

@@ -1,0 +1,54 @@
+"""Tasks by name, and what is asked of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from ds_slm.errors import DataError
+from ds_slm.evaluate import evaluation
+from ds_slm.evaluate.benchmarks import MMLU
+from ds_slm.recipe import schema
+
+
+def test_card_is_what_the_recipe_publishes() -> None:
+    """Oracle: the tasks of Ant-10M's card, in its order, ArithMark's parts once; without a recipe all ten."""
+    names = evaluation.chosen_tasks(["card"], schema.load("ant-10m"))
+    expected = "arc_challenge arc_easy piqa winogrande mmlu sciq boolq hellaswag wikitext arithmark2"
+    assert names == expected.split()
+    assert evaluation.chosen_tasks(["card"], None) == list(evaluation.TEN)
+    assert evaluation.chosen_tasks(["leaderboard", "piqa", "x"], None) == [*evaluation.LEADERBOARD, "x"]
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    """Oracle: three tasks that cannot be scored, three sentences."""
+    with pytest.raises(DataError) as raised:
+        evaluation.prepare(["piqa", "arithmark2", "hella"], tmp_path, lambda line: None)
+    told = "\n".join(raised.value.problems)
+    assert len(raised.value.problems) == 3 and "piqa: " in told and "arithmark2: " in told and "hellaswag?" in told
+
+
+def test_examples_of_a_task_come_from_their_own_split(tmp_path: Path) -> None:
+    """Oracle: by hand. One of the harness's tasks puts five questions of `dev` before each; its metric is its own."""
+
+    def rows(split: str, count: int) -> list[dict]:
+        return [
+            {"question": f"{split} {number}", "subject": "sums", "choices": ["a", "b", "c", "d"], "answer": number % 4}
+            for number in range(count)
+        ]
+
+    for split, count in (("dev", 6), ("test", 3)):
+        folder = tmp_path / "mmlu" / split
+        Dataset.from_list(rows(split, count)).save_to_disk(str(folder))
+    (task,) = evaluation.prepare(["mmlu_early_training"], tmp_path, lambda line: None)
+    context, ending = task.questions[2].requests[1]
+    assert context.count("Question: dev") == 5 and context.endswith("Question: test 2\nAnswer:") and ending == " b"
+    assert json.dumps(task.questions[2].gold) == "2"
+
+
+def test_mmlu_has_57_subjects() -> None:
+    """Oracle: the published list; each has a YAML of the harness."""
+    from ds_slm.evaluate import harness
+
+    assert len(MMLU) == 57 and all((harness.TASKS / one.config).is_file() for one in MMLU)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -37,8 +39,8 @@ def offline() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        for module in (huggingface_hub.constants, datasets.config):  # they read the environment when first imported
+            patch.setattr(module, "HF_HUB_OFFLINE", True)
         yield
     torch.set_num_threads(threads)
 

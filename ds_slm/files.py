@@ -180,6 +180,8 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 f"warning: {folder}: its file system has no locks ({error.strerror}): processes of this host wait for "
                 "each other; do not prepare there from two hosts at once."
             )
+
+            # A file of this machine's own, named after the folder.
             os.close(descriptor)
             name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
             descriptor = _open_lock(Path(tempfile.gettempdir()) / f"ds_slm-{os.getuid()}-{name}.lock")

@@ -33,6 +33,7 @@ def conversation_format(recipe: Recipe, tokenizer_folder: Path | None = None) ->
     settings = section(recipe)
     deciding = settings.dump_for_hash(include={"mask", "system_turns", "max_rows", "invalid"})
     notes: Counter[str] = Counter()
+
     return DocumentFormat(
         encode=lambda tokenizer: _encode(recipe, tokenizer, notes),
         tokenizer_folder=tokenizer_folder,

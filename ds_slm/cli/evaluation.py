@@ -131,6 +131,7 @@ def _questions_of(file: Path) -> list[tuple[str, list[str]]]:
             problems.append(
                 f'{file}, line {number}: {error!r}: expected {{"context": "...", "choices": ["...", "..."]}}.'
             )
+
     if problems or not questions:
         raise DataError(problems or f"{file} holds no line.")
     return questions

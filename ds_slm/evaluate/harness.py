@@ -253,6 +253,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+
     environment.from_string = lru_cache(from_string)  # pyright: ignore - it compiles a template for every row
     try:
         yield

@@ -162,6 +162,7 @@ def _of_wsd(recipe: "Recipe", last: float) -> Iterator[str]:
     """The recipe says where the decay begins and ends; `last` is the learning rate of the last step."""
     schedule, steps, lr, min_lr = recipe.schedule, recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr
     start, length = schedule.decay_start_step or 0, schedule.decay_steps or 0
+
     if start >= steps:
         yield (
             f"schedule.decay_start_step = {start:,} is not before train.steps = {steps:,}: the learning rate never "

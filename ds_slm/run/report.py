@@ -155,6 +155,7 @@ class Report:
         """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
         if not self.active:
             return
+
         if log and self._may_write:
             with self._disk():
                 self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -162,6 +163,7 @@ class Report:
                 for field, tag in tags.items():
                     if values.get(field) is not None:
                         self.tensorboard.add_scalar(tag, values[field], step)
+
         if kind == "train":
             self._progress(step, values)
         elif kind == "benchmarks":

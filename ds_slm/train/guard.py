@@ -55,6 +55,8 @@ def refuse_step(run: Run, rows: StepRows, why: str) -> NoReturn:
     step = run.state.step + 1
     folder = folder_of(run.folder, step)
     problems = run.checkpoints.write_weights(folder / WEIGHTS)
+
+    # The rows beside the weights, on every host that keeps checkpoints.
     if run.checkpoints.writes and not run.checkpoints.is_replaced and (folder / WEIGHTS).is_file():
         described = [{"position": place, "source_epoch_row": tuple(row)} for place, row in rows.row_ids.items()]
         what = {"step": step, "why": why, "rows": described}
@@ -62,6 +64,7 @@ def refuse_step(run: Run, rows: StepRows, why: str) -> NoReturn:
             dump(folder, run.reader.whole(list(rows.row_ids.values())), what)
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
+
     for problem in problems:
         run.report.say(f"step {step} could not be dumped: {problem}")
     raise TrainingError(

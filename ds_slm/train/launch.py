@@ -82,6 +82,8 @@ class Inputs:
         Raises UserError with all of it, which ends the other ranks, too.
         """
         problems: list[str] = []
+
+        # What is asked for, before anything is prepared.
         _attempt(problems, network.refuse_unknown_interfaces)
         micro_batch_rows = None if options.micro_batch == "auto" else options.micro_batch
         engine_config = _attempt(problems, lambda: _join(recipe, options, world_size, micro_batch_rows))
@@ -90,6 +92,7 @@ class Inputs:
         _attempt(
             problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
         )
+
         corpus = None if problems else _attempt(problems, task.prepare)
         rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
         benchmarks = _attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None

@@ -93,14 +93,10 @@ def test_nothing_that_ships_imports_the_tests() -> None:
     assert not {str(path.relative_to(ROOT)) for path in files for name in imports(path) if name.startswith("tests.")}
 
 
-LONG_LINES = 20
-
-
 @pytest.mark.parametrize("path", python_files(ROOT, "ds_slm", "sft"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_long_functions_have_paragraphs(path: Path) -> None:
-    """Oracle: a body of 20 lines or more without a blank line is a wall."""
-    long = [function for function in functions(path) if len(function.lines) >= LONG_LINES]
-    assert not [function.name for function in long if all(map(str.strip, function.lines))]
+    """Oracle: a body of 15 lines of code or more without a blank line is a wall."""
+    assert not [function.name for function in functions(path) if function.is_wall]
 
 
 TOO_MANY = {

@@ -24,8 +24,8 @@ from torch import Tensor
 from ds_slm.model.decoder import Continuations, Decoder
 from ds_slm.model.loss import TokenScores
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-"""Tokens of a batch, padding included."""
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+"""Tokens of a batch, padding included. Small ones hold little padding, and a CPU multiplies no faster in large ones."""
 LEAST_SHARED = 0.25
 """Continuations share a row where this part of the longest sequence is common to all: else their mask costs more."""
 

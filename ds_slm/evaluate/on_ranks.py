@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
+from ds_slm.errors import AgreedDataError, UserError
 from ds_slm.evaluate import evaluation
 from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.scoring import Batch
@@ -117,11 +119,20 @@ def scored_tasks(
 
     def score(model: nn.Module, control: Control, vote: Callable[[], None]) -> dict[str, float]:
         model.eval()
-        if control.rank != 0:
+        figures: dict[str, float] = {}
+        problems: list[str] = []
+        if control.rank == 0:
+            scorer = RanksScorer(model, control, recipe.model.max_position_embeddings, vote)
+            try:
+                figures = _figures(scorer, tokenizer, tasks, settings.limit)
+            except UserError as error:
+                problems = error.problems
+            scorer.end()
+        else:
             serve(model, control, vote)
-            return {}
-        scorer = RanksScorer(model, control, recipe.model.max_position_embeddings, vote)
-        return _figures(scorer, tokenizer, tasks, settings.limit)
+
+        raise_on_all(control, problems, AgreedDataError)
+        return figures
 
     return score
 
@@ -131,7 +142,6 @@ def _figures(
 ) -> dict[str, float]:
     opened = Opened(scorer, tokenizer, Path(), {"path": "the model in training"})
     results, _ = evaluation.evaluate(opened, tasks, limit, lambda rows: None)
-    scorer.end()
     figures = {f"{one.name}/{metric}": figure.value for one in results for metric, figure in one.figures.items()}
     average = evaluation.leaderboard_average(results)
     return figures if average is None else {**figures, "leaderboard/average": average}

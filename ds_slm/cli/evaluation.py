@@ -39,13 +39,16 @@ def run(model: Path, asked: Request) -> None:
     opened = open_scorer(model)
     other = open_scorer(asked.against) if asked.against else None
     for one in filter(None, (opened, other)):
-        refuse_unwritable(one.folder)
+        record.before_now(one.folder)
+        refuse_unwritable(one.folder if one.folder.exists() else one.folder.parents[1])
 
     recipe = schema.load(asked.recipe) if asked.recipe else None
     if recipe is None and (opened.folder / "recipe.toml").is_file():
         recipe = schema.load_recorded(opened.folder)
 
     names = evaluation.chosen_tasks([name.strip() for name in asked.tasks.split(",") if name.strip()], recipe)
+    if not names:
+        raise ConfigError("--tasks names none: expected card, leaderboard, or names with commas between them.")
     tasks = evaluation.prepare(names, asked.bench_dir, report)
     found, items = _score(opened, tasks, asked, report)
     differences = comparison.compare(items, _score(other, tasks, asked, report)[1]) if other else None
@@ -118,7 +121,7 @@ def rank(model: Path, texts: list[str], file: Path | None, by_mean: bool, as_jso
 def _questions_of(file: Path) -> list[tuple[str, list[str]]]:
     """A context and its choices from each line of a JSON-lines file. Raises DataError with every line that has none."""
     questions, problems = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import RecipeError
+from ds_slm.evaluate.table import LEADERBOARD, is_record, leaderboard_average, remarks_on, remarks_on_average
 from ds_slm.files import read_json
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import RECIPE_FILE, Recipe
@@ -105,15 +106,24 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
 
 def _scored(found: dict[str, Any], recorded: Recipe) -> dict[str, str]:
     """What `ds-slm eval` found of the run, and what keeps a figure from standing beside the published one."""
-    step, scored = found.get("model", {}).get("step"), {}
-    for name, task in found.get("tasks", {}).items():
-        remarks = [f"at step {step:,}"] if step is not None and step != recorded.train.steps else []
-        remarks += [f"first {task['items']:,}"] if task["limited"] else []
-        remarks += ["other rows"] if task["published"] is False else []
-        for metric, figure in task["figures"].items():
-            text = f"{figure['value']:.4g}"
-            scored[f"{name}/{metric}"] = f"{text} ({', '.join(remarks)})" if remarks else text
+    if not is_record(found):
+        return {}
+
+    step, tasks = found["model"].get("step"), found["tasks"]
+    at_step = [f"at step {step:,}"] if step is not None and step != recorded.train.steps else []
+    scored = {
+        f"{name}/{metric}": _remarked(figure["value"], [*at_step, *remarks_on(name, task)])
+        for name, task in tasks.items()
+        for metric, figure in task["figures"].items()
+    }
+    average = leaderboard_average(tasks)
+    if average is not None:
+        scored[LEADERBOARD] = _remarked(average, [*at_step, *remarks_on_average(tasks)])
     return scored
+
+
+def _remarked(value: float, remarks: list[str]) -> str:
+    return f"{value:.4g} ({', '.join(remarks)})" if remarks else f"{value:.4g}"
 
 
 def _differences(recipe: Recipe, recorded: Recipe) -> str:

@@ -11,6 +11,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -285,6 +286,7 @@ def _from_folder(benchmark: Benchmark, bench_dir: Path) -> Found:
             return Found(_read(one, path), str(path))
     parquet = [path for path in files if _is_parquet(path, benchmark, bench_dir)]
     if parquet:
+        parquet = _of_one_set(parquet, benchmark)
         return Found([row for path in parquet for row in _parquet(path)], str(parquet[0]))
     for path in files:
         if (
@@ -303,7 +305,7 @@ def _from_folder(benchmark: Benchmark, bench_dir: Path) -> Found:
 def _read(one: Published, path: Path) -> Rows:
     try:
         return one.read(path)
-    except (*ROW_ERRORS, OSError, EOFError) as error:
+    except (*ROW_ERRORS, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}): get an intact copy.") from error
 
 
@@ -322,6 +324,17 @@ def _lies_below(path: Path, benchmark: Benchmark, bench_dir: Path) -> bool:
 def _is_parquet(path: Path, benchmark: Benchmark, bench_dir: Path) -> bool:
     named = path.suffix == ".parquet" and fnmatch(path.stem, f"{benchmark.split}*")
     return named and _lies_below(path, benchmark, bench_dir)
+
+
+def _of_one_set(files: Sequence[Path], benchmark: Benchmark) -> list[Path]:
+    """The files of the dataset's own configuration. Raises DataError where several could be it."""
+    folders = sorted({path.parent for path in files})
+    if len(folders) > 1 and benchmark.hub[1]:
+        folders = [folder for folder in folders if folder.name == benchmark.hub[1]] or folders
+    if len(folders) > 1:
+        names = ", ".join(map(str, folders))
+        raise DataError(f"{benchmark.name}: several folders could hold it, {names}: name one of them, --bench-dir.")
+    return [path for path in files if path.parent == folders[0]]
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

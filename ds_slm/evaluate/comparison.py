@@ -16,6 +16,9 @@ from typing import Any
 from ds_slm.errors import DataError
 from ds_slm.evaluate.results import Item
 
+WHOLE_TEXTS = "bits_per_byte"
+"""The metric of tasks that score whole texts: a log-probability and the text's bytes."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -91,6 +94,10 @@ def _bits_per_byte(task: str, ours: Sequence[Item], theirs: Sequence[Item]) -> D
     """Of the right answers or whole texts: a ratio over all items."""
     measured: list[tuple[float, float, int]] = []
     for one, other in zip(ours, theirs, strict=True):
+        if WHOLE_TEXTS in one.values:
+            (log_probability, size), (another, _) = one.values[WHOLE_TEXTS], other.values[WHOLE_TEXTS]
+            measured.append((log_probability, another, size))
+            continue
         if one.right is None or other.right is None:
             return None
         text: Any = one.requests[one.right][-1]
@@ -104,4 +111,5 @@ def _bits_per_byte(task: str, ours: Sequence[Item], theirs: Sequence[Item]) -> D
     ratio = sum(one - other for one, other, _ in measured) / total
     squares = sum((one - other - ratio * size) ** 2 for one, other, size in measured)
     stderr = math.sqrt(n / (n - 1) * squares) / total / math.log(2) if n > 1 else None
-    return Difference(task, "answer_bits_per_byte", first, second, first - second, stderr, items=n)
+    metric = WHOLE_TEXTS if WHOLE_TEXTS in ours[0].values else "answer_bits_per_byte"
+    return Difference(task, metric, first, second, first - second, stderr, items=n)

@@ -16,12 +16,12 @@ from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.own_sets import ARITHMARK, OPERATORS, OWN_SETS, Answering, questions_of
 from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
 from ds_slm.evaluate.scoring import Counts
+from ds_slm.evaluate.table import LEADERBOARD_METRICS
 from ds_slm.evaluate.text import TextEncoder
 from ds_slm.recipe.schema import Recipe
 
 MMLU_NAME = "mmlu"
-LEADERBOARD = ("hellaswag", "arc_easy", "arc_challenge", "piqa", ARITHMARK)
-"""The Open SLM Leaderboard's tasks; its average takes the two ARCs as one."""
+LEADERBOARD = tuple(LEADERBOARD_METRICS)
 TEN = (*LEADERBOARD, "winogrande", MMLU_NAME, "sciq", "boolq", "lambada_openai", "wikitext")
 NO_HARNESS = "lm-evaluation-harness, whose tasks these are, is not installed: pip install -e '.[eval]'."
 
@@ -90,6 +90,8 @@ def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str]
     for name in names:
         try:
             for task in _tasks_of(name, bench_dir):
+                if any(task.name == one.name for one in tasks):
+                    continue  # a group of tasks and one of its own
                 report(f"{task.name}: {len(task.questions):,} items of {task.file}")
                 tasks.append(task)
         except UserError as error:
@@ -218,13 +220,3 @@ def _groups(
         total.cut_continuations += one.cut_continuations
     whole = Task(MMLU_NAME, questions, str(Path(subjects[0].file).parent), "2")
     return [_result(whole, together, total)]
-
-
-def leaderboard_average(results: Sequence[TaskResult]) -> float | None:
-    """(HellaSwag + (ARC-Easy + ARC-Challenge) / 2 + PIQA + ArithMark) / 4, where all were scored whole."""
-    whole = {result.name: result.figures for result in results if not result.is_limited}
-    if not set(LEADERBOARD) <= whole.keys():
-        return None
-    norm = {name: whole[name]["acc_norm"].value for name in LEADERBOARD if name != ARITHMARK}
-    arc = (norm["arc_easy"] + norm["arc_challenge"]) / 2
-    return (norm["hellaswag"] + arc + norm["piqa"] + whole[ARITHMARK]["acc"].value) / 4

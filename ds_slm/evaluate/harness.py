@@ -40,7 +40,8 @@ from ds_slm.evaluate.text import TextEncoder
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """The kinds of tasks that are scored by log-probabilities alone."""
 TASKS = Path(lm_eval.__file__).parent / "tasks"
-VERSION = lm_eval.__version__
+FEWSHOT_SEED = 1234
+"""Of the draw of examples: the harness's own default."""
 
 
 class HarnessModel(TemplateLM):
@@ -172,6 +173,8 @@ def run(tasks: Mapping[str, Any], model: HarnessModel, limit: int | None = None)
         limit: only the first items of each.
     """
     with quiet():
+        for task in tasks.values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
         results = evaluate(model, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None and "samples" in results
     return {name: [_item(tasks[name], sample) for sample in results["samples"][name]] for name in tasks}
@@ -181,7 +184,7 @@ def _item(task: Any, sample: Mapping[str, Any]) -> Item:
     requests = tuple(tuple(arguments) for arguments in sample["arguments"])
     answers = [one[0] if isinstance(one[0], tuple) else (one[0], False) for one in sample["resps"]]
     gold, choices = _gold(task, sample["doc"]), len(requests)
-    right = gold if isinstance(gold, int) and gold < choices else 0 if choices == 1 else None
+    right = gold if isinstance(gold, int) and 0 <= gold < choices else 0 if choices == 1 else None
     values = {name: sample[name] for name in sample["metrics"]}
     return Item(requests, gold, right, tuple(float(one) for one, _ in answers), values)
 
@@ -195,6 +198,7 @@ def questions_of(task: Any) -> list[Question]:
     """What a task asks of each of its rows, whatever the limit. Raises DataError for a row that it cannot ask."""
     try:
         with quiet():
+            task.set_fewshot_seed(FEWSHOT_SEED)
             task.build_all_requests(limit=None, rank=0, world_size=1)
     except Exception as error:  # as above
         name = task.config.task

@@ -15,18 +15,17 @@ import torch
 from torch import nn
 
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
-from ds_slm.errors import AgreedDataError, UserError
 from ds_slm.evaluate import evaluation
 from ds_slm.evaluate.opening import Opened
-from ds_slm.evaluate.scoring import Batch
+from ds_slm.evaluate.scoring import BATCH_TOKENS, Batch
 from ds_slm.model.decoder import Continuations
 from ds_slm.model.loss import TokenScores
 from ds_slm.recipe import schema
 
-Score = Callable[[nn.Module, Control, Callable[[], None]], dict[str, float]]
-"""From the model, the ranks and the vote after each round to figures by TASK/METRIC; empty on all ranks but 0."""
+Score = Callable[[nn.Module, Control, Callable[[], None]], tuple[dict[str, float], str]]
+"""From the model, the ranks and the vote after each round to figures by TASK/METRIC and what kept them from being
+scored; both empty on all ranks but 0."""
 
 
 class RanksScorer:
@@ -38,10 +37,13 @@ class RanksScorer:
         self._model, self._control, self._vote = model, control, vote
         self.max_length, self.at_a_time = max_length, control.world_size
         self.device = next(model.parameters()).device
+        self.batch_tokens = BATCH_TOKENS[self.device.type]
+        self.in_round = False
+        """Whether the other ranks are in a round with this one."""
 
     def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
         """The scores of each batch's tokens: one batch on each rank."""
-        control = self._control
+        control, self.in_round = self._control, True
         dealt = [batches[rank] if rank < len(batches) else batches[0] for rank in range(control.world_size)]
         control.broadcast([_sizes(batch) for batch in dealt], 0)
         for rank in range(1, control.world_size):
@@ -56,6 +58,7 @@ class RanksScorer:
             found.append(TokenScores(log_probability_N, is_greedy_N.bool()))
 
         self._vote()
+        self.in_round = False
         return found[: len(batches)]
 
     def end(self) -> None:
@@ -117,22 +120,23 @@ def scored_tasks(
     names = evaluation.chosen_tasks(settings.tasks, recipe)
     tasks = evaluation.prepare(names, bench_dir, report) if rank == 0 else []
 
-    def score(model: nn.Module, control: Control, vote: Callable[[], None]) -> dict[str, float]:
+    def score(model: nn.Module, control: Control, vote: Callable[[], None]) -> tuple[dict[str, float], str]:
         model.eval()
-        figures: dict[str, float] = {}
-        problems: list[str] = []
-        if control.rank == 0:
-            scorer = RanksScorer(model, control, recipe.model.max_position_embeddings, vote)
-            try:
-                figures = _figures(scorer, tokenizer, tasks, settings.limit)
-            except UserError as error:
-                problems = error.problems
-            scorer.end()
-        else:
+        if control.rank != 0:
             serve(model, control, vote)
+            return {}, ""
 
-        raise_on_all(control, problems, AgreedDataError)
-        return figures
+        # What a task's own code gets wrong ends its figures, not the run; a forward that fails does.
+        scorer = RanksScorer(model, control, recipe.model.max_position_embeddings, vote)
+        figures, problem = {}, ""
+        try:
+            figures = _figures(scorer, tokenizer, tasks, settings.limit)
+        except Exception as error:
+            if scorer.in_round:
+                raise
+            problem = str(error) or type(error).__name__
+        scorer.end()
+        return figures, problem
 
     return score
 
@@ -143,5 +147,4 @@ def _figures(
     opened = Opened(scorer, tokenizer, Path(), {"path": "the model in training"})
     results, _ = evaluation.evaluate(opened, tasks, limit, lambda rows: None)
     figures = {f"{one.name}/{metric}": figure.value for one in results for metric, figure in one.figures.items()}
-    average = evaluation.leaderboard_average(results)
-    return figures if average is None else {**figures, "leaderboard/average": average}
+    return figures

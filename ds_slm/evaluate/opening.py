@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError
-from ds_slm.evaluate.scoring import Batch, DecoderScorer, Scorer
+from ds_slm.evaluate.scoring import BATCH_TOKENS, Batch, DecoderScorer, Scorer
 from ds_slm.model.decoder import Decoder
 from ds_slm.model.loss import TokenScores
 from ds_slm.publish.models import OpenModel, open_model
@@ -39,6 +40,8 @@ class TransformersScorer:
 
     branches = False
     at_a_time = 1
+    most_logits = 2**27
+    """Of a batch: all of its tokens have some."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model.eval().to(device)
@@ -46,6 +49,7 @@ class TransformersScorer:
         config = model.config
         lengths = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
         self.max_length = next((length for length in lengths if length), 2048)
+        self.batch_tokens = min(BATCH_TOKENS[device.type], max(256, self.most_logits // config.vocab_size))
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
@@ -79,6 +83,8 @@ def open_scorer(path: Path) -> Opened:
     model.load_state_dict(state, assign=True, strict=False)
     is_run = (opened.tokenizer_folder.parent / "recipe.toml").is_file()
     folder = opened.tokenizer_folder.parent if is_run else path
+    if is_run and path.parent.name == "checkpoints":
+        folder = folder / "eval" / opened.folder.name  # a checkpoint that was named has a place of its own
     return Opened(DecoderScorer(model.to(device)), tokenizer, folder, _facts(opened))
 
 
@@ -118,18 +124,24 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
     if not files:
         raise CheckpointError(f"{path} holds no .safetensors file: save the model in that format, no pickle is read.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {path} ({reason}): get an intact copy.") from error
+    # transformers fills what a file lacks with random numbers.
+    if lacking := sorted([*map(str, info["missing_keys"]), *map(str, info.get("mismatched_keys", ()))]):
+        raise CheckpointError([f"{path} lacks {name}, or has it in another shape." for name in lacking])
+
     try:
-        loaded = AutoTokenizer.from_pretrained(path)
+        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         eos = loaded.eos_token or loaded.bos_token
         if eos is None or loaded.backend_tokenizer is None:
             raise ValueError("it names no token that ends a document")
         tokenizer = Tokenizer(loaded.backend_tokenizer, eos, loaded.pad_token or eos, loaded.bos_token)
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} holds no tokenizer that can be used ({reason}): save one beside the model.") from error
 
     digest = hashlib.sha256()

@@ -5,6 +5,7 @@ results, items --as_json, store--> FOLDER/eval.json (merged with what the same m
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import DataError
-from ds_slm.evaluate.evaluation import MMLU_NAME, TaskResult, leaderboard_average
+from ds_slm.evaluate.evaluation import MMLU_NAME, TaskResult
 from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.results import Item
+from ds_slm.evaluate.table import is_record, leaderboard_average
 from ds_slm.evaluate.text import TextEncoder
 from ds_slm.files import read_json, replace_bytes, replace_text
 
@@ -30,7 +32,7 @@ def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, se
     except PackageNotFoundError:
         harness = None
 
-    return {
+    found = {
         "model": opened.facts,
         "lm_eval": harness,
         "settings": {
@@ -41,10 +43,23 @@ def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, se
             "device": str(opened.scorer.device),
         },
         "tasks": {result.name: {**asdict(result), "limited": result.is_limited} for result in results},
-        "leaderboard": leaderboard_average(results),
+        "leaderboard": None,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
     }
+    found["leaderboard"] = leaderboard_average(found["tasks"])
+    return found
+
+
+def before_now(folder: Path) -> dict[str, Any]:
+    """What eval.json holds of earlier evaluations; nothing where there is none. Raises DataError for a damaged one."""
+    path = folder / EVAL_FILE
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if found is None or not is_record(found):
+        raise DataError(f"{path} is damaged, or not of `ds-slm eval`: move it away, and score the model again.")
+    return found
 
 
 def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> None:
@@ -52,21 +67,21 @@ def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item
 
     A task that was scored whole stays whole: a later trial with a limit does not take its place.
     """
-    before = read_json(folder / EVAL_FILE) or {}
+    before = before_now(folder)
     same = before.get("model", {}).get("sha256") == found["model"]["sha256"]
     kept = before.get("tasks", {}) if same else {}
     whole = {name for name, task in kept.items() if not task["limited"]}
     new = {name: task for name, task in found["tasks"].items() if not (task["limited"] and name in whole)}
 
     merged = {**found, "tasks": {**kept, **new}}
-    if same and merged["leaderboard"] is None:
-        merged["leaderboard"] = before.get("leaderboard")
+    merged["leaderboard"] = leaderboard_average(merged["tasks"])
 
     lines = [line for line in _lines(folder / ITEMS_FILE) if json.loads(line)["task"] not in new] if same else []
     for name, answered in items.items():
         if name in new:
             lines += [json.dumps({"task": name, **item._asdict()}, ensure_ascii=False) for item in answered]
 
+    folder.mkdir(parents=True, exist_ok=True)
     replace_bytes(folder / ITEMS_FILE, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
     replace_text(folder / EVAL_FILE, json.dumps(merged, indent=2) + "\n")
 
@@ -92,6 +107,6 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        return gzip.decompress(path.read_bytes()).decode().splitlines()
-    except (OSError, EOFError, ValueError) as error:
+        return gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]  # texts may hold other ends of lines
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}): delete it, and score the model again.") from error

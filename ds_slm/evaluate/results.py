@@ -99,9 +99,7 @@ def figures(
     found = {}
     for name in items[0].values:
         values = [item.values[name] for item in items]
-        if name.startswith("acc") or name == "exact_match":
-            found[name] = Figure(100 * fmean(values), _scaled(100, _mean_stderr(values)), chance, commonest)
-        elif name == "perplexity":
+        if name == "perplexity":
             perplexity = _exp(-fmean(values))
             found[name] = Figure(perplexity, _scaled(perplexity, _mean_stderr(values)))
         elif name in RATIOS:
@@ -111,12 +109,23 @@ def figures(
             else:
                 found[name] = Figure(_exp(-ratio), _scaled(_exp(-ratio), stderr))
         else:
-            is_mean = all(isinstance(value, int | float) for value in values)
-            found[name] = Figure(aggregate(name, values), _mean_stderr(values) if is_mean else None)
+            found[name] = _mean_or_other(name, values, aggregate(name, values), chance, commonest)
 
     if answer := _answer_bits_per_byte(items):
         found["answer_bits_per_byte"] = answer
     return found
+
+
+def _mean_or_other(
+    name: str, values: Sequence[Any], value: float, chance: float | None, commonest: float | None
+) -> Figure:
+    """A metric by the task's own rule; where that is the mean, with its error, and accuracies in percent."""
+    numbers = all(isinstance(one, int | float) for one in values)
+    if not numbers or not math.isclose(value, fmean(values), rel_tol=1e-9, abs_tol=1e-12):
+        return Figure(value, None)
+    if name.startswith("acc") or name == "exact_match":
+        return Figure(100 * value, _scaled(100, _mean_stderr(values)), chance, commonest)
+    return Figure(value, _mean_stderr(values))
 
 
 def _mean_stderr(values: Sequence[float]) -> float | None:
@@ -148,7 +157,10 @@ def _chance(items: Sequence[Item]) -> float | None:
 
 
 def _commonest(items: Sequence[Item]) -> float | None:
+    """Where all items offer the same answers, such as yes and no."""
     if any(len(item.requests) < 2 or item.right is None for item in items):
+        return None
+    if len({tuple(one[-1] for one in item.requests) for item in items}) > 1:
         return None
     return 100 * Counter(item.right for item in items).most_common(1)[0][1] / len(items)
 

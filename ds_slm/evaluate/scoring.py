@@ -99,6 +99,8 @@ class Scorer(Protocol):
     device: torch.device
     at_a_time: int
     """Batches that are scored side by side."""
+    batch_tokens: int
+    """Tokens of a batch."""
 
     def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
         """The scores of each batch's tokens, of `at_a_time` batches or fewer."""
@@ -115,6 +117,7 @@ class DecoderScorer:
         self.model = model.eval()
         self.max_length = model.shape.max_position_embeddings
         self.device = model.head_weight_VD.device
+        self.batch_tokens = BATCH_TOKENS[self.device.type]
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
@@ -134,17 +137,18 @@ def score(
         scorer: the model.
         items: requests that belong together; those of an item share a row where they begin alike.
         report: takes the number of rows that a batch had, once it is done.
-        batch_tokens: tokens of a batch; None chooses by device. Figures do not depend on it.
+        batch_tokens: tokens of a batch; None takes the scorer's. Figures do not depend on it.
     """
     if not any(items):
         return [[] for _ in items]
 
     requests = [request for item in items for request in item]
-    rows = [row for row in _rows(items, scorer.max_length, scorer.branches) if row.targets]
+    batch_tokens = batch_tokens or scorer.batch_tokens
+    rows = [row for row in _rows(items, scorer.max_length, scorer.branches, batch_tokens) if row.targets]
     sums = torch.zeros(len(requests), dtype=torch.float64)
     misses = torch.zeros(len(requests), dtype=torch.int64)
 
-    waiting = batches(rows, batch_tokens or BATCH_TOKENS[scorer.device.type])
+    waiting = batches(rows, batch_tokens)
     while chosen := list(islice(waiting, scorer.at_a_time)):
         made = [to_batch(one, scorer.device) for one in chosen]
         for batch, scores in zip(made, scorer(made), strict=True):
@@ -162,8 +166,10 @@ def score(
     ]
 
 
-def _rows(items: Sequence[Sequence[Request]], max_length: int, branches: bool) -> Iterator[Row]:
-    """The rows of all items, one or several each."""
+def _rows(
+    items: Sequence[Sequence[Request]], max_length: int, branches: bool, row_tokens: int = 2**20
+) -> Iterator[Row]:
+    """The rows of all items, one or several each, of at most `row_tokens` where a single branch is not longer."""
     first = 0
     for item in items:
         windows = [_window(request, max_length) for request in item]
@@ -171,12 +177,27 @@ def _rows(items: Sequence[Sequence[Request]], max_length: int, branches: bool) -
         longest = max((len(ids) for ids, _ in windows), default=0)
         same = all(len(ids) == shared for ids, _ in windows)
 
-        if same or (branches and shared >= LEAST_SHARED * longest):
+        if same:
             yield _joined_row(windows, shared, first)
+        elif branches and shared >= LEAST_SHARED * longest:
+            yield from _joined_rows(windows, shared, first, row_tokens)
         else:
             for number, window in enumerate(windows, first):
                 yield _joined_row([window], len(window[0]), number)
         first += len(item)
+
+
+def _joined_rows(
+    windows: Sequence[tuple[list[int], list[int]]], shared: int, first: int, row_tokens: int
+) -> Iterator[Row]:
+    """Rows of as many branches as have place in each: a row's mask grows with the square of its length."""
+    begin, length = 0, shared
+    for number, (ids, _) in enumerate(windows):
+        if number > begin and length + len(ids) - shared > row_tokens:
+            yield _joined_row(windows[begin:number], shared, first + begin)
+            begin, length = number, shared
+        length += len(ids) - shared
+    yield _joined_row(windows[begin:], shared, first + begin)
 
 
 def _window(request: Request, max_length: int) -> tuple[list[int], list[int]]:

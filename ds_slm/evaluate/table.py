@@ -12,6 +12,13 @@ from ds_slm.recipe.schema import Recipe
 CONFIDENCE = 1.96
 """Standard errors on each side of a figure that hold 95 % of what chance does to it."""
 LEADERBOARD = "leaderboard/average"
+LEADERBOARD_METRICS = {
+    "hellaswag": "acc_norm", "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "piqa": "acc_norm",
+    "arithmark2": "acc",
+}  # fmt: skip
+"""What the Open SLM Leaderboard counts of each of its tasks."""
+MADE_HERE = "documentation"
+"""The task that has no published rows."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Row:
     published: float | None
     ours: float | None
     plus_minus: float | None
-    """95 % of what another draw of as many items would give lies within this."""
+    """The figure over all such items lies within this, 19 times of 20."""
     chance: float | None
     commonest: float | None
     """What always giving the commonest answer scores."""
@@ -46,28 +53,74 @@ def rows_of(found: Mapping[str, Any], recipe: Recipe | None) -> list[Row]:
         for target in (recipe.targets if recipe else [])
         if target.step is None or target.step == recipe.train.steps  # pyright: ignore[reportOptionalMemberAccess]
     }
-    rows = [row for name, task in found["tasks"].items() for row in _rows_of_task(name, task, published)]
-    average = found.get("leaderboard")
+    tasks, step = found["tasks"], found["model"].get("step")
+    at_step = [f"at step {step:,}"] if recipe and published and step is not None and step != recipe.train.steps else []
+    rows = [row for name, task in tasks.items() for row in _rows_of_task(name, task, published, at_step)]
+
+    average = leaderboard_average(tasks)
     if average is not None:
         target = published.get(LEADERBOARD)
-        what = "" if target is None else f"differs by {average - target:+.2f}"
+        difference = [] if target is None else [f"differs by {average - target:+.2f}"]
+        what = ", ".join([*difference, *remarks_on_average(tasks), *at_step])
         rows.append(Row("leaderboard", "average", target, average, None, None, None, None, None, what))
     return rows
 
 
-def _rows_of_task(name: str, task: Mapping[str, Any], published: Mapping[str, float]) -> Iterator[Row]:
+def is_record(found: Mapping[str, Any]) -> bool:
+    """Whether something is what `ds-slm eval` writes."""
+    model, tasks = found.get("model"), found.get("tasks")
+    if not isinstance(model, Mapping) or not isinstance(tasks, Mapping):
+        return False
+    needed = {"items", "limited", "published", "figures"}
+    return all(isinstance(task, Mapping) and needed <= task.keys() for task in tasks.values())
+
+
+def leaderboard_average(tasks: Mapping[str, Any]) -> float | None:
+    """(HellaSwag + (ARC-Easy + ARC-Challenge) / 2 + PIQA + ArithMark) / 4, where all were scored whole.
+
+    Args:
+        tasks: those of eval.json.
+    """
+    if any(name not in tasks or tasks[name]["limited"] for name in LEADERBOARD_METRICS):
+        return None
+    values = {name: tasks[name]["figures"][metric]["value"] for name, metric in LEADERBOARD_METRICS.items()}
+    arc = (values["arc_easy"] + values["arc_challenge"]) / 2
+    return (values["hellaswag"] + arc + values["piqa"] + values["arithmark2"]) / 4
+
+
+def remarks_on_average(tasks: Mapping[str, Any]) -> list[str]:
+    """What keeps the average from being the published one's: a part's rows are other ones, or unknown."""
+    published = [tasks[name]["published"] for name in LEADERBOARD_METRICS]
+    return ["other rows"] if False in published else ["rows unchecked"] if None in published else []
+
+
+def remarks_on(name: str, task: Mapping[str, Any]) -> list[str]:
+    """What keeps a figure from being held against the published one."""
+    if task["limited"]:
+        return [f"first {task['items']:,}"]
+    if task["published"] is False:
+        return ["other rows"]
+    return ["rows unchecked"] if task["published"] is None and name != MADE_HERE else []
+
+
+def _rows_of_task(
+    name: str, task: Mapping[str, Any], published: Mapping[str, float], at_step: list[str]
+) -> Iterator[Row]:
     figures = task["figures"]
     answer = figures.get("answer_bits_per_byte")
     for metric, figure in figures.items():
         target = published.get(f"{name}/{metric}")
         if metric == "answer_bits_per_byte" or (target is None and _is_minor(metric, figures)):
             continue
-        stderr = figure["stderr"]
+
+        stderr, remarks = figure["stderr"], remarks_on(name, task)
         plus_minus = None if stderr is None else CONFIDENCE * stderr
+        comparable = target is not None and remarks in ([], ["rows unchecked"])
+        verdict = [_verdict(figure["value"] - target, plus_minus)] if comparable and target is not None else []
         yield Row(
             name, metric, target, figure["value"], plus_minus, figure["chance"], figure["commonest"],
             answer["value"] if answer and metric.startswith("acc") else None, task["items"],
-            _what(task, target, figure["value"], plus_minus),
+            ", ".join([*verdict, *remarks, *at_step]),
         )  # fmt: skip
 
 
@@ -76,16 +129,6 @@ def _is_minor(metric: str, figures: Mapping[str, Any]) -> bool:
     return (metric == "acc" and "acc_norm" in figures) or metric == "acc_joint_mean"
 
 
-def _what(task: Mapping[str, Any], target: float | None, ours: float, plus_minus: float | None) -> str:
-    """Why ours is not to be held against the published figure, or how far it is away."""
-    if task["limited"]:
-        return f"first {task['items']:,}"
-    if task["published"] is False:
-        return "other rows"
-    if target is None:
-        return ""
-    difference = ours - target
-    verdict = (
-        "within ±" if plus_minus is not None and abs(difference) <= plus_minus else f"differs by {difference:+.2f}"
-    )
-    return verdict if task["published"] else f"{verdict}, rows unchecked"
+def _verdict(difference: float, plus_minus: float | None) -> str:
+    within = plus_minus is not None and abs(difference) <= plus_minus
+    return "within ±" if within else f"differs by {difference:+.2f}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ds_slm.data.tokenizers.tokenizer import Tokenizer
+from ds_slm.errors import DataError
 from ds_slm.evaluate.scoring import Request
 
 
@@ -45,7 +46,7 @@ class TextEncoder:
         return [one if stays else other for one, other, stays in zip(plain, full, begun, strict=True)]
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> list[Request]:
-        """Each context and continuation as ids."""
+        """Each context and continuation as ids. Raises DataError for continuations that have none of their own."""
         moved = [_trailing_space_moved(context, text) for context, text in texts]
         whole = self.encode([context + text for context, text in moved])
         contexts = list(dict.fromkeys(context for context, _ in moved))
@@ -59,6 +60,14 @@ class TextEncoder:
             (alone,) = self.encode([text], add_special_tokens=False)
             has_prefix = alone[:1] == [self.prefix_id]
             pairs.append(Request(alone[:1], alone[1:]) if has_prefix else Request([self.prefix_id], alone))
+
+        # A choice that costs nothing would win everywhere.
+        empty = [text for pair, text in zip(pairs, texts, strict=True) if not pair.continuation_ids]
+        if empty:
+            raise DataError(
+                [f"{text!r} after {context[-40:]!r} has no token of its own in this tokenizer: it cannot be scored."
+                 for context, text in empty]
+            )  # fmt: skip
         return pairs
 
 

@@ -23,8 +23,11 @@ def score_benchmarks(run: Run) -> None:
         return
     control, interrupt = run.engine.control, run.engine.interrupt
     with run.engine.eager() as model:
-        figures = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
-    run.report.record("benchmarks", run.state.step, figures)
+        figures, problem = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
+    if problem:
+        run.report.say(f"warning: step {run.state.step}: the benchmarks were not scored: {problem}")
+    else:
+        run.report.record("benchmarks", run.state.step, figures)
 
 
 def held_out(run: Run, limit: int | None) -> dict[str, float]:

@@ -74,10 +74,10 @@ def after_step(run: Run) -> None:
     step, every = run.state.step, run.recipe.run
     if step % every.eval_every_steps == 0 and run.state.evaluated_step != step:
         evaluate(run)
-    if run.recipe.eval.every_steps and step % run.recipe.eval.every_steps == 0:
-        score_benchmarks(run)
     if (step % every.save_every_steps == 0 or run.engine.interrupt.save_requested) and not is_saved(run):
         save(run)
+    if run.recipe.eval.every_steps and step % run.recipe.eval.every_steps == 0:
+        score_benchmarks(run)  # after the save: it may take long
 
 
 def is_saved(run: Run) -> bool:

@@ -71,8 +71,9 @@ class Options:
     """From a signal that stops the run to the end of its processes."""
 
 
-Benchmarks = Callable[[nn.Module, Control, Callable[[], None]], Mapping[str, float]]
-"""From the model, the ranks and a vote on signals to figures by TASK/METRIC, on rank 0. Called on every rank."""
+Benchmarks = Callable[[nn.Module, Control, Callable[[], None]], tuple[Mapping[str, float], str]]
+"""From the model, the ranks and a vote on signals to figures by TASK/METRIC, or what kept them from being scored, on
+rank 0. Called on every rank."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,18 @@ def test_a_task_that_is_not_there_ends_the_launch_before_training(folder: Path) 
     assert "Traceback" not in done.stdout + done.stderr and not (folder / "none" / "metrics.jsonl").exists()
 
 
+def test_a_task_that_fails_does_not_end_the_run(folder: Path) -> None:
+    """Oracle: an ending without a token is found when it is encoded: a warning at both steps, and a finished run."""
+    bench = folder / "bench-broken"
+    write_arithmark(bench)
+    rows = [json.loads(line) for line in (bench / "arithmark_test.jsonl").read_text().splitlines()]
+    rows[4] = {**rows[4], "ctx": "", "endings": ["<|endoftext|>", *rows[4]["endings"][1:]]}
+    (bench / "arithmark_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [flag.replace("bench_dir=bench", f"bench_dir={bench}") for flag in FLAGS]
+    run = train(folder, "broken", 2, 1, *flags)
+    assert (run / "done.json").is_file() and not figures(run)
+
+
 def test_without_tasks_nothing_is_scored(tmp_path: Path) -> None:
     """Oracle: the demo recipe names none."""
     assert scored_tasks(schema.load("demo"), tmp_path, 0, print) is None

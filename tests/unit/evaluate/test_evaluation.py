@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ds_slm.errors import DataError
 from ds_slm.evaluate import evaluation
-from ds_slm.evaluate.benchmarks import MMLU
+from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
 from ds_slm.recipe import schema
 
 
@@ -52,3 +52,41 @@ def test_mmlu_has_57_subjects() -> None:
     from ds_slm.evaluate import harness
 
     assert len(MMLU) == 57 and all((harness.TASKS / one.config).is_file() for one in MMLU)
+
+
+def test_examples_are_the_same_each_time(tmp_path: Path) -> None:
+    """Oracle: a second preparation; this task draws its three examples at random."""
+    rows = [
+        {"question": f"q{n}", "q_id": n, "label": n % 5, **{f"choice{c}": f"c{c}-{n}" for c in range(5)}}
+        for n in range(12)
+    ]
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / "jcommonsenseqa" / split))
+    first, second = (
+        evaluation.prepare(["ja_leaderboard_jcommonsenseqa"], tmp_path, lambda line: None)[0] for _ in range(2)
+    )
+    assert first.questions == second.questions
+    from ds_slm.evaluate import harness
+
+    assert harness.questions_of(first.of_harness) == first.questions
+
+
+def test_a_subject_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    """Oracle: MMLU's 57 subjects, though one of them is asked for by itself as well."""
+    for one in MMLU:
+        (tmp_path / f"{one.folders[0]}_test.csv").write_text("which,a,b,c,d,B\n")
+    tasks = evaluation.prepare(["mmlu", "mmlu_anatomy"], tmp_path, lambda line: None)
+    assert len(tasks) == 57 == len({task.name for task in tasks})
+
+
+def test_parquet_of_other_configurations_is_left_out(tmp_path: Path) -> None:
+    """Oracle: the configuration that the harness reads; two folders that could be it are told."""
+    texts = {"default": "an English text", "de": "ein deutscher Text"}
+    for config, text in texts.items():
+        folder = tmp_path / "lambada_openai" / config
+        folder.mkdir(parents=True)
+        Dataset.from_list([{"text": text}]).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    assert [row["text"] for row in find_rows(BENCHMARKS["lambada_openai"], tmp_path).rows] == [texts["default"]]
+    (tmp_path / "lambada_openai" / "default").rename(tmp_path / "lambada_openai" / "en")
+    with pytest.raises(DataError, match="several folders could hold it"):
+        find_rows(BENCHMARKS["lambada_openai"], tmp_path)

@@ -212,3 +212,10 @@ def test_version_is_the_harnesss() -> None:
     versions = {name: harness.version_of(harness.task_of(Path(BENCHMARKS[name].config), rows[name])) for name in rows}
     assert versions["boolq"] == versions["wikitext"] == "2.0"
     assert versions["hellaswag"] == versions["lambada_openai"] == "1.0"
+
+
+def test_a_choice_without_a_token_is_refused(qwen3: Any) -> None:
+    """Oracle: the harness asserts there; a log-probability of 0 would win."""
+    encoder = TextEncoder(open_scorer(qwen3.export).tokenizer)
+    with pytest.raises(DataError, match="has no token of its own"):
+        encoder.pairs([("The bar", ""), ("The bar", " red")])

@@ -1,20 +1,22 @@
 """Models of other architectures, scored through transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from ds_slm.errors import CheckpointError
 from ds_slm.evaluate import harness
 from ds_slm.evaluate.opening import TransformersScorer, open_scorer
 from ds_slm.evaluate.text import TextEncoder
 from tests.support.scored_models import CONTEXT, VOCAB
 
 
-def test_a_gpt2_is_scored_as_by_the_harness(tokenizer_folder: Path, tasks: dict[str, Any], tmp_path: Path) -> None:
-    """Oracle: HFLM on the same folder: a random GPT2LMHeadModel of learned positions."""
-    from lm_eval.models.huggingface import HFLM
+def write_gpt2(folder: Path, tokenizer_folder: Path) -> Path:
+    """A random GPT2LMHeadModel of learned positions."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
@@ -22,9 +24,54 @@ def test_a_gpt2_is_scored_as_by_the_harness(tokenizer_folder: Path, tasks: dict[
         vocab_size=VOCAB, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=0,
         eos_token_id=0,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    opened = open_scorer(tmp_path)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_s_own_code_does_not_run(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a file that the code would write, though somebody answers yes to every question."""
+    folder = write_gpt2(tmp_path / "model", tokenizer_folder)
+    config = json.loads((folder / "config.json").read_text())
+    named = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": named}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        open_scorer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_missing_are_not_made_up(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Oracle: the name of the tensor that was taken out."""
+    folder = write_gpt2(tmp_path, tokenizer_folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if "h.1.mlp.c_fc.weight" in name)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != lost},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(CheckpointError, match=r"lacks .*h\.1\.mlp\.c_fc\.weight"):
+        open_scorer(folder)
+    (folder / "model.safetensors").write_bytes(bytes(20))
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        open_scorer(folder)
+
+
+def test_a_checkpoint_that_is_named_has_a_place_of_its_own(qwen3: Any) -> None:
+    """Oracle: the run folder's results are the newest checkpoint's."""
+    assert open_scorer(qwen3.run).folder == qwen3.run
+    assert open_scorer(qwen3.checkpoint).folder == qwen3.run / "eval" / qwen3.checkpoint.name
+
+
+def test_a_gpt2_is_scored_as_by_the_harness(tokenizer_folder: Path, tasks: dict[str, Any], tmp_path: Path) -> None:
+    """Oracle: HFLM on the same folder."""
+    from lm_eval.models.huggingface import HFLM
+
+    opened = open_scorer(write_gpt2(tmp_path, tokenizer_folder))
     assert isinstance(opened.scorer, TransformersScorer)
     assert (opened.scorer.max_length, opened.facts["scored_by"]) == (CONTEXT, "transformers")
 

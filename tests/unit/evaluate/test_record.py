@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from ds_slm.errors import DataError
 from ds_slm.evaluate import evaluation, record
-from ds_slm.evaluate.evaluation import TaskResult, leaderboard_average
+from ds_slm.evaluate.evaluation import TaskResult
 from ds_slm.evaluate.results import Figure, Item
 from ds_slm.evaluate.scoring import Counts
-from ds_slm.evaluate.table import CONFIDENCE, rows_of
+from ds_slm.evaluate.table import CONFIDENCE, leaderboard_average, rows_of
 from ds_slm.recipe import schema
 
 CARD = {"hellaswag": 26.53, "arc_easy": 30.47, "arc_challenge": 25.00, "piqa": 50.92, "arithmark2": 24.32}
@@ -26,8 +27,20 @@ def result(name: str, value: float, items: int = 10, of_items: int = 10, publish
 
 def found_of(sha256: str, *results: TaskResult) -> dict[str, Any]:
     """What `as_json` gives, as far as it is merged."""
-    tasks = {one.name: {**vars(one), "figures": {}, "counts": {}, "limited": one.is_limited} for one in results}
-    return {"model": {"sha256": sha256}, "tasks": tasks, "leaderboard": None}
+    return {"model": {"sha256": sha256}, "tasks": tasks_of(*results), "leaderboard": None}
+
+
+def tasks_of(*results: TaskResult) -> dict[str, Any]:
+    """The tasks of an eval.json."""
+    return {
+        one.name: {
+            **vars(one),
+            "figures": {name: vars(figure) for name, figure in one.figures.items()},
+            "counts": {},
+            "limited": one.is_limited,
+        }
+        for one in results
+    }
 
 
 def items_of(value: float) -> list[Item]:
@@ -37,9 +50,9 @@ def items_of(value: float) -> list[Item]:
 def test_the_leaderboards_average() -> None:
     """Oracle: slm-10m's card: (26.53 + (30.47 + 25.00) / 2 + 50.92 + 24.32) / 4 = 32.38."""
     results = [result(name, value) for name, value in CARD.items()]
-    assert leaderboard_average(results) == pytest.approx(32.38, abs=0.005)
-    assert leaderboard_average(results[:-1]) is None
-    assert leaderboard_average([*results[:-1], result("arithmark2", 24.32, items=5)]) is None
+    assert leaderboard_average(tasks_of(*results)) == pytest.approx(32.38, abs=0.005)
+    assert leaderboard_average(tasks_of(*results[:-1])) is None
+    assert leaderboard_average(tasks_of(*results[:-1], result("arithmark2", 24.32, items=5))) is None
     assert evaluation.chosen_tasks(["leaderboard", "piqa"], None) == list(CARD)
 
 
@@ -83,6 +96,46 @@ def test_words_of_the_table(word: str) -> None:
     one, published = WORDS[word]
     figures = {name: vars(figure) for name, figure in one.figures.items()}
     task = {**vars(one), "figures": figures, "limited": one.is_limited}
-    (row,) = rows_of({"tasks": {"piqa": task}, "leaderboard": None}, schema.load("slm-10m"))
+    (row,) = rows_of({"model": {}, "tasks": {"piqa": task}}, schema.load("slm-10m"))
     assert (row.published, row.plus_minus, row.chance, row.commonest) == (published, CONFIDENCE, 25.0, 26.0)
     assert row.what == word
+
+
+def test_a_figure_of_another_step_says_so() -> None:
+    """Oracle: slm-10m's last step is 47,683; its figures are the finished model's."""
+    tasks = tasks_of(result("piqa", 50.92, published=True))
+    (row,) = rows_of({"model": {"step": 400}, "tasks": tasks}, schema.load("slm-10m"))
+    assert row.what == "within ±, at step 400"
+    (row,) = rows_of({"model": {"step": 47_683}, "tasks": tasks}, schema.load("slm-10m"))
+    assert row.what == "within ±"
+
+
+def test_the_average_is_of_what_the_file_holds(tmp_path: Path) -> None:
+    """Oracle: by hand; made of two evaluations, made anew with a task, and with the remark of its parts."""
+    first, *others = (result(name, value, published=True) for name, value in CARD.items())
+    record.store(tmp_path, found_of("a", first), {})
+    record.store(tmp_path, found_of("a", *others), {})
+    assert json.loads((tmp_path / record.EVAL_FILE).read_text())["leaderboard"] == pytest.approx(32.38, abs=0.005)
+
+    record.store(tmp_path, found_of("a", result("hellaswag", 26.53 + 40, published=False)), {})
+    found = json.loads((tmp_path / record.EVAL_FILE).read_text())
+    assert found["leaderboard"] == pytest.approx(42.38, abs=0.005)
+    *_, row = rows_of(found, schema.load("slm-10m"))
+    assert row.what == "differs by +10.00, other rows"
+
+
+def test_texts_may_hold_any_end_of_a_line(tmp_path: Path) -> None:
+    """Oracle: what was stored; MMLU's rows hold U+0085, others U+2028."""
+    odd = [Item((("a\u0085b\u2028c\u2029d\r\n", " b"), ("a", " c")), 0, 0, (-1.0, -2.0), {"acc": 1.0})]
+    record.store(tmp_path, found_of("a", result("piqa", 1)), {"piqa": odd})
+    record.store(tmp_path, found_of("a", result("sciq", 1)), {"sciq": items_of(-3.0)})
+    assert record.read_items(tmp_path) == {"piqa": odd, "sciq": items_of(-3.0)}
+
+
+@pytest.mark.parametrize("content", ['{"model": "gpt2"}', '{"model": {}, "tasks": {"x": {}}}', "[]", "{"])
+def test_a_file_of_others_is_not_read_and_not_lost(tmp_path: Path, content: str) -> None:
+    """Oracle: the sentence, and the file as it was."""
+    (tmp_path / record.EVAL_FILE).write_text(content)
+    with pytest.raises(DataError, match="move it away"):
+        record.before_now(tmp_path)
+    assert (tmp_path / record.EVAL_FILE).read_text() == content

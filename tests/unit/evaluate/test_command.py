@@ -110,3 +110,61 @@ def test_without_the_harness(fresh: Path, ds_slm: Callable[..., Any], monkeypatc
     done = ds_slm("eval", fresh / "export", "--bench-dir", fresh / "files", "--tasks", "piqa")
     assert done.returncode == 2
     assert "pip install -e '.[eval]'" in done.stderr
+
+
+def test_two_models_on_the_same_items(fresh: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: the run and its export are one model: no item differs; and both keep their results."""
+    flags = ("--tasks", "piqa", "--bench-dir", fresh / "files", "--against", fresh / "export", "--json")
+    done = ds_slm("eval", fresh / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    differences = {one["metric"]: one for one in json.loads(done.stdout)["against"]}
+    assert differences.keys() == {"acc", "acc_norm", "answer_bits_per_byte"}
+    assert all(one["difference"] == pytest.approx(0, abs=1e-6) for one in differences.values())
+    assert (differences["acc"]["only_ours"], differences["acc"]["only_theirs"]) == (0, 0)
+    assert all((fresh / place / "eval.json").is_file() for place in ("run", "export"))
+
+
+def test_choices_are_ranked(fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: the order of the sums, and of the means with --mean; a file gives what the command gives."""
+    context, choices = "The bar", [" is red", " is", " of a red cave by the river"]
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"context": context, "choices": choices}) + "\n\n")
+    found = {}
+    for flags in ((), ("--mean",)):
+        done = ds_slm("rank", fresh / "run", context, *choices, *flags, "--json")
+        assert done.returncode == 0, done.stderr
+        from_file = ds_slm("rank", fresh / "run", "--file", tmp_path / "lines.jsonl", *flags, "--json")
+        assert from_file.stdout == done.stdout
+        (found[flags],) = json.loads(done.stdout)["ranked"]
+    sums = [one["log_probability"] for one in found[()]["choices"]]
+    means = [one["mean_log_probability"] for one in found[("--mean",)]["choices"]]
+    assert sums == sorted(sums, reverse=True) and means == sorted(means, reverse=True)
+    assert {one["choice"] for one in found[()]["choices"]} == set(choices)
+    assert all(
+        one["mean_log_probability"] * one["tokens"] == pytest.approx(one["log_probability"])
+        for one in found[()]["choices"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["The bar"], "at least two choices"),
+        (["The bar", " red"], "at least two choices"),
+        (["The bar", "", " red"], "has no token of its own"),
+        (["a", "b", "--file", "lines.jsonl"], "leave them out"),
+    ],
+)
+def test_mistakes_of_ranking(arguments: list[str], told: str, fresh: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: the sentence, exit code 2, no traceback."""
+    done = ds_slm("rank", fresh / "run", *arguments)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_line_of_a_file_that_is_not_one_is_told(fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: two lines of three are wrong."""
+    file = tmp_path / "lines.jsonl"
+    file.write_text(
+        '{"context": "a", "choices": [" b", " c"]}\n{"context": "a"}\n{"context": 1, "choices": ["a", "b"]}\n'
+    )
+    done = ds_slm("rank", fresh / "run", "--file", file)
+    assert done.returncode == 2 and "line 2" in done.stderr and "line 3" in done.stderr and "line 1" not in done.stderr

@@ -162,10 +162,10 @@ def named_by(run: Path, pointer: str) -> int | None:
         name = (checkpoints_folder(run) / pointer).read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return None
-    return _step_of(name)
+    return step_of(name)
 
 
-def _step_of(name: str) -> int | None:
+def step_of(name: str) -> int | None:
     """The step of a checkpoint's name; None of any other name."""
     match = re.fullmatch(r"step-([0-9]{8,})", name)
     return int(match[1]) if match and name == f"step-{int(match[1]):08d}" else None
@@ -215,7 +215,7 @@ def verify(checkpoint: Path, read: bool = True) -> list[str]:
 def steps(run: Path) -> list[int]:
     """Steps of all checkpoints of a run, whole or not, in ascending order."""
     names = (path.name for path in checkpoints_folder(run).glob("step-*"))
-    return sorted(step for name in names if (step := _step_of(name)) is not None)
+    return sorted(step for name in names if (step := step_of(name)) is not None)
 
 
 def say_on_stderr(text: str) -> None:

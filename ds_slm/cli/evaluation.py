@@ -40,11 +40,11 @@ def run(model: Path, asked: Request) -> None:
     other = open_scorer(asked.against) if asked.against else None
     for one in filter(None, (opened, other)):
         record.before_now(one.folder)
-        refuse_unwritable(one.folder if one.folder.exists() else one.folder.parents[1])
+        refuse_unwritable(one.run or one.folder)
 
     recipe = schema.load(asked.recipe) if asked.recipe else None
-    if recipe is None and (opened.folder / "recipe.toml").is_file():
-        recipe = schema.load_recorded(opened.folder)
+    if recipe is None and opened.run:
+        recipe = schema.load_recorded(opened.run)
 
     names = evaluation.chosen_tasks([name.strip() for name in asked.tasks.split(",") if name.strip()], recipe)
     if not names:

@@ -4,7 +4,6 @@ path --open_model--> our decoder on the device, fp32 --> DecoderScorer
      --transformers--> another architecture, fp32 --> TransformersScorer: a context anew for each continuation
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
+from ds_slm.checkpoint.files import step_of
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError
 from ds_slm.evaluate.scoring import BATCH_TOKENS, Batch, DecoderScorer, Scorer
 from ds_slm.model.decoder import Decoder
 from ds_slm.model.loss import TokenScores
-from ds_slm.publish.models import OpenModel, open_model
+from ds_slm.publish.models import open_model, sha256_of_weights, weight_files
+from ds_slm.recipe.schema import RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Opened:
     scorer: Scorer
     tokenizer: Tokenizer
     folder: Path
-    """The run folder, or the model's own: where its results belong."""
+    """Where its results belong."""
     facts: dict[str, Any]
-    """What eval.json says of it: sha256, step, dtype, architecture."""
+    """What eval.json says of it: path, sha256, step, dtype, what scores it."""
+    run: Path | None = None
+    """The run folder that it is a checkpoint of."""
 
 
 class TransformersScorer:
@@ -81,23 +84,20 @@ def open_scorer(path: Path) -> Opened:
         model = Decoder(opened.shape)
     state = opened.read()
     model.load_state_dict(state, assign=True, strict=False)
-    is_run = (opened.tokenizer_folder.parent / "recipe.toml").is_file()
-    folder = opened.tokenizer_folder.parent if is_run else path
-    if is_run and path.parent.name == "checkpoints":
-        folder = folder / "eval" / opened.folder.name  # a checkpoint that was named has a place of its own
-    return Opened(DecoderScorer(model.to(device)), tokenizer, folder, _facts(opened))
+
+    run = opened.tokenizer_folder.parent
+    if not (run / RECIPE_FILE).is_file():
+        run = None
+    folder = run or path
+    if run and path.parent.name == "checkpoints":
+        folder = run / "eval" / opened.folder.name  # a checkpoint that was named has a place of its own
+    facts = _facts(opened.folder, opened.sha256, "ds_slm")
+    return Opened(DecoderScorer(model.to(device)), tokenizer, folder, facts, run)
 
 
-def _facts(opened: OpenModel) -> dict[str, Any]:
-    name = opened.folder.name
-    step = int(name.removeprefix("step-")) if name.startswith("step-") else None
-    return {
-        "path": str(opened.folder),
-        "sha256": opened.sha256,
-        "step": step,
-        "dtype": "float32",
-        "scored_by": "ds_slm",
-    }
+def _facts(folder: Path, sha256: str, scored_by: str) -> dict[str, Any]:
+    step = step_of(folder.name)
+    return {"path": str(folder), "sha256": sha256, "step": step, "dtype": "float32", "scored_by": scored_by}
 
 
 def _is_foreign(path: Path) -> bool:
@@ -120,9 +120,7 @@ def _is_foreign(path: Path) -> bool:
 def _open_foreign(path: Path, device: torch.device) -> Opened:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} holds no .safetensors file: save the model in that format, no pickle is read.")
+    files = weight_files(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -130,6 +128,7 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {path} ({reason}): get an intact copy.") from error
+
     # transformers fills what a file lacks with random numbers.
     if lacking := sorted([*map(str, info["missing_keys"]), *map(str, info.get("mismatched_keys", ()))]):
         raise CheckpointError([f"{path} lacks {name}, or has it in another shape." for name in lacking])
@@ -144,9 +143,5 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} holds no tokenizer that can be used ({reason}): save one beside the model.") from error
 
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    facts = {"path": str(path), "sha256": digest.hexdigest(), "step": None, "dtype": "float32"}
-    return Opened(TransformersScorer(model, device), tokenizer, path, {**facts, "scored_by": "transformers"})
+    facts = _facts(path, sha256_of_weights(files), "transformers")
+    return Opened(TransformersScorer(model, device), tokenizer, path, facts)

@@ -8,7 +8,7 @@ a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,25 +142,31 @@ def _open_hf(folder: Path) -> OpenModel:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} holds no object: get an intact copy.")
 
-    files = _weight_files(folder)
-    if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
+    files = weight_files(folder)
+    _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
+    shape = hf.shape_from_hf(config)
+    return OpenModel(folder, shape, folder, sha256_of_weights(files), tuple(files))
 
+
+def sha256_of_weights(files: Sequence[Path]) -> str:
+    """One hash of several files of weights."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-
-    _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
-    shape = hf.shape_from_hf(config)
-    return OpenModel(folder, shape, folder, digest.hexdigest(), tuple(files))
+    return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, where it has one. Raises CheckpointError for others."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, where it has one.
+
+    Raises CheckpointError where there is none, or the index names a file that is not there.
+    """
     path = folder / INDEX
     if not path.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        if found := sorted(folder.glob("*.safetensors")):
+            return found
+        raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
 
     index = read_json(path)
     named = index.get("weight_map") if index else None

@@ -12,6 +12,7 @@ import torch
 
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
+from ds_slm.recipe import schema
 from tests.support import benchmark_files, scored_models
 from tests.support.benchmark_files import ROWS
 
@@ -168,3 +169,18 @@ def test_every_line_of_a_file_that_is_not_one_is_told(fresh: Path, tmp_path: Pat
     )
     done = ds_slm("rank", fresh / "run", "--file", file)
     assert done.returncode == 2 and "line 2" in done.stderr and "line 3" in done.stderr and "line 1" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000007", "checkpoints/best"])
+def test_published_figures_stand_beside_those_of_every_checkpoint(
+    place: str, fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]
+) -> None:
+    """Oracle: the figure that the run's own recipe names, whichever of its checkpoints is scored."""
+    run = shutil.copytree(fresh / "run", tmp_path / "run")
+    target = schema.Target(metric="piqa/acc_norm", published=61.25, source="made up")
+    recipe = schema.load_recorded(run).model_copy(update={"targets": [target]})
+    (run / "recipe.toml").write_text(schema.to_toml(recipe))
+    (run / "checkpoints" / "best").write_text("step-00000007")
+    done = ds_slm("eval", run / place, "--tasks", "piqa", "--bench-dir", fresh / "files")
+    assert done.returncode == 0, done.stderr
+    assert "61.25" in done.stdout and "at step 7" in done.stdout

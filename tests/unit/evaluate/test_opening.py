@@ -64,7 +64,10 @@ def test_weights_that_are_missing_are_not_made_up(tokenizer_folder: Path, tmp_pa
 def test_a_checkpoint_that_is_named_has_a_place_of_its_own(qwen3: Any) -> None:
     """Oracle: the run folder's results are the newest checkpoint's."""
     assert open_scorer(qwen3.run).folder == qwen3.run
-    assert open_scorer(qwen3.checkpoint).folder == qwen3.run / "eval" / qwen3.checkpoint.name
+    opened = open_scorer(qwen3.checkpoint)
+    assert opened.folder == qwen3.run / "eval" / qwen3.checkpoint.name
+    assert (opened.run, opened.facts["step"]) == (qwen3.run, 7)
+    assert open_scorer(qwen3.export).run is None
 
 
 def test_a_gpt2_is_scored_as_by_the_harness(tokenizer_folder: Path, tasks: dict[str, Any], tmp_path: Path) -> None:

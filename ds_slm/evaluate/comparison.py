@@ -10,14 +10,10 @@ equally good, each would win half of them.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
 from ds_slm.errors import DataError
-from ds_slm.evaluate.results import Item
-
-WHOLE_TEXTS = "bits_per_byte"
-"""The metric of tasks that score whole texts: a log-probability and the text's bytes."""
+from ds_slm.evaluate.results import ANSWER_BITS_PER_BYTE, BITS_PER_BYTE, Item, bits_per_byte, mean_stderr, right_answers
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,8 @@ def _differences(task: str, ours: Sequence[Item], theirs: Sequence[Item]) -> lis
 def _accuracy(task: str, metric: str, pairs: Sequence[tuple[float, float]]) -> Difference:
     differences = [100 * (one - other) for one, other in pairs]
     only_ours, only_theirs = sum(one > other for one, other in pairs), sum(one < other for one, other in pairs)
-    stderr = stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
     first, second = (100 * fmean(column) for column in zip(*pairs, strict=True))
-    chance = mcnemar(only_ours, only_theirs)
+    chance, stderr = mcnemar(only_ours, only_theirs), mean_stderr(differences)
     return Difference(
         task, metric, first, second, first - second, stderr, only_ours, only_theirs, chance, len(pairs)
     )  # fmt: skip
@@ -91,25 +86,17 @@ def _normal_tail(thrown: int, fewer: int) -> float:
 
 
 def _bits_per_byte(task: str, ours: Sequence[Item], theirs: Sequence[Item]) -> Difference | None:
-    """Of the right answers or whole texts: a ratio over all items."""
-    measured: list[tuple[float, float, int]] = []
-    for one, other in zip(ours, theirs, strict=True):
-        if WHOLE_TEXTS in one.values:
-            (log_probability, size), (another, _) = one.values[WHOLE_TEXTS], other.values[WHOLE_TEXTS]
-            measured.append((log_probability, another, size))
-            continue
-        if one.right is None or other.right is None:
-            return None
-        text: Any = one.requests[one.right][-1]
-        size = len(text.removeprefix(" ").encode())
-        measured.append((one.log_probabilities[one.right], other.log_probabilities[other.right], size))
-
-    total, n = sum(size for *_, size in measured), len(measured)
-    if not total:
+    """Of whole texts, or of the right answers: a ratio over all items."""
+    metric = BITS_PER_BYTE if BITS_PER_BYTE in ours[0].values else ANSWER_BITS_PER_BYTE
+    mine, others = (
+        [item.values[metric] for item in items] if metric == BITS_PER_BYTE else right_answers(items)
+        for items in (ours, theirs)
+    )
+    if not mine:
         return None
-    first, second = (-sum(row[column] for row in measured) / total / math.log(2) for column in (0, 1))
-    ratio = sum(one - other for one, other, _ in measured) / total
-    squares = sum((one - other - ratio * size) ** 2 for one, other, size in measured)
-    stderr = math.sqrt(n / (n - 1) * squares) / total / math.log(2) if n > 1 else None
-    metric = WHOLE_TEXTS if WHOLE_TEXTS in ours[0].values else "answer_bits_per_byte"
-    return Difference(task, metric, first, second, first - second, stderr, items=n)
+
+    differences = [(one - other, size) for (one, size), (other, _) in zip(mine, others, strict=True)]
+    first, second, difference = map(bits_per_byte, (mine, others, differences))
+    return Difference(
+        task, metric, first.value, second.value, difference.value, difference.stderr, items=len(mine)
+    )  # fmt: skip

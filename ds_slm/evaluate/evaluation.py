@@ -179,9 +179,8 @@ def _is_broken(items: Sequence[Item]) -> bool:
 
 def _result(task: Task, items: Sequence[Item], counts: Counts) -> TaskResult:
     sha256, published = content_sha256(task.questions), is_published(task.name, task.questions)
-    found = figures(items)
-    if task.of_harness is not None:
-        found = figures(items, partial(_harness().aggregate, task.of_harness))
+    aggregate = None if task.of_harness is None else partial(_harness().aggregate, task.of_harness)
+    found = figures(items, aggregate)
     total = len(task.questions)
     return TaskResult(task.name, task.version, len(items), total, task.file, sha256, published, found, counts)
 
@@ -212,11 +211,6 @@ def _groups(
         return []
     together = [item for task in subjects for item in items[task.name]]
     questions = [question for task in subjects for question in task.questions]
-    total = Counts()
-    for task in subjects:
-        one = counts.get(task.name, Counts())
-        total.tokens += one.tokens
-        total.cut_contexts += one.cut_contexts
-        total.cut_continuations += one.cut_continuations
+    total = sum((counts.get(task.name, Counts()) for task in subjects), Counts())
     whole = Task(MMLU_NAME, questions, str(Path(subjects[0].file).parent), "2")
     return [_result(whole, together, total)]

@@ -30,10 +30,10 @@ PUBLISHED = {
     "arc_challenge": (1_172, "123ef06e6f9c5d77225deb2049da87847d27d63ecbbf4ede78f4c875732448e3"),
 }
 """Items of the sets that the harness scores, and their content's hash."""
-
-
-RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-"""Metrics to which an item adds a log-probability and what it is divided by."""
+BITS_PER_BYTE, ANSWER_BITS_PER_BYTE = "bits_per_byte", "answer_bits_per_byte"
+"""Of whole texts, a metric of the harness; of the right answers, ours."""
+RATIO_PERPLEXITIES = ("word_perplexity", "byte_perplexity")
+"""As bits per byte, an item adds a log-probability to them and what it is divided by."""
 
 
 class Question(NamedTuple):
@@ -86,14 +86,12 @@ def is_published(task: str, questions: Sequence[Question]) -> bool | None:
     return (len(questions), content_sha256(questions)) == PUBLISHED[task]
 
 
-def figures(
-    items: Sequence[Item], aggregate: Callable[[str, Sequence[Any]], float] = lambda metric, values: fmean(values)
-) -> dict[str, Figure]:
+def figures(items: Sequence[Item], aggregate: Callable[[str, Sequence[Any]], float] | None = None) -> dict[str, Figure]:
     """Every metric of a task.
 
     Args:
         items: the task's, answered.
-        aggregate: from the name of a metric that is not one of ours, such as F1, and each item's share to its value.
+        aggregate: the task's own rule, from a metric's name and each item's share to its value; None takes the mean.
     """
     chance, commonest = _chance(items), _commonest(items)
     found = {}
@@ -101,18 +99,18 @@ def figures(
         values = [item.values[name] for item in items]
         if name == "perplexity":
             perplexity = _exp(-fmean(values))
-            found[name] = Figure(perplexity, _scaled(perplexity, _mean_stderr(values)))
-        elif name in RATIOS:
+            found[name] = Figure(perplexity, _scaled(perplexity, mean_stderr(values)))
+        elif name == BITS_PER_BYTE:
+            found[name] = bits_per_byte(values)
+        elif name in RATIO_PERPLEXITIES:
             ratio, stderr = _ratio(values)
-            if name == "bits_per_byte":
-                found[name] = Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))
-            else:
-                found[name] = Figure(_exp(-ratio), _scaled(_exp(-ratio), stderr))
+            found[name] = Figure(_exp(-ratio), _scaled(_exp(-ratio), stderr))
         else:
-            found[name] = _mean_or_other(name, values, aggregate(name, values), chance, commonest)
+            value = aggregate(name, values) if aggregate else fmean(values)
+            found[name] = _mean_or_other(name, values, value, chance, commonest)
 
-    if answer := _answer_bits_per_byte(items):
-        found["answer_bits_per_byte"] = answer
+    if answers := right_answers(items):
+        found[ANSWER_BITS_PER_BYTE] = bits_per_byte(answers)
     return found
 
 
@@ -124,16 +122,23 @@ def _mean_or_other(
     if not numbers or not math.isclose(value, fmean(values), rel_tol=1e-9, abs_tol=1e-12):
         return Figure(value, None)
     if name.startswith("acc") or name == "exact_match":
-        return Figure(100 * value, _scaled(100, _mean_stderr(values)), chance, commonest)
-    return Figure(value, _mean_stderr(values))
+        return Figure(100 * value, _scaled(100, mean_stderr(values)), chance, commonest)
+    return Figure(value, mean_stderr(values))
 
 
-def _mean_stderr(values: Sequence[float]) -> float | None:
+def mean_stderr(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of some values; None for a single one."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def bits_per_byte(pairs: Sequence[tuple[float, float]]) -> Figure:
+    """From log-probabilities in nats, each with the bytes of its text, or from differences of such."""
+    ratio, stderr = _ratio(pairs)
+    return Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))
+
+
 def _ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
-    """Sum of the first over sum of the second, and its standard error."""
+    """Sum of the first over sum of the second, and its standard error; None for a single pair."""
     total, n = sum(weight for _, weight in pairs), len(pairs)
     ratio = sum(value for value, _ in pairs) / total
     if n < 2:
@@ -165,16 +170,15 @@ def _commonest(items: Sequence[Item]) -> float | None:
     return 100 * Counter(item.right for item in items).most_common(1)[0][1] / len(items)
 
 
-def _answer_bits_per_byte(items: Sequence[Item]) -> Figure | None:
-    """Bits per byte of the right answers, over all items together, without the space before them."""
-    if any(item.right is None or len(item.requests[item.right]) < 2 for item in items):
-        return None
+def right_answers(items: Sequence[Item]) -> list[tuple[float, int]]:
+    """The log-probability and the bytes of each right answer, without the space before it.
+
+    None of them where an item has no right answer, it is a whole text, or nothing but a space.
+    """
     pairs = []
     for item in items:
-        assert item.right is not None
+        if item.right is None or len(item.requests[item.right]) < 2:
+            return []
         answer = item.requests[item.right][1].removeprefix(" ")
         pairs.append((item.log_probabilities[item.right], len(answer.encode())))
-    if not all(size for _, size in pairs):
-        return None
-    ratio, stderr = _ratio(pairs)
-    return Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))
+    return pairs if all(size for _, size in pairs) else []

@@ -14,7 +14,7 @@ Known gap: a model that is not ours computes a context anew for each continuatio
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
 
@@ -66,6 +66,9 @@ class Counts:
             self.tokens += length
             self.cut_contexts += length > max_length + 1
             self.cut_continuations += one.cut_tokens > 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class Row(NamedTuple):

@@ -22,8 +22,8 @@ from ds_slm.recipe import schema
 
 
 @dataclass(frozen=True)
-class Request:
-    """What `ds-slm eval` was asked for."""
+class Flags:
+    """Those of `ds-slm eval`, but for the model."""
 
     tasks: str
     bench_dir: Path | None
@@ -33,48 +33,48 @@ class Request:
     as_json: bool
 
 
-def run(model: Path, asked: Request) -> None:
+def run(model: Path, flags: Flags) -> None:
     """Evaluate a model. Raises UserError with all that keeps it from being scored, before anything is."""
-    report = report_to(asked.as_json)
+    report = report_to(flags.as_json)
     opened = open_scorer(model)
-    other = open_scorer(asked.against) if asked.against else None
+    other = open_scorer(flags.against) if flags.against else None
     for one in filter(None, (opened, other)):
         record.before_now(one.folder)
         refuse_unwritable(one.run or one.folder)
 
-    recipe = schema.load(asked.recipe) if asked.recipe else None
+    recipe = schema.load(flags.recipe) if flags.recipe else None
     if recipe is None and opened.run:
         recipe = schema.load_recorded(opened.run)
 
-    names = evaluation.chosen_tasks([name.strip() for name in asked.tasks.split(",") if name.strip()], recipe)
+    names = evaluation.chosen_tasks([name.strip() for name in flags.tasks.split(",") if name.strip()], recipe)
     if not names:
         raise ConfigError("--tasks names none: expected card, leaderboard, or names with commas between them.")
-    tasks = evaluation.prepare(names, asked.bench_dir, report)
-    found, items = _score(opened, tasks, asked, report)
-    differences = comparison.compare(items, _score(other, tasks, asked, report)[1]) if other else None
+    tasks = evaluation.prepare(names, flags.bench_dir, report)
+    found, items = _score(opened, tasks, flags, report)
+    differences = comparison.compare(items, _score(other, tasks, flags, report)[1]) if other else None
 
-    if asked.as_json:
+    if flags.as_json:
         print_json({**found, "against": [asdict(one) for one in differences]} if differences else found)
         return
     tables.show_evaluation(rows_of(found, recipe))
     if differences:
-        print(f"\n{model} less {asked.against}, on the same items:")
+        print(f"\n{model} less {flags.against}, on the same items:")
         tables.show_differences(differences)
 
 
 def _score(
-    opened: Opened, tasks: list[evaluation.Task], asked: Request, report: Callable[[str], None]
+    opened: Opened, tasks: list[evaluation.Task], flags: Flags, report: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, list[Item]]]:
     """Answer the tasks, store the results beside the model, and say what was cut and where they are."""
     begun_s = time.monotonic()
     with Progress(
         TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,} rows"),
-        disable=asked.as_json or not sys.stdout.isatty(), transient=True,
+        disable=flags.as_json or not sys.stdout.isatty(), transient=True,
     ) as progress:  # fmt: skip
         bar = progress.add_task("", total=None)
-        results, items = evaluation.evaluate(opened, tasks, asked.limit, lambda rows: progress.advance(bar, rows))
+        results, items = evaluation.evaluate(opened, tasks, flags.limit, lambda rows: progress.advance(bar, rows))
 
-    found = record.as_json(opened, results, asked.limit, time.monotonic() - begun_s)
+    found = record.as_json(opened, results, flags.limit, time.monotonic() - begun_s)
     record.store(opened.folder, found, items)
     for line in _remarks(results):
         report(line)

@@ -341,7 +341,7 @@ def evaluate(
     """Benchmarks: the published figure, ours, its error, and what chance gives."""
     from ds_slm.cli import evaluation
 
-    evaluation.run(model, evaluation.Request(tasks, bench_dir, limit, name, against, as_json))
+    evaluation.run(model, evaluation.Flags(tasks, bench_dir, limit, name, against, as_json))
 
 
 @app.command()

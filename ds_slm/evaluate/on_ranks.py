@@ -146,5 +146,4 @@ def _figures(
 ) -> dict[str, float]:
     opened = Opened(scorer, tokenizer, Path(), {"path": "the model in training"})
     results, _ = evaluation.evaluate(opened, tasks, limit, lambda rows: None)
-    figures = {f"{one.name}/{metric}": figure.value for one in results for metric, figure in one.figures.items()}
-    return figures
+    return {f"{one.name}/{metric}": figure.value for one in results for metric, figure in one.figures.items()}

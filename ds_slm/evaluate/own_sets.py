@@ -18,9 +18,9 @@ from ds_slm.evaluate import documentation
 from ds_slm.evaluate.benchmarks import Benchmark, Found, Published, find_rows, read_json_lines
 from ds_slm.evaluate.results import Item, Question
 from ds_slm.evaluate.scoring import Counts, Request, Scorer, score
+from ds_slm.evaluate.table import ARITHMARK, DOCUMENTATION
 from ds_slm.evaluate.text import TextEncoder
 
-ARITHMARK = "arithmark2"
 OPERATORS = {1: f"{ARITHMARK}_1_operator", 2: f"{ARITHMARK}_2_operators", 3: f"{ARITHMARK}_3_operators"}
 """The name of the items with this many operators."""
 _FILES = Benchmark(
@@ -128,7 +128,7 @@ OWN_SETS = {
     ARITHMARK: OwnSet(
         "2.0", _find_arithmark, _answer_arithmark, parts=lambda row: OPERATORS[row["metadata"]["operator_count"]]
     ),
-    documentation.NAME: OwnSet(
+    DOCUMENTATION: OwnSet(
         documentation.VERSION,
         lambda bench_dir: Found(documentation.rows(), "this installation's documentation"),
         _answer_as_harness,

@@ -71,6 +71,14 @@ class Counts:
         return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
+class Window(NamedTuple):
+    """What the model's context holds of a request."""
+
+    read: list[int]
+    targets: list[int]
+    """The newest of these tokens, each one place later: what is scored."""
+
+
 class Row(NamedTuple):
     """One row of a batch, and which requests its scored tokens belong to."""
 
@@ -176,9 +184,9 @@ def _rows(
     first = 0
     for item in items:
         windows = [_window(request, max_length) for request in item]
-        shared = _common_prefix([ids for ids, _ in windows])
-        longest = max((len(ids) for ids, _ in windows), default=0)
-        same = all(len(ids) == shared for ids, _ in windows)
+        shared = _common_prefix([window.read for window in windows])
+        longest = max((len(window.read) for window in windows), default=0)
+        same = all(len(window.read) == shared for window in windows)
 
         if same:
             yield _joined_row(windows, shared, first)
@@ -186,37 +194,35 @@ def _rows(
             yield from _joined_rows(windows, shared, first, row_tokens)
         else:
             for number, window in enumerate(windows, first):
-                yield _joined_row([window], len(window[0]), number)
+                yield _joined_row([window], len(window.read), number)
         first += len(item)
 
 
-def _joined_rows(
-    windows: Sequence[tuple[list[int], list[int]]], shared: int, first: int, row_tokens: int
-) -> Iterator[Row]:
+def _joined_rows(windows: Sequence[Window], shared: int, first: int, row_tokens: int) -> Iterator[Row]:
     """Rows of as many branches as have place in each: a row's mask grows with the square of its length."""
     begin, length = 0, shared
-    for number, (ids, _) in enumerate(windows):
-        if number > begin and length + len(ids) - shared > row_tokens:
+    for number, window in enumerate(windows):
+        own = len(window.read) - shared
+        if number > begin and length + own > row_tokens:
             yield _joined_row(windows[begin:number], shared, first + begin)
             begin, length = number, shared
-        length += len(ids) - shared
+        length += own
     yield _joined_row(windows[begin:], shared, first + begin)
 
 
-def _window(request: Request, max_length: int) -> tuple[list[int], list[int]]:
-    """The tokens that are read, and the newest of them that are scored, each one place later."""
+def _window(request: Request, max_length: int) -> Window:
     whole = [*request.context_ids, *request.continuation_ids][-(max_length + 1) :]
     scored = min(len(request.continuation_ids), len(whole) - 1)
-    return whole[:-1], whole[len(whole) - scored :]
+    return Window(whole[:-1], whole[len(whole) - scored :])
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
 
 
-def _joined_row(windows: Sequence[tuple[list[int], list[int]]], shared: int, first: int) -> Row:
+def _joined_row(windows: Sequence[Window], shared: int, first: int) -> Row:
     """One row of sequences whose first `shared` tokens are the same; `first` is the number of the first request."""
-    ids, branch_ids = windows[0][0][:shared], [0] * shared
+    ids, branch_ids = windows[0].read[:shared], [0] * shared
     scored: list[tuple[int, int, int]] = []
 
     for branch, (read, targets) in enumerate(windows, 1):

@@ -11,14 +11,13 @@ from ds_slm.recipe.schema import Recipe
 
 CONFIDENCE = 1.96
 """Standard errors on each side of a figure that hold 95 % of what chance does to it."""
+ARITHMARK, DOCUMENTATION = "arithmark2", "documentation"
+"""The tasks that are not the harness's; the second is made of this installation's documentation, not published."""
 LEADERBOARD = "leaderboard/average"
 LEADERBOARD_METRICS = {
-    "hellaswag": "acc_norm", "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "piqa": "acc_norm",
-    "arithmark2": "acc",
+    "hellaswag": "acc_norm", "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "piqa": "acc_norm", ARITHMARK: "acc",
 }  # fmt: skip
 """What the Open SLM Leaderboard counts of each of its tasks."""
-MADE_HERE = "documentation"
-"""The task that has no published rows."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Row:
     """Of the right answers."""
     items: int | None
     what: str
-    """`within +-`, `differs by x`, `other rows`, `first N`, or nothing where nothing is published."""
+    """Whether ours differs from the published figure, and remarks that keep it from being held against that."""
 
 
 def rows_of(found: Mapping[str, Any], recipe: Recipe | None) -> list[Row]:
@@ -85,7 +84,7 @@ def leaderboard_average(tasks: Mapping[str, Any]) -> float | None:
         return None
     values = {name: tasks[name]["figures"][metric]["value"] for name, metric in LEADERBOARD_METRICS.items()}
     arc = (values["arc_easy"] + values["arc_challenge"]) / 2
-    return (values["hellaswag"] + arc + values["piqa"] + values["arithmark2"]) / 4
+    return (values["hellaswag"] + arc + values["piqa"] + values[ARITHMARK]) / 4
 
 
 def remarks_on_average(tasks: Mapping[str, Any]) -> list[str]:
@@ -100,7 +99,7 @@ def remarks_on(name: str, task: Mapping[str, Any]) -> list[str]:
         return [f"first {task['items']:,}"]
     if task["published"] is False:
         return ["other rows"]
-    return ["rows unchecked"] if task["published"] is None and name != MADE_HERE else []
+    return ["rows unchecked"] if task["published"] is None and name != DOCUMENTATION else []
 
 
 def _rows_of_task(

@@ -62,7 +62,7 @@ class TextEncoder:
             pairs.append(Request(alone[:1], alone[1:]) if has_prefix else Request([self.prefix_id], alone))
 
         # A choice that costs nothing would win everywhere.
-        empty = [text for pair, text in zip(pairs, texts, strict=True) if not pair.continuation_ids]
+        empty = [asked for pair, asked in zip(pairs, texts, strict=True) if not pair.continuation_ids]
         if empty:
             raise DataError(
                 [f"{text!r} after {context[-40:]!r} has no token of its own in this tokenizer: it cannot be scored."

@@ -159,7 +159,8 @@ class Report:
         if log and self._may_write:
             with self._disk():
                 self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-                tags = TAGS.get(kind) or {field: f"eval/{field}" for field in values}  # TASK/METRIC of benchmarks
+                # Fields of benchmarks are TASK/METRIC.
+                tags = {field: f"eval/{field}" for field in values} if kind == "benchmarks" else TAGS[kind]
                 for field, tag in tags.items():
                     if values.get(field) is not None:
                         self.tensorboard.add_scalar(tag, values[field], step)

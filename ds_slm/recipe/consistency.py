@@ -5,7 +5,8 @@ sections by name --disagreements--> problems, a sentence each
 
 from collections.abc import Mapping
 
-from ds_slm.recipe.sections import Data, Model, Optimizer, Section, Tokenizer, Train
+from ds_slm.recipe.section import Section
+from ds_slm.recipe.sections import Data, Model, Optimizer, Tokenizer, Train
 
 
 def disagreements(sections: Mapping[str, Section]) -> list[str]:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, assert_never
 
 from ds_slm.recipe.schedule import learning_rate
-from ds_slm.recipe.sections import Data, Optimizer, Schedule, Section, Source, Tokenizer, Train, newer_fields
+from ds_slm.recipe.section import Section, newer_fields
+from ds_slm.recipe.sections import Data, Optimizer, Schedule, Source, Tokenizer, Train
 
 if TYPE_CHECKING:
     from ds_slm.recipe.schema import Recipe

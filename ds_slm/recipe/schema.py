@@ -21,6 +21,7 @@ from ds_slm.recipe import effects
 from ds_slm.recipe.consistency import disagreements
 from ds_slm.recipe.inheritance import inherited_places, tables_of, with_base
 from ds_slm.recipe.problems import closest, nearest, sentences
+from ds_slm.recipe.section import Section
 from ds_slm.recipe.sections import (
     Card,
     Data,
@@ -29,7 +30,6 @@ from ds_slm.recipe.sections import (
     Optimizer,
     Run,
     Schedule,
-    Section,
     Sft,
     Source,
     Target,

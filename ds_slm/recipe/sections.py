@@ -3,35 +3,24 @@
     one table of the TOML file --> one Section; all of them --> schema.Recipe
 
 Field names of the model are Hugging Face's. The string under a field is its description: unit, meaning of the default.
-
-A new field has a default, under which a recipe means what it meant before, and is marked:
-
-    dropout: Annotated[float, NEWER] = 0.0
-
-Recipes, prepared data and runs of earlier versions then keep their hashes: see `Section.dump_for_hash`.
-CONTRIBUTING.md says which other files a new field or kind needs.
+A new one is marked NEWER: section.py says why.
 """
 
 import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FieldSerializationInfo,
     PositiveInt,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
     field_serializer,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
+from ds_slm.recipe.section import HASHED, NEWER, Section
+
 BYTES = 256
-WHOLE_NUMBERS = range(-(1 << 63), 1 << 63)
-"""What TOML, and every library that gets one, knows of whole numbers."""
 LEGACY_SEEDS = range(1 << 32)
 """What numpy's legacy generator takes for a seed."""
 MIX_ENTRIES = 1_000_000
@@ -39,48 +28,6 @@ MIX_ENTRIES = 1_000_000
 SmallInt = Annotated[PositiveInt, Field(lt=1 << 31)]
 Std = Annotated[float, Field(gt=0, le=100)]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
-NEWER = "newer than version 0.1"
-"""Marks a field that version 0.1 did not have."""
-HASHED = {"hashed": True}
-"""Context of a dump that is hashed, or compared with one that was written earlier."""
-
-
-class Section(BaseModel):
-    """A table of the recipe: immutable, no unknown keys, no conversion of types."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _fits_64_bits(cls, value: Any) -> Any:
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(number, int) and number not in WHOLE_NUMBERS for number in numbers):
-            raise ValueError("got a whole number of more than 64 bits; expected a smaller one")
-        return value
-
-    def dump_for_hash(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
-        """Plain data that are hashed, or compared with what an earlier version has written.
-
-        Words are those of version 0.1, and a field that is NEWER is left out while it holds its default. So a new field
-        changes the hash of no recipe that does not set it.
-        """
-        return self.model_dump(mode="json", include=include, exclude=exclude, context=HASHED)
-
-    @model_serializer(mode="wrap")
-    def _leave_out_newer_defaults(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        kept = dump(self)
-        if info.context == HASHED:
-            for name in newer_fields(type(self)):
-                if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
-                    kept.pop(name, None)
-        return kept
-
-
-def newer_fields(section: type[Section]) -> set[str]:
-    """Names of the fields that are marked NEWER."""
-    return {name for name, field in section.model_fields.items() if NEWER in field.metadata}
 
 
 def _raise_together(problems: list[str]) -> None:

@@ -11,10 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
-TINY = """
-[card]
-name = "tiny"
-[model]
+SHAPE = """
 hidden_size = 32
 intermediate_size = 48
 num_hidden_layers = 2
@@ -22,12 +19,18 @@ num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 8
 vocab_size = 320
+""".strip()
+TINY = f"""
+[card]
+name = "tiny"
+[model]
+{SHAPE}
 max_position_embeddings = 64
 qk_norm = true
 [tokenizer]
 kind = "bpe"
 vocab_size = 320
-special_tokens = { "<|endoftext|>" = 0, "<|pad|>" = 1 }
+special_tokens = {{ "<|endoftext|>" = 0, "<|pad|>" = 1 }}
 pad_token = "<|pad|>"
 [data]
 seq_len = 32

@@ -92,6 +92,29 @@ def test_figures_are_those_of_the_command(scored: Path, folder: Path) -> None:
     assert len(alone) == 4 * 3 and figures(scored)[EVERY] != figures(scored)[STEPS]
 
 
+def test_figures_are_in_tensorboard(scored: Path) -> None:
+    """Oracle: metrics.jsonl: the same steps and values, under eval/TASK/METRIC."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(scored / "tb"))
+    events.Reload()
+    for name in figures(scored)[STEPS]:
+        found = {event.step: event.value for event in events.Scalars(f"eval/{name}")}
+        assert found == pytest.approx({step: values[name] for step, values in figures(scored).items()}, rel=1e-6)
+
+
+def test_a_limit_scores_the_first_items(folder: Path) -> None:
+    """Oracle: a benchmark of those items alone; without an interval the finished model alone is scored."""
+    first = folder / "bench-first"
+    write_arithmark(first)
+    rows = (first / "arithmark_test.jsonl").read_text().splitlines(keepends=True)
+    (first / "arithmark_test.jsonl").write_text("".join(rows[:9]))
+    tasks, here = FLAGS[:2], ("--set", "eval.bench_dir=bench")
+    limited = figures(train(folder, "limited", 2, 1, *tasks, *here, "--set", "eval.limit=9"))
+    alone = figures(train(folder, "alone", 2, 1, *tasks, "--set", f"eval.bench_dir={first}"))
+    assert limited == alone and list(limited) == [STEPS]
+
+
 @pytest.mark.parametrize(
     ("ranks", "stage"), [(2, 3), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(3, 3, marks=pytest.mark.slow)]
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tiny_runs import SHAPE
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from ds_slm.recipe import schema
@@ -14,23 +15,17 @@ from sft.rows import ConversationRows
 from tests.support import data_recipes
 
 VOCABULARY = 320
-TINY = """
+TINY = f"""
 [card]
 name = "tiny-sft"
 [model]
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-head_dim = 8
-vocab_size = 320
+{SHAPE}
 max_position_embeddings = 160
 init_std = 0.1
 [tokenizer]
 kind = "bpe"
 vocab_size = 320
-special_tokens = { "<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3 }
+special_tokens = {{ "<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3 }}
 pad_token = "<|pad|>"
 [data]
 seq_len = 128

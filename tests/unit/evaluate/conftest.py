@@ -1,7 +1,8 @@
 """Tasks over generated rows, and tiny models that know most of the answers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,35 +65,33 @@ def tokenizer_folder(questions: dict[str, list[Question]], tmp_path_factory: pyt
     return scored_models.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts)
 
 
-def _made(kind: str, folder: Path, tokenizer_folder: Path, texts: list[str]) -> Made:
-    recipe = scored_models.recipe_of(KINDS[kind])
-    assert recipe.model is not None
-    model = scored_models.trained(recipe.model, tokenizer_folder, texts)
-    state = scored_models.state_of(model)
-    export(state, recipe.model, tokenizer_folder, folder / "export")
-    checkpoint = scored_models.write_run(folder / "run", recipe, state, tokenizer_folder)
-    return Made(recipe, model, folder / "export", folder / "run", checkpoint)
+@pytest.fixture(scope="session")
+def made_once(
+    questions: dict[str, list[Question]], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Made]:
+    """From a kind of model to one that saw the answers of most items."""
+    texts = scored_models.texts_of(questions, most=True)
+
+    @cache
+    def make(kind: str) -> Made:
+        recipe, folder = scored_models.recipe_of(KINDS[kind]), tmp_path_factory.mktemp(kind)
+        assert recipe.model is not None
+        model = scored_models.trained(recipe.model, tokenizer_folder, texts)
+        state = scored_models.state_of(model)
+        export(state, recipe.model, tokenizer_folder, folder / "export")
+        checkpoint = scored_models.write_run(folder / "run", recipe, state, tokenizer_folder)
+        return Made(recipe, model, folder / "export", folder / "run", checkpoint)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def qwen3(
-    questions: dict[str, list[Question]], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
-    """A model with QK-norm that saw the answers of most items."""
-    texts = scored_models.texts_of(questions, most=True)
-    return _made("qwen3", tmp_path_factory.mktemp("qwen3"), tokenizer_folder, texts)
-
-
-@pytest.fixture(scope="session")
-def llama(
-    questions: dict[str, list[Question]], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
-    """A plain model that saw the answers of most items."""
-    texts = scored_models.texts_of(questions, most=True)
-    return _made("llama", tmp_path_factory.mktemp("llama"), tokenizer_folder, texts)
+def qwen3(made_once: Callable[[str], Made]) -> Made:
+    """The model with QK-norm."""
+    return made_once("qwen3")
 
 
 @pytest.fixture(params=KINDS)
-def made(request: pytest.FixtureRequest) -> Made:
+def made(request: pytest.FixtureRequest, made_once: Callable[[str], Made]) -> Made:
     """Each of the two models."""
-    return request.getfixturevalue(request.param)
+    return made_once(request.param)

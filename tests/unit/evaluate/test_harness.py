@@ -1,7 +1,6 @@
 """The same answers, item by item, as lm-evaluation-harness's own scorer gives on the export."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +178,22 @@ def test_prompts_are_the_harnesss(tasks: dict[str, Any]) -> None:
     assert {len(one.requests) for one in asked} == {3, 4, 5}
 
 
-@contextmanager
-def refused(*parts: str) -> Iterator[None]:
-    """A DataError that says all of these."""
-    with pytest.raises(DataError) as raised:
-        yield
-    assert all(part in str(raised.value) for part in parts), str(raised.value)
-
-
-def test_refused_tasks() -> None:
+@pytest.mark.parametrize(
+    ("config", "row", "parts"),
+    [
+        (
+            "arc/arc_easy.yaml",
+            {"question": "why?", "options": ["a", "b"]},
+            ("arc_easy", "expected the columns of allenai/ai2_arc, got question, options"),
+        ),
+        ("gsm8k/gsm8k.yaml", {"question": "why?", "answer": "#### 1"}, ("gsm8k", "generate_until")),
+    ],
+)
+def test_refused_tasks(config: str, row: dict[str, Any], parts: tuple[str, ...]) -> None:
     """Oracle: a sentence each: columns that are not the task's, a task of generation."""
-    with refused("arc_easy", "expected the columns of allenai/ai2_arc, got question, options"):
-        harness.task_of(Path("arc/arc_easy.yaml"), [{"question": "why?", "options": ["a", "b"]}])
-    with refused("gsm8k", "generate_until"):
-        harness.task_of(Path("gsm8k/gsm8k.yaml"), [{"question": "why?", "answer": "#### 1"}])
+    with pytest.raises(DataError) as raised:
+        harness.task_of(Path(config), [row])
+    assert all(part in str(raised.value) for part in parts), str(raised.value)
 
 
 def test_quiet_leaves_all_as_it_was() -> None:

@@ -156,7 +156,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits_CV[:, vocab_size:] = -torch.inf
 
             nll_chunk, z2_chunk, d_logits_CV = from_logits(
-                logits_CV, targets_C1, weights_C, counted_C, unit, z_scale_1, needs_grad
+                logits_CV, targets_C1, weights_C, unit, z_scale_1, needs_grad
             )
             nll += nll_chunk
             z2 += z2_chunk
@@ -195,22 +195,24 @@ def _from_logits(
     logits_CV: Tensor,
     targets_C1: Tensor,
     weights_C: Tensor,
-    counted_C: Tensor,
     unit: Tensor,
     z_scale_1: Tensor,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A chunk's sums of w nll and z^2 and, if asked for, its d_logits_CV / unit in the logits' place and dtype."""
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
+    counted_C = weights_C > 0
     target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
     peak_C1 = logits_CV.amax(1, keepdim=True)
     exp_CV = logits_CV.sub_(peak_C1).exp_()  # in place: the one large tensor of the chunk
     sum_C1 = exp_CV.sum(1, keepdim=True)
     z_C = (sum_C1.log() + peak_C1).squeeze(1)
+
     nll = (weights_C * (z_C - target_logits_C)).sum()
     z2 = (z_C.square() * counted_C).sum()
     if not needs_grad:
         return nll, z2, exp_CV
+
     coefficient_C = (weights_C + 2 * z_scale_1 * z_C * counted_C) / unit
     d_logits_CV = exp_CV.mul_(coefficient_C.unsqueeze(1) / sum_C1)
     d_logits_CV.scatter_add_(1, targets_C1, -(weights_C / unit).unsqueeze(1))

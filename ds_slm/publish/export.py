@@ -11,11 +11,11 @@ A tied head is stored once, as the embedding, so that transformers counts the sa
 Known gap: one safetensors file, however large.
 """
 
+import contextlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync, new_folder, writer_name
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
-from ds_slm.publish.place import free_place
+from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import schema
 
 
@@ -95,6 +94,18 @@ def export(
         CheckpointError: where `out` is not empty, or names or shapes are not the model's.
         DataError: where the tokenizer cannot be read.
     """
+    with export_folder(state, shape, tokenizer_folder, out, dtype) as folder:
+        if card_text is not None:
+            (folder / "README.md").write_text(card_text, encoding="utf-8")
+
+    return sum(tensor.numel() for tensor in state.values())
+
+
+@contextlib.contextmanager
+def export_folder(
+    state: Mapping[str, Tensor], shape: schema.Model, tokenizer_folder: Path, out: Path, dtype: torch.dtype
+) -> Iterator[Path]:
+    """Within it the folder of `export` is complete under a temporary name, and takes more files; then it is `out`."""
     out = free_place(out)
     refuse_other_shape(state, shape)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -112,11 +123,7 @@ def export(
     if (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file():  # an assistant: a turn's end ends the answer as well
         generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
 
-    # The folder is filled under a temporary name: a kill leaves nothing half-written at `out`.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".export.tmp-{writer_name()}")
-    new_folder(folder)
-    try:
+    with appears_whole(out) as folder:
         for path in tokenizer_folder.iterdir():
             if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST:
                 shutil.copyfile(path, folder / path.name)
@@ -127,20 +134,8 @@ def export(
         _write_json(folder / "generation_config.json", generation)
         if shape.exclusive_attention:
             shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
-        if card_text is not None:
-            (folder / "README.md").write_text(card_text, encoding="utf-8")
         _write_tensors(folder / "model.safetensors", state, dtype)
-
-        # Everything is on the disk before the folder gets its name.
-        for path in (*folder.iterdir(), folder):
-            fsync(path)
-        os.rename(folder, out)
-        fsync(out.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-    return sum(tensor.numel() for tensor in state.values())
+        yield folder
 
 
 def _make_readable_by_others(folder: Path) -> None:

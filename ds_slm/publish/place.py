@@ -1,10 +1,16 @@
-"""Where an export goes: checked before any weights are read, so that it appears whole or nothing is begun."""
+"""Where an export goes: checked before any weights are read, so that it appears whole or nothing is begun.
 
+free_place --> .export.tmp-*/ is filled --> every file fsynced --> renamed to OUT
+"""
+
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from ds_slm.errors import CheckpointError
-from ds_slm.files import obstacle, refuse_unwritable
+from ds_slm.files import fsync, new_folder, obstacle, refuse_unwritable, writer_name
 
 
 def free_place(out: Path, run: Path | None = None) -> Path:
@@ -32,6 +38,29 @@ def free_place(out: Path, run: Path | None = None) -> Path:
             raise CheckpointError(f"--out {out} is the folder this command runs in: name a new folder in it.")
     refuse_unwritable(place.parent)
     return place
+
+
+@contextlib.contextmanager
+def appears_whole(out: Path) -> Iterator[Path]:
+    """Within it a folder is filled under a temporary name; then it is `out`. A kill leaves nothing half-written there.
+
+    Args:
+        out: a `free_place`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".export.tmp-{writer_name()}")
+    new_folder(folder)
+    try:
+        yield folder
+
+        # Everything is on the disk before the folder gets its name.
+        for path in (*folder.iterdir(), folder):
+            fsync(path)
+        os.rename(folder, out)
+        fsync(out.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _is_mount_point(place: Path) -> bool:

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def of_pretraining(prog: str = "pretrain.py") -> "FlagParser":
-    """The flags of ds_slm/pretrain.py."""
-    parser = FlagParser(prog=prog, description="Pretrain a recipe.", allow_abbrev=False)
+def of_pretraining(prog: str = "pretrain.py", examples: str | None = None) -> "FlagParser":
+    """The flags of ds_slm/pretrain.py; examples end the help."""
+    parser = FlagParser(prog, "Pretrain a recipe.", examples)
     add_training_flags(parser, default_recipe="demo")
     return parser
 
 
-def of_fine_tuning(prog: str = "train.py") -> "FlagParser":
-    """The flags of sft/train.py."""
-    parser = FlagParser(prog=prog, description="Fine-tune a base model.", allow_abbrev=False)
+def of_fine_tuning(prog: str = "train.py", examples: str | None = None) -> "FlagParser":
+    """The flags of sft/train.py; examples end the help."""
+    parser = FlagParser(prog, "Fine-tune a base model.", examples)
     add_training_flags(parser, default_recipe="demo-instruct")
     parser.add_argument(
         "--base", type=Path, metavar="MODEL", help="run folder, RUN/checkpoints/best, or Hugging Face folder"
@@ -148,6 +148,11 @@ def parse_sources(pairs: list[str]) -> dict[str, Path]:
 
 class FlagParser(argparse.ArgumentParser):
     """A training program's parser: a mistake is one sentence, printed once for all ranks; rank 0 prints the help."""
+
+    def __init__(self, prog: str, description: str, examples: str | None) -> None:
+        """Examples end the help, in lines as they are given."""
+        lines_as_they_are = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, None, description, examples, formatter_class=lines_as_they_are, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""

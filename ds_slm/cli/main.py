@@ -9,15 +9,13 @@ code 2.
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ds_slm.cli import examples
 from ds_slm.cli.output import print_json, report_to
 from ds_slm.errors import ConfigError, DataError, run_program
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
 
 app = typer.Typer(
     name="ds-slm",
@@ -47,7 +45,7 @@ def run() -> None:
     sys.exit(run_program(app))
 
 
-@app.command()
+@app.command(epilog=examples.epilog("recipes"))
 def recipes(
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the run folders lie.")] = Path("runs"),
     as_json: AsJson = False,
@@ -85,7 +83,7 @@ def recipes(
         tables.show_recipes(rows)
 
 
-@app.command("plan")
+@app.command("plan", epilog=examples.epilog("plan"))
 def plan_recipe(
     name: RecipeName,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Devices on each host.  [default: 1]")] = None,
@@ -132,7 +130,7 @@ def plan_recipe(
         tables.show_plan(found, inherited)
 
 
-@app.command()
+@app.command(epilog=examples.epilog("prepare"))
 def prepare(
     name: RecipeName,
     data_root: DataRoot = Path("data"),
@@ -190,22 +188,22 @@ def train(context: typer.Context) -> None:
     """Pretrain: `deepspeed ds_slm/pretrain.py`. --help lists that program's flags."""
     from ds_slm.cli import flags, launching
 
-    line = launching.read(flags.of_pretraining("ds-slm train"), context.args)
+    line = launching.read(flags.of_pretraining("ds-slm train", examples.of("train")), context.args)
     launching.start(CHECKOUT / "ds_slm" / "pretrain.py", line)
 
 
 @app.command("sft", context_settings=RAW, add_help_option=False)
 def fine_tune(context: typer.Context) -> None:
     """Fine-tune: `deepspeed sft/train.py`. --help lists that program's flags; --preview N shows masks instead."""
-    from ds_slm.cli import flags, launching
+    from ds_slm.cli import flags, launching, preview
 
-    line = launching.read(flags.of_fine_tuning("ds-slm sft"), context.args, _add_preview_flags)
+    line = launching.read(flags.of_fine_tuning("ds-slm sft", examples.of("sft")), context.args, preview.add_flags)
     args = line.args
     if args.preview is not None and (args.hostfile or args.devices):
         raise ConfigError("--preview N trains nothing: leave out --hostfile and --devices.")
 
     if args.preview is not None:
-        _preview(line.recipe, args)
+        preview.show(line.recipe, args)
     elif args.base is None:
         raise ConfigError("--base MODEL: name the run folder, checkpoint or Hugging Face folder to begin with.")
     elif args.ids or args.out:
@@ -214,56 +212,7 @@ def fine_tune(context: typer.Context) -> None:
         launching.start(CHECKOUT / "sft" / "train.py", line)
 
 
-def _add_preview_flags(parser: "ArgumentParser") -> None:
-    from ds_slm.cli.flags import positive
-
-    group = parser.add_argument_group("a look at the masks")
-    group.add_argument("--preview", type=positive, metavar="N", help="show the masks of N conversations; train nothing")
-    group.add_argument("--ids", action="store_true", help="with --preview: print the id of every token")
-    group.add_argument("--out", type=Path, metavar="FILE", help="with --preview: its HTML (preview-RECIPE.html)")
-
-
-def _preview(name: str, args: "Namespace") -> None:
-    """The masks of some conversations, in the terminal and as HTML; without a base in the recipe's own tokenizer."""
-    from rich.console import Console
-
-    from ds_slm.cli.flags import parse_sources
-    from ds_slm.files import replace_text
-    from ds_slm.publish.models import open_model, refuse_other_base
-    from ds_slm.recipe import schema
-    from sft import preview
-    from sft.checks import section
-    from sft.prepare import prepare_conversations
-    from sft.rows import summary_line
-
-    recipe, stem = schema.load(name, args.set), schema.recipe_path(name).stem
-    base, with_ids = args.base, args.ids
-    section(recipe)
-    sources, out = parse_sources(args.source), args.out or Path(f"preview-{stem}.html")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
-
-    tokenizer_folder = None
-    if base is not None:
-        opened = open_model(base)
-        refuse_other_base(recipe, opened)
-        tokenizer_folder = opened.tokenizer_folder
-    prepared = prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
-    shown, summary = preview.read_shown(recipe, prepared, args.preview)
-
-    # The terminal shows masks in colours, or by marks if it has no colours.
-    console = Console(highlight=False)
-    for one in shown:
-        console.print(f"\nconversation {one.number:,}: {one.counts}", style="bold")
-        plain = console.color_system is None or console.no_color
-        console.print(preview.as_text(one, with_ids, with_marks=plain), soft_wrap=True, end="")
-    print(f"\n{summary_line(summary)}")
-
-    replace_text(out, preview.as_html(stem, shown, summary, with_ids))
-    print(f"written: {out}")
-
-
-@app.command("verify", context_settings=PASS_FLAGS_ON)
+@app.command("verify", context_settings=PASS_FLAGS_ON, epilog=examples.epilog("verify"))
 def verify_run(
     context: typer.Context,
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -300,7 +249,7 @@ def verify_run(
         verify.checkpoints(run_folder, as_json)
 
 
-@app.command()
+@app.command(epilog=examples.epilog("export"))
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The Hugging Face folder to make.")],
@@ -320,7 +269,7 @@ def export(
         print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
 
 
-@app.command("eval")
+@app.command("eval", epilog=examples.epilog("eval"))
 def evaluate(
     model: ModelPath,
     tasks: Annotated[str, typer.Option(metavar="card|leaderboard|NAME,...", help="What is scored.")] = "card",
@@ -344,7 +293,7 @@ def evaluate(
     evaluation.run(model, evaluation.Flags(tasks, bench_dir, limit, name, against, as_json))
 
 
-@app.command()
+@app.command(epilog=examples.epilog("rank"))
 def rank(
     model: ModelPath,
     texts: Annotated[list[str], typer.Argument(metavar="[CONTEXT CHOICE...]", help="Choices, as they go on.")] = [],  # noqa: B006

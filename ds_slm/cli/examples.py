@@ -1,0 +1,30 @@
+"""The examples that end each verb's --help."""
+
+EXAMPLES = {
+    "recipes": ("recipes", "recipes --runs /data/runs --json"),
+    "plan": (
+        "plan slm-10m --gpus-per-node 8",
+        "plan axiom-380m --hostfile hostfiles/two_node --ds-config ds_configs/zero2.json --network 10",
+    ),
+    "prepare": ("prepare demo", "prepare slm-10m --source fineweb-edu=my/texts --max-tokens 1000000"),
+    "train": ("train demo --devices 2", "train slm-10m --hostfile hostfiles/two_node --run-dir runs/mine"),
+    "sft": ("sft demo-instruct --base runs/demo", "sft demo-instruct --base runs/demo --preview 5"),
+    "verify": ("verify runs/demo", "verify runs/demo --against runs/other"),
+    "export": ("export runs/demo --out exports/demo", "export runs/demo --out exports/best --best"),
+    "eval": ("eval runs/demo --tasks documentation", "eval exports/demo --tasks piqa,hellaswag --bench-dir files"),
+    "rank": (
+        'rank runs/demo "The function returns" " a list of" " the sea of"',
+        "rank runs/demo --file questions.jsonl --mean",
+    ),
+}
+"""Two of each verb, as they are typed behind `ds-slm`."""
+
+
+def of(verb: str) -> str:
+    """The end of a verb's --help."""
+    return "\n".join(("Examples:", *(f"  ds-slm {example}" for example in EXAMPLES[verb])))
+
+
+def epilog(verb: str) -> str:
+    """The same for typer, which fills the lines of a paragraph unless this mark stands before it."""
+    return f"\b\n{of(verb)}"

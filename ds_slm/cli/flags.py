@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -82,6 +83,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def token_count(text: str) -> int:
+    """A number of tokens: 300000, 300_000, 300k, 300M or 1.5B. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)([kKmMbB]?)", text)
+    number = float(found[1].replace("_", "").replace(",", "")) if found else 0.0
+    count = round(number * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[found[2].lower()]) if found else 0
+    if count < 1:
+        raise ConfigError(f"{text!r} is not a number of tokens: expected one such as 500k, 300M or 1.5B.")
+    return count
 
 
 def _seconds(text: str) -> float:

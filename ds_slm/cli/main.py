@@ -83,6 +83,27 @@ def recipes(
         tables.show_recipes(rows)
 
 
+@app.command(epilog=examples.epilog("init"))
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the model: writes NAME.toml here.")],
+    text: Annotated[Path, typer.Option(metavar="PATH", help="A file of text, or a folder of them.")],
+    base: Annotated[str, typer.Option("--from", metavar="RECIPE", help="Whose model and rates.")] = "demo",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="To train on, such as 300M.  [default: the base's, at most four times the text]"
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="That holds the text in .jsonl and .parquet.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """A recipe of your own, for your own text."""
+    from ds_slm.cli import init as init_verb
+    from ds_slm.cli.flags import token_count
+
+    init_verb.run(name, base, text, token_count(tokens) if tokens else None, column, as_json)
+
+
 @app.command("plan", epilog=examples.epilog("plan"))
 def plan_recipe(
     name: RecipeName,

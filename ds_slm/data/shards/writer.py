@@ -37,6 +37,8 @@ JOURNAL_TOKENS = 1 << 25
 """A kill costs at most this much work and a batch."""
 DRAWS = 1 << 20
 """Rows whose draws are held at a time."""
+HASHES = 1 << 64
+"""Values of a document's keyed hash."""
 EMPTY = "empty or unreadable"
 NAMED_PROBLEMS = 10
 SHOWN_CHARACTERS = 400
@@ -99,9 +101,14 @@ def split_of(text: str, row: int, data: Data) -> Split:
     if data.held_out == "draw":
         held_out = _draws(data.split_seed, row // DRAWS)[row % DRAWS] < data.val_fraction
     else:
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(data.split_seed).encode()).digest()
-        held_out = int.from_bytes(digest, "little") < data.val_fraction * 2**64
+        held_out = hash_position(text, data.split_seed) < data.val_fraction * HASHES
     return "val" if held_out else "train"
+
+
+def hash_position(text: str, split_seed: int) -> int:
+    """Where a document's keyed hash lies, from 0 to HASHES: those below `val_fraction` of the way are held out."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(split_seed).encode()).digest()
+    return int.from_bytes(digest, "little")
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,71 @@
+"""`ds-slm init`: the text surveyed, a recipe of a dozen lines written, the commands that follow said."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from ds_slm.cli.output import print_json, report_to
+from ds_slm.data.survey import survey
+from ds_slm.errors import ConfigError
+from ds_slm.files import obstacle, replace_text
+from ds_slm.recipe import own_text, schema
+from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER
+from ds_slm.recipe.sections import Source
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, as_json: bool) -> None:
+    """Write NAME.toml. Raises UserError where the name is taken, the base fine-tunes, or the text does not do."""
+    report = report_to(as_json)
+    out = Path(f"{name}.toml")
+    base = schema.load(base_name)
+    _refuse(name, out, base_name, base, text)
+
+    source = Source.model_validate({"name": "text", "kind": "files", "path": str(text), "column": column})
+    report(f"{text}: reading all of it")
+    found = survey(source, base)
+    described = (
+        f"{found.documents:,} document{'s' if found.documents > 1 else ''}, {found.text_bytes:,} bytes, about "
+        f"{found.train_tokens:,} tokens to train on"
+    )
+    facts = own_text.Text(
+        str(text), column, found.train_tokens, found.learnable_ids, found.val_fraction, found.beginnings, described
+    )
+
+    chosen = own_text.fit(base, facts, tokens)
+    replace_text(out, own_text.as_toml(name, base_name, base, facts, chosen))
+    schema.load(str(out))
+
+    if as_json:
+        print_json({"recipe": str(out), **asdict(found), "train_tokens": found.train_tokens, **asdict(chosen)})
+        return
+    print(f"{text}: {described}")
+    print(f"{out}: {chosen.steps:,} steps of {chosen.rows} rows, {chosen.tokens_per_parameter:.1f} tokens a parameter")
+    if chosen.tokens_per_parameter < ENOUGH_TOKENS_PER_PARAMETER:
+        print(f"warning: {ENOUGH_TOKENS_PER_PARAMETER} tokens a parameter are usual. {own_text.what_fits(facts)}")
+    if chosen.epochs > own_text.EPOCHS:
+        print(f"warning: the text is read {chosen.epochs:.1f} times; beyond {own_text.EPOCHS} little more is learned")
+    print("now:")
+    print(f"  ds-slm plan {out}")
+    print(f"  ds-slm train {out} --devices N")
+    print(f"  ds-slm export runs/{name} --out exports/{name}")
+
+
+def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Path) -> None:
+    problems = []
+    if not NAME.fullmatch(name):
+        problems.append(f"NAME = {name!r}: expected small letters, digits, '.', '_' and '-', for a file and a folder.")
+    if name in schema.library_names():
+        problems.append(f"NAME = {name!r} is a recipe of the library: choose another.")
+    if out.exists():
+        problems.append(f"{out} exists already: choose another name, or delete it.")
+    elif in_the_way := obstacle(out):
+        problems.append(in_the_way)
+
+    if base.sft is not None:
+        problems.append(f"--from {base_name} fine-tunes a base: name a recipe that pretrains, such as demo.")
+    if not text.exists():
+        problems.append(f"--text {text} does not exist: name a file of text, or a folder of them.")
+    if problems:
+        raise ConfigError(problems)

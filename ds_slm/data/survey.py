@@ -1,0 +1,126 @@
+"""How much text there is, before anything is prepared: bytes, documents, about how many tokens, and what to hold out.
+
+    a source --documents--> counted one by one; the first SAMPLE_BYTES --train_bpe--> bytes a token --> Survey
+
+All of the text is read once, so that a damaged file or a missing column shows here and not in the middle of a run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from ds_slm.data.shards.writer import HASHES, hash_position
+from ds_slm.data.sources.documents import documents
+from ds_slm.data.tokenizers.bpe_training import train_bpe
+from ds_slm.data.tokenizers.byte_level import GPT2_PATTERN, bulk_encoder, by_rank
+from ds_slm.errors import DataError
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Source
+
+SAMPLE_BYTES = 4 << 20
+"""Of the text that bytes a token are measured on."""
+SAMPLE_VOCAB = 32_000
+"""Ids of the largest vocabulary that is learned from the sample: larger ones are estimated by this one."""
+HELD_OUT = 0.02
+"""Share of the text that is held out where there are many documents."""
+FEW_DOCUMENTS = 2_000
+"""Up to this number, where each document falls decides how much is held out, so it is looked at."""
+MOST_HELD_OUT = 0.5
+FRACTION_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a source holds."""
+
+    documents: int
+    """Those that are not empty."""
+    text_bytes: int
+    """Of UTF-8."""
+    learnable_ids: int
+    """Ids of the vocabulary that a sample of the text gives, at most the recipe's."""
+    bytes_per_token: float
+    """In that vocabulary."""
+    val_fraction: float
+    """For `data.val_fraction`."""
+    held_out_share: float
+    """The share of the bytes that is then held out."""
+    beginnings: tuple[str, ...]
+    """The first words of the first documents."""
+
+    @property
+    def train_tokens(self) -> int:
+        """About how many tokens there are to train on."""
+        return int(self.text_bytes * (1 - self.held_out_share) / self.bytes_per_token)
+
+
+def survey(source: Source, recipe: Recipe) -> Survey:
+    """Read all of a source's text.
+
+    Args:
+        source: a file or a folder of text.
+        recipe: whose vocabulary the tokens are counted in.
+
+    Raises:
+        DataError: where the text cannot be read, or no part of it can be held out.
+    """
+    sample: list[str] = []
+    sampled_bytes = text_bytes = count = 0
+    positions: list[tuple[float, int]] = []
+    for text in documents(source):
+        if not text.strip():
+            continue
+        size_bytes = len(text.encode())
+        count += 1
+        text_bytes += size_bytes
+
+        if count <= FEW_DOCUMENTS + 1:
+            positions.append((hash_position(text, recipe.data.split_seed) / HASHES, size_bytes))
+        if sampled_bytes < SAMPLE_BYTES:
+            sample.append(text[: SAMPLE_BYTES - sampled_bytes])
+            sampled_bytes += len(sample[-1].encode())
+
+    if not count:
+        raise DataError(f"{source.path} holds no text: every document is empty.")
+    fraction, share = (HELD_OUT, HELD_OUT) if count == 1 or count > FEW_DOCUMENTS else _fraction(positions)
+    return Survey(count, text_bytes, *_learn(sample, recipe), fraction, share, _beginnings(sample))
+
+
+def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The `val_fraction` whose held-out documents come nearest to HELD_OUT of the bytes, and their share of them."""
+    ordered = sorted(positions)
+    whole = sum(size_bytes for _, size_bytes in ordered)
+    shares = [held / whole for held in accumulate(size_bytes for _, size_bytes in ordered)]
+
+    # Somewhere between two documents' positions, so that no rounding moves one across.
+    borders = [(one + other) / 2 for (one, _), (other, _) in pairwise(ordered)]
+    choices = [
+        (abs(share - HELD_OUT), round(border, FRACTION_DIGITS), share)
+        for border, share, ((one, _), (other, _)) in zip(borders, shares, pairwise(ordered), strict=False)
+        if one < round(border, FRACTION_DIGITS) <= other and share <= MOST_HELD_OUT
+    ]
+    if not choices:
+        raise DataError(
+            f"{len(ordered):,} documents cannot be parted into some to train on and some to hold out: one of them is "
+            "most of the text, or they are the same. Cut it into smaller files, each of which is one document."
+        )
+    _, fraction, share = min(choices)
+    return fraction, share
+
+
+def _learn(sample: Sequence[str], recipe: Recipe) -> tuple[int, float]:
+    """Ids that can be learned from a sample, at most the recipe's; and bytes that one of them stands for."""
+    section = recipe.tokenizer
+    size = min(section.vocab_size, SAMPLE_VOCAB) - len(section.special_tokens)
+    learned, _ = train_bpe(sample, size, section.min_frequency)
+
+    backend = by_rank({token: rank for rank, token in enumerate(learned)}, {}, (), GPT2_PATTERN)
+    encode = bulk_encoder(backend)
+    assert encode is not None, "a vocabulary of ranks"
+    tokens = sum(map(len, encode(sample)))
+    return len(learned) + len(section.special_tokens), sum(len(text.encode()) for text in sample) / tokens
+
+
+def _beginnings(sample: Sequence[str], documents: int = 2, words: int = 5) -> tuple[str, ...]:
+    firsts = (" ".join(text.split()[:words])[:60] for text in sample)
+    return tuple(dict.fromkeys(first for first in firsts if first))[:documents]

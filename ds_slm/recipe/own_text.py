@@ -1,0 +1,196 @@
+"""A recipe for a user's own text: another recipe as its base, and what depends on how much text there is.
+
+    base recipe, what the text holds --fit--> Fit: batch, steps, rates, each with a sentence --as_toml--> a dozen lines
+
+Sources: repeated text is worth almost as much as new text up to four epochs (arXiv 2305.16264); 20 tokens a parameter
+are enough for a model of its size (arXiv 2203.15556); the batch that helps grows with about the square root of the
+tokens of a run (arXiv 2410.21676); Adam's rate goes with the square root of the batch (arXiv 2205.10287).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+from ds_slm.errors import DataError
+from ds_slm.recipe import plan, schema
+from ds_slm.recipe.schema import Recipe
+
+EPOCHS = 4
+ENOUGH_TOKENS_PER_PARAMETER = 20
+LEAST_ROWS, LEAST_STEPS = 16, 100
+"""Of a step, and of a run: with fewer there is little to decide."""
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+EVALUATIONS = 20
+"""Held-out evaluations of a run, and twice as many as its checkpoints."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What there is to train on."""
+
+    path: str
+    column: str
+    train_tokens: int
+    """About."""
+    learnable_ids: int
+    """Ids of a vocabulary that the text gives, at most the base's."""
+    val_fraction: float
+    beginnings: tuple[str, ...]
+    """The first words of some documents."""
+    described: str
+    """What was found, in words."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What follows from the text."""
+
+    tokens: int
+    """Of the whole run."""
+    epochs: float
+    tokens_per_parameter: float
+    rows: int
+    """Of one optimiser step."""
+    steps: int
+    share: float
+    """Of the base's batch."""
+
+
+def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
+    """Choose the length and the batch of a run.
+
+    Args:
+        base: the recipe that is changed.
+        text: what there is.
+        tokens: how many to train on; None takes the base's, but reads no text more than four times.
+
+    Raises:
+        DataError: there is too little text; says what would fit.
+    """
+    wanted = base.train.steps * base.train.global_batch_tokens
+    tokens = tokens or min(wanted, EPOCHS * text.train_tokens)
+
+    # The batch: a power of two, never beyond the base's.
+    rows = base.rows_per_step * math.sqrt(min(1.0, tokens / wanted))
+    rows = min(base.rows_per_step, max(LEAST_ROWS, 2 ** round(math.log2(rows))))
+    steps = tokens // (rows * base.data.seq_len)
+
+    problems = []
+    if base.tokenizer.kind == "bpe" and text.learnable_ids < base.tokenizer.vocab_size:
+        problems.append(
+            f"the text gives a vocabulary of {text.learnable_ids:,} ids, and {base.tokenizer.vocab_size:,} are asked "
+            "for: add text, or take a base with fewer."
+        )
+    if steps < LEAST_STEPS:
+        problems.append(
+            f"{tokens:,} tokens are {steps:,} steps of {rows} rows of {base.data.seq_len:,}: expected {LEAST_STEPS} or "
+            "more."
+        )
+    if problems:
+        raise DataError([f"{text.path}: {text.described}: too little text.", *problems, what_fits(text)])
+
+    share = rows / base.rows_per_step
+    per_parameter = tokens / plan.parameters(base.model)
+    return Fit(tokens, tokens / max(text.train_tokens, 1), per_parameter, rows, steps, share)
+
+
+def what_fits(text: Text) -> str:
+    """A sentence on the largest recipe of the library that this much text is enough for."""
+    tokens = EPOCHS * text.train_tokens
+    sizes = {
+        name: plan.parameters(recipe.model)
+        for name in schema.library_names()
+        if (recipe := schema.load(name)).sft is None
+    }
+
+    fitting = [name for name, size in sizes.items() if size * ENOUGH_TOKENS_PER_PARAMETER <= tokens]
+    smallest = min(sizes, key=lambda name: sizes[name])
+    if fitting:
+        best = max(fitting, key=lambda name: sizes[name])
+        return f"With this much text, read {EPOCHS} times, --from {best} ({sizes[best]:,} parameters) fits."
+
+    needed = sizes[smallest] * ENOUGH_TOKENS_PER_PARAMETER // EPOCHS
+    return (
+        f"The smallest recipe, --from {smallest} ({sizes[smallest]:,} parameters), asks for some {needed:,} tokens, "
+        f"read {EPOCHS} times, to be trained well; fewer give a model that knows its text by heart."
+    )
+
+
+def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit) -> str:
+    """The recipe's file: what differs from the base, each value with its reason."""
+    batch_tokens = chosen.rows * base.data.seq_len
+    smaller = f": {base_name}'s {base.rows_per_step:,}, fewer as the run is shorter" if chosen.share < 1 else ""
+    epochs = f"{chosen.epochs:.1f} times over" if chosen.epochs > 1 else f"{chosen.epochs:.0%} of the text"
+    every = max(1, chosen.steps // EVALUATIONS)
+    prompts = ", ".join(map(_quoted, text.beginnings))
+
+    lines = [
+        f"# {text.described}. What is not said here is {base_name}'s: `ds-slm plan {name}.toml` lists it.",
+        f'base = "{base_name}"',
+        "",
+        "[card]",
+        f'name = "{name}"',
+        "",
+        *_special_tokens(base),
+        "[data]",
+        f"val_fraction = {text.val_fraction:g}  # of the documents, never trained on",
+        "[[data.source]]",
+        'name = "text"',
+        'kind = "files"',
+        f"path = {_quoted(text.path)}",
+        *([f"column = {_quoted(text.column)}"] if text.column != "text" else []),
+        "",
+        "[train]",
+        f"global_batch_tokens = {batch_tokens:_}  # {chosen.rows} rows{smaller}",
+        f"steps = {chosen.steps:_}  # {chosen.steps * batch_tokens:,} tokens: {epochs}",
+        "",
+        *_rates(base, chosen),
+        "",
+        "[run]",
+        f"eval_every_steps = {every}",
+        f"save_every_steps = {2 * every}",
+        *(["", "[eval]", f"prompts = [{prompts}]  # continued at each evaluation, for TensorBoard"] if prompts else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rates(base: Recipe, chosen: Fit) -> list[str]:
+    """The learning rates for a smaller batch, and the base's schedule over another number of steps."""
+    optimizer, schedule = base.optimizer, base.schedule
+    scale, stretch = math.sqrt(chosen.share), chosen.steps / base.train.steps
+    warmup_steps = max(1, round(schedule.warmup_steps * stretch)) if schedule.warmup_steps else 0
+
+    lines = [
+        "[optimizer]  # the rate goes with the square root of the batch",
+        f"lr = {_rounded(optimizer.lr * scale)}",
+        f"min_lr = {_rounded(optimizer.min_lr * scale)}",
+        "",
+        "[schedule]  # the same shares of the run",
+        f"warmup_steps = {warmup_steps}",
+    ]
+    if schedule.warmup_start_lr:
+        lines.append(f"warmup_start_lr = {_rounded(schedule.warmup_start_lr * scale)}")
+    if schedule.kind == "wsd":
+        assert schedule.decay_steps is not None
+        decay_steps = max(1, round(schedule.decay_steps * stretch))
+        lines += [f"decay_start_step = {chosen.steps - decay_steps}", f"decay_steps = {decay_steps}"]
+    return lines
+
+
+def _special_tokens(base: Recipe) -> list[str]:
+    """ChatML's tokens for a vocabulary that is trained without them, so that the model can be fine-tuned."""
+    specials = base.tokenizer.special_tokens
+    missing = [token for token in CHATML_TOKENS if token not in specials]
+    if base.tokenizer.kind != "bpe" or not missing:
+        return []
+    free = (number for number in range(base.tokenizer.vocab_size) if number not in specials.values())
+    added = ", ".join(f'"{token}" = {number}' for token, number in zip(missing, free, strict=False))
+    return ["[tokenizer]", f"special_tokens = {{ {added} }}  # so that it can be fine-tuned on conversations", ""]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:.2g}" if rate else "0.0"

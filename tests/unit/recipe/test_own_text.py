@@ -1,0 +1,80 @@
+"""What follows from an amount of text: arithmetic, and a recipe that can be read."""
+
+from pathlib import Path
+
+import pytest
+
+from ds_slm.errors import DataError
+from ds_slm.recipe import own_text, plan, schema
+from ds_slm.recipe.own_text import Text, as_toml, fit
+from ds_slm.recipe.schedule import learning_rate
+
+PRETRAINING = [name for name in schema.library_names() if schema.load(name).sft is None]
+
+
+def text(tokens: int, ids: int = 200_000) -> Text:
+    """A text of so many tokens."""
+    return Text('my "texts"', "text", tokens, ids, 0.02, ("Once upon a time", 'He said "no"'), "some text")
+
+
+def made(base_name: str, tokens: int, folder: Path, wanted: int | None = None) -> tuple[schema.Recipe, own_text.Fit]:
+    """The recipe for a text, read back."""
+    base = schema.load(base_name)
+    chosen = fit(base, text(tokens), wanted)
+    file = folder / "mine.toml"
+    file.write_text(as_toml("mine", base_name, base, text(tokens), chosen), encoding="utf-8")
+    return schema.load(str(file)), chosen
+
+
+@pytest.mark.parametrize("base_name", PRETRAINING)
+@pytest.mark.parametrize("tokens", [30_000_000, 3_000_000_000])
+def test_every_recipe_can_be_a_base(base_name: str, tokens: int, tmp_path: Path) -> None:
+    """The recipe has no warning, the base's model, and a run that ends where its schedule does."""
+    recipe, chosen = made(base_name, tokens, tmp_path)
+    base = schema.load(base_name)
+
+    assert plan.warnings(recipe) == []
+    assert recipe.model == base.model
+    assert recipe.data.source[0].path == 'my "texts"'
+    assert recipe.train.steps * recipe.train.global_batch_tokens <= chosen.tokens
+    assert learning_rate(recipe, recipe.train.steps) == pytest.approx(recipe.optimizer.min_lr)
+    if recipe.tokenizer.kind == "bpe":
+        assert {"<|im_start|>", "<|im_end|>"} <= recipe.tokenizer.special_tokens.keys()
+
+
+def test_text_is_read_four_times_at_most(tmp_path: Path) -> None:
+    """The base's 25 billion tokens would be 833 epochs of thirty million."""
+    recipe, chosen = made("slm-10m", 30_000_000, tmp_path)
+    assert chosen.epochs == 4
+    assert recipe.train.steps * recipe.train.global_batch_tokens == pytest.approx(120_000_000, rel=0.01)
+
+
+def test_as_much_text_as_the_base_has_keeps_its_batch_and_rates(tmp_path: Path) -> None:
+    """Nothing is scaled where nothing differs."""
+    base = schema.load("slm-10m")
+    recipe, _ = made("slm-10m", 25_000_000_000, tmp_path)
+    assert (recipe.train.steps, recipe.rows_per_step) == (base.train.steps, base.rows_per_step)
+    assert (recipe.optimizer.lr, recipe.schedule) == (base.optimizer.lr, base.schedule)
+
+
+def test_tokens_that_are_asked_for_are_taken(tmp_path: Path) -> None:
+    """--tokens, beyond four epochs as well."""
+    recipe, chosen = made("demo", 1_000_000, tmp_path, wanted=10_000_000)
+    assert chosen.epochs == 10
+    assert recipe.train.steps * recipe.train.global_batch_tokens == pytest.approx(10_000_000, rel=0.01)
+
+
+def test_too_little_text_is_refused_with_what_would_fit() -> None:
+    """A vocabulary that cannot be learned, and hardly a step; every problem at once."""
+    with pytest.raises(DataError) as refused:
+        fit(schema.load("slm-10m"), text(5_000, ids=700))
+    problems = "\n".join(refused.value.problems)
+    assert "700 ids, and 8,192" in problems
+    assert "1 steps of 16 rows" in problems
+    assert "--from gpt-s-1.4m" in problems
+
+
+def test_what_fits_is_the_largest_model_that_is_trained_well() -> None:
+    """20 tokens a parameter, each read four times: 60 million tokens are enough for ten million parameters."""
+    assert "--from slm-10m" in own_text.what_fits(text(60_000_000))
+    assert "--from axiom-380m" in own_text.what_fits(text(2_000_000_000))

@@ -16,9 +16,10 @@ from ds_slm.errors import ConfigError, DataError
 from ds_slm.evaluate import comparison, evaluation, ranking, record
 from ds_slm.evaluate.opening import Opened, open_scorer
 from ds_slm.evaluate.results import Item
-from ds_slm.evaluate.table import rows_of
 from ds_slm.files import refuse_unwritable
 from ds_slm.recipe import schema
+from ds_slm.run import scores
+from ds_slm.run.scores import rows_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run(model: Path, flags: Flags) -> None:
     opened = open_scorer(model)
     other = open_scorer(flags.against) if flags.against else None
     for one in filter(None, (opened, other)):
-        record.before_now(one.folder)
+        scores.read(one.folder)
         refuse_unwritable(one.run or one.folder)
 
     recipe = schema.load(flags.recipe) if flags.recipe else None
@@ -78,7 +79,7 @@ def _score(
     record.store(opened.folder, found, items)
     for line in _remarks(results):
         report(line)
-    report(f"{opened.folder / record.EVAL_FILE}: {found['seconds']:.1f} s, {found['tokens_per_s']:,.0f} tokens/s")
+    report(f"{opened.folder / scores.EVAL_FILE}: {found['seconds']:.1f} s, {found['tokens_per_s']:,.0f} tokens/s")
     return found, items
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import RecipeError
-from ds_slm.evaluate.table import LEADERBOARD, is_record, leaderboard_average, remarks_on, remarks_on_average
 from ds_slm.files import read_json
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import RECIPE_FILE, Recipe
+from ds_slm.run.scores import LEADERBOARD, is_record, leaderboard_average, remarks_on, remarks_on_average
 
 FIGURES = (
     ("val_bits_per_byte", "{:.4g} bits per byte"),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ds_slm.evaluate.table import CONFIDENCE, Row
 from ds_slm.recipe.plan import Plan
+from ds_slm.run.scores import CONFIDENCE, Row
 
 if TYPE_CHECKING:
     from ds_slm.evaluate.comparison import Difference

@@ -16,9 +16,9 @@ from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.own_sets import OPERATORS, OWN_SETS, Answering, questions_of
 from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
 from ds_slm.evaluate.scoring import Counts
-from ds_slm.evaluate.table import ARITHMARK, LEADERBOARD_METRICS
 from ds_slm.evaluate.text import TextEncoder
 from ds_slm.recipe.schema import Recipe
+from ds_slm.run.scores import ARITHMARK, LEADERBOARD_METRICS
 
 MMLU_NAME = "mmlu"
 LEADERBOARD = tuple(LEADERBOARD_METRICS)

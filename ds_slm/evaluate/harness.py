@@ -35,8 +35,8 @@ from ds_slm.errors import DataError
 from ds_slm.evaluate.benchmarks import BENCHMARKS, Benchmark
 from ds_slm.evaluate.results import Item, Question
 from ds_slm.evaluate.scoring import Counts, Request, Score, Scorer, score
-from ds_slm.evaluate.table import ARITHMARK, DOCUMENTATION
 from ds_slm.evaluate.text import TextEncoder
+from ds_slm.run.scores import ARITHMARK, DOCUMENTATION
 
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """The kinds of tasks that are scored by log-probabilities alone."""

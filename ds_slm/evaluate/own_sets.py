@@ -18,8 +18,8 @@ from ds_slm.evaluate import documentation
 from ds_slm.evaluate.benchmarks import Benchmark, Found, Published, find_rows, read_json_lines
 from ds_slm.evaluate.results import Item, Question
 from ds_slm.evaluate.scoring import Counts, Request, Scorer, score
-from ds_slm.evaluate.table import ARITHMARK, DOCUMENTATION
 from ds_slm.evaluate.text import TextEncoder
+from ds_slm.run.scores import ARITHMARK, DOCUMENTATION
 
 OPERATORS = {1: f"{ARITHMARK}_1_operator", 2: f"{ARITHMARK}_2_operators", 3: f"{ARITHMARK}_3_operators"}
 """The name of the items with this many operators."""

@@ -16,11 +16,11 @@ from ds_slm.errors import DataError
 from ds_slm.evaluate.evaluation import MMLU_NAME, TaskResult
 from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.results import Item
-from ds_slm.evaluate.table import is_record, leaderboard_average
 from ds_slm.evaluate.text import TextEncoder
-from ds_slm.files import read_json, replace_bytes, replace_text
+from ds_slm.files import replace_bytes, replace_text
+from ds_slm.run.scores import EVAL_FILE, leaderboard_average, merge_tasks, read
 
-EVAL_FILE, ITEMS_FILE = "eval.json", "eval-items.jsonl.gz"
+ITEMS_FILE = "eval-items.jsonl.gz"
 
 
 def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, seconds: float) -> dict[str, Any]:
@@ -51,30 +51,13 @@ def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, se
     return found
 
 
-def before_now(folder: Path) -> dict[str, Any]:
-    """What eval.json holds of earlier evaluations; nothing where there is none. Raises DataError for a damaged one."""
-    path = folder / EVAL_FILE
-    if not path.exists():
-        return {}
-    found = read_json(path)
-    if found is None or not is_record(found):
-        raise DataError(f"{path} is damaged, or not of `ds-slm eval`: move it away, and score the model again.")
-    return found
-
-
 def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> None:
-    """Write eval.json and the items. What the same model scored before stays, but for the tasks that are new.
-
-    A task that was scored whole stays whole: a later trial with a limit does not take its place.
-    """
-    before = before_now(folder)
+    """Write eval.json and the items. What the same model scored before stays, but for the tasks that are new."""
+    before = read(folder)
     same = before.get("model", {}).get("sha256") == found["model"]["sha256"]
-    kept = before.get("tasks", {}) if same else {}
-    whole = {name for name, task in kept.items() if not task["limited"]}
-    new = {name: task for name, task in found["tasks"].items() if not (task["limited"] and name in whole)}
-
-    merged = {**found, "tasks": {**kept, **new}}
+    merged = {**found, "tasks": merge_tasks(before.get("tasks", {}) if same else {}, found["tasks"])}
     merged["leaderboard"] = leaderboard_average(merged["tasks"])
+    new = {name for name, task in found["tasks"].items() if merged["tasks"][name] is task}
 
     lines = [line for line in _lines(folder / ITEMS_FILE) if json.loads(line)["task"] not in new] if same else []
     for name, answered in items.items():

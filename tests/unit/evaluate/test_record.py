@@ -11,8 +11,9 @@ from ds_slm.evaluate import evaluation, record
 from ds_slm.evaluate.evaluation import TaskResult
 from ds_slm.evaluate.results import Figure, Item
 from ds_slm.evaluate.scoring import Counts
-from ds_slm.evaluate.table import CONFIDENCE, leaderboard_average, rows_of
 from ds_slm.recipe import schema
+from ds_slm.run import scores
+from ds_slm.run.scores import CONFIDENCE, leaderboard_average, rows_of
 
 CARD = {"hellaswag": 26.53, "arc_easy": 30.47, "arc_challenge": 25.00, "piqa": 50.92, "arithmark2": 24.32}
 
@@ -61,12 +62,12 @@ def test_a_limited_figure_never_takes_a_whole_ones_place(tmp_path: Path) -> None
     record.store(tmp_path, found_of("a", result("piqa", 1)), {"piqa": items_of(-2.0)})
     record.store(tmp_path, found_of("a", result("piqa", 2, items=5), result("sciq", 3, items=5)),
                  {"piqa": items_of(-3.0), "sciq": items_of(-4.0)})  # fmt: skip
-    kept = json.loads((tmp_path / record.EVAL_FILE).read_text())["tasks"]
+    kept = json.loads((tmp_path / scores.EVAL_FILE).read_text())["tasks"]
     assert {name: task["items"] for name, task in kept.items()} == {"piqa": 10, "sciq": 5}
     assert record.read_items(tmp_path) == {"piqa": items_of(-2.0), "sciq": items_of(-4.0)}
 
     record.store(tmp_path, found_of("a", result("sciq", 3)), {"sciq": items_of(-5.0)})
-    kept = json.loads((tmp_path / record.EVAL_FILE).read_text())["tasks"]
+    kept = json.loads((tmp_path / scores.EVAL_FILE).read_text())["tasks"]
     assert {name: task["items"] for name, task in kept.items()} == {"piqa": 10, "sciq": 10}
     assert record.read_items(tmp_path) == {"piqa": items_of(-2.0), "sciq": items_of(-5.0)}
 
@@ -75,7 +76,7 @@ def test_another_model_replaces_all(tmp_path: Path) -> None:
     """Oracle: the file after an evaluation of other weights: nothing of the first ones."""
     record.store(tmp_path, found_of("a", result("piqa", 1)), {"piqa": items_of(-2.0)})
     record.store(tmp_path, found_of("b", result("sciq", 2, items=5)), {"sciq": items_of(-3.0)})
-    assert list(json.loads((tmp_path / record.EVAL_FILE).read_text())["tasks"]) == ["sciq"]
+    assert list(json.loads((tmp_path / scores.EVAL_FILE).read_text())["tasks"]) == ["sciq"]
     assert record.read_items(tmp_path) == {"sciq": items_of(-3.0)}
 
 
@@ -115,10 +116,10 @@ def test_the_average_is_of_what_the_file_holds(tmp_path: Path) -> None:
     first, *others = (result(name, value, published=True) for name, value in CARD.items())
     record.store(tmp_path, found_of("a", first), {})
     record.store(tmp_path, found_of("a", *others), {})
-    assert json.loads((tmp_path / record.EVAL_FILE).read_text())["leaderboard"] == pytest.approx(32.38, abs=0.005)
+    assert json.loads((tmp_path / scores.EVAL_FILE).read_text())["leaderboard"] == pytest.approx(32.38, abs=0.005)
 
     record.store(tmp_path, found_of("a", result("hellaswag", 26.53 + 40, published=False)), {})
-    found = json.loads((tmp_path / record.EVAL_FILE).read_text())
+    found = json.loads((tmp_path / scores.EVAL_FILE).read_text())
     assert found["leaderboard"] == pytest.approx(42.38, abs=0.005)
     *_, row = rows_of(found, schema.load("slm-10m"))
     assert row.what == "differs by +10.00, other rows"
@@ -135,7 +136,7 @@ def test_texts_may_hold_any_end_of_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ['{"model": "gpt2"}', '{"model": {}, "tasks": {"x": {}}}', "[]", "{"])
 def test_a_file_of_others_is_not_read_and_not_lost(tmp_path: Path, content: str) -> None:
     """Oracle: the sentence, and the file as it was."""
-    (tmp_path / record.EVAL_FILE).write_text(content)
+    (tmp_path / scores.EVAL_FILE).write_text(content)
     with pytest.raises(DataError, match="move it away"):
-        record.before_now(tmp_path)
-    assert (tmp_path / record.EVAL_FILE).read_text() == content
+        scores.read(tmp_path)
+    assert (tmp_path / scores.EVAL_FILE).read_text() == content

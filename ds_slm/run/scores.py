@@ -1,13 +1,19 @@
-"""The rows of the table: published beside ours, with what tells whether they differ.
+"""What eval.json holds, and the rows of the table: published beside ours, with what tells whether they differ.
 
+RUN/eval.json, RUN/eval/step-*/eval.json --of_weights--> what was scored of these weights
 eval.json, a recipe's published figures --rows_of--> task, metric, published, ours, +-, chance, items, what
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ds_slm.errors import DataError
+from ds_slm.files import read_json
 from ds_slm.recipe.schema import Recipe
+
+EVAL_FILE = "eval.json"
 
 CONFIDENCE = 1.96
 """Standard errors on each side of a figure that hold 95 % of what chance does to it."""
@@ -72,6 +78,44 @@ def is_record(found: Mapping[str, Any]) -> bool:
         return False
     needed = {"items", "limited", "published", "figures"}
     return all(isinstance(task, Mapping) and needed <= task.keys() for task in tasks.values())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What eval.json holds of earlier evaluations; nothing where there is none. Raises DataError for a damaged one."""
+    path = folder / EVAL_FILE
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if found is None or not is_record(found):
+        raise DataError(f"{path} is damaged, or not of `ds-slm eval`: move it away, and score the model again.")
+    return found
+
+
+def of_weights(run: Path, sha256: str) -> dict[str, Any]:
+    """What was scored of a checkpoint, whether the run or the checkpoint was named; nothing where nothing was.
+
+    Args:
+        run: the run folder.
+        sha256: of the checkpoint's weights. Figures of other weights are left out.
+
+    Raises:
+        DataError: for a damaged eval.json.
+    """
+    folders = [run, *sorted(path.parent for path in run.glob(f"eval/*/{EVAL_FILE}"))]
+    records = [found for folder in folders if (found := read(folder)) and found["model"].get("sha256") == sha256]
+    merged: dict[str, Any] = {}
+    for found in records:
+        merged = {**found, "tasks": merge_tasks(merged.get("tasks", {}), found["tasks"])}
+    return merged
+
+
+def merge_tasks(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks of two evaluations of the same weights, the new ones over the earlier ones.
+
+    A task that was scored whole stays whole: a later trial with a limit does not take its place.
+    """
+    whole = {name for name, task in before.items() if not task["limited"]}
+    return {**before, **{name: task for name, task in new.items() if not (task["limited"] and name in whole)}}
 
 
 def leaderboard_average(tasks: Mapping[str, Any]) -> float | None:

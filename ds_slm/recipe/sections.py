@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from ds_slm.recipe.hub_names import is_language, is_repo_id, license_problem
 from ds_slm.recipe.section import HASHED, NEWER, Section
 
 BYTES = 256
@@ -46,6 +47,26 @@ class Card(Section):
     """Parameters as published; None where nothing is published."""
     sources: dict[str, str] = {}
     """Where each group of numbers is published: section or section.field -> place."""
+    license: Annotated[str | None, NEWER] = None
+    """Of the exported model, by the hub's name; None states none."""
+    language: Annotated[list[str], NEWER] = []
+    """Of the text it is trained on: ISO 639 codes."""
+    base_model: Annotated[str | None, NEWER] = None
+    """Fine-tuning: the base's id, once it is on the hub."""
+
+    @model_validator(mode="after")
+    def _the_hub_knows_these(self) -> Self:
+        problem = license_problem(self.license) if self.license is not None else None
+        problems = [f"license = {problem}, or use 'other'"] if problem else []
+        problems += [
+            f"language: {code!r} is not a code of ISO 639: write 'en' for English"
+            for code in self.language
+            if not is_language(code)
+        ]
+        if self.base_model is not None and not is_repo_id(self.base_model):
+            problems.append(f"base_model = {self.base_model!r} is not a model's id on the hub: expected ORG/NAME")
+        _raise_together(problems)
+        return self
 
 
 class Model(Section):

@@ -29,6 +29,7 @@ from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.stop import Interrupt, Request, Vote, micro_batches_per_vote
 from ds_slm.engine import devices, masters, partitions
+from ds_slm.engine.layer_norms import LayerNorms
 from ds_slm.engine.optim import build_optimizer, set_learning_rate
 from ds_slm.engine.row_reader import Share
 from ds_slm.errors import AgreedDataError
@@ -98,6 +99,7 @@ class Engine:
             config=engine_config.deepspeed,
             dist_init_required=False,
         )[0]
+        self._layers = LayerNorms(self.deepspeed)
         if engine_config.compiled:
             model.compile_parts()
 
@@ -151,8 +153,13 @@ class Engine:
         nonfinite = tuple(rank for rank, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
         return Sums(sum(nll_by_rank), totals.weight, sum(z2_by_rank), totals.count, nonfinite)
 
-    def step(self, learning_rate: float) -> bool:
-        """Clip, and take one optimiser step; False where it was not taken because a gradient was not finite."""
+    def step(self, learning_rate: float, show_layers: bool = False) -> bool:
+        """Clip, and take one optimiser step; False where it was not taken because a gradient was not finite.
+
+        With `show_layers`, `layer_norms` says afterwards what it was made of.
+        """
+        if show_layers:
+            self._layers.measure_next_step()
         set_learning_rate(self.deepspeed.optimizer.optimizer, learning_rate)
         self.deepspeed.step()
         return bool(self.deepspeed.was_step_applied())
@@ -161,6 +168,12 @@ class Engine:
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
         return float(self.deepspeed.get_global_grad_norm())
+
+    def layer_norms(self) -> dict[str, float]:
+        """Norms of weights and, before clipping, gradients by layer, of a step with `show_layers`. Collective."""
+        return self._layers.result(
+            self.grad_norm, lambda own: [sum(ranks) for ranks in self._gather(own.to(self.device))]
+        )
 
     @property
     def loss_scaler(self) -> Any:

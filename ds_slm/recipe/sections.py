@@ -323,6 +323,8 @@ class Run(Section):
     checkpoint_copies: PositiveInt = 2
     """Hosts that keep every checkpoint."""
     log_every_steps: PositiveInt = 1
+    layers_every_steps: PositiveInt | None = None
+    """Steps whose norms of weights and gradients are recorded layer by layer; None: never."""
 
 
 class Eval(Section):

@@ -1,9 +1,7 @@
 """What a run reports: TensorBoard, metrics.jsonl, and a progress bar or lines on the terminal. Rank 0 alone does.
 
-    libraries' output (stdout, stderr) --> logs/rank-00000.log        (`captured_output`)
-    record --> metrics.jsonl, tb/ and the terminal                    (`Report`)
-
-DeepSpeed's own TensorBoard is not used: it writes rates against samples, and no loss.
+libraries' output (stdout, stderr) --> logs/rank-00000.log        (`captured_output`)
+record --> metrics.jsonl, tb/ (board.py) and the terminal         (`Report`)
 """
 
 import contextlib
@@ -19,30 +17,14 @@ from typing import Any, TextIO
 
 from ds_slm.files import replace_text
 from ds_slm.run import launches
+from ds_slm.run.board import Board
 from ds_slm.run.launches import Launch
 
-TAGS = {
-    "train": {
-        "loss": "train/loss", "z_loss": "train/z_loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
-        "tokens": "train/tokens", "loss_spike": "train/loss_spike", "loss_scale": "train/loss_scale",
-        "tokens_per_s": "perf/tokens_per_s",
-        "mfu": "perf/mfu", "step_s": "perf/step_s", "peak_memory_gb": "perf/peak_memory_gb",
-        "conversations": "rows/conversations", "real": "rows/real_tokens", "supervised": "rows/supervised_tokens",
-        "padded": "rows/padded_tokens",
-    },
-    "val": {
-        "loss": "val/loss", "perplexity": "val/perplexity", "bits_per_byte": "val/bits_per_byte",
-        "card_loss": "val/card_loss", "card_perplexity": "val/card_perplexity",
-    },
-    "eval": {
-        "loss": "final/loss", "perplexity": "final/perplexity", "bits_per_byte": "final/bits_per_byte",
-        "card_loss": "final/card_loss", "card_perplexity": "final/card_perplexity",
-    },
-    "save": {"wait_s": "perf/save_wait_s"},
-}  # fmt: skip
-"""Kind of record -> field -> TensorBoard tag."""
-
-
+SHOWN_FACTS = (
+    "hosts", "world_size", "device", "backend", "precision", "zero_stage", "optimizer", "rows_per_step",
+    "accumulation_steps", "micro_batch_rows", "kernels", "generation", "begins_at_step", "warnings",
+)  # fmt: skip
+"""Of env.json, in TensorBoard."""
 LONGEST_SILENCE_S = 60.0
 """Without a progress bar, a step at least this long after the last line gets one of its own."""
 
@@ -102,13 +84,11 @@ class Report:
 
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         if launch:
             launches.refuse_replaced(folder, launch)
         self._forget_after(first_step)
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1)
+        self.board = Board(folder / "tb", first_step)
         self.bar = self._progress_bar(first_step) if terminal.isatty() else None
 
     def _forget_after(self, step: int) -> None:
@@ -145,7 +125,18 @@ class Report:
         """A text in TensorBoard."""
         if self.active and self._may_write:
             with self._disk():
-                self.tensorboard.add_text(tag, text, step)
+                self.board.text(tag, text, step)
+
+    def describe(self, recipe: Mapping[str, Any], recipe_text: str, facts: Mapping[str, Any]) -> None:
+        """What is trained, and where: a record, texts in TensorBoard, and the run's line in its table of runs."""
+        step = facts["begins_at_step"]
+        self.record("launch", step, {name: facts[name] for name in SHOWN_FACTS if name in facts})
+        self.text("recipe", f"```toml\n{recipe_text}```", step)
+        rows = "".join(f"| {name} | {_cell(facts[name])} |\n" for name in SHOWN_FACTS if name in facts)
+        self.text("hosts", f"| what | of this launch |\n|---|---|\n{rows}", step)
+        if self.active and self._may_write:
+            with self._disk():
+                self.board.compare_by(recipe)
 
     @property
     def _may_write(self) -> bool:
@@ -159,17 +150,13 @@ class Report:
         if log and self._may_write:
             with self._disk():
                 self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-                # Fields of benchmarks are TASK/METRIC.
-                tags = {field: f"eval/{field}" for field in values} if kind == "benchmarks" else TAGS[kind]
-                for field, tag in tags.items():
-                    if values.get(field) is not None:
-                        self.tensorboard.add_scalar(tag, values[field], step)
+                self.board.record(kind, step, values)
 
         if kind == "train":
             self._progress(step, values)
         elif kind == "benchmarks":
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
-        elif kind != "save":
+        elif kind in ("val", "eval"):
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
             self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")
 
@@ -200,9 +187,16 @@ class Report:
         if self.active:
             if self.bar:
                 self.bar.stop()
-            for file in (self.metrics, self.tensorboard):
+            for file in (self.metrics, self.board):
                 with self._disk():
                     file.close()
+
+
+def _cell(value: Any) -> str:
+    """A value in a table of Markdown."""
+    if isinstance(value, Mapping):
+        value = [f"{key}: {one}" for key, one in value.items()]
+    return ", ".join(map(str, dict.fromkeys(value))) if isinstance(value, list) else str(value)
 
 
 def _step_of(line: str) -> float:

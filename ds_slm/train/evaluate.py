@@ -12,8 +12,8 @@ def evaluate(run: Run) -> None:
     run.report.record("val", run.state.step, values)
     with run.engine.eager() as model:
         continuations = run.sample(model)
-    for prompt, continuation in continuations.items():
-        run.report.text(f"samples/{prompt}", continuation, run.state.step)
+    if continuations:
+        run.report.record("samples", run.state.step, {"continuations": continuations})
     run.state, run.val_loss = replace(run.state, evaluated_step=run.state.step), values["loss"]
 
 

@@ -131,13 +131,13 @@ class Launching:
             for line in launches.take_over(control, options.run_dir, launch, writers, held):
                 print(line, file=terminal, flush=True)
             try:
-                skipped = self._describe(launch, writers, terminal)
-                self._train(launch, writers, skipped, interrupt, terminal)
+                facts = self._describe(launch, writers, terminal)
+                self._train(launch, writers, facts, interrupt, terminal)
             except ReplacedByNewerLaunch as replaced:
                 raise ReplacedByNewerLaunch(str(launches.holder(options.run_dir))) from replaced
 
-    def _describe(self, launch: Launch, writers: list[int], terminal: TextIO) -> skipping.Ranges:
-        """Write into every run folder, and print, what this launch does; returns the rows it leaves out."""
+    def _describe(self, launch: Launch, writers: list[int], terminal: TextIO) -> dict[str, Any]:
+        """Write into every run folder, and print, what this launch does; returns what env.json says of it."""
         control, inputs = self.control, self.inputs
         recipe, options, rows, corpus = inputs.recipe, inputs.options, inputs.rows, inputs.corpus
         content = self.resume_point.content if self.resume_point else {}
@@ -177,10 +177,10 @@ class Launching:
         if control.rank == 0:
             said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
             _announce(facts, options, said, terminal)
-        return skip.ranges
+        return facts
 
     def _train(
-        self, launch: Launch, writers: list[int], skipped: skipping.Ranges, interrupt: Interrupt, terminal: TextIO
+        self, launch: Launch, writers: list[int], facts: dict[str, Any], interrupt: Interrupt, terminal: TextIO
     ) -> None:
         """From weights to the end of the loop."""
         control, inputs, found = self.control, self.inputs, self.resume_point
@@ -195,8 +195,8 @@ class Launching:
 
         background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)
         checkpoints = Checkpoints(background, inputs.identity)
-        report.text("recipe", f"```toml\n{schema.to_toml(recipe)}```", 0)
-        state = replace(state, skipped_rows=skipped)
+        report.describe(recipe.model_dump(mode="json"), schema.to_toml(recipe), facts)
+        state = replace(state, skipped_rows=facts["skipped_rows"])
         if found:
             checkpoints.resume(state, found)
         run = loop.Run(

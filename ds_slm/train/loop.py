@@ -111,13 +111,15 @@ def take_step(run: Run) -> None:
     step_rows = run.reader.of_step(state.position, another_follows=state.step + 1 < run.stop_at_step)
     totals = engine.agree(step_rows.share)
     rate, scaler = learning_rate(run.recipe, state.step), engine.loss_scaler
+    every = run.recipe.run.layers_every_steps
+    show_layers = every is not None and (state.step + 1) % every == 0
 
     # Forward and backward, until an optimiser step is applied.
     while True:
         loss_scale = scaler.cur_scale if scaler else None
         sums = engine.forward_backward(step_rows.share.micro_batches, totals)
         guard.refuse_nonfinite(run, sums, step_rows)
-        if engine.step(rate):
+        if engine.step(rate, show_layers):
             break
         guard.refuse_lost_step(run, loss_scale, step_rows)
 
@@ -125,6 +127,8 @@ def take_step(run: Run) -> None:
     run.state = state.after(step_rows.next_position, int(sums.count), ledger)
     engine.synchronise()
     record_step(run, sums, rate, clock.elapsed_s(), step_rows.contents)
+    if show_layers:
+        run.report.record("layers", run.state.step, engine.layer_norms())
 
 
 def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:

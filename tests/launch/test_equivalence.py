@@ -5,14 +5,16 @@ oracle is a plain PyTorch loop in fp32: the same model and rows, one process, to
 """
 
 import itertools
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards.prepare import prepare
+from ds_slm.engine.layer_norms import layer_of
 from ds_slm.engine.optim import build_optimizer
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
@@ -55,13 +57,24 @@ def reference(recipe_path: Path) -> list[dict]:
         targets = torch.from_numpy(batch.target_ids).flatten()
         loss = torch.nn.functional.cross_entropy(logits, targets)
         (loss + recipe.train.z_loss * logits.logsumexp(-1).square().mean()).backward()
+        layers = norms_by_layer("grad_norm", {name: one.grad for name, one in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
         optimizer.step()
         optimizer.zero_grad()
-        records.append({"loss": loss.item(), "grad_norm": norm.item()})
+        layers |= norms_by_layer("weight_norm", dict(model.named_parameters()))
+        records.append({"loss": loss.item(), "grad_norm": norm.item(), "layers": layers})
     return records
+
+
+def norms_by_layer(what: str, tensors: dict[str, Any]) -> dict[str, float]:
+    """The norm of each layer's tensors together."""
+    squares: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        key = f"{what}/{layer_of(name)}"
+        squares[key] = squares.get(key, 0.0) + float(tensor.detach().double().square().sum())
+    return {key: math.sqrt(one) for key, one in squares.items()}
 
 
 def products(form: str) -> dict[str, str]:
@@ -74,7 +87,12 @@ def launch(recipe_path: Path, out: Path, world_size: int, cases: list[str]) -> N
     described = []
     for case in cases:
         zero, precision, *rest = case.split("-")
-        settings = [f"zero={zero[-1]}", f"set=train.precision={precision}", "max_steps=20"]
+        settings = [
+            f"zero={zero[-1]}",
+            f"set=train.precision={precision}",
+            "max_steps=20",
+            "set=run.layers_every_steps=4",
+        ]
         settings += ["set=train.gradient_checkpointing=true"] * ("gc" in rest) + ["compiled=1"] * ("compiled" in rest)
         settings += [f"broken={r}" for r in rest if r not in ("gc", "compiled")]
         described.append(f"{case}:{','.join(settings)}")
@@ -89,6 +107,8 @@ class Compared(NamedTuple):
     excess: float
     """The largest difference of a loss or gradient norm, in tolerances."""
     same_rows: bool
+    layers_excess: float
+    """The same of a layer's norms; the gradients' share the global norm's rounding."""
 
 
 def launch_and_compare(out: Path, world_size: int, cases: list[str], reference: list[dict]) -> dict[str, Compared]:
@@ -103,8 +123,24 @@ def launch_and_compare(out: Path, world_size: int, cases: list[str], reference: 
         expected = reference if precision == "fp32" else one_process
         found = runs.records(out / case)
         ledgers = [[record["ledger"] for record in records] for records in (found, one_process)]
-        compared[case] = Compared(tolerances.excess(found, expected, precision), ledgers[0] == ledgers[1])
+        compared[case] = Compared(
+            tolerances.excess(found, expected, precision),
+            ledgers[0] == ledgers[1],
+            layers_excess(out / case, reference) if precision == "fp32" else 0.0,
+        )
     return compared
+
+
+def layers_excess(run: Path, reference: list[dict]) -> float:
+    """The worst difference of a layer's norm from the plain loop's, in tolerances of a gradient norm."""
+    found = runs.records(run, "layers")
+    assert [record["step"] for record in found] == [4, 8, 12, 16, 20]
+    worst = 0.0
+    for record in found:
+        expected = reference[record["step"] - 1]["layers"]
+        assert record.keys() - {"kind", "step"} == expected.keys()
+        worst = max(worst, *(abs(record[layer] / norm - 1) for layer, norm in expected.items()))
+    return worst / tolerances.TOPOLOGIES["fp32"].grad_norm
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +162,7 @@ def test_every_topology_takes_the_same_steps(recipe_path: Path, reference: list[
     found = launch_and_compare(recipe_path.parent / f"world{world_size}", world_size, COVERING[world_size], reference)
     assert max(one.excess for one in found.values()) < 1, found
     assert all(one.same_rows for one in found.values()), found
+    assert max(one.layers_excess for one in found.values()) < 1, found
 
 
 @pytest.mark.slow
@@ -136,6 +173,7 @@ def test_every_topology_takes_the_same_steps_all(recipe_path: Path, reference: l
     found = launch_and_compare(recipe_path.parent / f"all{world_size}", world_size, EVERYTHING, reference)
     assert max(one.excess for one in found.values()) < 1, found
     assert all(one.same_rows for one in found.values()), found
+    assert max(one.layers_excess for one in found.values()) < 1, found
 
 
 @pytest.mark.usefixtures("reference_bf16")

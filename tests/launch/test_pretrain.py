@@ -87,7 +87,7 @@ def test_event_files_hold_every_tag(finished: Path) -> None:
     events.Reload()
     train = {"train/loss", "train/z_loss", "train/lr", "train/grad_norm", "train/tokens"}
     perf = {"perf/tokens_per_s", "perf/mfu", "perf/step_s", "perf/peak_memory_gb"}
-    val = {"val/loss", "val/perplexity", "val/bits_per_byte", "final/loss", "final/bits_per_byte"}
+    val = {"val/loss", "val/perplexity", "val/bits_per_byte", "val/all_rows_loss", "val/all_rows_bits_per_byte"}
     assert train | perf | val <= set(events.Tags()["scalars"])
     written = runs.records(finished)
     found = events.Scalars("train/loss")

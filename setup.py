@@ -38,6 +38,7 @@ setup(
         "datasets>=4,<6",
         "deepspeed>=0.19.8,<0.20",
         "huggingface-hub>=1,<3",
+        "matplotlib>=3.9,<4",  # the curves beside a model card
         "ninja>=1.11",  # DeepSpeed's offload compiles an op with it
         "numpy>=2,<3",
         "protobuf>=5",  # transformers reads a SentencePiece tokenizer.model with it
@@ -64,7 +65,6 @@ setup(
             "accelerate>=1.10,<2",  # lm_eval's own scorer, the oracle of ours, needs it
             "hypothesis>=6.120",
             "lm-eval>=0.4.13,<0.5",
-            "matplotlib>=3.9,<4",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.3",
             "pytest-timeout>=2.3",

@@ -274,6 +274,11 @@ def manifest_sha256(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
+def model_sha256(checkpoint: Path) -> str:
+    """The hash of a verified checkpoint's weights."""
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"][MODEL]["sha256"]
+
+
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file opened for reading one tensor at a time: `.keys()`, `.get_tensor(name)`."""

@@ -276,18 +276,15 @@ def export(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The Hugging Face folder to make.")],
     step: Annotated[int | None, typer.Option(min=0, help="Checkpoint to export.  [default: the newest]")] = None,
     best: Annotated[bool, typer.Option("--best", help="Export the one with the lowest validation loss.")] = False,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="card.KEY=VALUE", help="What the model card says: card.license=mit.")
+    ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """A Hugging Face folder from a run."""
-    from ds_slm.publish.export import export_run
+    """A Hugging Face folder from a run, with its model card."""
+    from ds_slm.cli import publishing
 
-    if step is not None and best:
-        raise ConfigError("--step and --best name two checkpoints: choose one.")
-    exported = export_run(run_folder, out, step=step, best=best)
-    if as_json:
-        print_json(exported)
-    else:
-        print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
+    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, as_json))
 
 
 @app.command("eval", epilog=examples.epilog("eval"))

@@ -18,6 +18,7 @@ Known gaps: the pattern of the mix is held in memory, one entry per unit of tota
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, TypeVar
@@ -106,6 +107,12 @@ class Order:
     def rows_of(self, source: int) -> int:
         """Rows of one epoch of a source."""
         return self._rows[source]
+
+    def sources_before(self, position: int) -> Counter[int]:
+        """Draws of each source, by its place, at all global positions before this one."""
+        cycles, slots = divmod(position, len(self._pattern))
+        drawn = Counter({source: cycles * weight for source, weight in enumerate(self._weights)})
+        return drawn + Counter(source for source, _ in self._pattern[:slots])
 
     def first_repeat(self, source: int) -> int:
         """The position at which a source has run out and begins another epoch, in another order."""

@@ -2,7 +2,7 @@
 
     run folder --> checkpoint --> fp32 tensors by name --> .export.tmp-*/ --> every file fsynced --> renamed to OUT
 
-    config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md if a card is given
+    config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md and its pictures
     modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
 
 The tokenizer pads on the left, and its chat template is one that any Jinja renders: without the marks of training.
@@ -15,8 +15,9 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,9 +34,22 @@ from ds_slm.recipe import schema
 
 
 def export_run(
-    run: Path, out: Path, step: int | None = None, best: bool = False, dtype: torch.dtype = torch.float32
+    run: Path,
+    out: Path,
+    step: int | None = None,
+    best: bool = False,
+    dtype: torch.dtype = torch.float32,
+    describe: Callable[[Path], Mapping[str, bytes]] = lambda checkpoint: {},
 ) -> dict[str, Any]:
     """Export a run's checkpoint: of a step, the best, or the newest whole one.
+
+    Args:
+        run: the run folder.
+        out: the folder to make.
+        step: of the checkpoint.
+        best: take the one with the lowest validation loss.
+        dtype: of the stored weights.
+        describe: from the checkpoint to the files of its model card, by name; called before anything is written.
 
     Returns:
         What was exported: checkpoint, step, parameters, dtype and folder.
@@ -58,8 +72,9 @@ def export_run(
             "restore the tokenizer the run had."
         )
 
+    described = describe(checkpoint)
     state = checkpoint_files.read_model(checkpoint)
-    parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype)
+    parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype, described=described)
     return {
         "checkpoint": str(checkpoint),
         "step": notes["step"],
@@ -75,7 +90,7 @@ def export(
     tokenizer_folder: Path,
     out: Path,
     dtype: torch.dtype = torch.float32,
-    card_text: str | None = None,
+    described: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int:
     """Write a Hugging Face folder. It appears whole, or not at all.
 
@@ -85,7 +100,7 @@ def export(
         tokenizer_folder: a folder that transformers can load; its files are copied.
         out: the folder to make; it may exist empty.
         dtype: of the stored weights.
-        card_text: the model card, README.md.
+        described: files of the model card, by name.
 
     Returns:
         The number of parameters, a tied head counted once.
@@ -95,8 +110,8 @@ def export(
         DataError: where the tokenizer cannot be read.
     """
     with export_folder(state, shape, tokenizer_folder, out, dtype) as folder:
-        if card_text is not None:
-            (folder / "README.md").write_text(card_text, encoding="utf-8")
+        for name, content in described.items():
+            (folder / name).write_bytes(content)
 
     return sum(tensor.numel() for tensor in state.values())
 

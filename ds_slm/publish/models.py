@@ -122,8 +122,7 @@ def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
     recipe = schema.load_recorded(run)
     trained_with = checkpoint_files.read_state(checkpoint).get("tokenizer_sha256")
     _refuse_other_tokenizer(run / "tokenizer", trained_with)
-    manifest = json.loads((checkpoint / checkpoint_files.MANIFEST).read_text())
-    sha256 = manifest["files"][checkpoint_files.MODEL]["sha256"]
+    sha256 = checkpoint_files.model_sha256(checkpoint)
     return OpenModel(checkpoint, recipe.model, run / "tokenizer", sha256, (checkpoint / checkpoint_files.MODEL,))
 
 

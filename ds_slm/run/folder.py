@@ -148,9 +148,14 @@ def newest_saved(run: Path) -> tuple[int, list[str]]:
     return step, [str(host) for host in hosts] if isinstance(hosts, list) else []
 
 
+def read_records(run: Path) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl; damaged lines are passed over."""
+    return _json_lines(run / "metrics.jsonl")
+
+
 def _recorded_saves(run: Path) -> list[int]:
-    """The steps whose saves metrics.jsonl says were begun, in ascending order; damaged lines are passed over."""
-    records = (record for record in _json_lines(run / "metrics.jsonl") if record.get("kind") == "save")
+    """The steps whose saves metrics.jsonl says were begun, in ascending order."""
+    records = (record for record in read_records(run) if record.get("kind") == "save")
     return sorted({record["step"] for record in records if isinstance(record.get("step"), int)})
 
 

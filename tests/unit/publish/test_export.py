@@ -86,7 +86,9 @@ def pair(request, tokenizer_folder, remote_code_cache, tmp_path_factory):
     shape = schema.Model(**(SHAPE | changes))
     ours = build(shape, seed=1)
     out = tmp_path_factory.mktemp("export") / "model"
-    exported = export(dict(ours.named_parameters()), shape, tokenizer_folder, out, card_text="# A model\n")
+    exported = export(
+        dict(ours.named_parameters()), shape, tokenizer_folder, out, described={"README.md": b"# A model\n"}
+    )
     theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=shape.exclusive_attention).eval()
     assert type(theirs).__name__ == architecture
     assert exported == sum(parameter.numel() for parameter in theirs.parameters())

@@ -1,0 +1,260 @@
+"""The model card, README.md: what the model is, what was measured of it, and how to make it again.
+
+    run folder, checkpoint --describe--> README.md and its pictures
+    RunFacts, eval.json    --write_card--> YAML head, glance, use, results, architecture, data, training, what the
+                                           original left open, the way to make it again, limits, licence
+
+Everything comes from the files of the run: nothing is measured here, no clock is read, and no path of the machine is
+told. A figure that is missing is left out, or said to be missing where a published one stands beside it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ds_slm.model.hf import hf_config
+from ds_slm.publish import card_training, plots
+from ds_slm.publish.header import HubDataset, card_data
+from ds_slm.publish.limits import limits
+from ds_slm.publish.markdown import code_block, in_words, number, table, times
+from ds_slm.publish.rerun import rerun
+from ds_slm.publish.run_facts import RunFacts, read_facts
+from ds_slm.recipe.plan import parameter_counts, parameters
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run.scores import CONFIDENCE, DOCUMENTATION, LEADERBOARD, Row, of_weights, rows_of
+
+README = "README.md"
+OF_TRAINING = ("val", "train")
+"""What the published figures of a recipe are called that training itself takes; the others are benchmarks."""
+NEW_TOKENS = 60
+"""That the snippet asks for, at most."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a card says beside what its run tells."""
+
+    title: str
+    """The model's name."""
+    model_id: str
+    """What the snippet loads: the folder's name, or the repository's id."""
+    dtype: str = "float32"
+    """Of the stored weights."""
+    scored: Mapping[str, Any] = field(default_factory=dict)
+    """eval.json of these weights; empty where they were not scored."""
+    datasets: Mapping[str, HubDataset] = field(default_factory=dict)
+    """Benchmark -> where the hub has its rows."""
+
+
+def describe(run: Path, checkpoint: Path, recipe: Recipe, page: Page) -> dict[str, bytes]:
+    """The files that describe an exported checkpoint, by name: README.md and its pictures.
+
+    Args:
+        run: the run folder.
+        checkpoint: one of its checkpoints, verified.
+        recipe: the run's, whose card may say more than the recorded one.
+        page: what the run does not tell; its `scored` is read here.
+
+    Raises:
+        DataError: eval.json is damaged.
+        RecipeError: a source has an id that no dataset of the hub can have.
+    """
+    facts = read_facts(run, recipe, checkpoint)
+    page = replace(page, scored=of_weights(run, facts.weights_sha256))
+    return {README: write_card(facts, page).encode(), **plots.draw(facts)}
+
+
+def write_card(facts: RunFacts, page: Page) -> str:
+    """The whole text of README.md.
+
+    Raises:
+        RecipeError: a source has an id that no dataset of the hub can have.
+    """
+    head = card_data(facts, page.title, page.scored, page.datasets).to_yaml()
+    sections = {
+        "": _glance(facts, page),
+        "Use": _use(facts, page),
+        "Results": _results(facts, page),
+        "Architecture": _architecture(facts),
+        "Data": card_training.data(facts),
+        "Training": [*card_training.training(facts), *plots.figures(facts)],
+        "What the original left open": _left_open(facts),
+        "Make it again": rerun(facts),
+        "Limits": limits(facts, page.scored),
+        "Licence": _licence(facts),
+    }
+
+    body = [f"# {page.title}"]
+    for title, paragraphs in sections.items():
+        body += [f"## {title}", *paragraphs] if title and paragraphs else paragraphs
+    return f"---\n{head}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def _glance(facts: RunFacts, page: Page) -> list[str]:
+    """What it is, in one paragraph and one table."""
+    recipe, count = facts.recipe, parameters(facts.recipe.model)
+    size = f"{in_words(count)} parameters"
+    if recipe.sft is None:
+        what = f"A language model of {size}, trained from scratch on {in_words(facts.tokens)} tokens"
+    else:
+        base = f"`{recipe.card.base_model}`" if recipe.card.base_model else "a base model"
+        what = f"A chat model of {size}, fine-tuned from {base} on conversations"
+    about = f" It reproduces {recipe.card.reproduces.rstrip('.')}." if recipe.card.reproduces else ""
+    text = (
+        f"{what} with ds_slm.{about} Every figure on this page was read from the files of its run; what was not "
+        "measured says so."
+    )
+
+    held_out, hours = facts.held_out, facts.device_hours
+    losses = {"loss": "{:.4f} nats a token", "perplexity": "perplexity {:.4g}", "bits_per_byte": "{:.4f} bits a byte"}
+    told = [form.format(held_out[key]) for key, form in losses.items() if isinstance(held_out.get(key), int | float)]
+    hardware = card_training.hardware(facts)
+    rows = {
+        "Parameters": f"{count:,}, stored in {page.dtype}",
+        "Context": f"{recipe.model.max_position_embeddings:,} tokens",
+        "Vocabulary": f"{recipe.tokenizer.vocab_size:,} tokens",
+        "Language": ", ".join(recipe.card.language),
+        "Training": f"{facts.step:,} steps, {facts.tokens:,} tokens",
+        "Held-out loss": ", ".join(told),
+        "Hardware": f"{hardware}, {card_training.duration(hours)}" if hardware and hours is not None else hardware,
+    }
+    glance = table(("", ""), [row for row in rows.items() if row[1]])
+
+    if facts.is_finished:
+        return [text, glance]
+    return [
+        text,
+        f"> These are the weights after step {facts.step:,}; the recipe takes {recipe.train.steps:,}.",
+        glance,
+    ]
+
+
+def _use(facts: RunFacts, page: Page) -> list[str]:
+    """A snippet that runs as it stands."""
+    recipe = facts.recipe
+    prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Once upon a time"
+    most = min(NEW_TOKENS, recipe.model.max_position_embeddings // 2)
+    remote = ", trust_remote_code=True" if recipe.model.exclusive_attention else ""
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"name = {_literal(page.model_id)}  # this folder, or its name on the hub",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f"model = AutoModelForCausalLM.from_pretrained(name{remote})",
+        "",
+    ]
+
+    if recipe.sft is None:
+        lines += [
+            f'inputs = tokenizer({_literal(prompt)}, return_tensors="pt", return_token_type_ids=False)',
+            f"output = model.generate(**inputs, max_new_tokens={most}, do_sample=True, temperature=0.7, top_p=0.9)",
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        ]
+    else:
+        lines += [
+            f'messages = [{{"role": "user", "content": {_literal(prompt)}}}]',
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
+            "return_dict=True)",
+            f"output = model.generate(**inputs, max_new_tokens={most})",
+            'answer = output[0, inputs["input_ids"].shape[1] :]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+    return [code_block("\n".join(lines), "python")]
+
+
+def _literal(text: str) -> str:
+    """A string of Python, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _results(facts: RunFacts, page: Page) -> list[str]:
+    """Published beside ours, for the benchmarks."""
+    recipe, scored = facts.recipe, page.scored
+    rows = rows_of(scored, recipe) if scored else []
+
+    # What the original publishes and nobody has scored of this model.
+    shown = {f"{row.task}/{row.metric}" for row in rows} | {LEADERBOARD for row in rows if row.task == "leaderboard"}
+    missing = [
+        target
+        for target in recipe.targets
+        if target.metric.partition("/")[0] not in OF_TRAINING and target.metric not in shown
+    ]
+    if not rows and not missing:
+        return ["This model was not scored on any benchmark."]
+
+    cells = [_result_cells(row) for row in rows]
+    for target in missing:
+        task, _, metric = target.metric.partition("/")
+        cells.append([task, metric, _figure(target.published), "not evaluated", "", "", "", "", ""])
+    header = ("benchmark", "metric", "published", "this model", "±", "chance", "bits a byte", "items", "")
+    notes = [_how_scored(page, rows)] if rows else ["None of these was scored with this model."]
+    return [table(header, cells, right=range(2, 8)), *notes]
+
+
+def _result_cells(row: Row) -> list[str]:
+    figures = (row.published, row.ours, row.plus_minus, row.chance)
+    bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
+    items = "" if row.items is None else f"{row.items:,}"
+    return [row.task, row.metric, *map(_figure, figures), bits, items, row.what]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _how_scored(page: Page, rows: list[Row]) -> str:
+    text = (
+        f"Accuracies in percent. ± is {CONFIDENCE} standard errors of this model's figure, chance is what guessing "
+        "gives, and bits a byte is what the right answers cost this model, in bits for each byte of their text."
+    )
+    if any(row.task == DOCUMENTATION for row in rows):
+        text += " `documentation` is made from the documentation of the machine that scored it: it compares nothing."
+    if version := page.scored.get("lm_eval"):
+        text += (
+            f" Scored in float32, without examples in the prompt, with the tasks of lm-evaluation-harness {version}."
+        )
+    if page.dtype != "float32":
+        text += f" The weights of this folder are these, rounded to {page.dtype}."
+    return text
+
+
+def _architecture(facts: RunFacts) -> list[str]:
+    """The decoder's shape."""
+    shape, counts = facts.recipe.model, parameter_counts(facts.recipe.model)
+    architecture = hf_config(shape, eos_id=None, dtype="float32")["architectures"][0]
+    parts = {"embedding": counts.embedding, "head": counts.head, "attention": counts.attention, "MLP": counts.mlp}
+
+    heads = f"{times(shape.num_attention_heads, 'query head')}, {times(shape.num_key_value_heads, 'key-value head')}"
+    attention = [f"{heads} of {shape.head_dim}"]
+    attention += ["QK-norm"] if shape.qk_norm else []
+    attention += ["exclusive (arXiv 2603.09078)"] if shape.exclusive_attention else []
+
+    head = "also the output head" if shape.tie_word_embeddings else "and an output head of its own"
+    rows = {
+        "Class": f"`{architecture}`, {'in this folder' if shape.exclusive_attention else 'of transformers'}",
+        "Layers": f"{shape.num_hidden_layers}, of width {shape.hidden_size:,}",
+        "Attention": ", ".join(attention),
+        "Feed-forward": f"SwiGLU of width {shape.intermediate_size:,}",
+        "Positions": f"rotary, θ = {number(shape.rope_theta)}",
+        "Normalisation": f"RMSNorm before each part, ε = {number(shape.rms_norm_eps)}",
+        "Embedding": f"{shape.vocab_size:,} × {shape.hidden_size:,}, {head}",
+        "Parameters": f"{counts.total:,}: " + ", ".join(f"{name} {part:,}" for name, part in parts.items() if part),
+    }
+    if facts.recipe.card.params is not None:
+        rows["Published parameters"] = f"{facts.recipe.card.params:,}"
+    return [table(("", ""), list(rows.items()))]
+
+
+def _left_open(facts: RunFacts) -> list[str]:
+    """What the published card does not say, and what the recipe chose."""
+    if not facts.recipe.unstated:
+        return []
+    rows = [(f"`{place}`", choice) for place, choice in facts.recipe.unstated.items()]
+    return ["The published card does not say these; the recipe chose them.", table(("setting", "choice"), rows)]
+
+
+def _licence(facts: RunFacts) -> list[str]:
+    licence = facts.recipe.card.license
+    return [f"`{licence}`."] if licence else ["None is stated."]

@@ -1,0 +1,120 @@
+"""The head of a model card, which the hub reads: licence, language, data, base, and what was measured.
+
+RunFacts, eval.json --card_data--> huggingface_hub's ModelCardData --> YAML
+
+Hub ids stand there only of what is on the hub, and the figures only of whole sets. A set whose questions are other ones
+than the published, or are not known, has that word in the name of its metric.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ds_slm.errors import RecipeError
+from ds_slm.model.hf import hf_config
+from ds_slm.publish.run_facts import RunFacts
+from ds_slm.recipe.hub_names import is_repo_id
+from ds_slm.recipe.schema import Source
+from ds_slm.run.scores import DOCUMENTATION, remarks_on
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+LIBRARY, PIPELINE = "transformers", "text-generation"
+
+
+class HubDataset(NamedTuple):
+    """Where the hub has the rows of a benchmark."""
+
+    id: str
+    config: str | None
+    split: str
+
+
+def card_data(
+    facts: RunFacts, title: str, scored: Mapping[str, Any], datasets: Mapping[str, HubDataset]
+) -> "ModelCardData":
+    """The head of the card of an exported checkpoint.
+
+    Args:
+        facts: the checkpoint and its run.
+        title: the model's name.
+        scored: eval.json of these weights; empty where they were not scored.
+        datasets: task -> where the hub has its rows.
+
+    Raises:
+        RecipeError: a source has an id that no dataset of the hub can have.
+    """
+    from huggingface_hub import ModelCardData
+
+    card = facts.recipe.card
+    base = card.base_model if facts.recipe.sft else None
+    results = [one for name, task in scored.get("tasks", {}).items() for one in _results(name, task, datasets)]
+    accuracy = ["accuracy"] if any(one.metric_type == "accuracy" for one in results) else []
+    return ModelCardData(
+        language=card.language or None,
+        license=card.license,
+        library_name=LIBRARY,
+        pipeline_tag=PIPELINE,
+        tags=_tags(facts),
+        datasets=hub_sources(facts) or None,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        metrics=[*accuracy, *(["perplexity"] if facts.held_out else [])] or None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def hub_sources(facts: RunFacts) -> list[str]:
+    """Ids of the datasets of the hub that were read. Raises RecipeError where one is not an id."""
+    ids = [source.id for source in facts.recipe.data.source if source.id and is_from_hub(source, facts)]
+    if wrong := [one for one in ids if not is_repo_id(one)]:
+        raise RecipeError([f"data.source.id: {one!r} is not a dataset's id on the hub." for one in wrong])
+    return list(dict.fromkeys(ids))
+
+
+def is_from_hub(source: Source, facts: RunFacts) -> bool:
+    """Whether a source was read from the hub, and not from local files in its place."""
+    replaced = facts.environment.get("replaced_sources") or ()
+    by_id = source.kind == "hub" or (source.kind == "tokens" and not source.path)
+    return by_id and source.name not in replaced
+
+
+def _tags(facts: RunFacts) -> list[str]:
+    shape = facts.recipe.model
+    config = hf_config(shape, eos_id=None, dtype="float32")
+    own = ["custom_code"] if "auto_map" in config else []
+    kind = "pretraining" if facts.recipe.sft is None else "conversational"
+    return ["ds_slm", "small-language-model", config["model_type"], kind, *own]
+
+
+def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDataset]) -> "list[EvalResult]":
+    """One task's figures for the model-index; none of a trial with a limit."""
+    from huggingface_hub import EvalResult
+
+    if task["limited"]:
+        return []
+
+    rows = datasets.get(name, HubDataset(name, None, "test"))
+    remarks = remarks_on(name, task)
+    if name == DOCUMENTATION:
+        remarks = [f"{task['items']:,} questions made from the documentation of the scoring machine"]
+    return [
+        EvalResult(
+            task_type=PIPELINE,
+            dataset_type=rows.id,
+            dataset_name=name,
+            dataset_config=rows.config,
+            dataset_split=rows.split,
+            metric_type=_metric_type(metric),
+            metric_name=f"{metric} ({', '.join(remarks)})" if remarks else metric,
+            metric_value=round(figure["value"], 4),
+        )
+        for metric, figure in task["figures"].items()
+    ]
+
+
+def _metric_type(metric: str) -> str:
+    if metric.startswith("acc") or metric == "exact_match":
+        return "accuracy"
+    return "perplexity" if metric.endswith("perplexity") else metric

@@ -1,0 +1,44 @@
+"""Markdown as the hub renders it: tables whose cells hold any text, and numbers for people."""
+
+from collections.abc import Sequence
+
+SIZES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A table; the columns whose numbers are in `right` are aligned to the right."""
+    rule = ["---:" if number in right else "---" for number in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in (header, rule, *rows))
+
+
+def cell(text: str) -> str:
+    """Text on one line, whose bars are not those of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def code_block(text: str, language: str) -> str:
+    """A block of code, whatever backticks it holds."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def number(value: float) -> str:
+    """A setting or a loss: 0.0003, 1e-08, 10,000, 2.7394."""
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.6g}"
+
+
+def in_words(count: float) -> str:
+    """1821888 -> 1.8 million; 4096 -> 4,096."""
+    for size, word in SIZES:
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,.0f}"
+
+
+def times(count: int, what: str) -> str:
+    """1 host, 2 hosts."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

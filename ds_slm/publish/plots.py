@@ -1,0 +1,120 @@
+"""The curves of a run as small pictures beside the card: loss, learning rate, gradient norm.
+
+RunFacts --draw--> {file name: PNG}        the same run and matplotlib --> the same bytes
+
+matplotlib is imported where a picture is drawn, and nowhere else.
+"""
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ds_slm.publish.run_facts import Record, RunFacts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT, DOTS_PER_INCH = 7.0, 3.0, 110
+LINE, MEAN, HELD_OUT = "#b9c6d8", "#1f4e8c", "#c8501e"
+SMOOTHED_OVER = 50
+"""Parts of a run: a point of the smooth curve is the mean of about one of them."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: which field of the records of training steps it shows."""
+
+    file: str
+    field: str
+    label: str
+    title: str
+    log: bool = False
+    with_held_out: bool = False
+
+
+PICTURES = (
+    Picture("loss.png", "loss", "loss, nats a token", "Training and held-out loss", with_held_out=True),
+    Picture("learning-rate.png", "lr", "learning rate", "Learning rate"),
+    Picture("gradient-norm.png", "grad_norm", "gradient norm", "Gradient norm before clipping", log=True),
+)
+
+
+def figures(facts: RunFacts) -> list[str]:
+    """A line of Markdown for each picture that `draw` makes."""
+    return [f"![{one.title} after each step]({one.file})" for one in PICTURES if len(_points(facts, one)) > 1]
+
+
+def draw(facts: RunFacts) -> dict[str, bytes]:
+    """The pictures by file name; none of a field that fewer than two records hold."""
+    return {one.file: _png(facts, one) for one in PICTURES if len(_points(facts, one)) > 1}
+
+
+def _points(facts: RunFacts, picture: Picture) -> list[tuple[int, float]]:
+    return _series(facts.records.get("train", ()), picture.field)
+
+
+def _series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:
+    """Step and value of the records that hold a finite number there."""
+    return [
+        (one["step"], float(one[field]))
+        for one in records
+        if isinstance(one.get(field), int | float) and math.isfinite(one[field])
+    ]
+
+
+def _png(facts: RunFacts, picture: Picture) -> bytes:
+    """A picture, drawn without a screen, without a clock, and without anybody's settings of matplotlib."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(rc=_defaults()):
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DOTS_PER_INCH, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _fill(axes, facts, picture)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _defaults() -> dict[Any, Any]:
+    import matplotlib
+
+    kept = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    return kept | {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                   "grid.color": "#e8e8e8", "axes.axisbelow": True}  # fmt: skip
+
+
+def _fill(axes: "Axes", facts: RunFacts, picture: Picture) -> None:
+    points = _points(facts, picture)
+    steps, values = zip(*points, strict=True)
+    if picture.field == "lr":
+        axes.plot(steps, values, color=MEAN, linewidth=1.6)
+    else:
+        axes.plot(steps, values, color=LINE, linewidth=0.8, label="each step")
+        width = len(points) // SMOOTHED_OVER
+        if width > 1:
+            axes.plot(steps, _smooth(values, width), color=MEAN, linewidth=1.6, label=f"mean of {width} steps")
+
+    held_out = _series(facts.records.get("val", ()), picture.field) if picture.with_held_out else []
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True), color=HELD_OUT, marker="o", markersize=4, linewidth=1.2, label="held out"
+        )
+
+    if picture.log and min(values) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel(picture.label)
+    if picture.field != "lr":
+        axes.legend(frameon=False)
+
+
+def _smooth(values: Sequence[float], width: int) -> list[float]:
+    """The mean of about `width` values around each."""
+    before, after = width // 2, width - width // 2
+    return [statistics.fmean(values[max(place - before, 0) : place + after]) for place in range(len(values))]

@@ -1,0 +1,86 @@
+"""How to make the same model again: the part of a model card with commands, hashes and versions."""
+
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ds_slm.errors import RecipeError
+from ds_slm.publish.markdown import code_block, table
+from ds_slm.publish.run_facts import RunFacts
+from ds_slm.recipe import schema
+from ds_slm.recipe.hub_names import is_repo_id
+
+HIDDEN = ("run", "eval")
+"""Sections that change no result; a run's may name folders of its machine."""
+
+
+def rerun(facts: RunFacts) -> list[str]:
+    """Commands, hashes and versions; the recipe itself where it is not the library's."""
+    name, environment = facts.name, facts.environment
+    in_library = _library_has(facts)
+    recipe = name if in_library else f"{name}.toml"
+    replaced = "".join(f" --source {one}=FILES" for one in environment.get("replaced_sources") or ())
+    if facts.recipe.sft is None:
+        commands = [
+            f"ds-slm prepare {recipe}{replaced}",
+            f"deepspeed ds_slm/pretrain.py --recipe {recipe}{replaced}",
+        ]
+    else:
+        commands = [f"deepspeed sft/train.py --recipe {recipe} --base BASE{replaced}"]
+    step = "" if facts.is_finished else f" --step {facts.step}"
+    commands.append(f"ds-slm export runs/{name} --out {name}{step}")
+
+    text = (
+        "In a checkout of ds_slm:" if in_library else f"In a checkout of ds_slm, with the recipe below as `{recipe}`:"
+    )
+    told = [text, code_block("\n".join(commands), "bash")]
+    if facts.recipe.sft is not None:
+        told.append(f"BASE is the folder of {facts.recipe.card.base_model or 'the base model'}.")
+    if replaced:
+        told.append("FILES are the local files that were read in place of a source.")
+    told += _proof(facts)
+    if not in_library:
+        told.append(f"<details><summary>{recipe}</summary>\n\n{code_block(_shown(facts), 'toml')}\n\n</details>")
+    return told
+
+
+def _library_has(facts: RunFacts) -> bool:
+    """Whether the library's recipe of this name still trains the same model."""
+    if facts.name not in schema.library_names():
+        return False
+    try:
+        return schema.load(facts.name).identity_sha256() == facts.recipe.identity_sha256()
+    except RecipeError:
+        return False
+
+
+def _proof(facts: RunFacts) -> list[str]:
+    """What must be equal for the same rows in the same order, and the versions this was made with."""
+    environment = facts.environment
+    hashes = {
+        "recipe": facts.recipe.identity_sha256(),
+        "prepared data": environment.get("data_sha256"),
+        "tokenizer": environment.get("tokenizer_sha256"),
+        "base": environment.get("base_sha256"),
+        "rows drawn, in order": next((one.get("ledger") for one in reversed(facts.records.get("train", []))), None),
+        "weights in fp32": facts.weights_sha256,
+        "source files of ds_slm": environment.get("sources_sha256"),
+    }
+    rows = [(what, f"`{sha256}`") for what, sha256 in hashes.items() if sha256]
+    told = [table(("sha256 of", ""), rows)]
+
+    versions = {"Python": environment.get("python"), **(environment.get("versions") or {})}
+    listed = [f"{name} {version}" for name, version in versions.items() if version]
+    if commit := environment.get("commit"):
+        listed.insert(0, f"ds_slm {commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}")
+    return [*told, f"Versions: {', '.join(listed)}."] if listed else told
+
+
+def _shown(facts: RunFacts) -> str:
+    """The resolved recipe as TOML, without what is private: a local path keeps its last part alone."""
+    tables: dict[str, Any] = facts.recipe.model_dump(mode="json", exclude_none=True, exclude=set(HIDDEN))
+    for table_ in (tables["tokenizer"], *tables["data"]["source"]):
+        if (path := table_.get("path")) and not (table_ is tables["tokenizer"] and is_repo_id(path)):
+            table_["path"] = Path(path).name
+    return tomli_w.dumps(tables)

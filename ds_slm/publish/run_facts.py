@@ -1,0 +1,138 @@
+"""What a run folder tells of one of its checkpoints: all that a model card is written from.
+
+RUN/recipe.toml, env.json, changes.jsonl, metrics.jsonl, done.json, CHECKPOINT/state.json --read_facts--> RunFacts
+
+Folders of older versions lack some of it: every value may be missing, and the card then says less.
+Known gap: env.json holds the devices of the last launch alone.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_slm.checkpoint import files as checkpoint_files
+from ds_slm.data.order import Order
+from ds_slm.data.skipping import merged
+from ds_slm.files import read_json
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run import folder as run_folder
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A checkpoint, and the run that made it."""
+
+    recipe: Recipe
+    step: int
+    weights_sha256: str
+    """Of the checkpoint's weights, in fp32."""
+    state: Record
+    """The checkpoint's state.json."""
+    environment: Record
+    """env.json, of the last launch."""
+    changes: Sequence[Record]
+    records: Mapping[str, Sequence[Record]]
+    """Kind -> records of the steps up to this one."""
+    done: Record
+    """done.json where this step is the one it was written at, of this recipe; else empty."""
+
+    @property
+    def name(self) -> str:
+        """What the launch called its recipe; the model's name in older folders."""
+        return str(self.environment.get("recipe_name") or self.recipe.card.name)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this is the model that the recipe asks for."""
+        return self.step == self.recipe.train.steps
+
+    @property
+    def tokens(self) -> int:
+        """Targets it was trained on."""
+        return int(self.state.get("tokens") or self.step * self.recipe.train.global_batch_tokens)
+
+    @property
+    def held_out(self) -> Record:
+        """The losses of these weights on held-out rows; empty where they were not evaluated."""
+        if self.done:
+            return {key.removeprefix("val_"): value for key, value in self.done.items() if key.startswith("val_")}
+        return next((one for one in self.records.get("val", ()) if one.get("step") == self.step), {})
+
+    def figure(self, metric: str, step: int) -> float | None:
+        """A loss of the run after a step, by a recipe's name for it such as val/loss; None where it was not taken.
+
+        That of the finished run is on all held-out rows.
+        """
+        kind, _, field = metric.partition("/")
+        found = self.held_out if kind == "val" and step == self.step else None
+        if found is None:
+            found = next((one for one in self.records.get(kind, ()) if one.get("step") == step), {})
+        value = found.get(field)
+        return float(value) if isinstance(value, int | float) else None
+
+    def median(self, field: str) -> float | None:
+        """The median of a field over the records of training steps; None where none holds it."""
+        values = self._values(field)
+        return statistics.median(values) if values else None
+
+    def largest(self, field: str) -> float | None:
+        """The largest value of a field over the records of training steps; None where none holds it."""
+        return max(self._values(field), default=None)
+
+    @property
+    def device_hours(self) -> float | None:
+        """Device hours of the training steps, without evaluations and saves; None where no step was recorded.
+
+        Steps that `run.log_every_steps` left out of the records are counted with the mean of the others.
+        """
+        values, devices = self._values("step_s"), self.environment.get("world_size")
+        if not values or not isinstance(devices, int):
+            return None
+        return statistics.fmean(values) * self.step * devices / 3600
+
+    def rows_drawn(self) -> list[int]:
+        """Rows of each source that were drawn so far, in the recipe's order of sources.
+
+        The order of sources is a function of their weights alone, so this is a count of what was drawn.
+        """
+        weights = [source.weight for source in self.recipe.data.source]
+        order = Order(self.recipe.train.seed, [1] * len(weights), weights)
+        position = int(self.state.get("position") or self.step * self.recipe.rows_per_step)
+
+        drawn = order.sources_before(position)
+        for first, end in merged(self.state.get("skipped_rows") or ()):
+            drawn -= order.sources_before(min(end, position)) - order.sources_before(min(first, position))
+        return [drawn[source] for source in range(len(weights))]
+
+    def _values(self, field: str) -> list[float]:
+        found = (record.get(field) for record in self.records.get("train", ()))
+        return [float(value) for value in found if isinstance(value, int | float)]
+
+
+def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
+    """Everything that the run folder tells of a verified checkpoint."""
+    state = checkpoint_files.read_state(checkpoint)
+    step = state["step"]
+
+    # The records of later steps are not of these weights.
+    records: dict[str, list[Record]] = {}
+    for record in run_folder.read_records(run):
+        if isinstance(record.get("step"), int) and record["step"] <= step:
+            records.setdefault(str(record.get("kind")), []).append(record)
+
+    done = run_folder.finished(run)
+    is_of_these = done.get("step") == step and done.get("recipe_sha256") == recipe.identity_sha256()
+    return RunFacts(
+        recipe=recipe,
+        step=step,
+        weights_sha256=checkpoint_files.model_sha256(checkpoint),
+        state=state,
+        environment=read_json(run / "env.json") or {},
+        changes=run_folder.read_changes(run),
+        records=records,
+        done=done if is_of_these else {},
+    )

@@ -48,7 +48,7 @@ def main() -> None:
     refuse_missing_hostfile()
 
     from ds_slm.data.rows import PretrainRows
-    from ds_slm.evaluate.on_ranks import scored_tasks
+    from ds_slm.evaluate.in_training import scored_tasks
     from ds_slm.publish.generate import sampler
     from ds_slm.train import launch
     from ds_slm.train.task import Task

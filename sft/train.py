@@ -41,7 +41,7 @@ def main() -> None:
 
     from ds_slm.data.shards.prepared import Prepared
     from ds_slm.data.tokenizers.tokenizer import IM_END
-    from ds_slm.evaluate.on_ranks import scored_tasks
+    from ds_slm.evaluate.in_training import scored_tasks
     from ds_slm.publish.generate import sampler
     from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
     from ds_slm.train import launch

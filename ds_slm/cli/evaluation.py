@@ -14,6 +14,7 @@ from ds_slm.cli import tables
 from ds_slm.cli.output import print_json, report_to
 from ds_slm.errors import ConfigError, DataError
 from ds_slm.evaluate import comparison, evaluation, ranking, record
+from ds_slm.evaluate.on_devices import opened_on
 from ds_slm.evaluate.opening import Opened, open_scorer
 from ds_slm.evaluate.results import Item
 from ds_slm.files import refuse_unwritable
@@ -31,28 +32,31 @@ class Flags:
     limit: int | None
     recipe: str | None
     against: Path | None
+    devices: int
     as_json: bool
 
 
 def run(model: Path, flags: Flags) -> None:
     """Evaluate a model. Raises UserError with all that keeps it from being scored, before anything is."""
     report = report_to(flags.as_json)
-    opened = open_scorer(model)
-    other = open_scorer(flags.against) if flags.against else None
-    for one in filter(None, (opened, other)):
-        scores.read(one.folder)
-        refuse_unwritable(one.run or one.folder)
+    paths = [path for path in (model, flags.against) if path]
+    with opened_on(flags.devices, paths) as (opened, *others):
+        for one in (opened, *others):
+            scores.read(one.folder)
+            refuse_unwritable(one.run or one.folder)
 
-    recipe = schema.load(flags.recipe) if flags.recipe else None
-    if recipe is None and opened.run:
-        recipe = schema.load_recorded(opened.run)
+        recipe = schema.load(flags.recipe) if flags.recipe else None
+        if recipe is None and opened.run:
+            recipe = schema.load_recorded(opened.run)
 
-    names = evaluation.chosen_tasks([name.strip() for name in flags.tasks.split(",") if name.strip()], recipe)
-    if not names:
-        raise ConfigError("--tasks names none: expected card, leaderboard, or names with commas between them.")
-    tasks = evaluation.prepare(names, flags.bench_dir, report)
-    found, items = _score(opened, tasks, flags, report)
-    differences = comparison.compare(items, _score(other, tasks, flags, report)[1]) if other else None
+        names = evaluation.chosen_tasks([name.strip() for name in flags.tasks.split(",") if name.strip()], recipe)
+        if not names:
+            raise ConfigError("--tasks names none: expected card, leaderboard, or names with commas between them.")
+        tasks = evaluation.prepare(names, flags.bench_dir, report)
+        found, items = _score(opened, tasks, flags, report)
+        differences = [
+            one for other in others for one in comparison.compare(items, _score(other, tasks, flags, report)[1])
+        ]
 
     if flags.as_json:
         print_json({**found, "against": [asdict(one) for one in differences]} if differences else found)

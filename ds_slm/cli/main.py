@@ -303,12 +303,13 @@ def evaluate(
         Path | None,
         typer.Option(metavar="MODEL", help="Score this one too, and tell the difference on the same items."),
     ] = None,
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="On so many GPUs, or processes on the CPU.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Benchmarks: the published figure, ours, its error, and what chance gives."""
     from ds_slm.cli import evaluation
 
-    evaluation.run(model, evaluation.Flags(tasks, bench_dir, limit, name, against, as_json))
+    evaluation.run(model, evaluation.Flags(tasks, bench_dir, limit, name, against, devices, as_json))
 
 
 @app.command(epilog=examples.epilog("rank"))

@@ -41,6 +41,7 @@ def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, se
             "max_length": opened.scorer.max_length,
             "limit": limit,
             "device": str(opened.scorer.device),
+            "devices": opened.scorer.at_a_time,
         },
         "tasks": {result.name: {**asdict(result), "limited": result.is_limited} for result in results},
         "leaderboard": None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_slm.checkpoint import files as checkpoint_files
-from ds_slm.evaluate.on_ranks import scored_tasks
+from ds_slm.evaluate.in_training import scored_tasks
 from ds_slm.recipe import schema
 from tests.support import runs
 from tests.unit.cli.test_main import ds_slm

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from tests.support import data_recipes, tolerances
+
+if TYPE_CHECKING:
+    from tests.support.assistants import Assistant
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is slow, not wrong
 hypothesis.settings.load_profile("untimed")
@@ -92,3 +96,17 @@ def cl100k_folder(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("cl100k")
     data_recipes.cl100k(test_data / "cl100k_base" / "cl100k_base.tiktoken").save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> "Assistant":
+    """A tiny assistant that was trained for seconds. Only read it."""
+    import torch
+
+    from tests.support.assistants import write_assistant
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = write_assistant(tmp_path_factory.mktemp("assistant"))
+    torch.set_num_threads(threads)
+    return made

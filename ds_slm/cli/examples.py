@@ -17,6 +17,10 @@ EXAMPLES = {
         'rank runs/demo "The function returns" " a list of" " the sea of"',
         "rank runs/demo --file questions.jsonl --mean",
     ),
+    "chat": (
+        "chat runs/demo-instruct --temperature 0",
+        'chat exports/demo-instruct --prompt "What does json.dumps do?" --json',
+    ),
 }
 """Two of each verb, as they are typed behind `ds-slm`."""
 

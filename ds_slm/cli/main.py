@@ -16,6 +16,7 @@ import typer
 from ds_slm.cli import examples
 from ds_slm.cli.output import print_json, report_to
 from ds_slm.errors import ConfigError, DataError, run_program
+from ds_slm.publish.sampling import Settings
 
 app = typer.Typer(
     name="ds-slm",
@@ -35,6 +36,7 @@ ModelPath = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DataRoot = Annotated[Path, typer.Option(help="Where prepared data lies or goes.")]
 CHECKOUT = Path(__file__).parents[2]
+DEFAULTS = Settings()
 DS_CONFIGS = CHECKOUT / "ds_configs"
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 PASS_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -326,3 +328,26 @@ def rank(
     from ds_slm.cli import evaluation
 
     evaluation.rank(model, texts, file, by_mean, as_json)
+
+
+@app.command(epilog=examples.epilog("chat"))
+def chat(
+    model: ModelPath,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer once and end; - reads stdin.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")] = None,
+    plain: Annotated[bool, typer.Option("--continue", help="Continue each text as it is: for a base.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = DEFAULTS.temperature,
+    top_k: Annotated[int, typer.Option(help="Draw from this many; 0: from all.")] = DEFAULTS.top_k,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest, up to this sum.")] = DEFAULTS.top_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: what was said is less likely.")
+    ] = DEFAULTS.repetition_penalty,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = DEFAULTS.max_new_tokens,
+    seed: Annotated[int, typer.Option(help="The same one gives the same answers.")] = DEFAULTS.seed,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with an assistant, or let a base continue your text."""
+    from ds_slm.cli import chat
+
+    settings = Settings(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens)
+    chat.run(model, chat.Flags(settings, system, prompt, plain, as_json))

@@ -18,7 +18,6 @@ from ds_slm.checkpoint.files import step_of
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError
 from ds_slm.evaluate.scoring import BATCH_TOKENS, Batch, DecoderScorer, Scorer
-from ds_slm.model.decoder import Decoder
 from ds_slm.model.loss import TokenScores
 from ds_slm.publish.models import open_model, sha256_of_weights, weight_files
 from ds_slm.recipe.schema import RECIPE_FILE
@@ -79,11 +78,7 @@ def open_scorer(path: Path) -> Opened:
 
     opened = open_model(path)
     tokenizer = load_tokenizer(opened.tokenizer_folder)
-    opened.refuse_other_parameters()
-    with torch.device("meta"):
-        model = Decoder(opened.shape)
-    state = opened.read()
-    model.load_state_dict(state, assign=True, strict=False)
+    model = opened.decoder(device)
 
     run = opened.tokenizer_folder.parent
     if not (run / RECIPE_FILE).is_file():
@@ -92,7 +87,7 @@ def open_scorer(path: Path) -> Opened:
     if run and path.parent.name == "checkpoints":
         folder = run / "eval" / opened.folder.name  # a checkpoint that was named has a place of its own
     facts = _facts(opened.folder, opened.sha256, "ds_slm")
-    return Opened(DecoderScorer(model.to(device)), tokenizer, folder, facts, run)
+    return Opened(DecoderScorer(model), tokenizer, folder, facts, run)
 
 
 def _facts(folder: Path, sha256: str, scored_by: str) -> dict[str, Any]:

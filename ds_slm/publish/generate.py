@@ -1,50 +1,117 @@
 """Sampling from a decoder, one token at a time, with a KV cache.
 
-    ids --> prefill --> logits of the last token --> penalty, temperature, top-k, top-p --> token --> cache --> ...
+    ids --Reader--> logits of the last token --Chooser: penalty, temperature, top-k, top-p--> token --> ids --> ...
 
 The order of the filters is that of transformers. Randomness comes from a generator of the call's own on the CPU: the
 same seed gives the same text on any device, as far as the logits are the same. Ids that stand for nothing in the
-tokenizer (`Tokenizer.unused_ids`) are never drawn.
+tokenizer (`Tokenizer.unused_ids`) are never drawn, and no penalty keeps a text from its end.
 
 Beyond the context limit the window slides: the older half is forgotten and the newer half is read again, so positions
 stay within what was trained. Known gap: one sequence at a time.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ds_slm.errors import CheckpointError
 from ds_slm.model.decoder import Decoder, KVCache
+from ds_slm.publish.sampling import GREEDY, UNFILTERED, Sampling
+
+__all__ = ["GREEDY", "Chooser", "Reader", "Sampling", "generate", "sampler", "tokens"]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from its logits. By default from all of them, as they are."""
+class Reader:
+    """A decoder and what it has read, kept as keys and values: of a sequence only what is new is read."""
 
-    temperature: float = 1.0
-    """0 takes the likeliest token each time."""
-    top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the fewest tokens whose probabilities add up to this."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of ids already present."""
-    seed: int = 0
+    def __init__(self, model: Decoder, capacity: int | None = None) -> None:
+        """For sequences of at most `capacity` ids, by default as many as the model has positions for."""
+        weight = next(model.parameters())
+        self.model = model
+        self.limit = model.shape.max_position_embeddings
+        self._cache = KVCache(model.shape, 1, capacity or self.limit, weight.dtype, weight.device)
+        self._device = weight.device
+        self._read: list[int] = []
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """The logits of the token behind at least one id, logits_V in fp32 on the CPU.
+
+        Raises CheckpointError where they are not finite.
+        """
+        ids = list(ids)
+        same = _common(self._read, ids[:-1])
+        self._read, self._cache.length = self._read[:same], same
+        logits_B1V = self.model(torch.tensor([ids[same:]], device=self._device), cache=self._cache)
+        self._read = ids
+
+        logits_V = logits_B1V[0, -1].float().cpu()
+        if not logits_V.isfinite().all():
+            raise CheckpointError(
+                "the model gives logits that are not finite: its weights are damaged, or its training diverged. "
+                "`ds-slm verify RUN` names checkpoints that are whole."
+            )
+        return logits_V
 
 
-GREEDY = Sampling(temperature=0)
+def _common(one: list[int], other: list[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(place for place in range(length) if one[place] != other[place])
 
 
-@torch.no_grad()
+class Chooser:
+    """Draws tokens from their logits, with randomness of its own."""
+
+    def __init__(self, sampling: Sampling, stop_ids: Collection[int] = (), unused_ids: Collection[int] = ()) -> None:
+        """A text ends with the first of the `stop_ids`, which no penalty touches; `unused_ids` are never drawn."""
+        self.sampling = sampling
+        self.stop_ids = frozenset(stop_ids)
+        self._unused = torch.tensor(sorted(unused_ids), dtype=torch.long)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def choose(self, logits_V: Tensor, known: Sequence[int]) -> int:
+        """The next token of a text whose ids are known. Changes the logits."""
+        logits_V[self._unused] = -torch.inf
+        penalised = set(known) - self.stop_ids if self.sampling.repetition_penalty != 1.0 else ()
+        return _choose(logits_V, penalised, self.sampling, self._generator)
+
+
+def tokens(
+    reader: Reader, ids: Sequence[int], chooser: Chooser, make_room: Callable[[list[int]], list[int]]
+) -> Iterator[int]:
+    """Continue a sequence of at least one id, up to a stop id, which comes too.
+
+    Args:
+        reader: what it has read already is not read again.
+        ids: the prompt; only its newest ids are read where it is longer than the context.
+        chooser: draws the tokens.
+        make_room: once the context is full: from all ids to those that are read from here on; none ends the text.
+    """
+    known, window = list(ids), list(ids)[-reader.limit :]
+    while window:
+        token = chooser.choose(reader.read(window), known)
+        yield token
+        if token in chooser.stop_ids:
+            return
+
+        known.append(token)
+        window = [*window, token]
+        if len(window) > reader.limit:
+            window = make_room(known)
+
+
 def generate(
     model: Decoder,
     ids: Sequence[int],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = UNFILTERED,
     *,
     stop_ids: Collection[int] = (),
     unused_ids: Collection[int] = (),
@@ -63,40 +130,22 @@ def generate(
         The new ids, the stop id included.
     """
     limit = model.shape.max_position_embeddings
-    weight = next(model.parameters())
-    capacity = min(limit, len(ids) + max_new_tokens)
-    cache = KVCache(model.shape, 1, capacity, weight.dtype, weight.device)
-
-    generator = torch.Generator().manual_seed(sampling.seed)
-    known, unread = list(ids), list(ids)[-limit:]
-    unused = torch.tensor(sorted(unused_ids), dtype=torch.long)
+    reader = Reader(model, min(limit, len(ids) + max_new_tokens))
+    chooser = Chooser(sampling, stop_ids, unused_ids)
 
     was_training = model.training
     model.eval()
     try:
-        while len(known) < len(ids) + max_new_tokens:
-            logits_B1V = model(torch.tensor([unread], device=weight.device), cache=cache)
-            logits_V = logits_B1V[0, -1].float().cpu()
-            logits_V[unused] = -torch.inf
-            token = _choose(logits_V, known, sampling, generator)
-            known.append(token)
-            if token in stop_ids:
-                break
-
-            unread = [token]
-            # A full cache is emptied, and the newer half of the text is read again.
-            if cache.length == limit:
-                cache.length, unread = 0, known[-max(limit // 2, 1) :]
+        new = tokens(reader, ids, chooser, make_room=lambda known: known[-max(limit // 2, 1) :])
+        return list(islice(new, max_new_tokens))
     finally:
         model.train(was_training)
 
-    return known[len(ids) :]
 
-
-def _choose(logits_V: Tensor, known: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
+def _choose(logits_V: Tensor, penalised: Collection[int], sampling: Sampling, generator: torch.Generator) -> int:
     penalty = sampling.repetition_penalty
     if penalty != 1.0:
-        seen = torch.tensor(sorted(set(known)))
+        seen = torch.tensor(sorted(set(penalised)), dtype=torch.long)
         logits = logits_V[seen]
         logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
 

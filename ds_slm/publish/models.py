@@ -23,6 +23,7 @@ from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.files import is_plain_name, read_json
 from ds_slm.model import hf
+from ds_slm.model.decoder import Decoder
 from ds_slm.publish.export import refuse_other_shape
 from ds_slm.recipe import schema
 
@@ -56,6 +57,14 @@ class OpenModel:
                         yield name, stored.get_tensor(name).to(torch.float32)
             except SafetensorError as error:
                 raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
+
+    def decoder(self, device: torch.device) -> Decoder:
+        """The model in fp32, to be run and not trained. Raises CheckpointError where its parameters are others."""
+        self.refuse_other_parameters()
+        with torch.device("meta"):
+            model = Decoder(self.shape)
+        model.load_state_dict(self.read(), assign=True, strict=False)
+        return model.to(device).eval()
 
     def refuse_other_parameters(self) -> None:
         """Raise CheckpointError where names or shapes of the tensors are not the model's, before one is read."""

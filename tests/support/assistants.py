@@ -1,16 +1,21 @@
 """Helpers for tests of fine-tuning: conversations, a tiny recipe for them, and a base to begin with."""
 
 import json
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_slm.cli import main
-from ds_slm.data.tokenizers.tokenizer import build_tokenizer
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, build_tokenizer
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
 from ds_slm.recipe import schema
+from sft.chatml import CHAT_TEMPLATE, ChatML
+from tests.support import scored_models
 from tests.support.runs import TINY
 
 SPECIALS = '"<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3'
@@ -24,6 +29,9 @@ TINY_SFT = (
 )
 
 Messages = list[dict[str, str]]
+CITIES = {"France": "Paris", "Japan": "Tōkyō (東京)", "Greece": "Αθήνα", "Norway": "Oslo 🏔️", "Peru": "Lima"}
+CONTEXT = 192
+"""Of the assistant that knows the cities."""
 
 
 def chat(*contents: str, system: str | None = None) -> Messages:
@@ -64,3 +72,65 @@ def ds_slm(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
         main.run()
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+def city_talk() -> list[Messages]:
+    """Conversations about cities of one question and of two, with a system prompt and without."""
+    ask, tell = "what is the capital of {}?", "it is {}."
+    talks = []
+    for country, city in CITIES.items():
+        for system in (None, "be brief."):
+            talks.append(chat(ask.format(country), tell.format(city), system=system))
+            for other, town in CITIES.items():
+                talks.append(
+                    chat(ask.format(country), tell.format(city), ask.format(other), tell.format(town), system=system)
+                )
+    return talks
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A tiny trained one, in each of the places that a command line may name."""
+
+    export: Path
+    run: Path
+    base: Path
+    """The export of a base: the same weights, without a chat template."""
+
+
+def write_assistant(folder: Path, steps: int = 90) -> Assistant:
+    """A decoder that is trained for seconds to answer about cities, and to end its answers."""
+    recipe = schema.parse(TINY_SFT.replace("max_position_embeddings = 256", f"max_position_embeddings = {CONTEXT}"))
+    assert recipe.model is not None
+    talks = city_talk()
+    texts = [message["content"] for messages in talks for message in messages]
+    tokenizer = build_tokenizer(recipe, lambda source: iter(texts))
+    tokenizer.save(folder / "base-tokenizer")
+    shutil.copytree(folder / "base-tokenizer", folder / "tokenizer")
+    (folder / "tokenizer" / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE)
+
+    # Rows of one conversation each, as long as the longest.
+    encoded = ChatML(tokenizer).encode_batch(talks)
+    T = max(len(one.ids) for one in encoded)
+    ids_BT, trained_BT = torch.zeros(len(talks), T, dtype=torch.long), torch.zeros(len(talks), T)
+    for row, one in enumerate(encoded):
+        ids_BT[row, : len(one.ids)] = torch.from_numpy(one.ids)
+        trained_BT[row, : len(one.ids)] = torch.from_numpy(one.trained).float()
+
+    model = build(recipe.model, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        rows = torch.randint(len(talks), (16,), generator=generator)
+        sums = model(ids_BT[rows, :-1], ids_BT[rows, 1:], trained_BT[rows, 1:])
+        (sums.objective / sums.weight).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, (steps - step) / (steps / 2))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    state = scored_models.state_of(model)
+    scored_models.write_run(folder / "run", recipe, state, folder / "tokenizer")
+    export(state, recipe.model, folder / "tokenizer", folder / "export")
+    export(state, recipe.model, folder / "base-tokenizer", folder / "base")
+    return Assistant(folder / "export", folder / "run", folder / "base")

@@ -1,0 +1,89 @@
+"""A model that can be spoken to: its chat template's ids, and the tokens that end an answer.
+
+tokenizer folder --> our chat template: sft.chatml --> Speaker
+                 --> another template: transformers --> Speaker
+                 --> none, it is a base: its text is continued as it is, if that was asked for
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
+from ds_slm.errors import ConfigError, DataError
+from ds_slm.files import read_json
+from ds_slm.publish.chat import Message, Speaker
+from ds_slm.publish.export import unmarked
+from ds_slm.publish.models import OpenModel
+from sft.chatml import CHAT_TEMPLATE, ChatML
+
+Render = Callable[[Sequence[Message]], list[int]]
+
+
+def speaker_of(opened: OpenModel, path: Path, plain: bool, device: torch.device) -> Speaker:
+    """A model as it is spoken to; where `plain`, each text is continued as it is.
+
+    Raises:
+        CheckpointError: its weights are not those of its shape.
+        ConfigError: it is a base, and `plain` was not asked for; `path` is what the user calls it.
+        DataError: it has no tokenizer.
+    """
+    folder = opened.tokenizer_folder
+    tokenizer = load_tokenizer(folder)
+    if plain:
+        return Speaker(opened.decoder(device), tokenizer, _plain(tokenizer), _ends(folder, tokenizer))
+
+    render = _template(folder, tokenizer)
+    if render is None:
+        raise ConfigError(
+            f"{path} is a base: it has no {CHAT_TEMPLATE_FILE}, so nobody taught it to answer. `ds-slm chat {path} "
+            f"--continue` continues your text, `ds-slm sft RECIPE --base {path}` makes an assistant of it."
+        )
+    ends = _ends(folder, tokenizer)
+    if tokenizer.has_token(IM_END):
+        ends |= {tokenizer.token_id(IM_END)}
+    return Speaker(opened.decoder(device), tokenizer, render, ends)
+
+
+def _plain(tokenizer: Tokenizer) -> Render:
+    """The ids of the last message's text alone, as transformers encodes it."""
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        return tokenizer.encode_with_control_tokens([messages[-1]["content"]], add_special_tokens=True)[0]
+
+    return render
+
+
+def _template(folder: Path, tokenizer: Tokenizer) -> Render | None:
+    """How a conversation becomes ids; None where there is no chat template."""
+    file = folder / CHAT_TEMPLATE_FILE
+    if file.is_file() and unmarked(file.read_text(encoding="utf-8")) == unmarked(CHAT_TEMPLATE):
+        return ChatML(tokenizer).prompt
+    config = read_json(folder / "tokenizer_config.json") or {}
+    return _theirs(folder) if file.is_file() or config.get("chat_template") else None
+
+
+def _theirs(folder: Path) -> Render:
+    """Another's chat template, by transformers."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        try:
+            return list(
+                tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=False)
+            )  # fmt: skip
+        except TemplateError as error:
+            raise DataError(f"the chat template in {folder} refuses this conversation ({error}).") from error
+
+    return render
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The EOS, and what else a Hugging Face folder says ends a text."""
+    named = (read_json(folder / "generation_config.json") or {}).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    return frozenset({tokenizer.eos_id, *(number for number in ids if isinstance(number, int))})

@@ -38,6 +38,7 @@ setup(
         "datasets>=4,<6",
         "deepspeed>=0.19.8,<0.20",
         "huggingface-hub>=1,<3",
+        "jinja2>=3.1,<4",  # chat templates
         "matplotlib>=3.9,<4",  # the curves beside a model card
         "ninja>=1.11",  # DeepSpeed's offload compiles an op with it
         "numpy>=2,<3",

@@ -281,12 +281,16 @@ def export(
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="card.KEY=VALUE", help="What the model card says: card.license=mit.")
     ] = [],  # noqa: B006
+    validate: Annotated[bool, typer.Option("--validate", help="Let the hub check the model card first.")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload it; a repository that is new will be private.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """A Hugging Face folder from a run, with its model card."""
     from ds_slm.cli import publishing
 
-    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, as_json))
+    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, validate, push, as_json))
 
 
 @app.command("eval", epilog=examples.epilog("eval"))

@@ -1,4 +1,7 @@
-"""`ds-slm export`: a run's checkpoint as a Hugging Face folder, with the model card that its run tells."""
+"""`ds-slm export`: a run's checkpoint as a Hugging Face folder, with the model card that its run tells.
+
+flags, card --the hub's check, where it is asked for--> folder --upload, where it is asked for--> the hub
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +9,7 @@ from pathlib import Path
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
 from ds_slm.evaluate.benchmarks import BENCHMARKS
-from ds_slm.publish import card
+from ds_slm.publish import card, hub
 from ds_slm.publish.export import export_run
 from ds_slm.publish.header import HubDataset
 from ds_slm.recipe import schema
@@ -21,30 +24,47 @@ class Flags:
     step: int | None
     best: bool
     overrides: list[str]
+    validate: bool
+    push: str | None
+    """The repository's id."""
     as_json: bool
 
 
 def run(run_folder: Path, flags: Flags) -> None:
-    """Export a run. Raises UserError with all that is in the way, before anything is written."""
+    """Export a run. Raises UserError with all that is in the way, before anything is written.
+
+    An upload that fails raises HubError: the folder is there by then, and stays.
+    """
     problems = ["--step and --best name two checkpoints: choose one."] if flags.step is not None and flags.best else []
     problems += [
         f"--set {one}: only what the model card says can be changed here: card.license, card.language, card.base_model."
         for one in flags.overrides
         if not one.startswith("card.")
     ]
+    if flags.push is not None and (wrong := hub.problem_of_id(flags.push)):
+        problems.append(f"--push {wrong}")
     if problems:
         raise ConfigError(problems)
 
     def describe(checkpoint: Path) -> dict[str, bytes]:
         recipe = _with(schema.load_recorded(run_folder), flags.overrides)
-        page = card.Page(recipe.card.name, flags.out.resolve().name, datasets=_hub_datasets())
-        return card.describe(run_folder, checkpoint, recipe, page)
+        title, name = recipe.card.name, flags.out.resolve().name
+        if flags.push is not None:
+            title, name = flags.push.rpartition("/")[2], flags.push
+        described = card.describe(run_folder, checkpoint, recipe, card.Page(title, name, datasets=_hub_datasets()))
+        if flags.validate or flags.push is not None:
+            hub.validate(described[card.README].decode())
+        return described
 
     exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe)
+    if not flags.as_json:
+        print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
+    if flags.push is not None:
+        exported["pushed"] = hub.push(flags.out, flags.push)
     if flags.as_json:
         print_json(exported)
-    else:
-        print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
+    elif flags.push is not None:
+        print("{pushed}: uploaded; a new repository is private until its settings say otherwise".format(**exported))
 
 
 def _with(recorded: Recipe, overrides: list[str]) -> Recipe:

@@ -136,6 +136,10 @@ def task_of(
         config["fewshot_split"] = "fewshot"
     config |= {"test_split": "test", "dataset_kwargs": None, "custom_dataset": lambda **_: splits}
 
+    # The harness would change all rows anew whenever it reads them.
+    if change_rows := config.get("process_docs"):
+        config["process_docs"] = lru_cache(change_rows)
+
     try:
         with quiet():
             task = ConfigurableTask(config=config)
@@ -177,8 +181,8 @@ def run(tasks: Mapping[str, Any], model: HarnessModel, limit: int | None = None)
         for task in tasks.values():
             task.set_fewshot_seed(FEWSHOT_SEED)
         results = evaluate(model, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
-    assert results is not None and "samples" in results
-    return {name: [_item(tasks[name], sample) for sample in results["samples"][name]] for name in tasks}
+        assert results is not None and "samples" in results
+        return {name: [_item(tasks[name], sample) for sample in results["samples"][name]] for name in tasks}
 
 
 def _item(task: Any, sample: Mapping[str, Any]) -> Item:
@@ -208,9 +212,10 @@ def questions_of(task: Any) -> list[Question]:
         ) from error
 
     asked = []
-    for _, group in groupby(task.instances, key=lambda instance: instance.doc_id):
-        instances = list(group)
-        asked.append(Question(tuple(tuple(one.args) for one in instances), _gold(task, instances[0].doc)))
+    with quiet():
+        for _, group in groupby(task.instances, key=lambda instance: instance.doc_id):
+            instances = list(group)
+            asked.append(Question(tuple(tuple(one.args) for one in instances), _gold(task, instances[0].doc)))
     return asked
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from ds_slm.model.decoder import Continuations, Decoder
 from ds_slm.model.loss import TokenScores
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
-"""Tokens of a batch, padding included. Small ones hold little padding, and a CPU multiplies no faster in large ones."""
+BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
+"""Tokens of a batch, padding included. Small ones hold little padding, and stay in a CPU's cache between layers."""
 LEAST_SHARED = 0.25
 """Continuations share a row where this part of the longest sequence is common to all: else their mask costs more."""
 
@@ -180,7 +180,7 @@ def score(
 def _rows(
     items: Sequence[Sequence[Request]], max_length: int, branches: bool, row_tokens: int = 2**20
 ) -> Iterator[Row]:
-    """The rows of all items, one or several each, of at most `row_tokens` where a single branch is not longer."""
+    """The rows of all items, one or several each: of the context and at most `row_tokens`, or one branch, after it."""
     first = 0
     for item in items:
         windows = [_window(request, max_length) for request in item]
@@ -200,12 +200,12 @@ def _rows(
 
 def _joined_rows(windows: Sequence[Window], shared: int, first: int, row_tokens: int) -> Iterator[Row]:
     """Rows of as many branches as have place in each: a row's mask grows with the square of its length."""
-    begin, length = 0, shared
+    begin, length = 0, 0
     for number, window in enumerate(windows):
         own = len(window.read) - shared
         if number > begin and length + own > row_tokens:
             yield _joined_row(windows[begin:number], shared, first + begin)
-            begin, length = number, shared
+            begin, length = number, 0
         length += own
     yield _joined_row(windows[begin:], shared, first + begin)
 

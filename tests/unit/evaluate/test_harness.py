@@ -1,10 +1,13 @@
 """The same answers, item by item, as lm-evaluation-harness's own scorer gives on the export."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lm_eval.utils
 import pytest
+from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -205,6 +208,29 @@ def test_quiet_leaves_all_as_it_was() -> None:
     with pytest.raises(ZeroDivisionError), harness.quiet():
         raise ZeroDivisionError
     assert (lm_eval.api.task.tqdm, lm_eval.utils.env.from_string) == before
+
+
+def test_templates_are_compiled_and_rows_changed_once(qwen3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: HellaSwag's YAML: one function that changes rows, three templates at most; by calls counted."""
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(lm_eval.utils.env, "compile")
+    count(Dataset, "map")
+    task = harness.task_of(Path(BENCHMARKS["hellaswag"].config), benchmark_files.ROWS["hellaswag"])
+    harness.questions_of(task)
+    assert 0 < calls["compile"] <= 6  # when it is made, and when it is asked
+    harness.run({"hellaswag": task}, ours(qwen3.export))
+    assert calls["compile"] <= 9
+    assert calls["map"] == 1
 
 
 def test_version_is_the_harnesss() -> None:

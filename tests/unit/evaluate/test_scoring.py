@@ -134,6 +134,15 @@ def test_sharing_saves_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(row.ids) for row in scoring._rows([item], CONTEXT, True)] == [51, 51, 51]
 
 
+def test_a_row_holds_only_so_many_tokens_of_branches() -> None:
+    """Oracle: by hand: two branches of three tokens after a context of any length, then the third."""
+    context = list(range(10, 60))
+    item = [Request(context, [first, 101, 102, 103]) for first in (7, 8, 9)]
+    rows = list(scoring._rows([item], CONTEXT, True, row_tokens=6))
+    assert [len(row.ids) for row in rows] == [50 + 6, 50 + 3]
+    assert [sorted(set(row.requests)) for row in rows] == [[0, 1], [2]]
+
+
 def test_one_token_continuations_share_the_whole_row() -> None:
     """Oracle: a row of the context alone, with one place and several targets."""
     (row,) = scoring._rows([[Request([5, 6, 7], [number]) for number in (8, 9, 10)]], CONTEXT, False)

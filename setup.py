@@ -31,15 +31,15 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["ds_slm", "ds_slm.*", "sft"]),
-    package_data={"ds_slm.recipe": ["library/*.toml"]},
+    package_data={"ds_slm.publish": ["*.jinja"], "ds_slm.recipe": ["library/*.toml"]},
     entry_points={"console_scripts": ["ds-slm = ds_slm.cli.main:run"]},
     install_requires=[
         "bitsandbytes>=0.49,<1",
         "datasets>=4,<6",
         "deepspeed>=0.19.8,<0.20",
         "huggingface-hub>=1,<3",
-        "jinja2>=3.1,<4",  # chat templates
-        "matplotlib>=3.9,<4",  # the curves beside a model card
+        "jinja2>=3.1,<4",  # chat templates, and a report's page
+        "matplotlib>=3.9,<4",  # the curves beside a model card, and in a report
         "ninja>=1.11",  # DeepSpeed's offload compiles an op with it
         "numpy>=2,<3",
         "protobuf>=5",  # transformers reads a SentencePiece tokenizer.model with it

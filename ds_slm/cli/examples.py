@@ -12,6 +12,7 @@ EXAMPLES = {
     "sft": ("sft demo-instruct --base runs/demo", "sft demo-instruct --base runs/demo --preview 5"),
     "verify": ("verify runs/demo", "verify runs/demo --against runs/other"),
     "export": ("export runs/demo --out exports/demo", "export runs/demo --out exports/best --best"),
+    "report": ("report runs/demo", "report runs/demo runs/mine --out compared.html"),
     "eval": ("eval runs/demo --tasks documentation", "eval exports/demo --tasks piqa,hellaswag --bench-dir files"),
     "rank": (
         'rank runs/demo "The function returns" " a list of" " the sea of"',

@@ -293,6 +293,26 @@ def export(
     publishing.run(run_folder, publishing.Flags(out, step, best, overrides, validate, push, as_json))
 
 
+@app.command(epilog=examples.epilog("report"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """One HTML file of curves, differences, benchmarks, samples and incidents of some runs."""
+    from ds_slm.files import replace_text
+    from ds_slm.publish.report import write_page
+
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
+    page = write_page(runs)
+    replace_text(out, page)
+    if as_json:
+        print_json({"report": str(out), "runs": [str(run) for run in runs]})
+    else:
+        print(f"written: {out} ({len(page) / 1e6:.1f} MB)")
+
+
 @app.command("eval", epilog=examples.epilog("eval"))
 def evaluate(
     model: ModelPath,

@@ -6,13 +6,11 @@ matplotlib is imported where a picture is drawn, and nowhere else.
 """
 
 import io
-import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ds_slm.publish.run_facts import Record, RunFacts
+from ds_slm.publish.curves import series, settings, smooth
+from ds_slm.publish.run_facts import RunFacts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,16 +51,7 @@ def draw(facts: RunFacts) -> dict[str, bytes]:
 
 
 def _points(facts: RunFacts, picture: Picture) -> list[tuple[int, float]]:
-    return _series(facts.records.get("train", ()), picture.field)
-
-
-def _series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:
-    """Step and value of the records that hold a finite number there."""
-    return [
-        (one["step"], float(one[field]))
-        for one in records
-        if isinstance(one.get(field), int | float) and math.isfinite(one[field])
-    ]
+    return series(facts.records.get("train", ()), picture.field)
 
 
 def _png(facts: RunFacts, picture: Picture) -> bytes:
@@ -71,7 +60,7 @@ def _png(facts: RunFacts, picture: Picture) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(rc=_defaults()):
+    with matplotlib.rc_context(rc=settings()):
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DOTS_PER_INCH, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -79,14 +68,6 @@ def _png(facts: RunFacts, picture: Picture) -> bytes:
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
-
-
-def _defaults() -> dict[Any, Any]:
-    import matplotlib
-
-    kept = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
-    return kept | {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                   "grid.color": "#e8e8e8", "axes.axisbelow": True}  # fmt: skip
 
 
 def _fill(axes: "Axes", facts: RunFacts, picture: Picture) -> None:
@@ -98,9 +79,9 @@ def _fill(axes: "Axes", facts: RunFacts, picture: Picture) -> None:
         axes.plot(steps, values, color=LINE, linewidth=0.8, label="each step")
         width = len(points) // SMOOTHED_OVER
         if width > 1:
-            axes.plot(steps, _smooth(values, width), color=MEAN, linewidth=1.6, label=f"mean of {width} steps")
+            axes.plot(steps, smooth(values, width), color=MEAN, linewidth=1.6, label=f"mean of {width} steps")
 
-    held_out = _series(facts.records.get("val", ()), picture.field) if picture.with_held_out else []
+    held_out = series(facts.records.get("val", ()), picture.field) if picture.with_held_out else []
     if held_out:
         axes.plot(
             *zip(*held_out, strict=True), color=HELD_OUT, marker="o", markersize=4, linewidth=1.2, label="held out"
@@ -112,9 +93,3 @@ def _fill(axes: "Axes", facts: RunFacts, picture: Picture) -> None:
     axes.set_ylabel(picture.label)
     if picture.field != "lr":
         axes.legend(frameon=False)
-
-
-def _smooth(values: Sequence[float], width: int) -> list[float]:
-    """The mean of about `width` values around each."""
-    before, after = width // 2, width - width // 2
-    return [statistics.fmean(values[max(place - before, 0) : place + after]) for place in range(len(values))]

@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from ds_slm.publish import plots
+from ds_slm.publish import curves, plots
 from ds_slm.publish.run_facts import RunFacts, read_facts
 from tests.support.told_runs import recipe_of, write_run
 
@@ -51,4 +51,4 @@ def test_a_run_without_records_has_no_pictures(facts: RunFacts) -> None:
 
 def test_a_long_run_is_smoothed() -> None:
     """Oracle: means of the values around each place, by hand; the ends have fewer neighbours."""
-    assert plots._smooth([0.0, 3.0, 6.0, 9.0], 2) == [0.0, 1.5, 4.5, 7.5]
+    assert curves.smooth([0.0, 3.0, 6.0, 9.0], 2) == [0.0, 1.5, 4.5, 7.5]

@@ -1,0 +1,147 @@
+"""Curves of several runs in one chart, as SVG that stands in a page.
+
+    [(run, records by kind)] --charts--> for each chart and axis: SVG        the same runs --> the same text
+
+matplotlib is imported where a picture is drawn, and nowhere else.
+"""
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = Mapping[str, Any]
+Run = tuple[str, Mapping[str, Sequence[Record]]]
+"""A name, and its records by kind."""
+
+AXES = {"step": "steps", "tokens": "tokens", "hours": "hours of training steps"}
+COLOURS = ("#1f4e8c", "#c8501e", "#2e7d4f", "#7b3fa0", "#b08900", "#008b8b", "#a03050", "#555555")
+"""Of the runs, in their order, again from the first where there are more."""
+LONGEST_LINE = 400
+"""Points of a line: more are not seen, and make a page heavy."""
+WIDTH, HEIGHT = 7.6, 3.2
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Which field of the records of training steps is drawn, and what beside it."""
+
+    title: str
+    field: str
+    smoothed: bool = True
+    held_out: bool = False
+    log: bool = False
+
+
+CHARTS = (
+    Chart("Training and held-out loss, nats a token", "loss", held_out=True),
+    Chart("Learning rate", "lr", smoothed=False),
+    Chart("Gradient norm before clipping", "grad_norm", log=True),
+    Chart("Tokens per second", "tokens_per_s"),
+)
+
+
+def charts(runs: Sequence[Run]) -> list[tuple[str, dict[str, str]]]:
+    """Every chart's title, and its SVG for each axis; none of a field that no run records."""
+    return [
+        (chart.title, {axis: _svg(chart, axis, runs) for axis in AXES})
+        for chart in CHARTS
+        if any(series(records.get("train", ()), chart.field) for _, records in runs)
+    ]
+
+
+def elapsed_s(train: Sequence[Record]) -> list[float]:
+    """Seconds of training steps up to each record; steps that were not recorded count as the next one that was."""
+    steps = [record["step"] for record in train]
+    taken = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    return list(accumulate((record.get("step_s") or 0.0) * count for record, count in zip(train, taken, strict=True)))
+
+
+def settings() -> dict[Any, Any]:
+    """matplotlib's own settings and ours, whatever a user's are."""
+    import matplotlib
+
+    kept = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    return kept | {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                   "grid.color": "#e8e8e8", "axes.axisbelow": True}  # fmt: skip
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """The mean of about `width` values around each."""
+    before, after = width // 2, width - width // 2
+    return [statistics.fmean(values[max(place - before, 0) : place + after]) for place in range(len(values))]
+
+
+def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # The salt makes ids that no other picture of the page has.
+    rc: dict[Any, Any] = settings() | {"svg.fonttype": "none", "svg.hashsalt": f"{chart.field} {axis}"}
+    with matplotlib.rc_context(rc=rc):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for place, (name, records) in enumerate(runs):
+            _draw(axes, chart, axis, name, records, COLOURS[place % len(COLOURS)])
+        axes.set_xlabel(AXES[axis])
+        if chart.log:
+            axes.set_yscale("log")
+
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})  # pyright: ignore[reportArgumentType]
+    text = file.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def _draw(
+    axes: "Axes", chart: Chart, axis: str, name: str, records: Mapping[str, Sequence[Record]], colour: str
+) -> None:
+    train = records.get("train", ())
+    places = dict(zip((record["step"] for record in train), _axis(train, axis), strict=True))
+    points = [(places[step], value) for step, value in series(train, chart.field)]
+    if not points:
+        return
+
+    # A long run is drawn as means of its neighbouring steps.
+    xs, ys = (list(column) for column in zip(*points, strict=True))
+    stride = math.ceil(len(points) / LONGEST_LINE)
+    if chart.smoothed and stride > 1:
+        ys = smooth(ys, stride)
+    axes.plot(xs[::stride], ys[::stride], color=colour, linewidth=1.3, gid=f"train {chart.field} {name}")
+
+    held_out = [(places[step], value) for step, value in series(records.get("val", ()), "loss") if step in places]
+    if chart.held_out and held_out:
+        columns = zip(*held_out, strict=True)
+        axes.plot(
+            *columns,
+            color=colour,
+            marker="o",
+            markersize=6,
+            markeredgecolor="white",
+            linewidth=0,
+            gid=f"val {chart.field} {name}",
+        )
+
+
+def _axis(train: Sequence[Record], axis: str) -> list[float]:
+    if axis == "hours":
+        return [seconds / 3600 for seconds in elapsed_s(train)]
+    return [record.get(axis) or 0 for record in train]
+
+
+def series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:
+    """Step and value of the records that hold a finite number there."""
+    return [
+        (record["step"], float(record[field]))
+        for record in records
+        if isinstance(record.get(field), int | float) and math.isfinite(record[field])
+    ]

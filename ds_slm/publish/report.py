@@ -1,0 +1,190 @@
+"""`ds-slm report`: one HTML file about some runs, that needs no network.
+
+    RUN/metrics.jsonl, recipe.toml, eval.json, bad-steps/, ... --read--> Story, one a run --page--> HTML
+
+Curves against steps, tokens and training time; what differs between the recipes; held-out losses and benchmarks; what
+was continued; what went wrong. A run may be in progress: whatever its folder holds is shown, checkpoints are not read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_slm.errors import ConfigError
+from ds_slm.files import read_json
+from ds_slm.publish import curves
+from ds_slm.recipe import plan, schema
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run import folder as run_folder
+from ds_slm.run import scores
+
+TEMPLATE = "report.html.jinja"
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something that a reader of the curves should know."""
+
+    step: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """What one run folder tells."""
+
+    name: str
+    recipe: Recipe
+    records: Mapping[str, list[Record]]
+    """By kind, in the order of steps."""
+    done: Record
+    scores: list[scores.Row]
+    incidents: list[Incident] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        """The newest step that is recorded."""
+        return max((record["step"] for record in self.of("train")), default=0)
+
+    def of(self, kind: str) -> list[Record]:
+        """The records of a kind."""
+        return self.records.get(kind, [])
+
+
+def write_page(runs: Sequence[Path]) -> str:
+    """The report of some runs, as HTML.
+
+    Raises:
+        ConfigError: with every folder that is not a run, or has trained no step.
+    """
+    problems = [
+        f"{run} is not a run folder: it holds no {schema.RECIPE_FILE}."
+        for run in runs
+        if not (run / schema.RECIPE_FILE).is_file()
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+    stories = [_read(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    if empty := [story.name for story in stories if not story.of("train")]:
+        raise ConfigError([f"{name} has no record of a step: train it first." for name in empty])
+    return _page(stories)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, or its whole path where two have the same."""
+    short = [run.resolve().name for run in runs]
+    return [name if short.count(name) == 1 else str(run) for run, name in zip(runs, short, strict=True)]
+
+
+def _read(run: Path, name: str) -> Story:
+    recipe = schema.load_recorded(run)
+    records: dict[str, list[Record]] = {}
+    for record in run_folder.read_records(run):
+        if isinstance(record.get("step"), int):
+            records.setdefault(str(record.get("kind")), []).append(record)
+
+    found = scores.read(run)
+    rows = scores.rows_of(found, recipe) if found else []
+    story = Story(name, recipe, records, run_folder.finished(run), rows)
+    story.incidents.extend(sorted(_incidents(run, story), key=lambda one: one.step))
+    return story
+
+
+def _incidents(run: Path, story: Story) -> Iterator[Incident]:
+    """Launches, changes, loss spikes, steps that were refused, and a stop."""
+    for record in story.of("launch"):
+        hosts = list(dict.fromkeys(record.get("hosts") or ()))
+        where = f"{record.get('world_size')} x {record.get('device')} on {', '.join(hosts)}"
+        begins = "resumed" if record["step"] else "started"
+        yield Incident(
+            record["step"], f"{begins} on {where}, {record.get('precision')}, ZeRO-{record.get('zero_stage')}"
+        )
+
+    for change in run_folder.read_changes(run):
+        said = [f"{key}: {was} → {now}" for key, (was, now) in (change.get("changes") or {}).items()]
+        said += [f"rows {first:,} to {end:,} left out" for first, end in change.get("skipped_rows") or ()]
+        if said:
+            yield Incident(change.get("step", 0), f"launch {change.get('generation')}: {'; '.join(said)}")
+
+    for record in story.of("train"):
+        if spike := record.get("loss_spike"):
+            yield Incident(record["step"], f"loss spike: {record['loss']:.4f}, {spike:.4f} over the median")
+    for path in sorted(run.glob("bad-steps/*/*.json")):
+        if (what := read_json(path)) and isinstance(what.get("step"), int):
+            yield Incident(what["step"], f"refused: {what.get('why')}")
+    if (stopped := read_json(run / run_folder.STOPPED)) and isinstance(stopped.get("step"), int):
+        yield Incident(stopped["step"], "stopped by a signal")
+
+
+def _page(stories: Sequence[Story]) -> str:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("ds_slm.publish", ""), autoescape=True, trim_blocks=True)
+    return environment.get_template(TEMPLATE).render(
+        stories=stories,
+        charts=curves.charts([(story.name, story.records) for story in stories]),
+        axes=curves.AXES,
+        facts=[_facts(story) for story in stories],
+        differences=_differences(stories),
+        tasks=_tasks(stories),
+        samples=[_samples(story) for story in stories],
+        colours=curves.COLOURS,
+    )
+
+
+def _facts(story: Story) -> dict[str, str]:
+    """The run in a column of the first table."""
+    train, recipe = story.of("train"), story.recipe
+    last, steps = train[-1], recipe.train.steps
+    seconds = curves.elapsed_s(train)[-1]
+
+    facts = {
+        "parameters": f"{plan.parameters(recipe.model):,}",
+        "steps": f"{story.last_step:,} of {steps:,}",
+        "tokens": f"{last.get('tokens', 0):,}",
+        "time of all steps": f"{seconds / 3600:.2f} h",
+        "tokens per second": f"{last.get('tokens', 0) / seconds:,.0f}" if seconds else "",
+        "last training loss": f"{last['loss']:.4f}",
+    }
+    if val := story.of("val"):
+        facts["last held-out loss"] = f"{val[-1]['loss']:.4f}"
+    names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits per byte"}
+    facts |= {
+        f"all held-out rows: {name}": f"{story.done[key]:.4f}" for key, name in names.items() if key in story.done
+    }
+    return facts
+
+
+def _differences(stories: Sequence[Story]) -> dict[str, list[str]]:
+    """What of the recipes is not the same in all runs."""
+    first = stories[0].recipe
+    compared = [schema.changes(first, story.recipe) for story in stories]
+    keys = sorted({key for changed in compared for key in changed if key.partition(".")[0] in schema.IDENTITY})
+    firsts = {key: was for changed in compared for key, (was, _) in changed.items()}
+    return {key: [_shown(changed.get(key, (None, firsts[key]))[1]) for changed in compared] for key in keys}
+
+
+def _shown(value: Any) -> str:
+    """A value of a recipe; of sources the names and weights."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return ", ".join(f"{source.get('name')} ({source.get('weight')})" for source in value)
+    return "" if value is None else str(value)
+
+
+def _tasks(stories: Sequence[Story]) -> dict[str, list[scores.Row | None]]:
+    """Each benchmark's figure of each run."""
+    by_run = [{f"{row.task}/{row.metric}": row for row in story.scores} for story in stories]
+    names = dict.fromkeys(name for rows in by_run for name, row in rows.items() if row.ours is not None)
+    return {name: [rows.get(name) for rows in by_run] for name in names}
+
+
+def _samples(story: Story) -> dict[str, list[tuple[int, str]]]:
+    """Each prompt with its continuations by step, the newest first."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for record in reversed(story.of("samples")):
+        for prompt, text in (record.get("continuations") or {}).items():
+            found.setdefault(prompt, []).append((record["step"], text))
+    return found

@@ -1,0 +1,199 @@
+"""`ds-slm report`: a page about runs, parsed as HTML, and once seen by a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ds_slm.errors import ConfigError
+from ds_slm.publish import curves
+from ds_slm.publish.report import write_page
+from ds_slm.recipe import schema
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def write_run(folder: Path, steps: int = 40, lr: float = 3e-3, **more: list[dict]) -> Path:
+    """A run folder of so many steps, with the records that `more` adds."""
+    folder.mkdir(parents=True)
+    recipe = schema.load("demo", [f"optimizer.lr={lr}"])
+    (folder / "recipe.toml").write_text(schema.to_toml(recipe), encoding="utf-8")
+    lines = [
+        {
+            "kind": "train", "step": step, "tokens": 2048 * step, "loss": 8 / (1 + lr * step), "lr": lr,
+            "grad_norm": 1.0 / step, "tokens_per_s": 2048.0, "step_s": 1.0, "loss_spike": 2.5 if step == 7 else 0.0,
+        }
+        for step in range(1, steps + 1)
+    ]  # fmt: skip
+    lines += [{"kind": "val", "step": step, "loss": 5.0, "tokens": 2048 * step} for step in range(20, steps + 1, 20)]
+    lines += [{"kind": kind, **record} for kind, records in more.items() for record in records]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+LAUNCHES = [
+    {"step": 0, "hosts": ["a", "a"], "world_size": 2, "device": "cpu", "precision": "bf16", "zero_stage": 1},
+    {"step": 20, "hosts": ["b"], "world_size": 1, "device": "cpu", "precision": "bf16", "zero_stage": 1},
+]
+SAMPLES = [
+    {"step": 20, "continuations": {"Once": " upon <b>a time</b>"}},
+    {"step": 40, "continuations": {"Once": " & again"}},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs: one with all that a folder can hold, and one with another rate."""
+    runs = tmp_path_factory.mktemp("runs")
+    first = write_run(runs / "first", launch=LAUNCHES, samples=SAMPLES)
+    write_run(runs / "second", steps=1200, lr=1e-3)
+
+    (first / "bad-steps" / "step-00000033").mkdir(parents=True)
+    (first / "bad-steps" / "step-00000033" / "what.json").write_text('{"step": 33, "why": "the loss is nan"}')
+    (first / "changes.jsonl").write_text('{"generation": 2, "changes": {"train.steps": [400, 800]}}\n')
+    (first / "stopped.json").write_text('{"step": 40}')
+    return runs
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    """The report of both."""
+    return write_page([folder / "first", folder / "second"])
+
+
+class Page(HTMLParser):
+    """The text of a page, without its pictures and styles, and what it would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.loads, self.inside = "", [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside += [tag] if tag in ("svg", "style") else []
+        self.loads += [
+            value for name, value in attrs if name in ("src", "href") and value and not value.startswith("#")
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.inside and tag == self.inside[-1]:
+            self.inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.inside else f"{data.strip()}\n" * bool(data.strip())
+
+
+def test_the_page_loads_nothing(page: str) -> None:
+    """No file, no script, no network: it can be sent."""
+    assert Page(page).loads == []
+    assert "<script" not in page
+    assert "@import" not in page and "url(http" not in page
+
+
+def test_every_chart_has_every_axis_and_run(page: str) -> None:
+    """Lines are found by their ids; the held-out losses stand in the first chart alone."""
+    for name in ("first", "second"):
+        for field in ("loss", "lr", "grad_norm", "tokens_per_s"):
+            assert len(re.findall(f'id="train {field} {name}"', page)) == len(curves.AXES)
+        assert len(re.findall(f'id="val loss {name}"', page)) == len(curves.AXES)
+    assert page.count("<svg") == 4 * len(curves.AXES)
+
+
+def test_no_two_pictures_share_an_id(page: str) -> None:
+    """A clip path of one would cut the lines of another."""
+    clips = re.findall(r'<clipPath id="(.+?)"', page)
+    assert len(clips) == len(set(clips)) > 0
+
+
+def test_it_tells_what_differs_and_what_happened(page: str) -> None:
+    """Every kind of incident, in the order of steps."""
+    text = Page(page).text
+    assert "optimizer.lr\n0.003\n0.001" in text
+    assert "model.hidden_size" not in text
+
+    incidents = text.split("Incidents")[1]
+    said = [
+        "started on 2 x cpu on a, bf16, ZeRO-1", "launch 2: train.steps: 400 → 800", "loss spike", "resumed on 1 x cpu",
+        "refused: the loss is nan", "stopped by a signal",
+    ]  # fmt: skip
+    places = [incidents.index(one) for one in said]
+    assert places == sorted(places)
+    assert "40 of 800" in text
+
+
+def test_samples_are_text_whatever_they_hold(page: str) -> None:
+    """A model's text is nobody's markup; the newest stands first."""
+    assert "upon &lt;b&gt;a time&lt;/b&gt;" in page
+    text = Page(page).text
+    assert text.index("& again") < text.index("upon <b>")
+
+
+def test_the_same_runs_give_the_same_page(folder: Path, page: str) -> None:
+    """No clock, no random ids."""
+    assert write_page([folder / "first", folder / "second"]) == page
+
+
+def test_a_run_of_an_older_version_is_shown() -> None:
+    """Oracle: a folder that an earlier version wrote; it records neither launches nor samples."""
+    text = Page(write_page([ROOT / "tests" / "golden" / "made" / "run"])).text
+    assert "8 of 12" in text
+
+
+def test_what_is_no_run_is_refused_all_at_once(folder: Path, tmp_path: Path) -> None:
+    """Every folder that is none; a run that has not begun."""
+    with pytest.raises(ConfigError) as refused:
+        write_page([folder, tmp_path, folder / "first"])
+    assert len(refused.value.problems) == 2
+
+    begun = write_run(tmp_path / "begun", steps=0)
+    with pytest.raises(ConfigError, match="no record of a step"):
+        write_page([begun])
+
+
+def test_runs_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    """Two folders may be called alike."""
+    other = write_run(tmp_path / "first")
+    assert str(other) in Page(write_page([folder / "first", other])).text
+
+
+def test_time_counts_steps_that_were_not_recorded() -> None:
+    """By hand: every fourth step is recorded and takes a second."""
+    assert curves.elapsed_s([{"step": 4, "step_s": 1.0}, {"step": 8, "step_s": 1.0}]) == [4.0, 8.0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: apt-get install chromium")
+def test_a_browser_draws_every_run(tmp_path: Path) -> None:
+    """Oracle: pixels of a screenshot in each run's colour, in the place of the first chart."""
+    from PIL import Image
+
+    runs = [write_run(tmp_path / "first", 400), write_run(tmp_path / "second", 400, 1e-3)]
+    (tmp_path / "report.html").write_text(write_page(runs), encoding="utf-8")
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1300,1400",
+        f"--screenshot={tmp_path / 'seen.png'}", (tmp_path / "report.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    seen = np.asarray(Image.open(tmp_path / "seen.png").convert("RGB"))[420:760, 30:640].astype(int)
+    for colour in curves.COLOURS[:2]:
+        distance = np.abs(seen - np.array(tuple(bytes.fromhex(colour[1:])))).sum(axis=-1)
+        assert (distance < 30).sum() > 200, colour
+
+
+def test_the_command_writes_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 0, one file."""
+    from ds_slm.cli import main
+
+    out = tmp_path / "both.html"
+    monkeypatch.setattr(sys, "argv", ["ds-slm", "report", str(folder / "first"), "--out", str(out), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 0
+    assert out.read_text(encoding="utf-8") == write_page([folder / "first"])

@@ -205,7 +205,8 @@ def test_export_passes_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "folder": "out",
     }
 
-    def export_run(*arguments: object, **keywords: object) -> dict[str, object]:
+    def export_run(*arguments: object, describe: object, **keywords: object) -> dict[str, object]:
+        assert describe is not None  # writes the card
         calls.append((arguments, keywords))
         return exported
 

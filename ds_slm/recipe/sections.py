@@ -73,17 +73,27 @@ class Model(Section):
     """The decoder's shape, in Hugging Face's field names."""
 
     hidden_size: PositiveInt
+    """Components of a token's vector."""
     intermediate_size: PositiveInt
+    """Components within a feed-forward."""
     num_hidden_layers: PositiveInt
+    """Blocks."""
     num_attention_heads: PositiveInt
+    """Query heads of a block."""
     num_key_value_heads: PositiveInt
+    """Key and value heads; query heads share them in equal groups."""
     head_dim: PositiveInt
+    """Components of a head; an even number."""
     vocab_size: PositiveInt
+    """Rows of the embedding: at least the tokenizer's ids."""
     max_position_embeddings: PositiveInt
     """Longest sequence, in tokens."""
     rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary embedding's wavelengths."""
     rms_norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square before its root."""
     tie_word_embeddings: bool = True
+    """The head is the embedding."""
     qk_norm: bool = False
     """RMSNorm over head_dim on queries and keys, before RoPE (exports as Qwen3)."""
     exclusive_attention: bool = False
@@ -115,11 +125,13 @@ class Tokenizer(Section):
     kind: Literal["bpe", "cl100k", "hf"]
     """bpe: byte-level BPE trained on the sources; cl100k: tiktoken's ranks; hf: an existing tokenizer."""
     vocab_size: PositiveInt
+    """Ids, control tokens included."""
     special_tokens: dict[str, int] = {}
     """Control tokens and their ids."""
     eos_token: str = "<|endoftext|>"
     """Ends every document."""
     pad_token: str = "<|endoftext|>"
+    """Fills rows up; never trained on."""
     min_frequency: PositiveInt = 2
     """bpe: a merge must have been seen this often."""
     documents_per_weight: SmallInt = 2_000_000
@@ -221,6 +233,7 @@ class Data(Section):
     split_seed: int = 0
     """Any whole number for hash; one from 0 to 2^32 - 1 for draw."""
     source: list[Source] = Field(min_length=1)
+    """The corpora, a table each."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -249,12 +262,15 @@ class Optimizer(Section):
     """AdamW, with 32-bit or 8-bit states."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the states of matrices in 8 bits (bitsandbytes)."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the schedule."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled decay of tensors of two or more dimensions; norms have none."""
     grad_clip: float = Field(1.0, ge=0)
@@ -269,6 +285,7 @@ class Schedule(Section):
     kind: Literal["cosine", "wsd"]
     """cosine: from the peak to min_lr over all steps; wsd: warmup, stable, decay."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the rate rises in a straight line."""
     warmup_start_lr: float = Field(0.0, ge=0)
     """Learning rate at step 0 where there is a warmup."""
     decay_start_step: int | None = Field(None, ge=0)
@@ -276,6 +293,7 @@ class Schedule(Section):
     decay_steps: PositiveInt | None = None
     """wsd: steps from the peak to min_lr."""
     decay_shape: Literal["cosine", "linear"] = "cosine"
+    """wsd: the decay's curve."""
 
     @model_validator(mode="after")
     def _wsd_is_whole(self) -> Self:
@@ -303,6 +321,7 @@ class Train(Section):
     seed: int = 0
     """Seeds the initialisation and the order of the data."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of forward and backward; the weights that are trained are fp32."""
     z_loss: float = Field(0.0, ge=0)
     """Coefficient of mean(logsumexp^2)."""
     gradient_checkpointing: bool = False
@@ -313,9 +332,11 @@ class Run(Section):
     """Bookkeeping of a run: not part of the result, never hashed."""
 
     eval_every_steps: PositiveInt = 500
+    """Steps between two evaluations on held-out rows."""
     eval_rows: PositiveInt = 256
     """Held-out rows of each evaluation during training, always the same ones; the last evaluation takes all."""
     save_every_steps: PositiveInt = 500
+    """Steps between two checkpoints."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
     keep_best: bool = True
@@ -323,6 +344,7 @@ class Run(Section):
     checkpoint_copies: PositiveInt = 2
     """Hosts that keep every checkpoint."""
     log_every_steps: PositiveInt = 1
+    """Steps between two records of a training step."""
     layers_every_steps: PositiveInt | None = None
     """Steps whose norms of weights and gradients are recorded layer by layer; None: never."""
 
@@ -331,6 +353,7 @@ class Eval(Section):
     """Benchmarks run during training."""
 
     tasks: list[str] = []
+    """Names of benchmarks, as `ds-slm eval --tasks` takes them."""
     every_steps: PositiveInt | None = None
     """None: only after training."""
     limit: Annotated[PositiveInt | None, NEWER] = None
@@ -350,6 +373,7 @@ class Sft(Section):
     packing: bool = True
     """Several conversations in a row, each seeing itself alone; else one padded row for each."""
     system_turns: Literal["keep", "drop"] = "keep"
+    """What becomes of a conversation's system turns."""
     invalid: Literal["drop", "refuse"] = "drop"
     """Conversations with unknown roles, content that is no text or turns that do not alternate (sft.forms says which
     forms are read): left out and counted, or an error."""
@@ -371,3 +395,4 @@ class Target(Section):
     source: str
     """Where it is published."""
     note: str = ""
+    """What else a reader should know of it."""

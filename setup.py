@@ -62,8 +62,10 @@ setup(
     extras_require={
         "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
         "eval": ["lm-eval>=0.4.13,<0.5"],
+        "gguf": ["gguf>=0.17,<1"],
         "dev": [
             "accelerate>=1.10,<2",  # lm_eval's own scorer, the oracle of ours, needs it
+            "gguf>=0.17,<1",
             "hypothesis>=6.120",
             "lm-eval>=0.4.13,<0.5",
             "pyright[nodejs]>=1.1.400",
@@ -72,6 +74,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.12",
             "trl>=1.16,<2",  # an oracle of the labels
+            "xllamacpp>=2026.10",  # llama.cpp in the process, the oracle of GGUF files
             "xxhash>=3",
         ],
     },

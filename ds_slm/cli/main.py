@@ -281,6 +281,7 @@ def export(
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="card.KEY=VALUE", help="What the model card says: card.license=mit.")
     ] = [],  # noqa: B006
+    gguf: Annotated[str | None, typer.Option(metavar="f16|q8_0", help="Also a file for llama.cpp and Ollama.")] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Let the hub check the model card first.")] = False,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Upload it; a repository that is new will be private.")
@@ -290,7 +291,7 @@ def export(
     """A Hugging Face folder from a run, with its model card."""
     from ds_slm.cli import publishing
 
-    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, validate, push, as_json))
+    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, gguf, validate, push, as_json))
 
 
 @app.command(epilog=examples.epilog("report"))
@@ -305,8 +306,7 @@ def report(
 
     if out.is_dir() or not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists.")
-    page = write_page(runs)
-    replace_text(out, page)
+    replace_text(out, page := write_page(runs))
     if as_json:
         print_json({"report": str(out), "runs": [str(run) for run in runs]})
     else:

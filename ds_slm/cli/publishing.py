@@ -24,6 +24,7 @@ class Flags:
     step: int | None
     best: bool
     overrides: list[str]
+    gguf: str | None
     validate: bool
     push: str | None
     """The repository's id."""
@@ -56,9 +57,11 @@ def run(run_folder: Path, flags: Flags) -> None:
             hub.validate(described[card.README].decode())
         return described
 
-    exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe)
+    exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe, gguf=flags.gguf)
     if not flags.as_json:
         print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
+        if flags.gguf:
+            print("{file}: {stored}".format(**exported["gguf"]))
     if flags.push is not None:
         exported["pushed"] = hub.push(flags.out, flags.push)
     if flags.as_json:

@@ -3,6 +3,7 @@
     run folder --> checkpoint --> fp32 tensors by name --> .export.tmp-*/ --> every file fsynced --> renamed to OUT
 
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md and its pictures
+    NAME-f16.gguf if asked for
     modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
 
 The tokenizer pads on the left, and its chat template is one that any Jinja renders: without the marks of training.
@@ -18,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,14 @@ from torch import Tensor
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
-from ds_slm.errors import CheckpointError
+from ds_slm.errors import CheckpointError, ConfigError
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import schema
+
+if TYPE_CHECKING:
+    from ds_slm.publish.gguf import GgufFile
 
 
 def export_run(
@@ -38,8 +42,8 @@ def export_run(
     out: Path,
     step: int | None = None,
     best: bool = False,
-    dtype: torch.dtype = torch.float32,
     describe: Callable[[Path], Mapping[str, bytes]] = lambda checkpoint: {},
+    gguf: str | None = None,
 ) -> dict[str, Any]:
     """Export a run's checkpoint: of a step, the best, or the newest whole one.
 
@@ -48,14 +52,15 @@ def export_run(
         out: the folder to make.
         step: of the checkpoint.
         best: take the one with the lowest validation loss.
-        dtype: of the stored weights.
         describe: from the checkpoint to the files of its model card, by name; called before anything is written.
+        gguf: the precision of a GGUF file beside the others, f16 or q8_0; None for no such file.
 
     Returns:
-        What was exported: checkpoint, step, parameters, dtype and folder.
+        What was exported: checkpoint, step, parameters, dtype and folder; with `gguf` that file as well.
 
     Raises:
         CheckpointError: where the run has no such whole checkpoint or another tokenizer, or `out` is in the way.
+        UserError: where llama.cpp cannot have this model or its tokenizer, before a weight is read.
     """
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
@@ -72,16 +77,33 @@ def export_run(
             "restore the tokenizer the run had."
         )
 
+    gguf_file = _gguf_of(recipe, run / "tokenizer", gguf) if gguf else None
     described = describe(checkpoint)
     state = checkpoint_files.read_model(checkpoint)
-    parameters = export(state, recipe.model, run / "tokenizer", out, dtype=dtype, described=described)
-    return {
+    with export_folder(state, recipe.model, run / "tokenizer", out, described=described) as folder:
+        if gguf_file:
+            gguf_file.write(folder, state)
+
+    exported = {
         "checkpoint": str(checkpoint),
         "step": notes["step"],
-        "params": parameters,
-        "dtype": _name(dtype),
+        "params": sum(tensor.numel() for tensor in state.values()),
+        "dtype": _name(torch.float32),
         "folder": str(out),
     }
+    if gguf_file:
+        exported["gguf"] = {"file": str(out / gguf_file.file_name), "stored": gguf_file.stored}
+    return exported
+
+
+def _gguf_of(recipe: schema.Recipe, tokenizer_folder: Path, precision: str) -> "GgufFile":
+    try:
+        from ds_slm.publish.gguf import prepare
+    except ImportError as error:
+        raise ConfigError(
+            f"the gguf package, which writes this format, is not installed: pip install -e '.[gguf]'. ({error})"
+        ) from error
+    return prepare(recipe.model, tokenizer_folder, recipe.card.name, precision)
 
 
 def export(
@@ -109,16 +131,18 @@ def export(
         CheckpointError: where `out` is not empty, or names or shapes are not the model's.
         DataError: where the tokenizer cannot be read.
     """
-    with export_folder(state, shape, tokenizer_folder, out, dtype) as folder:
-        for name, content in described.items():
-            (folder / name).write_bytes(content)
-
-    return sum(tensor.numel() for tensor in state.values())
+    with export_folder(state, shape, tokenizer_folder, out, dtype, described):
+        return sum(tensor.numel() for tensor in state.values())
 
 
 @contextlib.contextmanager
 def export_folder(
-    state: Mapping[str, Tensor], shape: schema.Model, tokenizer_folder: Path, out: Path, dtype: torch.dtype
+    state: Mapping[str, Tensor],
+    shape: schema.Model,
+    tokenizer_folder: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    described: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Within it the folder of `export` is complete under a temporary name, and takes more files; then it is `out`."""
     out = free_place(out)
@@ -149,6 +173,8 @@ def export_folder(
         _write_json(folder / "generation_config.json", generation)
         if shape.exclusive_attention:
             shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
+        for name, content in described.items():
+            (folder / name).write_bytes(content)
         _write_tensors(folder / "model.safetensors", state, dtype)
         yield folder
 

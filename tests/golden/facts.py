@@ -16,7 +16,7 @@ from ds_slm.checkpoint.resume import file_of_kind
 from ds_slm.data.order import extend_ledger
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.engine.partitions import KINDS
-from ds_slm.publish.export import export, export_run
+from ds_slm.publish.export import export
 from ds_slm.recipe.schema import Recipe
 
 MADE = Path(__file__).parent / "made"
@@ -67,8 +67,8 @@ def of_checkpoint(run: Path, step: int) -> dict[str, Any]:
 
 def of_exports(run: Path, recipe: Recipe, chat_tokenizer: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Hashes of more exports of the run's last checkpoint, made in `folder`: in bf16, and as an assistant."""
-    export_run(run, folder / "bfloat16", dtype=torch.bfloat16)
     state = checkpoint_files.read_model(checkpoint_files.choose(run))
+    export(state, recipe.model, run / "tokenizer", folder / "bfloat16", dtype=torch.bfloat16)
     export(state, recipe.model, chat_tokenizer, folder / "assistant")
     return {name: file_hashes(folder / name) for name in ("bfloat16", "assistant")}
 

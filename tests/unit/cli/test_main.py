@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -210,12 +209,12 @@ def test_export_passes_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         calls.append((arguments, keywords))
         return exported
 
-    monkeypatch.setitem(sys.modules, "ds_slm.publish.export", SimpleNamespace(export_run=export_run))
+    monkeypatch.setattr("ds_slm.cli.publishing.export_run", export_run)
     runner = CliRunner()
     flags = ["export", "runs/x", "--out", str(tmp_path / "out")]
     done = runner.invoke(app, [*flags, "--best", "--json"])
     assert json.loads(done.stdout) == exported
-    assert calls == [((Path("runs/x"), tmp_path / "out"), {"step": None, "best": True})]
+    assert calls == [((Path("runs/x"), tmp_path / "out"), {"step": None, "best": True, "gguf": None})]
     assert "choose one" in str(runner.invoke(app, [*flags, "--best", "--step", "3"]).exception)
     assert runner.invoke(app, flags).stdout == "out: 7 parameters of runs/x/checkpoints/step-00000009, fp32\n"
     assert len(calls) == 2

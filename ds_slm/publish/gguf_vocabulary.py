@@ -1,0 +1,292 @@
+r"""A tokenizer in llama.cpp's terms: what must hold for it to give the same ids, and the fields that say it.
+
+    tokenizer.json --refuse what llama.cpp would read otherwise--> Vocabulary: tokens, types, merges or scores
+
+llama.cpp knows pre-tokenizers by name. Two of its kinds are written:
+
+    gpt2    byte-level BPE by merges, where text is cut by one of PRE_TOKENIZERS
+    llama   SentencePiece BPE with byte fallback. It joins the neighbours whose union has the best score, the leftmost
+            of equals; the scores are the order of the merges, which must therefore be grouped by what they give
+
+Source: src/llama-vocab.cpp and src/unicode.cpp of ggml-org/llama.cpp. Known gaps: other patterns, normalisers, and
+tokens that swallow the white space beside them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, filler
+from ds_slm.data.tokenizers.sentencepiece import SPACE
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
+from ds_slm.errors import DataError
+
+PRE_TOKENIZERS = {GPT2_PATTERN: ("gpt-2", False), CL100K_PATTERN: ("llama-bpe", True)}
+"""Pattern -> llama.cpp's name of it, and whether it then takes a piece that is a token as it is (ignore_merges)."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The text of our chat template, as most published models write it: Ollama finds a template by its likeness to known
+ones."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Everything a GGUF file says of a tokenizer."""
+
+    model: str
+    """gpt2 or llama."""
+    pre: str
+    """llama.cpp's name of the pre-tokenizer."""
+    tokens: list[str]
+    """By id, one for each row of the embedding."""
+    types: list[gguf.TokenType]
+    merges: list[str]
+    """gpt2: pairs in the order in which they are joined."""
+    scores: list[float]
+    """llama: of each token."""
+    ids: dict[str, int]
+    """Ids by role, in llama.cpp's names of them: bos, eos, padding, eot where it ends turns, unknown."""
+    flags: dict[str, bool]
+    """add_bos_token and so on."""
+    unused_ids: list[int]
+    """Ids that stand for nothing, never to be generated."""
+    chat_template: str | None
+    """Of an assistant."""
+
+    def add_to(self, writer: gguf.GGUFWriter) -> None:
+        """Put it into a file's header."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+
+        for role, number in self.ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", number)
+        for flag, is_on in self.flags.items():
+            writer.add_bool(f"tokenizer.ggml.{flag}", is_on)
+        writer.add_array("tokenizer.ggml.suppress_tokens", self.unused_ids)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """The vocabulary of a tokenizer's folder, for a model with `vocab_size` ids.
+
+    Raises:
+        DataError: with every reason why llama.cpp could give other ids.
+    """
+    tokenizer = load_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    is_sentencepiece = bool(content["model"].get("byte_fallback"))
+
+    # What both kinds have in common, then what is particular to each.
+    before, behind = ([], []) if content["post_processor"] is None else _added_around(tokenizer)
+    problems = [*_common_problems(content, tokenizer, before, behind)]
+    problems += _sentencepiece_problems(content) if is_sentencepiece else _byte_level_problems(content)
+    if problems:
+        raise DataError(
+            [
+                "llama.cpp would not give this tokenizer's ids, so there can be no GGUF file (export without --gguf):",
+                *problems,
+            ]
+        )
+
+    is_assistant = (folder / CHAT_TEMPLATE_FILE).is_file()
+    ids = {
+        "bos": before[0] if before else tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "padding": tokenizer.pad_id,
+    }
+    if is_assistant:
+        ids["eot"] = tokenizer.token_id(IM_END)
+    # A conversation begins with its first turn, whatever a tokenizer puts before a text.
+    flags = {"add_bos_token": bool(before) and not is_assistant, "add_eos_token": bool(behind)}
+
+    by_id = {number: token for token, number in _all_tokens(content).items()}
+    tokens = [by_id.get(number, filler(number)) for number in range(vocab_size)]
+    unused_ids = tokenizer.unused_ids(vocab_size)
+    if is_sentencepiece:
+        model, pre = "llama", "default"
+        flags["add_space_prefix"] = len(_space_steps(content)) == 2
+    else:
+        model, (pre, _) = "gpt2", PRE_TOKENIZERS[str(_pattern(content))]
+    return Vocabulary(
+        model, pre, tokens,
+        types=_types(content, tokenizer, unused_ids, vocab_size),
+        merges=[] if is_sentencepiece else [" ".join(pair) for pair in _merges(content)],
+        scores=_scores(content, tokens) if is_sentencepiece else [],
+        ids=ids, flags=flags, unused_ids=unused_ids,
+        chat_template=CHATML if is_assistant else None,
+    )  # fmt: skip
+
+
+def _all_tokens(content: Mapping[str, Any]) -> dict[str, int]:
+    return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+
+
+def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """In their order; a file may hold each as a pair or as one text."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
+    return [(left, right) for left, right in pairs]
+
+
+def _types(
+    content: Mapping[str, Any], tokenizer: Tokenizer, unused_ids: list[int], vocab_size: int
+) -> list[gguf.TokenType]:
+    """What each id is."""
+    kinds = gguf.TokenType
+    types = [kinds.NORMAL] * vocab_size
+    if content["model"].get("byte_fallback"):
+        for byte in range(256):
+            types[content["model"]["vocab"][_byte_piece(byte)]] = kinds.BYTE
+    for token in content["added_tokens"]:
+        is_text = token["content"] in tokenizer.plain_added_tokens
+        types[token["id"]] = kinds.USER_DEFINED if is_text else kinds.CONTROL
+    for number in unused_ids:
+        types[number] = kinds.UNUSED
+    return types
+
+
+def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the exported tokenizer puts before and behind a text."""
+    plain, around = (
+        tokenizer.encode_with_control_tokens(["a"], add_special_tokens=added)[0] for added in (False, True)
+    )
+    begin = next(place for place in range(len(around)) if around[place : place + len(plain)] == plain)
+    return around[:begin], around[begin + len(plain) :]
+
+
+def _common_problems(
+    content: Mapping[str, Any], tokenizer: Tokenizer, before: list[int], behind: list[int]
+) -> Iterator[str]:
+    model = content["model"]
+    if model["type"] != "BPE":
+        yield f"its model is {model['type']}, expected BPE."
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        yield "it marks the parts of a word, which neither kind of BPE in llama.cpp does."
+
+    if len(before) > 1 or behind not in ([], [tokenizer.eos_id]):
+        yield (
+            f"it puts the ids {before} before a text and {behind} behind it, expected at most one before, and "
+            "nothing or EOS behind."
+        )
+    for token in content["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            yield f"its token {token['content']!r} depends on what stands beside it (lstrip, rstrip or single_word)."
+
+
+# ---- byte-level BPE
+
+
+def _pattern(content: Mapping[str, Any]) -> str | None:
+    """By what a byte-level tokenizer cuts text; None for another pre-tokenizer."""
+    pre = content["pre_tokenizer"] or {}
+    match pre:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return GPT2_PATTERN
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern
+    return None
+
+
+def _byte_level_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    if content["normalizer"] is not None:
+        yield f"it normalises text ({content['normalizer']['type']}), which llama.cpp does not for byte-level BPE."
+
+    pattern = _pattern(content)
+    if pattern not in PRE_TOKENIZERS:
+        found = json.dumps(content["pre_tokenizer"])
+        yield (
+            f"it cuts text by {found[:300]}, expected GPT-2's or cl100k's pattern, then a ByteLevel that adds no space."
+        )
+        return
+
+    name, takes_whole = PRE_TOKENIZERS[pattern]
+    if takes_whole != bool(content["model"].get("ignore_merges")) and (unreached := _unreached(content)):
+        yield (
+            f"its merges do not lead to {unreached!r}, and with the pattern {name} llama.cpp takes such a token "
+            f"{'always' if takes_whole else 'never'}."
+        )
+
+
+def _unreached(content: Mapping[str, Any]) -> str | None:
+    """A token that its own text does not give by merges alone."""
+    from tokenizers import models
+
+    model = models.BPE(vocab=content["model"]["vocab"], merges=_merges(content))
+    others = {token["content"] for token in content["added_tokens"]}
+    for token, number in content["model"]["vocab"].items():
+        if token in others or token == filler(number):
+            continue
+        if [one.id for one in model.tokenize(token)] != [number]:
+            return token
+    return None
+
+
+# ---- SentencePiece BPE
+
+
+def _byte_piece(byte: int) -> str:
+    return f"<0x{byte:02X}>"
+
+
+def _space_steps(content: Mapping[str, Any]) -> list[Any]:
+    """What it does to spaces: the steps of its normaliser."""
+    normalizer = content["normalizer"] or {"type": "Sequence", "normalizers": []}
+    return normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+
+
+def _sentencepiece_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    model, steps = content["model"], _space_steps(content)
+    written = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    if steps not in (written, [{"type": "Prepend", "prepend": SPACE}, *written]) or content["pre_tokenizer"]:
+        yield f"it does not write spaces as SentencePiece does, as {SPACE}, at most with one more before a text."
+    for token in content["added_tokens"]:
+        if token["normalized"]:
+            yield f"its token {token['content']!r} is looked for in text whose spaces are written already."
+
+    vocab = model["vocab"]
+    if missing := [byte for byte in range(256) if _byte_piece(byte) not in vocab]:
+        yield f"it has no token for the byte {missing[0]}."
+    if model.get("ignore_merges"):
+        yield "it takes a text that is a token as it is."
+
+    # As scores, the merges must be every way to make a token of two, together in one place for each token.
+    merges = _merges(content)
+    results = [token for token, _ in groupby(left + right for left, right in merges)]
+    others = {token["content"] for token in content["added_tokens"]} | {_byte_piece(byte) for byte in range(256)}
+    pieces = [token for token in vocab if token not in others]
+    known = set(pieces)
+    ways = {
+        (token[:cut], token[cut:])
+        for token in pieces
+        for cut in range(1, len(token))
+        if token[:cut] in known and token[cut:] in known
+    }
+    if len(results) != len(set(results)) or set(merges) != ways:
+        yield "its merges are not those of scores, which SentencePiece joins by."
+
+
+def _scores(content: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """The sooner a token is made, the better its score."""
+    order = {token: place for place, token in enumerate(dict.fromkeys(map("".join, _merges(content))))}
+    return [-float(order.get(token, len(order))) for token in tokens]

@@ -1,0 +1,227 @@
+"""The tokenizer in a GGUF file: llama.cpp's ids are those of transformers, or the file is refused."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, by_rank, byte_letters, filler
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
+from ds_slm.errors import DataError
+from ds_slm.model.decoder import build
+from ds_slm.publish import gguf as files
+from ds_slm.publish.gguf_vocabulary import read_vocabulary
+from ds_slm.recipe import schema
+from sft.chatml import CHAT_TEMPLATE
+from tests.support import conversations, scored_models
+from tests.support.llama_cpp import LlamaCpp
+from tests.unit.data import test_sentencepiece
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HARD = [
+    "", " ", "   ", "\n", "\n\n \n", " \t  a", "a  b   c    ", "\r\n\r\n x", "\u00a0\u3000 \u2028x", "\0", "a\0b",
+    "I'll we'VE don't 'S's'd 're", "0 12 345 6789 01234567890 3,141.59 1e-9 ½ ² ٣٤", "…!?!--==>> <| |> ``` §§",
+    "def f(x):\n    return [i**2 for i in range(10)]  # comment\n\n\tif x:\n\t\tpass\n", "https://a.org/?q=a%20b&c",
+    "Übersee, naïveté, Ångström, ﬁ, ß, İ, ǅ, e\u0301",
+    "日本語のテキスト。中文 文本，한국어", "שלום עולם مرحبا नमस्ते ไทย",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 👍🏽x", "𝒳𝓎 𐍈 \U000e0041", "\u2581a \u2581\u2581 <0x0A> <0x41>", "\ufeffa\ufffd\u200b",
+    "<|im_end|>", "a<|im_start|> user\n<|im_end|>b", "<|endoftext|><|endoftext|>", "<s> a</s>b <unk>", "</s",
+    "<|im_end", "aaaaaaaaaaaaaaaaaaaaaaa", "abababab" * 9, "the cat sees the dog in the garden",
+]  # fmt: skip
+LETTERS = "aeé ßA'\t\n\r0129.,<|>_-日語한😀👍🏽\u00a0\u0301\u2581"
+PIECES = ["<|im_end|>", "<|im_start|>", "</s>", "<s>", "the", "cat", " the", "  ", "'ll", "123"]
+
+
+def texts() -> list[str]:
+    """Hard ones, and random rows of letters and pieces."""
+    rng = random.Random(0)
+    return HARD + ["".join(rng.choices([*LETTERS, *PIECES], k=rng.randint(1, 40))) for _ in range(200)]
+
+
+def byte_level(folder: Path) -> None:
+    """A BPE of our own, with GPT-2's pattern."""
+    conversations.tokenizer().save(folder)
+
+
+def cl100k_like(folder: Path) -> None:
+    """cl100k's pattern and its kind: tokens that no merges lead to, and fillers, on a small vocabulary."""
+    learned = load_vocab(conversations.tokenizer())
+    whole = ["".join(byte_letters()[byte] for byte in word) for word in (b" garden", b"12", b"\n\n\n", "日本".encode())]
+    tokens = {token: place for place, token in enumerate([*learned, *(word for word in whole if word not in learned)])}
+    specials = {"<|endoftext|>": len(tokens), "<|im_start|>": len(tokens) + 3, "<|im_end|>": len(tokens) + 4}
+    others = {filler(number): number for number in (len(tokens) + 1, len(tokens) + 2)} | specials
+    backend = by_rank(tokens, others, specials, CL100K_PATTERN, ignore_merges=True)
+    Tokenizer(backend, "<|endoftext|>", "<|endoftext|>").save(folder)
+
+
+def load_vocab(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that its text is made of, in their order."""
+    vocab = json.loads(tokenizer._backend.to_str())["model"]["vocab"]
+    return [token for token in sorted(vocab, key=vocab.__getitem__) if not token.startswith("<|")]
+
+
+def hugging_face_bpe(folder: Path) -> None:
+    """As the tokenizers package makes one: the pattern is not written, and <think> is text."""
+    conversations.tokenizer().save(folder)
+    change(folder, lambda content: content.update(pre_tokenizer=BYTE_LEVEL))
+    change(folder, lambda content: content["added_tokens"].append(PLAIN))
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+PLAIN = {"id": 320, "content": "<think>", "special": False} | FLAGS
+
+
+def with_bos(folder: Path) -> None:
+    """A base of others, whose tokenizer puts a BOS before each text."""
+    scored_models.write_tokenizer(folder / "plain", HARD * 3)
+    scored_models.with_bos(folder / "plain", folder / "bos")
+    shutil.copytree(folder / "bos", folder, dirs_exist_ok=True)
+
+
+def sentencepiece(folder: Path, **options: bool) -> None:
+    """A converted SentencePiece model, with runs of spaces that share a score."""
+    model = test_sentencepiece.write_model(folder / "a.model", **options)
+    size = SentencePieceProcessor(model_file=str(model)).vocab_size()
+    test_sentencepiece.build(model, size).save(folder)
+
+
+def sentencepiece_without_prefix(folder: Path) -> None:
+    """One that puts no space before a text, and joins words."""
+    sentencepiece(folder, add_dummy_prefix=False, split_by_whitespace=False)
+
+
+KINDS = [byte_level, cl100k_like, hugging_face_bpe, with_bos, sentencepiece, sentencepiece_without_prefix]
+Make = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Make], Path]:
+    """The folder of a tokenizer of some kind, made once."""
+
+    @cache
+    def folder_of(make: Make) -> Path:
+        folder = tmp_path_factory.mktemp(make.__name__)
+        make(folder)
+        return folder
+
+    return folder_of
+
+
+def loaded(folder: Path, out: Path) -> LlamaCpp:
+    """A fresh model with a tokenizer, in llama.cpp."""
+    shape = schema.parse(conversations.TINY, ["model.num_hidden_layers=1"]).model
+    shape = shape.model_copy(update={"vocab_size": load_tokenizer(folder).vocab_size + 3})
+    file = files.prepare(shape, folder, "tiny", "f16")
+    return LlamaCpp(file.write(out, dict(build(shape, seed=1).named_parameters())), 160)
+
+
+def compare(folder: Path, out: Path) -> None:
+    """The ids of every text: with control tokens parsed, and as plain text."""
+    llama_cpp, theirs, ours = loaded(folder, out), AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for text in texts():
+        assert llama_cpp.ids(text) == theirs(text).input_ids, text
+        if not ours.plain_added_tokens:  # llama.cpp always finds those
+            assert llama_cpp.ids(text, parse_special=False, add_special=False) == ours.encode(text), text
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_ids_are_those_of_transformers(make: Make, made: Callable[[Make], Path], tmp_path: Path) -> None:
+    """Oracle: transformers with the same folder, and our encoder, to which control tokens are text."""
+    compare(made(make), tmp_path)
+
+
+def test_ids_of_cl100k_are_those_of_transformers(cl100k_folder: Path, tmp_path: Path) -> None:
+    """Oracle: transformers with the whole cl100k vocabulary."""
+    compare(cl100k_folder, tmp_path)
+
+
+@pytest.mark.slow  # proving the conversion of the model takes most of it
+def test_ids_of_32000_pieces_are_those_of_transformers(test_data: Path, tmp_path: Path) -> None:
+    """Oracle: transformers with Mistral's SentencePiece model."""
+    test_sentencepiece.build(test_data / "tokenizers" / "mistral_v1_tokenizer.model", 32_000).save(tmp_path)
+    compare(tmp_path, tmp_path)
+
+
+def test_kinds_of_tokens(made: Callable[[Make], Path]) -> None:
+    """Oracle: what the recipe says of each id; an id without a token, and a filler, stand for nothing."""
+    tokenizer, kinds = load_tokenizer(made(cl100k_like)), gguf.TokenType
+    vocabulary = read_vocabulary(made(cl100k_like), tokenizer.vocab_size + 2)
+    assert vocabulary.model == "gpt2" and vocabulary.pre == "llama-bpe"
+    assert vocabulary.types[: tokenizer.eos_id] == [kinds.NORMAL] * tokenizer.eos_id
+    assert vocabulary.types[tokenizer.eos_id :] == [
+        kinds.CONTROL, kinds.UNUSED, kinds.UNUSED, kinds.CONTROL, kinds.CONTROL, kinds.UNUSED, kinds.UNUSED
+    ]  # fmt: skip
+    assert vocabulary.ids == {"bos": tokenizer.eos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    assert vocabulary.chat_template is None
+
+
+def test_a_conversation_begins_without_bos(tmp_path: Path) -> None:
+    """Oracle: the ids of training, which begin with <|im_start|>, though the tokenizer puts a BOS before a text."""
+    conversations.tokenizer().save(tmp_path)
+    post = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|pad|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [1], "tokens": ["<|pad|>"]}},
+    }
+    change(tmp_path, lambda content: content.update(post_processor=post))
+    assert read_vocabulary(tmp_path, 320).flags["add_bos_token"]
+    (tmp_path / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE)
+    assert not read_vocabulary(tmp_path, 320).flags["add_bos_token"]
+
+
+def change(folder: Path, edit: Callable[[Any], None]) -> None:
+    """Change a tokenizer's file."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def split_by(pattern: str) -> Callable[[Any], None]:
+    """Changes the pattern."""
+    return lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern})
+
+
+def put_a_merge_last(content: Any) -> None:
+    """One of several that make the same piece."""
+    merges = content["model"]["merges"]
+    merges.append(merges.pop(next(place for place, pair in enumerate(merges) if len("".join(pair)) > 2)))
+
+
+REFUSED = {
+    "pattern": (byte_level, split_by(r"\w+|\W+"), "cuts text by"),
+    "prefix space": (
+        byte_level,
+        lambda c: c.update(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}),
+        "cuts text",
+    ),
+    "normaliser": (byte_level, lambda content: content.update(normalizer={"type": "NFKC"}), "NFKC"),
+    "strips": (byte_level, lambda c: c["added_tokens"][2].update(lstrip=True), "depends on what stands beside"),
+    "whole pieces": (cl100k_like, split_by(GPT2_PATTERN), "merges do not lead to"),
+    "words": (byte_level, lambda content: content["model"].update(end_of_word_suffix="</w>"), "marks the parts"),
+    "merges": (sentencepiece, put_a_merge_last, "not those of scores"),
+    "a merge less": (sentencepiece, lambda content: content["model"]["merges"].pop(), "not those of scores"),
+    "spaces": (sentencepiece, lambda content: content.update(normalizer=None), "does not write spaces"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_have_other_ids_is_refused(name: str, made: Callable[[Make], Path], tmp_path: Path) -> None:
+    """Oracle: the reason, in the error; the same tokenizer is taken before the change."""
+    make, edit, reason = REFUSED[name]
+    shutil.copytree(made(make), tmp_path, dirs_exist_ok=True)
+    read_vocabulary(tmp_path, 1000)
+    change(tmp_path, edit)
+    with pytest.raises(DataError, match=reason):
+        read_vocabulary(tmp_path, 1000)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_slm.errors import RecipeError
+from ds_slm.errors import DataError, RecipeError
 from ds_slm.files import read_json
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import RECIPE_FILE, Recipe
-from ds_slm.run.scores import LEADERBOARD, is_record, leaderboard_average, remarks_on, remarks_on_average
+from ds_slm.run import scores
+from ds_slm.run.scores import LEADERBOARD, leaderboard_average, remarks_on, remarks_on_average
 
 FIGURES = (
     ("val_bits_per_byte", "{:.4g} bits per byte"),
@@ -98,28 +99,54 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
         for key, value in done.items()
         if key.startswith("val_") and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    step = done.get("step") if isinstance(done.get("step"), int) else _last_step(folder)
-    scored = _scored(read_json(folder / "eval.json") or {}, recorded)
+    step = (
+        done.get("step") if isinstance(done.get("step"), int) else max(map(_step_of, _checkpoints(folder)), default=0)
+    )
+    scored = _scored(folder, recorded)
     headline = recipe.targets[0].metric if recipe.targets else None
     return Ours(str(folder), int(step or 0), recorded.train.steps, figures, differs, scored, headline)
 
 
-def _scored(found: dict[str, Any], recorded: Recipe) -> dict[str, str]:
+def _scored(folder: Path, recorded: Recipe) -> dict[str, str]:
     """What `ds-slm eval` found of the run, and what keeps a figure from standing beside the published one."""
-    if not is_record(found):
+    found, remarks = _of_its_weights(folder)
+    if not found:
         return {}
 
     step, tasks = found["model"].get("step"), found["tasks"]
-    at_step = [f"at step {step:,}"] if step is not None and step != recorded.train.steps else []
+    if step is not None and step != recorded.train.steps:
+        remarks = [f"at step {step:,}", *remarks]
     scored = {
-        f"{name}/{metric}": _remarked(figure["value"], [*at_step, *remarks_on(name, task)])
+        f"{name}/{metric}": _remarked(figure["value"], [*remarks, *remarks_on(name, task)])
         for name, task in tasks.items()
         for metric, figure in task["figures"].items()
     }
     average = leaderboard_average(tasks)
     if average is not None:
-        scored[LEADERBOARD] = _remarked(average, [*at_step, *remarks_on_average(tasks)])
+        scored[LEADERBOARD] = _remarked(average, [*remarks, *remarks_on_average(tasks)])
     return scored
+
+
+def _of_its_weights(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The figures of the newest checkpoint that was scored, with a remark where none is left to compare with.
+
+    A run folder that was trained anew still holds the figures of its former weights: these are no figures of the run.
+    """
+    weights = [sha256 for checkpoint in _checkpoints(folder) if (sha256 := _weights_sha256(checkpoint))]
+    try:
+        if not weights:
+            return scores.read(folder), ["weights unchecked"]
+        return next((found for sha256 in weights if (found := scores.of_weights(folder, sha256))), {}), []
+    except DataError:  # an eval.json that is damaged, or of another program
+        return {}, []
+
+
+def _weights_sha256(checkpoint: Path) -> str | None:
+    """What a checkpoint's manifest says of its weights; None where it has none, or a damaged one."""
+    try:
+        return (read_json(checkpoint / "manifest.json") or {})["files"]["model.safetensors"]["sha256"]
+    except (KeyError, TypeError):
+        return None
 
 
 def _remarked(value: float, remarks: list[str]) -> str:
@@ -141,7 +168,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:21]}..."
 
 
-def _last_step(folder: Path) -> int:
-    """The step of the newest checkpoint, whole or not."""
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("checkpoints/step-*"))
-    return max((int(found[1]) for found in names if found), default=0)
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest first, whole or not."""
+    found = [path for path in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

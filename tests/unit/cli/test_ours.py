@@ -1,6 +1,7 @@
 """`ds-slm recipes`: ours is what the runs there are say, and a run of something else says what."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,27 @@ def test_a_run_says_what_it_is(tmp_path: Path, case: str) -> None:
     assert (str(found), found.counts) == (text, counts)
 
 
-def write_eval(folder: Path, step: int, **task: Any) -> None:
+def write_eval(folder: Path, step: int, sha256: str = "a", **task: Any) -> None:
     """An eval.json of one task, as `ds-slm eval` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
     figures = {"acc_norm": {"value": 26.671, "stderr": 0.44, "chance": 25.0, "commonest": 25.7}}
     whole = {"items": 10_042, "limited": False, "published": True, "figures": figures, **task}
-    write_json(folder / "eval.json", {"model": {"step": step}, "tasks": {"hellaswag": whole}})
+    write_json(folder / "eval.json", {"model": {"step": step, "sha256": sha256}, "tasks": {"hellaswag": whole}})
+
+
+def write_gpt_s(runs: Path, checkpoints: Mapping[int, str]) -> tuple[schema.Recipe, Path]:
+    """A finished run of gpt-s-1.4m with checkpoints of these weights; its recipe, and its folder."""
+    recipe, folder = schema.load("gpt-s-1.4m"), runs / "run"
+    for step, sha256 in checkpoints.items():
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        write_json(checkpoint / "manifest.json", {"files": {"model.safetensors": {"sha256": sha256}}})
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
+    write_json(folder / "env.json", {"replaced_sources": [], "data_sha256": "d"})
+    hashes = {"recipe_sha256": recipe.identity_sha256(), "data_sha256": "d"}
+    write_json(folder / "done.json", {"step": 20_345, "val_loss": 2.5, **hashes})
+    return recipe, folder
 
 
 @pytest.mark.parametrize(
@@ -67,18 +84,52 @@ def write_eval(folder: Path, step: int, **task: Any) -> None:
 )
 def test_what_was_scored_stands_beside_the_published_figure(tmp_path: Path, step: int, task: dict, text: str) -> None:
     """Oracle: by hand; gpt-s-1.4m's headline is HellaSwag, and no trial passes for it without its word."""
-    recipe = schema.load("gpt-s-1.4m")
+    recipe, folder = write_gpt_s(tmp_path, {step: "a"})
     assert recipe.train.steps == 20_345 and recipe.targets[0].metric == "hellaswag/acc_norm"
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
-    write_json(folder / "env.json", {"replaced_sources": [], "data_sha256": "d"})
-    write_json(
-        folder / "done.json",
-        {"step": step, "val_loss": 2.5, "recipe_sha256": recipe.identity_sha256(), "data_sha256": "d"},
-    )
     write_eval(folder, step, **task)
     assert str(ours_of("gpt-s-1.4m", recipe, tmp_path)) == text
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "text"),
+    [
+        ({20_345: "a"}, "hellaswag/acc_norm 26.67"),
+        ({400: "b", 20_345: "a"}, "hellaswag/acc_norm 26.67"),
+        ({20_345: "b"}, "validation loss 2.5"),
+        ({400: "b", 20_345: "c"}, "validation loss 2.5"),
+        ({}, "hellaswag/acc_norm 26.67 (weights unchecked)"),
+    ],
+)
+def test_figures_of_other_weights_are_not_ours(checkpoints: Mapping[int, str], text: str, tmp_path: Path) -> None:
+    """Oracle: by hand: eval.json is of the weights `a`; a folder that was trained anew holds checkpoints of others."""
+    recipe, folder = write_gpt_s(tmp_path, checkpoints)
+    write_eval(folder, 20_345)
+    assert str(ours_of("gpt-s-1.4m", recipe, tmp_path)) == text
+
+
+def test_the_newest_checkpoint_that_was_scored_is_shown(tmp_path: Path) -> None:
+    """Oracle: by hand: an earlier checkpoint was scored as the run, then the last one by its name."""
+    recipe, folder = write_gpt_s(tmp_path, {400: "a", 20_345: "b"})
+    write_eval(folder, 400, "a", published=False)
+    write_eval(folder / "eval" / "step-00020345", 20_345, "b")
+    assert str(ours_of("gpt-s-1.4m", recipe, tmp_path)) == "hellaswag/acc_norm 26.67"
+
+
+@pytest.mark.parametrize("manifest", [b"", b"[]", b'{"files": []}', b'{"files": {"model.safetensors": {}}}'])
+def test_a_damaged_manifest_says_nothing_of_weights(manifest: bytes, tmp_path: Path) -> None:
+    """Oracle: the same run without a checkpoint."""
+    recipe, folder = write_gpt_s(tmp_path, {20_345: "a"})
+    next(folder.rglob("manifest.json")).write_bytes(manifest)
+    write_eval(folder, 20_345)
+    assert "(weights unchecked)" in str(ours_of("gpt-s-1.4m", recipe, tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"model": "gpt2", "tasks": {}}'])
+def test_a_damaged_record_is_no_figure(content: bytes, tmp_path: Path) -> None:
+    """Oracle: the run as if nothing had been scored."""
+    recipe, folder = write_gpt_s(tmp_path, {20_345: "a"})
+    (folder / "eval.json").write_bytes(content)
+    assert str(ours_of("gpt-s-1.4m", recipe, tmp_path)) == "validation loss 2.5"
 
 
 def test_the_run_that_counts_is_shown(tmp_path: Path) -> None:

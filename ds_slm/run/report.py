@@ -80,6 +80,7 @@ class Report:
         self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
         self._launch = launch
         self._lost_records = False
+        self._earlier: set[tuple[str, float]] = set()
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
 
         if not active:
@@ -92,13 +93,18 @@ class Report:
         self.bar = self._progress_bar(first_step) if terminal.isatty() else None
 
     def _forget_after(self, step: int) -> None:
-        """Drop the records of steps that a resumed run takes again."""
+        """Drop the records of steps that a resumed run takes again; remember which are left."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 replace_text(path, "".join(kept))
+            self._earlier = {(json.loads(line).get("kind"), _step_of(line)) for line in kept}
+
+    def was_recorded(self, kind: str, step: int) -> bool:
+        """Whether an earlier launch left such a record of this step. False on any rank but 0."""
+        return (kind, step) in self._earlier
 
     def _progress_bar(self, first_step: int) -> Any:
         from rich.console import Console

@@ -19,9 +19,14 @@ def evaluate(run: Run) -> None:
 
 def score_benchmarks(run: Run) -> None:
     """The figures of the recipe's `[eval]` tasks."""
+    control, interrupt = run.engine.control, run.engine.interrupt
     if run.benchmarks is None:
         return
-    control, interrupt = run.engine.control, run.engine.interrupt
+
+    # A run that is resumed where it was scored: rank 0 alone knows.
+    if control.broadcast(run.report.was_recorded("benchmarks", run.state.step), 0):
+        return
+
     with run.engine.eager() as model:
         figures, problem = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
     if problem:

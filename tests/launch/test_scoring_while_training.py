@@ -79,6 +79,16 @@ def test_training_goes_on_as_if_nothing_had_been_scored(folder: Path, scored: Pa
     assert not figures(plain)
 
 
+def test_a_step_that_was_scored_is_not_scored_again(folder: Path, scored: Path) -> None:
+    """Oracle: the run in one go: one record at each step, also where the run was stopped and goes on."""
+    for flags in (("--max-steps", str(EVERY)), ()):
+        run = train(folder, "resumed", 2, 1, *FLAGS, *flags)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "benchmarks"] == [EVERY, STEPS]
+    assert [line["begins_at_step"] for line in lines if line["kind"] == "launch"] == [0, EVERY]
+    assert figures(run) == figures(scored) and tensors(run) == tensors(scored)
+
+
 def test_figures_are_those_of_the_command(scored: Path, folder: Path) -> None:
     """Oracle: `ds-slm eval` on the checkpoint, in one process; the model is fp32, so are the log-probabilities."""
     assert sorted(figures(scored)) == [EVERY, STEPS]

@@ -124,7 +124,7 @@ def _write(piece: str) -> None:
 
 def _cost(answer: Answer) -> str:
     """What an answer took, and what a person should know of how it ended."""
-    parts = [f"{answer.tokens:,} tokens, {answer.tokens_per_s:,.0f} tokens/s"]
+    parts = [f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}, {answer.tokens_per_s:,.0f} tokens/s"]
     if answer.stopped_by == "max_new_tokens":
         parts.append("cut: it has max_new_tokens")
     if answer.stopped_by == "context":

@@ -11,7 +11,7 @@ EXAMPLES = {
     "train": ("train demo --devices 2", "train slm-10m --hostfile hostfiles/two_node --run-dir runs/mine"),
     "sft": ("sft demo-instruct --base runs/demo", "sft demo-instruct --base runs/demo --preview 5"),
     "verify": ("verify runs/demo", "verify runs/demo --against runs/other"),
-    "export": ("export runs/demo --out exports/demo", "export runs/demo --out exports/best --best"),
+    "export": ("export runs/demo --out exports/demo", "export runs/demo --out exports/best --best --gguf q8_0"),
     "report": ("report runs/demo", "report runs/demo runs/mine --out compared.html"),
     "eval": ("eval runs/demo --tasks documentation", "eval exports/demo --tasks piqa,hellaswag --bench-dir files"),
     "rank": (

@@ -13,7 +13,7 @@ tokens that swallow the white space beside them.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -94,8 +94,11 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
     # What both kinds have in common, then what is particular to each.
     before, behind = ([], []) if content["post_processor"] is None else _added_around(tokenizer)
-    problems = [*_common_problems(content, tokenizer, before, behind)]
-    problems += _sentencepiece_problems(content) if is_sentencepiece else _byte_level_problems(content)
+    if content["model"]["type"] == "BPE":
+        problems = [*_common_problems(content, tokenizer, before, behind)]
+        problems += _sentencepiece_problems(content) if is_sentencepiece else _byte_level_problems(content)
+    else:
+        problems = [f"its model is {content['model']['type']}, expected BPE."]
     if problems:
         raise DataError(
             [
@@ -173,8 +176,6 @@ def _common_problems(
     content: Mapping[str, Any], tokenizer: Tokenizer, before: list[int], behind: list[int]
 ) -> Iterator[str]:
     model = content["model"]
-    if model["type"] != "BPE":
-        yield f"its model is {model['type']}, expected BPE."
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         yield "it marks the parts of a word, which neither kind of BPE in llama.cpp does."
 
@@ -270,20 +271,24 @@ def _sentencepiece_problems(content: Mapping[str, Any]) -> Iterator[str]:
     if model.get("ignore_merges"):
         yield "it takes a text that is a token as it is."
 
-    # As scores, the merges must be every way to make a token of two, together in one place for each token.
+    # As scores, the merges must be every way to make a token of two, together in one place for each token. What makes a
+    # control token may be among them.
     merges = _merges(content)
     results = [token for token, _ in groupby(left + right for left, right in merges)]
-    others = {token["content"] for token in content["added_tokens"]} | {_byte_piece(byte) for byte in range(256)}
-    pieces = [token for token in vocab if token not in others]
-    known = set(pieces)
-    ways = {
-        (token[:cut], token[cut:])
-        for token in pieces
-        for cut in range(1, len(token))
-        if token[:cut] in known and token[cut:] in known
-    }
-    if len(results) != len(set(results)) or set(merges) != ways:
+    others = {token["content"] for token in content["added_tokens"]}
+    must, may = _ways(vocab.keys() - others), _ways(vocab.keys())
+    if len(results) != len(set(results)) or not must <= set(merges) <= may:
         yield "its merges are not those of scores, which SentencePiece joins by."
+
+
+def _ways(tokens: Set[str]) -> set[tuple[str, str]]:
+    """Every way to make one of these tokens of two of them."""
+    return {
+        (token[:cut], token[cut:])
+        for token in tokens
+        for cut in range(1, len(token))
+        if token[:cut] in tokens and token[cut:] in tokens
+    }
 
 
 def _scores(content: Mapping[str, Any], tokens: list[str]) -> list[float]:

@@ -199,7 +199,15 @@ def put_a_merge_last(content: Any) -> None:
     merges.append(merges.pop(next(place for place, pair in enumerate(merges) if len("".join(pair)) > 2)))
 
 
+def as_unigram(content: Any) -> None:
+    """The same tokens, joined by probabilities."""
+    tokens = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
+    vocab = [[token, -1.0] for token in tokens]
+    content["model"] = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True}
+
+
 REFUSED = {
+    "model": (byte_level, as_unigram, "its model is Unigram"),
     "pattern": (byte_level, split_by(r"\w+|\W+"), "cuts text by"),
     "prefix space": (
         byte_level,

@@ -3,6 +3,7 @@
 flags, card --the hub's check, where it is asked for--> folder --upload, where it is asked for--> the hub
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def run(run_folder: Path, flags: Flags) -> None:
 
     def describe(checkpoint: Path) -> dict[str, bytes]:
         recipe = _with(schema.load_recorded(run_folder), flags.overrides)
+        if recipe.card.license is None:
+            print("note: the model card states no licence: --set card.license=apache-2.0 would", file=sys.stderr)
         title, name = recipe.card.name, flags.out.resolve().name
         if flags.push is not None:
             title, name = flags.push.rpartition("/")[2], flags.push

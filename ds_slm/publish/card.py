@@ -23,7 +23,7 @@ from ds_slm.publish.rerun import rerun
 from ds_slm.publish.run_facts import RunFacts, read_facts
 from ds_slm.recipe.plan import parameter_counts, parameters
 from ds_slm.recipe.schema import Recipe
-from ds_slm.run.scores import CONFIDENCE, DOCUMENTATION, LEADERBOARD, Row, of_weights, rows_of
+from ds_slm.run.scores import ARITHMARK, CONFIDENCE, DOCUMENTATION, LEADERBOARD, Row, of_weights, rows_of
 
 README = "README.md"
 OF_TRAINING = ("val", "train")
@@ -76,6 +76,7 @@ def write_card(facts: RunFacts, page: Page) -> str:
     sections = {
         "": _glance(facts, page),
         "Use": _use(facts, page),
+        "What it writes": _samples(facts),
         "Results": _results(facts, page),
         "Architecture": _architecture(facts),
         "Data": card_training.data(facts),
@@ -164,6 +165,20 @@ def _use(facts: RunFacts, page: Page) -> list[str]:
     return [code_block("\n".join(lines), "python")]
 
 
+def _samples(facts: RunFacts) -> list[str]:
+    """What the run sampled with these weights, not chosen by anybody."""
+    if not facts.samples:
+        return []
+    if facts.recipe.sft is None:
+        texts = [f"{prompt}{text}" for prompt, text in facts.samples.items()]
+    else:
+        texts = [f"user: {prompt}\nassistant: {text.strip()}" for prompt, text in facts.samples.items()]
+    return [
+        "Sampled by the run itself with these weights, and not selected.",
+        *(code_block(text, "text") for text in texts),
+    ]
+
+
 def _literal(text: str) -> str:
     """A string of Python, in double quotes."""
     return json.dumps(text, ensure_ascii=False)
@@ -209,15 +224,22 @@ def _how_scored(page: Page, rows: list[Row]) -> str:
         f"Accuracies in percent. ± is {CONFIDENCE} standard errors of this model's figure, chance is what guessing "
         "gives, and bits a byte is what the right answers cost this model, in bits for each byte of their text."
     )
+    text += " Scored in float32, without examples in the prompt"
+    version = page.scored.get("lm_eval")
+    text += f", with the tasks of lm-evaluation-harness {version}." if version and _has_harness(rows) else "."
     if any(row.task == DOCUMENTATION for row in rows):
-        text += " `documentation` is made from the documentation of the machine that scored it: it compares nothing."
-    if version := page.scored.get("lm_eval"):
         text += (
-            f" Scored in float32, without examples in the prompt, with the tasks of lm-evaluation-harness {version}."
+            " The questions of `documentation` are made from the documentation of the machine that scores: figures of "
+            "two machines do not compare."
         )
     if page.dtype != "float32":
         text += f" The weights of this folder are these, rounded to {page.dtype}."
     return text
+
+
+def _has_harness(rows: list[Row]) -> bool:
+    """Whether a row is of a task of lm-evaluation-harness."""
+    return any(row.task not in (DOCUMENTATION, "leaderboard") and ARITHMARK not in row.task for row in rows)
 
 
 def _architecture(facts: RunFacts) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, assert_never
 
 from ds_slm.publish.header import is_from_hub
-from ds_slm.publish.markdown import number, table, times
+from ds_slm.publish.markdown import number, percent, table, times
 from ds_slm.publish.run_facts import RunFacts
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schema import Recipe, Source, Tokenizer
@@ -32,10 +32,10 @@ def data(facts: RunFacts) -> list[str]:
     weights = sum(source.weight for source in recipe.data.source)
 
     rows = []
-    for number_, source in enumerate(recipe.data.source):
-        cells = [source.name, _origin(source, facts), f"{source.weight / weights:.1%}"]
+    for place, source in enumerate(recipe.data.source):
+        cells = [source.name, _origin(source, facts), percent(source.weight / weights)]
         if mixed:
-            cells += [f"{drawn[number_] / max(sum(drawn), 1):.1%}", f"{drawn[number_]:,}"]
+            cells += [percent(drawn[place] / max(sum(drawn), 1)), f"{drawn[place]:,}"]
         rows.append(cells)
     header = ("source", "where from", "share asked for", *(("share drawn", "rows drawn") if mixed else ()))
     counts = _counts(facts, facts.environment.get("rows") or {})
@@ -64,16 +64,16 @@ def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
         return [
             f"{train['conversations']:,} conversations to train on, {val.get('conversations', 0):,} held out, "
             f"{dropped:,} left out because they could not be used, {train.get('truncated', 0):,} cut to the length of "
-            f"a row. {rows.get('supervised_share', 0):.1%} of the {train.get('tokens', 0):,} tokens are targets."
+            f"a row. {percent(rows.get('supervised_share', 0))} of the {train.get('tokens', 0):,} tokens are targets."
         ]
     if not train.get("tokens"):
         return []
 
     seen = facts.tokens / train["tokens"]
-    passes = f"{seen:.1%} of them" if seen < 1 else f"{seen:.1f} passes over them"
+    passes = f"{percent(seen)} of them" if seen < 1 else f"{seen:.1f} passes over them"
     return [
         f"The prepared sources hold {train['tokens']:,} tokens to train on; training took {facts.tokens:,}, {passes}. "
-        f"{val.get('tokens', 0):,} tokens of other documents were held out: {100 * recipe.data.val_fraction:.3g}% of "
+        f"{val.get('tokens', 0):,} tokens of other documents were held out: {percent(recipe.data.val_fraction)} of "
         "all documents."
     ]
 

@@ -27,7 +27,7 @@ class HubDataset(NamedTuple):
 
     id: str
     config: str | None
-    split: str
+    split: str | None
 
 
 def card_data(
@@ -95,7 +95,7 @@ def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDatas
     if task["limited"]:
         return []
 
-    rows = datasets.get(name, HubDataset(name, None, "test"))
+    rows = datasets.get(name, HubDataset(name, None, None))
     remarks = remarks_on(name, task)
     if name == DOCUMENTATION:
         remarks = [f"{task['items']:,} questions made from the documentation of the scoring machine"]

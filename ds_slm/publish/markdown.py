@@ -6,9 +6,11 @@ SIZES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A table; the columns whose numbers are in `right` are aligned to the right."""
+    """A table without the columns that hold nothing; those whose numbers are in `right` are aligned to the right."""
     rule = ["---:" if number in right else "---" for number in range(len(header))]
-    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in (header, rule, *rows))
+    kept = [number for number in range(len(header)) if any(row[number] for row in rows)]
+    lines = ([cell(row[number]) for number in kept] for row in (header, rule, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(text: str) -> str:
@@ -29,6 +31,11 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.6g}"
+
+
+def percent(share: float) -> str:
+    """0.283 -> 28.3%; 1 -> 100%."""
+    return f"{100 * share:.3g}%"
 
 
 def in_words(count: float) -> str:

@@ -64,7 +64,7 @@ def _proof(facts: RunFacts) -> list[str]:
         "tokenizer": environment.get("tokenizer_sha256"),
         "base": environment.get("base_sha256"),
         "rows drawn, in order": next((one.get("ledger") for one in reversed(facts.records.get("train", []))), None),
-        "weights in fp32": facts.weights_sha256,
+        "weights (model.safetensors of the checkpoint)": facts.weights_sha256,
         "source files of ds_slm": environment.get("sources_sha256"),
     }
     rows = [(what, f"`{sha256}`") for what, sha256 in hashes.items() if sha256]

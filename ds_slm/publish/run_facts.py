@@ -1,6 +1,6 @@
 """What a run folder tells of one of its checkpoints: all that a model card is written from.
 
-RUN/recipe.toml, env.json, changes.jsonl, metrics.jsonl, done.json, CHECKPOINT/state.json --read_facts--> RunFacts
+RUN/recipe.toml, env.json, changes.jsonl, metrics.jsonl, done.json, tb/, CHECKPOINT/state.json --read_facts--> RunFacts
 
 Folders of older versions lack some of it: every value may be missing, and the card then says less.
 Known gap: env.json holds the devices of the last launch alone.
@@ -8,7 +8,7 @@ Known gap: env.json holds the devices of the last launch alone.
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.order import Order
 from ds_slm.data.skipping import merged
 from ds_slm.files import read_json
+from ds_slm.publish.samples import read_samples
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder as run_folder
 
@@ -39,6 +40,8 @@ class RunFacts:
     """Kind -> records of the steps up to this one."""
     done: Record
     """done.json where this step is the one it was written at, of this recipe; else empty."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """Prompt -> how the run continued it with these weights."""
 
     @property
     def name(self) -> str:
@@ -135,4 +138,5 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
         changes=run_folder.read_changes(run),
         records=records,
         done=done if is_of_these else {},
+        samples=read_samples(run, step, recipe.eval.prompts),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from ds_slm.data.order import Order
 from ds_slm.files import write_json
@@ -23,6 +24,7 @@ from ds_slm.publish.rerun import rerun
 from ds_slm.publish.run_facts import read_facts
 from ds_slm.recipe import schema
 from ds_slm.run import scores
+from ds_slm.run.report import Report
 from tests.golden.facts import MADE
 from tests.support import told_runs
 from tests.support.told_runs import recipe_of, sha256_of, task, write_eval, write_run
@@ -191,6 +193,39 @@ def test_published_losses_stand_beside_those_of_the_same_step(tmp_path: Path, ex
     assert "| train/loss | 4 | 5.9 | 5.9600 | differs by +0.06 |" in lines
     assert "| val/loss | 12 | 2.75 | 2.5000 |  |" in lines
     assert "| val/loss | 3 | 9 | not measured |  |" in lines
+
+
+def test_the_card_is_markdown_with_whole_tables(tmp_path: Path, export: Any) -> None:
+    """Oracle: markdown-it with GitHub's tables: every row of a table has as many cells as its head."""
+    run = write_run(tmp_path / "run", published())
+    write_eval(run, sha256_of(run), {"arc_challenge": task()})
+    text = export(run).split("---\n", 2)[2]
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    assert re.findall(r"<h[12]>(.+?)</h", page)[1:] == re.findall(r"^## (.+)$", text, re.M)
+    tables = re.findall(r"<table>.+?</table>", page, re.S)
+    assert len(tables) == len(re.findall(r"^\| ?-", text, re.M)) >= 7
+    for one in tables:
+        assert len({len(re.findall(r"<t[hd]", row)) for row in re.findall(r"<tr>.+?</tr>", one, re.S)}) == 1
+    assert "<p>|" not in page and page.count("<img") == 3
+    assert "5: a choice | of ours" in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("tiny", "the cat sat ``` | down"), ("tiny-instruct", "user: the cat\nassistant: sat ``` | down")],
+)
+def test_samples_of_the_same_step_are_shown(tmp_path: Path, export: Any, kind: str, expected: str) -> None:
+    """Oracle: what the run's own report wrote at its last step, in a block that its backticks do not end."""
+    recipe = recipe_of(kind=kind)
+    run = write_run(tmp_path / "run", recipe)
+    report = Report(run, sys.stdout, active=True, total_steps=12)
+    report.text("samples/the cat", " an earlier one", recipe.train.steps - 1)
+    report.text("samples/the cat", " sat ``` | down", recipe.train.steps)
+    report.text("samples/another", " one", recipe.train.steps)
+    report.close()
+    (run / "tb" / "events.out.tfevents.9.damaged").write_bytes(b"no events")
+    text = section(export(run), "What it writes")
+    assert f"````text\n{expected}\n````" in text and "one" not in text
 
 
 def test_an_earlier_checkpoint_is_described_as_one(tmp_path: Path, export: Any) -> None:

@@ -224,6 +224,7 @@ def _how_scored(page: Page, rows: list[Row]) -> str:
         f"Accuracies in percent. ± is {CONFIDENCE} standard errors of this model's figure, chance is what guessing "
         "gives, and bits a byte is what the right answers cost this model, in bits for each byte of their text."
     )
+
     text += " Scored in float32, without examples in the prompt"
     version = page.scored.get("lm_eval")
     text += f", with the tasks of lm-evaluation-harness {version}." if version and _has_harness(rows) else "."

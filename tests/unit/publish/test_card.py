@@ -1,8 +1,5 @@
 """The model card of an export: its head as the hub reads it, its figures, its snippet, and what it never tells."""
 
-import ast
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -58,24 +55,6 @@ source = "card"
 [unstated]
 "train.seed" = "5: a choice | of ours"
 """
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def export(ds_slm: Any, tmp_path: Path) -> Any:
-    """`ds-slm export`, and the card it wrote."""
-
-    def run(run_folder: Path, *flags: str) -> str:
-        out = tmp_path / "exports" / f"{run_folder.name}-out"
-        done = ds_slm("export", run_folder, "--out", out, *flags)
-        assert done.returncode == 0, done.stderr
-        return (out / "README.md").read_text(encoding="utf-8")
-
-    return run
 
 
 def published() -> schema.Recipe:
@@ -263,45 +242,6 @@ def test_the_mix_is_the_one_that_was_drawn(tmp_path: Path, skipped: list[list[in
     left_out = {place for first, end in skipped for place in range(first, end)}
     drawn = [order.sample(place).source for place in range(12 * recipe.rows_per_step) if place not in left_out]
     assert facts.rows_drawn() == [drawn.count(source) for source in range(2)]
-
-
-def snippet_of(card: str) -> str:
-    """The Python of the card."""
-    (found,) = re.findall(r"```python\n(.+?)\n```", card, re.S)
-    return found
-
-
-def run_snippet(card: str, folder: Path) -> str:
-    """What the card's Python prints, with the folder in place of the name."""
-    code = snippet_of(card)
-    ((name, literal),) = re.findall(r"^(name = )(\"[^\"]*\")", code, re.M)
-    assert ast.literal_eval(literal) == folder.name
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code.replace(f"{name}{literal}", f"{name}{str(folder)!r}"), {})
-    return printed.getvalue()
-
-
-@pytest.mark.parametrize("prompt", ["the cat", 'a "quoted" \\ ``` prompt | with é'])
-def test_the_snippet_of_a_base_continues_text(tmp_path: Path, export: Any, prompt: str) -> None:
-    """Oracle: transformers, run by the snippet itself: what it prints begins with the prompt."""
-    recipe = recipe_of().model_copy(update={"eval": schema.Eval(prompts=[prompt])})
-    card = export(write_run(tmp_path / "run", recipe))
-    assert run_snippet(card, tmp_path / "exports" / "run-out").startswith(prompt.split()[0])
-
-
-def test_the_snippet_of_an_assistant_answers(tmp_path: Path, export: Any) -> None:
-    """Oracle: transformers, run by the snippet itself: an answer without the question and without control tokens."""
-    card = export(write_run(tmp_path / "run", recipe_of(kind="tiny-instruct")))
-    printed = run_snippet(card, tmp_path / "exports" / "run-out")
-    assert len(printed) > 20 and "<|" not in printed and "the cat" not in printed
-
-
-def test_a_model_with_a_file_of_its_own_is_loaded_with_it(tmp_path: Path, export: Any) -> None:
-    """Oracle: what transformers needs to load it, and the tag that the hub gives such models."""
-    card = export(write_run(tmp_path / "run", recipe_of("model.exclusive_attention=true")))
-    assert "trust_remote_code=True" in snippet_of(card)
-    assert "custom_code" in read_head(card)["tags"]
 
 
 def test_the_card_tells_nothing_of_the_machine(tmp_path: Path, export: Any) -> None:

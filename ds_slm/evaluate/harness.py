@@ -10,7 +10,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -235,16 +235,18 @@ def benchmark_of(name: str) -> Benchmark:
     Raises:
         DataError: there is no such task, which tells the nearest name, or it is a group of several.
     """
-    with quiet():
-        index = TaskManager().task_index
+    index = _index()
     entry = index.get(name)
     if entry is None:
         ours = [*BENCHMARKS, "mmlu", ARITHMARK, DOCUMENTATION, "card", "leaderboard"]
         near = difflib.get_close_matches(name, ours, n=1) or difflib.get_close_matches(name, index, n=1)
         hint = f": did you mean {near[0]}?" if near else "; `lm_eval ls tasks` lists them."
         raise DataError(f"task {name!r} is not one of the harness's{hint}")
+    if entry.kind.name == "PY_TASK":
+        raise DataError(f"task {name!r} is a program of the harness's, not a description: it cannot be scored here.")
     if entry.yaml_path is None or entry.kind.name != "TASK":
-        raise DataError(f"task {name!r} is a {entry.kind.name.lower()} of several tasks: name those that you want.")
+        first = ", ".join(_members(entry)[:3])
+        raise DataError(f"task {name!r} is a {entry.kind.name.lower()} of several: name those that you want ({first}).")
 
     config = load_yaml(entry.yaml_path, resolve_func=False)
     _refuse_generation(name, config)
@@ -252,6 +254,19 @@ def benchmark_of(name: str) -> Benchmark:
     split = config.get("test_split") or config.get("validation_split") or "test"
     folders = (name.lower(), (str(part) if part else path.rpartition("/")[2]).lower())
     return Benchmark(name, str(entry.yaml_path.relative_to(TASKS)), (path, part), split, (), folders)
+
+
+@cache
+def _index() -> Mapping[str, Any]:
+    """The harness's tasks by name."""
+    with quiet():
+        return TaskManager().task_index
+
+
+def _members(entry: Any) -> list[str]:
+    """The names of what a group or a tag stands for."""
+    listed = sorted(entry.tags) or (entry.cfg or {}).get("task") or []
+    return [one if isinstance(one, str) else str(one.get("task") or one.get("group")) for one in listed]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_slm.evaluate import record
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
 from ds_slm.recipe import schema
@@ -101,6 +102,75 @@ def test_mistakes(case: str, fresh: Path, tmp_path: Path, ds_slm: Callable[..., 
     assert case == "limit" or "\n\n" not in done.stderr.strip()  # that one is the command line's own usage
 
 
+def test_tasks_that_are_not_scored(fresh: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: by hand, of the harness's index: exit code 2, one paragraph with every one of them and what to do."""
+    told = {
+        "blimp": "is a group of several: name those that you want (blimp_adjunct_island, ",
+        "ai2_arc": "is a tag of several: name those that you want (arc_challenge, arc_easy)",
+        "squadv2": "is a program of the harness's",
+        "gsm8k": "is scored by what a model writes (generate_until)",
+        "helaswag": "did you mean hellaswag?",
+        "blimp_adjunct_islnd": "did you mean blimp_adjunct_island?",
+        "qqqqqqqqqq": "`lm_eval ls tasks` lists them",
+    }
+    done = ds_slm(
+        "eval", fresh / "export", "--tasks", ",".join(["piqa", *told]), "--bench-dir", fresh / "files", "--json"
+    )
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    lines = done.stderr.partition("error: ")[2].strip().split("\n")
+    for line, (name, sentence) in zip(lines, told.items(), strict=True):
+        assert f"task {name!r} " in line and sentence in line
+
+
+def test_a_task_that_is_named_twice_is_scored_once(fresh: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: the items of one."""
+    flags = ("--tasks", "piqa, piqa,,lambada_openai,piqa", "--bench-dir", fresh / "files", "--limit", 3)
+    done = ds_slm("eval", fresh / "export", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("piqa: 18 items") == 1
+    items = record.read_items(fresh / "export")
+    assert {name: len(items[name]) for name in ("piqa", "lambada_openai")} == {"piqa": 3, "lambada_openai": 3}
+
+
+def _cut(path: Path) -> None:
+    """Half of a file, the last line of it without its end."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].rstrip()[:-5])
+
+
+def _rename(old: str, new: str) -> Callable[[Path], None]:
+    def rename(path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    return rename
+
+
+DAMAGED = {
+    "piqa cut": ("piqa", _cut, ("valid.jsonl, line ", "get an intact copy")),
+    "sciq cut": ("sciq", _cut, ("test.json", "get an intact copy")),
+    "hellaswag cut": ("hellaswag", _cut, ("hellaswag_val.jsonl, line ",)),
+    "mmlu cut": ("mmlu_anatomy", _cut, ("anatomy_test.csv, line ", "four choices and a letter")),
+    "piqa renamed": ("piqa", _rename('"sol1"', '"solution1"'), ("row 1: piqa needs sol1, got ", "solution1")),
+    "arc renamed": ("arc_easy", _rename('"answerKey"', '"answer"'), ("ARC-Easy-Test.jsonl: a row is not of arc_easy",)),
+    "winogrande renamed": ("winogrande", _rename('"sentence"', '"text"'), ("row 1: winogrande needs sentence",)),
+    "boolq renamed": ("boolq", _rename('"answer"', '"yes"'), ("row 1: boolq needs label",)),
+    "lambada renamed": ("lambada_openai", _rename('"text"', '"content"'), ("row 1: lambada_openai needs text",)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files(case: str, fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: exit code 2, and a sentence with the file, the place in it and what was expected; nothing is scored."""
+    name, damage, parts = DAMAGED[case]
+    damage(benchmark_files.write_published(tmp_path, name, ROWS[name]))
+    done = ds_slm("eval", fresh / "export", "--tasks", name, "--bench-dir", tmp_path, "--json")
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("error: ") and "\n\n" not in done.stderr.strip()
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
 def test_without_the_harness(fresh: Path, ds_slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the sentence that says how it is installed."""
     import ds_slm.evaluate as package
@@ -177,7 +247,7 @@ def test_published_figures_stand_beside_those_of_every_checkpoint(
 ) -> None:
     """Oracle: the figure that the run's own recipe names, whichever of its checkpoints is scored."""
     run = shutil.copytree(fresh / "run", tmp_path / "run")
-    target = schema.Target(metric="piqa/acc_norm", published=61.25, source="made up")
+    target = schema.Target(metric="piqa/acc_norm", published=61.25, step=None, source="made up")
     recipe = schema.load_recorded(run).model_copy(update={"targets": [target]})
     (run / "recipe.toml").write_text(schema.to_toml(recipe))
     (run / "checkpoints" / "best").write_text("step-00000007")

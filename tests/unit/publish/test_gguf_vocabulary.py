@@ -117,17 +117,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Make], Path]:
     return folder_of
 
 
-def loaded(folder: Path, out: Path) -> LlamaCpp:
+def loaded(folder: Path, vocab_size: int, out: Path) -> LlamaCpp:
     """A fresh model with a tokenizer, in llama.cpp."""
     shape = schema.parse(conversations.TINY, ["model.num_hidden_layers=1"]).model
-    shape = shape.model_copy(update={"vocab_size": load_tokenizer(folder).vocab_size + 3})
+    shape = shape.model_copy(update={"vocab_size": vocab_size})
     file = files.prepare(shape, folder, "tiny", "f16")
     return LlamaCpp(file.write(out, dict(build(shape, seed=1).named_parameters())), 160)
 
 
 def compare(folder: Path, out: Path) -> None:
     """The ids of every text: with control tokens parsed, and as plain text."""
-    llama_cpp, theirs, ours = loaded(folder, out), AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    llama_cpp = loaded(folder, ours.vocab_size + 3, out)
     for text in texts():
         assert llama_cpp.ids(text) == theirs(text).input_ids, text
         if not ours.plain_added_tokens:  # llama.cpp always finds those

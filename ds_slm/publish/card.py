@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ds_slm.data.tokenizers.tokenizer import IM_END
 from ds_slm.model.hf import hf_config
 from ds_slm.publish import card_training, plots
 from ds_slm.publish.header import HubDataset, card_data
@@ -21,6 +22,7 @@ from ds_slm.publish.limits import limits
 from ds_slm.publish.markdown import code_block, in_words, number, table, times
 from ds_slm.publish.rerun import rerun
 from ds_slm.publish.run_facts import RunFacts, read_facts
+from ds_slm.recipe.hub_names import language_name
 from ds_slm.recipe.plan import parameter_counts, parameters
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run.scores import ARITHMARK, CONFIDENCE, DOCUMENTATION, LEADERBOARD, Row, of_weights, rows_of
@@ -101,7 +103,9 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         what = f"A language model of {size}, trained from scratch on {in_words(facts.tokens)} tokens"
     else:
         base = f"`{recipe.card.base_model}`" if recipe.card.base_model else "a base model"
-        what = f"A chat model of {size}, fine-tuned from {base} on conversations"
+        count_told = (facts.environment.get("rows") or {}).get("train", {}).get("conversations")
+        conversations = f"{count_told:,} conversations" if count_told else "conversations"
+        what = f"A chat model of {size}, fine-tuned from {base} on {conversations}"
     about = f" It reproduces {recipe.card.reproduces.rstrip('.')}." if recipe.card.reproduces else ""
     text = (
         f"{what} with ds_slm.{about} Every figure on this page was read from the files of its run; what was not "
@@ -116,8 +120,8 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         "Parameters": f"{count:,}, stored in {page.dtype}",
         "Context": f"{recipe.model.max_position_embeddings:,} tokens",
         "Vocabulary": f"{recipe.tokenizer.vocab_size:,} tokens",
-        "Language": ", ".join(recipe.card.language),
-        "Training": f"{facts.step:,} steps, {facts.tokens:,} tokens",
+        "Language": ", ".join(map(language_name, recipe.card.language)),
+        "Training": f"{facts.step:,} steps, {facts.tokens:,} {'tokens' if recipe.sft is None else 'target tokens'}",
         "Held-out loss": ", ".join(told),
         "Hardware": f"{hardware}, {card_training.duration(hours)}" if hardware and hours is not None else hardware,
     }
@@ -172,7 +176,9 @@ def _samples(facts: RunFacts) -> list[str]:
     if facts.recipe.sft is None:
         texts = [f"{prompt}{text}" for prompt, text in facts.samples.items()]
     else:
-        texts = [f"user: {prompt}\nassistant: {text.strip()}" for prompt, text in facts.samples.items()]
+        texts = [
+            f"user: {prompt}\nassistant: {text.removesuffix(IM_END).strip()}" for prompt, text in facts.samples.items()
+        ]
     return [
         "Sampled by the run itself with these weights, and not selected.",
         *(code_block(text, "text") for text in texts),
@@ -256,7 +262,7 @@ def _architecture(facts: RunFacts) -> list[str]:
 
     head = "also the output head" if shape.tie_word_embeddings else "and an output head of its own"
     rows = {
-        "Class": f"`{architecture}`, {'in this folder' if shape.exclusive_attention else 'of transformers'}",
+        "Class": f"`{architecture}` {'in this folder' if shape.exclusive_attention else 'of transformers'}",
         "Layers": f"{shape.num_hidden_layers}, of width {shape.hidden_size:,}",
         "Attention": ", ".join(attention),
         "Feed-forward": f"SwiGLU of width {shape.intermediate_size:,}",

@@ -7,7 +7,7 @@ from ds_slm.publish.header import is_from_hub
 from ds_slm.publish.markdown import number, percent, table, times
 from ds_slm.publish.run_facts import RunFacts
 from ds_slm.recipe.plan import flops_per_token
-from ds_slm.recipe.schema import Recipe, Source, Tokenizer
+from ds_slm.recipe.schema import Recipe, Source
 
 HUB = "https://huggingface.co/datasets"
 OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit states"}
@@ -39,7 +39,7 @@ def data(facts: RunFacts) -> list[str]:
         rows.append(cells)
     header = ("source", "where from", "share asked for", *(("share drawn", "rows drawn") if mixed else ()))
     counts = _counts(facts, facts.environment.get("rows") or {})
-    return [table(header, rows, right=range(2, 5)), *counts, _tokenizer(recipe.tokenizer)]
+    return [table(header, rows, right=range(2, 5)), *counts, _tokenizer(recipe)]
 
 
 def _origin(source: Source, facts: RunFacts) -> str:
@@ -61,11 +61,11 @@ def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
     train, val, recipe = rows.get("train") or {}, rows.get("val") or {}, facts.recipe
     if recipe.sft is not None and "conversations" in train:
         dropped = sum((rows.get("dropped") or {}).values())
-        return [
-            f"{train['conversations']:,} conversations to train on, {val.get('conversations', 0):,} held out, "
-            f"{dropped:,} left out because they could not be used, {train.get('truncated', 0):,} cut to the length of "
-            f"a row. {percent(rows.get('supervised_share', 0))} of the {train.get('tokens', 0):,} tokens are targets."
-        ]
+        counts = [f"{train['conversations']:,} conversations to train on", f"{val.get('conversations', 0):,} held out"]
+        counts += [f"{dropped:,} left out because they could not be used"] if dropped else []
+        counts += [f"{train['truncated']:,} cut to the length of a row"] if train.get("truncated") else []
+        share = percent(rows.get("supervised_share", 0))
+        return [f"{', '.join(counts)}. {share} of the {train.get('tokens', 0):,} tokens are targets."]
     if not train.get("tokens"):
         return []
 
@@ -78,7 +78,10 @@ def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tokenizer(tokenizer: Tokenizer) -> str:
+def _tokenizer(recipe: Recipe) -> str:
+    tokenizer = recipe.tokenizer
+    if recipe.sft is not None:
+        return f"The tokenizer is the base model's, of {tokenizer.vocab_size:,} ids."
     if tokenizer.kind == "bpe":
         return f"The tokenizer is a byte-level BPE of {tokenizer.vocab_size:,} ids, trained on these sources."
     if tokenizer.kind == "cl100k":
@@ -172,8 +175,9 @@ def _speed(facts: RunFacts) -> list[str]:
         measured.append(f"{memory_gb:.2f} GB of memory a device")
     if facts.device_hours is not None:
         measured.append(f"{duration(facts.device_hours)} of training steps")
-    flops = flops_per_token(facts.recipe.model, facts.recipe.data.seq_len) * facts.tokens
-    measured.append(f"{flops:.2g} floating-point operations in all")
+    if facts.recipe.sft is None:  # of a fine-tuning only the targets are counted, not what they cost
+        flops = flops_per_token(facts.recipe.model, facts.recipe.data.seq_len) * facts.tokens
+        measured.append(f"{flops:.2g} floating-point operations in all")
 
     launches = environment.get("generation")
     again = (

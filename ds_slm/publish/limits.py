@@ -5,6 +5,7 @@ from typing import Any
 
 from ds_slm.publish.markdown import in_words
 from ds_slm.publish.run_facts import RunFacts
+from ds_slm.recipe.hub_names import language_name
 from ds_slm.recipe.plan import parameters
 from ds_slm.run.scores import rows_of
 
@@ -43,7 +44,8 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
     else:
         lines.append("Use: it learned its answers from examples alone, without people's or a model's preferences.")
     if languages and languages != ["multilingual"]:
-        lines.append(f"Language: text in other languages than {', '.join(languages)} is not what it was trained on.")
+        named = ", ".join(map(language_name, languages))
+        lines.append(f"Language: text in other languages than {named} is not what it was trained on.")
 
     accuracies = [row for row in rows_of(scored, None) if row.chance is not None] if scored else []
     if accuracies and all(_is_near_chance(row.ours, row.chance, row.plus_minus) for row in accuracies):

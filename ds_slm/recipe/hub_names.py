@@ -25,6 +25,11 @@ no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk
 te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu
 """
 LICENSES, LANGUAGES = frozenset(_LICENSES.split()), frozenset(_LANGUAGES.split())
+NAMES = {
+    "ar": "Arabic", "code": "code", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
+    "it": "Italian", "ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "zh": "Chinese",
+}  # fmt: skip
+"""English names of the most used languages."""
 OTHER_LANGUAGES = ("code", "multilingual")
 """What the hub knows beside ISO 639."""
 _PART = re.compile(r"[a-zA-Z0-9_](?:[\w.-]*[a-zA-Z0-9_])?", re.ASCII)
@@ -42,6 +47,11 @@ def license_problem(name: str) -> str | None:
 def is_language(code: str) -> bool:
     """Whether this is a code of ISO 639, or a word that the hub takes in its place."""
     return code in LANGUAGES or code in OTHER_LANGUAGES or re.fullmatch("[a-z]{3}", code) is not None
+
+
+def language_name(code: str) -> str:
+    """The language's English name; of a rarer one its code."""
+    return NAMES.get(code, code)
 
 
 def is_repo_id(name: str) -> bool:

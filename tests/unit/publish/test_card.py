@@ -199,12 +199,22 @@ def test_samples_of_the_same_step_are_shown(tmp_path: Path, export: Any, kind: s
     run = write_run(tmp_path / "run", recipe)
     report = Report(run, sys.stdout, active=True, total_steps=12)
     report.text("samples/the cat", " an earlier one", recipe.train.steps - 1)
-    report.text("samples/the cat", " sat ``` | down", recipe.train.steps)
+    report.text("samples/the cat", " sat ``` | down" + ("<|im_end|>" if recipe.sft else ""), recipe.train.steps)
     report.text("samples/another", " one", recipe.train.steps)
     report.close()
     (run / "tb" / "events.out.tfevents.9.damaged").write_bytes(b"no events")
     text = section(export(run), "What it writes")
     assert f"````text\n{expected}\n````" in text and "one" not in text
+
+
+def test_the_conversations_of_a_fine_tuning_are_counted(tmp_path: Path, export: Any) -> None:
+    """Oracle: the counts of the run's rows, and the target tokens of its state: 6 steps of 512."""
+    card = export(write_run(tmp_path / "run", recipe_of(kind="tiny-instruct")))
+    counts = "40 conversations to train on, 5 held out, 2 left out because they could not be used, 3 cut to the length"
+    assert counts in section(card, "Data") and "25% of the 4,000 tokens are targets" in section(card, "Data")
+    assert "fine-tuned from a base model on 40 conversations" in card
+    assert rows_of(card)["Training"] == ["6 steps, 3,072 target tokens"]
+    assert "the base model's" in section(card, "Data") and "operations" not in card
 
 
 def test_an_earlier_checkpoint_is_described_as_one(tmp_path: Path, export: Any) -> None:

@@ -1,12 +1,15 @@
 """Our scorer beside lm-evaluation-harness's own: the same tasks, items and model, side after side in one run.
 
     EXPORT, benchmarks' files --> each side in a process of its own, rounds times --> seconds, CPU seconds, peak memory,
-    worst difference of a log-probability --> a table, and JSON with --json
+    worst difference of a log-probability --> a Markdown table, and JSON with --json
+    --start: the steps of `ds-slm eval`, up to its first batch --> seconds, CPU seconds
 
-python benchmarks/evaluate.py EXPORT --bench-dir DIR [--items 150] [--batch-sizes 8 32 auto] [--rounds 2]
+python benchmarks/evaluate.py EXPORT --bench-dir DIR [--items 150] [--batch-sizes 8 32 auto] [--rounds 2] [--start]
 
-Timed is the scoring alone: rows are found and questions made before. One thread for each process by default: two that
-wait for each other on a busy machine are slower than one.
+Timed is the scoring alone: rows are found and questions made before. `--tasks card` takes every task whose rows lie in
+the folder, but for MMLU. One thread for each process by default: two that wait for each other on a busy machine are
+slower than one. CPU seconds of busy cores differ by a quarter from run to run, so sides take turns: `times ours` is the
+median of each round's ratio.
 """
 
 import argparse
@@ -16,12 +19,18 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande")
 """The tasks of the published cards whose files one package holds in full."""
+COLUMNS = ("seconds", "cpu_seconds", "times ours", "peak_gb", "worst difference")
+
+
+class FirstBatch(Exception):
+    """A batch was scored."""
 
 
 def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -62,6 +71,40 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def start(args: argparse.Namespace) -> dict[str, Any]:
+    """What `ds-slm eval` does until its first batch is scored, in this process, imports included."""
+    begun_s = time.monotonic()
+    import ds_slm.cli.evaluation  # noqa: F401 - what the command imports
+    from ds_slm.evaluate import evaluation
+    from ds_slm.evaluate.opening import open_scorer
+
+    def end(rows: int) -> None:
+        raise FirstBatch
+
+    opened = open_scorer(args.export)
+    tasks = evaluation.prepare(args.tasks, args.bench_dir, lambda line: None)
+    with suppress(FirstBatch):
+        evaluation.evaluate(opened, tasks, args.items, end)
+    return {"side": "start", "seconds": time.monotonic() - begun_s, "cpu_seconds": time.process_time()}
+
+
+def tasks_with_rows(bench_dir: Path) -> list[str]:
+    """The tasks of the cards that the folder has rows of, without MMLU's."""
+    from ds_slm.errors import DataError
+    from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
+
+    found = []
+    for name, benchmark in BENCHMARKS.items():
+        if benchmark in MMLU:
+            continue
+        try:
+            find_rows(benchmark, bench_dir)
+            found.append(name)
+        except DataError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return found
+
+
 def run(side: str, arguments: list[str], threads: int) -> dict[str, Any]:
     """One side in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -93,11 +136,21 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", default=["8", "32", "auto"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", action="store_true", help="measure nothing but the time to the first batch")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args)))
+        print(json.dumps(start(args) if args.side == "start" else measure(args.side, args)))
+        return
+
+    if args.tasks == ["card"]:
+        args.tasks = tasks_with_rows(args.bench_dir)
+        sys.argv += ["--tasks", *args.tasks]
+    if args.start:
+        starts = [run("start", sys.argv[1:], args.threads) for _ in range(args.rounds)]
+        for key in ("seconds", "cpu_seconds"):
+            print(f"start to the first batch, {key}: {median(one[key] for one in starts):.1f}, of {args.rounds}")
         return
 
     sides = ["ours", *(f"lm_eval {size}" for size in args.batch_sizes)]
@@ -109,11 +162,12 @@ def main() -> None:
     def of(side: str, key: str) -> float:
         return median(one[key] for one in found[side])
 
+    ours = [one["cpu_seconds"] for one in found["ours"]]
     rows = [
         {
             "side": side,
             **{key: of(side, key) for key in ("seconds", "cpu_seconds", "ready_s", "peak_gb")},
-            "times ours": of(side, "cpu_seconds") / of("ours", "cpu_seconds"),
+            "times ours": median(one["cpu_seconds"] / mine for one, mine in zip(found[side], ours, strict=True)),
             "worst difference": worst_difference(found["ours"][0], found[side][0]),
         }
         for side in sides
@@ -123,8 +177,11 @@ def main() -> None:
             json.dumps({"tasks": list(args.tasks), "items": args.items, "rounds": args.rounds, "sides": rows}, indent=2)
         )
         return
+    print(f"{', '.join(args.tasks)}; {args.items} items each, {args.threads} thread, {args.rounds} rounds\n")
+    print("| side | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
     for row in rows:
-        print("  ".join(f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in row.items()))
+        print(f"| {row['side']} | " + " | ".join(f"{row[key]:.3g}" for key in COLUMNS) + " |")
 
 
 if __name__ == "__main__":

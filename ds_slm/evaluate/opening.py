@@ -1,7 +1,7 @@
 """MODEL on a command line, opened to be scored: our own decoder, or any causal model through transformers.
 
 path --open_model--> our decoder on the device, fp32 --> DecoderScorer
-     --transformers--> another architecture, fp32 --> TransformersScorer: a context anew for each continuation
+     --transformers--> another architecture, fp32 --> TransformersScorer: the same branches, where the model takes them
 """
 
 import json
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ds_slm.checkpoint.files import step_of
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError
 from ds_slm.evaluate.scoring import BATCH_TOKENS, Batch, DecoderScorer, Scorer
+from ds_slm.model.decoder import branched
 from ds_slm.model.loss import TokenScores
 from ds_slm.publish.models import open_model, sha256_of_weights, weight_files
 from ds_slm.recipe.schema import RECIPE_FILE
@@ -38,9 +40,8 @@ class Opened:
 
 
 class TransformersScorer:
-    """Any causal model of transformers, one plain row for each continuation."""
+    """Any causal model of transformers; one plain row for each continuation where it takes no masks of branches."""
 
-    branches = False
     at_a_time = 1
     most_logits = 2**27
     """Of a batch: all of its tokens have some."""
@@ -52,14 +53,51 @@ class TransformersScorer:
         lengths = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
         self.max_length = next((length for length in lengths if length), 2048)
         self.batch_tokens = min(BATCH_TOKENS[device.type], max(256, self.most_logits // config.vocab_size))
+        self.branches = self._takes_branches()
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[Batch]) -> list[TokenScores]:
         """The scores of each batch's tokens."""
         return [self._score(batch) for batch in batches]
 
+    def _takes_branches(self) -> bool:
+        """Whether every layer takes a mask of its caller's and positions: two branches give what each gives alone."""
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None)
+        whole = set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
+        if not whole or self.max_length < 8:
+            return False  # such a mask would take the place of a layer's own
+
+        ids_T = torch.arange(8, device=self.device) % config.vocab_size
+        branch_ids_1T = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=self.device)
+        try:
+            with torch.no_grad():
+                got_TV = self._logits(ids_T.unsqueeze(0), branch_ids_1T)[0]
+                for begin in (4, 6):
+                    alone_T = torch.cat([ids_T[:4], ids_T[begin : begin + 2]])
+                    expected_TV = self._logits(alone_T.unsqueeze(0), None)[0, 4:]
+                    torch.testing.assert_close(got_TV[begin : begin + 2], expected_TV, rtol=1e-4, atol=1e-4)
+        except (
+            TypeError,
+            ValueError,
+            IndexError,
+            RuntimeError,
+            AssertionError,
+        ):  # each architecture refuses its own way
+            return False
+        return True
+
+    def _logits(self, ids_BT: Tensor, branch_ids_BT: Tensor | None) -> Tensor:
+        if branch_ids_BT is None:
+            return self.model(ids_BT).logits
+        positions_BT, seen_BTT = branched(branch_ids_BT)
+        lowest = torch.finfo(torch.float32).min
+        mask_B1TT = torch.zeros(seen_BTT.shape, device=self.device).masked_fill(~seen_BTT, lowest).unsqueeze(1)
+        return self.model(ids_BT, attention_mask=mask_B1TT, position_ids=positions_BT).logits
+
     def _score(self, batch: Batch) -> TokenScores:
-        logits_NV = self.model(batch.ids_BT).logits.flatten(0, 1)[batch.continuations.places_N].float()
+        logits_BTV = self._logits(batch.ids_BT, batch.continuations.branch_ids_BT)
+        logits_NV = logits_BTV.flatten(0, 1)[batch.continuations.places_N].float()
         targets_N = batch.continuations.targets_N
         log_probability_N = F.log_softmax(logits_NV, dim=-1).gather(1, targets_N.unsqueeze(1)).squeeze(1)
         return TokenScores(log_probability_N, logits_NV.argmax(-1) == targets_N)

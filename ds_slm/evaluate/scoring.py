@@ -10,7 +10,7 @@ share once; each continuation then sees the shared tokens and itself, at the pos
 A sequence that is longer than the model's context loses its oldest tokens, as in lm-evaluation-harness. A continuation
 that is longer than the context by itself loses its oldest tokens too, and is counted; the harness stops there.
 
-Known gap: a model that is not ours computes a context anew for each continuation.
+Known gap: a model of transformers whose layers take no such mask computes a context anew for each continuation.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ds_slm.errors import CheckpointError
 from ds_slm.evaluate import harness
 from ds_slm.evaluate.opening import TransformersScorer, open_scorer
+from ds_slm.evaluate.scoring import Request, score
 from ds_slm.evaluate.text import TextEncoder
 from tests.support.scored_models import CONTEXT, VOCAB
 
@@ -86,3 +87,37 @@ def test_a_gpt2_is_scored_as_by_the_harness(tokenizer_folder: Path, tasks: dict[
         for mine, other in zip(got[name], expected, strict=True):
             assert mine.log_probabilities == pytest.approx(other.log_probabilities, rel=1e-5, abs=1e-5)
             assert mine.values.get("acc") == other.values.get("acc")
+
+
+def transformers_models() -> dict[str, Any]:
+    """Tiny random models by what their layers do with a mask and positions of the caller's."""
+    import transformers as hf
+
+    torch.manual_seed(2)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    plain = {**sizes, "intermediate_size": 64, "max_position_embeddings": CONTEXT, "initializer_range": 0.2}
+    named = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT}
+    named["initializer_range"] = 0.2
+    return {
+        "rotary": hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**plain)),
+        "learned positions": hf.GPT2LMHeadModel(hf.GPT2Config(**named)),
+        "distances": hf.BloomForCausalLM(hf.BloomConfig(**named)),
+        "sliding window": hf.MistralForCausalLM(hf.MistralConfig(**plain, num_key_value_heads=2, sliding_window=16)),
+        "recurrent": hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)),
+    }
+
+
+def test_branches_of_models_that_take_them() -> None:
+    """Oracle: which architectures place a token by its position alone; and the same model without branches."""
+    takes = {"rotary", "learned positions"}
+    context = list(range(20, 50))
+    items = [[Request(context, [7, 8, 9, 10]), Request(context, [9, 8]), Request(context, [11])]]
+    for name, model in transformers_models().items():
+        scorer = TransformersScorer(model, torch.device("cpu"))
+        assert scorer.branches == (name in takes), name
+        (found,) = score(scorer, items)
+        scorer.branches = False
+        (expected,) = score(scorer, items)
+        for one, other in zip(found, expected, strict=True):
+            assert one.log_probability == pytest.approx(other.log_probability, rel=1e-5, abs=1e-5), name
+            assert one.is_greedy == other.is_greedy

@@ -19,8 +19,7 @@ from ds_slm.evaluate.opening import Opened, open_scorer
 from ds_slm.evaluate.results import Item
 from ds_slm.files import refuse_unwritable
 from ds_slm.recipe import schema
-from ds_slm.run import scores
-from ds_slm.run.scores import rows_of
+from ds_slm.run.scores import EVAL_FILE, rows_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def run(model: Path, flags: Flags) -> None:
     paths = [path for path in (model, flags.against) if path]
     with opened_on(flags.devices, paths) as (opened, *others):
         for one in (opened, *others):
-            scores.read(one.folder)
+            record.refuse_damaged(one.folder)
             refuse_unwritable(one.run or one.folder)
 
         recipe = schema.load(flags.recipe) if flags.recipe else None
@@ -83,7 +82,7 @@ def _score(
     record.store(opened.folder, found, items)
     for line in _remarks(results):
         report(line)
-    report(f"{opened.folder / scores.EVAL_FILE}: {found['seconds']:.1f} s, {found['tokens_per_s']:,.0f} tokens/s")
+    report(f"{opened.folder / EVAL_FILE}: {found['seconds']:.1f} s, {found['tokens_per_s']:,.0f} tokens/s")
     return found, items
 
 
@@ -125,8 +124,13 @@ def rank(model: Path, texts: list[str], file: Path | None, by_mean: bool, as_jso
 
 def _questions_of(file: Path) -> list[tuple[str, list[str]]]:
     """A context and its choices from each line of a JSON-lines file. Raises DataError with every line that has none."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error}): save it as such.") from error
+
     questions, problems = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -52,6 +52,12 @@ def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, se
     return found
 
 
+def refuse_damaged(folder: Path) -> None:
+    """Raise DataError where `store` could not go on with what an earlier evaluation left: ask before it is scored."""
+    read(folder)
+    _lines(folder / ITEMS_FILE)
+
+
 def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> None:
     """Write eval.json and the items. What the same model scored before stays, but for the tasks that are new."""
     before = read(folder)
@@ -91,6 +97,9 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        return gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]  # texts may hold other ends of lines
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it, and score the model again.") from error
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]  # texts may hold other ends of lines
+        for line in lines:
+            json.loads(line)["task"]
+        return lines
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error!r}): delete it, and score the model again.") from error

@@ -77,7 +77,17 @@ def is_record(found: Mapping[str, Any]) -> bool:
     if not isinstance(model, Mapping) or not isinstance(tasks, Mapping):
         return False
     needed = {"items", "limited", "published", "figures"}
-    return all(isinstance(task, Mapping) and needed <= task.keys() for task in tasks.values())
+    return all(
+        isinstance(task, Mapping) and needed <= task.keys() and _are_figures(task["figures"]) for task in tasks.values()
+    )
+
+
+def _are_figures(figures: Any) -> bool:
+    needed = {"value", "stderr", "chance", "commonest"}
+    return isinstance(figures, Mapping) and all(
+        isinstance(one, Mapping) and needed <= one.keys() and isinstance(one["value"], int | float)
+        for one in figures.values()
+    )
 
 
 def read(folder: Path) -> dict[str, Any]:

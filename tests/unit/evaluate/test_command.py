@@ -241,6 +241,14 @@ def test_every_line_of_a_file_that_is_not_one_is_told(fresh: Path, tmp_path: Pat
     assert done.returncode == 2 and "line 2" in done.stderr and "line 3" in done.stderr and "line 1" not in done.stderr
 
 
+def test_a_file_of_choices_in_another_encoding(fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: a sentence, exit code 2."""
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"context": "caf\u00e9", "choices": [" b", " c"]}\n', encoding="latin-1")
+    done = ds_slm("rank", fresh / "run", "--file", file)
+    assert done.returncode == 2 and "is not UTF-8" in done.stderr
+
+
 @pytest.mark.parametrize("place", ["", "checkpoints/step-00000007", "checkpoints/best"])
 def test_published_figures_stand_beside_those_of_every_checkpoint(
     place: str, fresh: Path, tmp_path: Path, ds_slm: Callable[..., Any]

@@ -1,5 +1,6 @@
 """What eval.json keeps of earlier evaluations, and what the table says of a figure."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -133,10 +134,31 @@ def test_texts_may_hold_any_end_of_a_line(tmp_path: Path) -> None:
     assert record.read_items(tmp_path) == {"piqa": odd, "sciq": items_of(-3.0)}
 
 
-@pytest.mark.parametrize("content", ['{"model": "gpt2"}', '{"model": {}, "tasks": {"x": {}}}', "[]", "{"])
+OTHERS = '{"model": {}, "tasks": {"x": {"items": 1, "limited": false, "published": null, "figures": %s}}}'
+"""A record whose figures are not ours."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"model": "gpt2"}', '{"model": {}, "tasks": {"x": {}}}', "[]", "{"),
+        *(OTHERS % figures for figures in ("[]", '{"acc": 0.5}', '{"acc": {"value": 0.5}}')),
+        OTHERS % '{"acc": {"value": null, "stderr": null, "chance": null, "commonest": null}}',
+    ],
+)
 def test_a_file_of_others_is_not_read_and_not_lost(tmp_path: Path, content: str) -> None:
     """Oracle: the sentence, and the file as it was."""
     (tmp_path / scores.EVAL_FILE).write_text(content)
     with pytest.raises(DataError, match="move it away"):
         scores.read(tmp_path)
     assert (tmp_path / scores.EVAL_FILE).read_text() == content
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '"task"'])
+def test_items_of_others_are_refused_before_a_model_is_scored(line: str, tmp_path: Path) -> None:
+    """Oracle: the sentence; `store` merges what is there, so it would come once all is scored."""
+    record.store(tmp_path, found_of("a", result("piqa", 1)), {"piqa": items_of(-2.0)})
+    record.refuse_damaged(tmp_path)
+    (tmp_path / record.ITEMS_FILE).write_bytes(gzip.compress(f"{line}\n".encode()))
+    with pytest.raises(DataError, match="delete it, and score the model again"):
+        record.refuse_damaged(tmp_path)

@@ -175,6 +175,17 @@ def test_one_prompt_is_answered_for_a_script(talk: Command, assistant: Assistant
     }  # fmt: skip
 
 
+def test_ctrl_c_ends_a_script(talk: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the exit code of a program that was interrupted; no word about training, no traceback."""
+
+    def interrupted(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "_write", interrupted)
+    done = talk("", "--prompt", FRANCE)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "\n", "")
+
+
 def test_a_base_continues_a_text(talk: Command, assistant: Assistant) -> None:
     """Oracle: transformers' greedy generate on the export; nothing is remembered from one text to the next."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

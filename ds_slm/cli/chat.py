@@ -73,10 +73,9 @@ def run(model: Path, flags: Flags) -> None:
     if question is not None:
         _answer_once(conversation, question, {"model": str(opened.folder)} if flags.as_json else None)
         return
-    parameters, limit = sum(one.numel() for one in speaker.model.parameters()), speaker.model.shape
+    parameters, limit = sum(one.numel() for one in speaker.model.parameters()), opened.shape.max_position_embeddings
     Terminal(conversation, flags.plain).run(
-        f"{opened.folder}: {parameters:,} parameters, a context of {limit.max_position_embeddings:,} tokens. /help "
-        "lists the commands."
+        f"{opened.folder}: {parameters:,} parameters, a context of {limit:,} tokens. /help lists the commands."
     )
 
 

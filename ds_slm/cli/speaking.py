@@ -31,8 +31,9 @@ def speaker_of(opened: OpenModel, path: Path, plain: bool, device: torch.device)
     """
     folder = opened.tokenizer_folder
     tokenizer = load_tokenizer(folder)
+    ends = _ends(folder, tokenizer)
     if plain:
-        return Speaker(opened.decoder(device), tokenizer, _plain(tokenizer), _ends(folder, tokenizer))
+        return Speaker(opened.decoder(device), tokenizer, _plain(tokenizer), ends)
 
     render = _template(folder, tokenizer)
     if render is None:
@@ -40,7 +41,6 @@ def speaker_of(opened: OpenModel, path: Path, plain: bool, device: torch.device)
             f"{path} is a base: it has no {CHAT_TEMPLATE_FILE}, so nobody taught it to answer. `ds-slm chat {path} "
             f"--continue` continues your text, `ds-slm sft RECIPE --base {path}` makes an assistant of it."
         )
-    ends = _ends(folder, tokenizer)
     if tokenizer.has_token(IM_END):
         ends |= {tokenizer.token_id(IM_END)}
     return Speaker(opened.decoder(device), tokenizer, render, ends)
@@ -73,9 +73,7 @@ def _theirs(folder: Path) -> Render:
 
     def render(messages: Sequence[Message]) -> list[int]:
         try:
-            return list(
-                tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=False)
-            )  # fmt: skip
+            return list(tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=False))
         except TemplateError as error:
             raise DataError(f"the chat template in {folder} refuses this conversation ({error}).") from error
 

@@ -151,9 +151,7 @@ class Conversation:
         stopped_by = "interrupt"
         try:
             prompt = self._prompt()
-            drawn = tokens(
-                self._reader, prompt, self._chooser, lambda known: self._with_room(known[len(prompt) :])
-            )  # fmt: skip
+            drawn = tokens(self._reader, prompt, self._chooser, lambda known: self._with_room(known[len(prompt) :]))
             for token in islice(drawn, self.settings.max_new_tokens):
                 new_ids.append(token)
                 if piece := stream.push(token):

@@ -132,6 +132,11 @@ def refuse_other_beginning(
         identity: hashes of what this launch trains with.
         older: the hashes that an older version gave the same.
     """
+    if "imported" in content:
+        raise CheckpointError(
+            f"{run} holds an imported model, which has no data and no moments to go on with: name another --run-dir, "
+            f"and fine-tune it with `ds-slm sft RECIPE --base {run}`."
+        )
     same = {key: (identity[key], older.get(key, identity[key])) for key in identity if key != "recipe_sha256"}
     other = [key for key, hashes in same.items() if content.get(key) not in hashes]
     if other:

@@ -12,6 +12,10 @@ EXAMPLES = {
     "sft": ("sft demo-instruct --base runs/demo", "sft demo-instruct --base runs/demo --preview 5"),
     "verify": ("verify runs/demo", "verify runs/demo --against runs/other"),
     "export": ("export runs/demo --out exports/demo", "export runs/demo --out exports/best --best --gguf q8_0"),
+    "import": (
+        "import downloads/SmolLM2-135M --run-dir runs/smollm2",
+        "import exports/demo --run-dir runs/again --json",
+    ),
     "report": ("report runs/demo", "report runs/demo runs/mine --out compared.html"),
     "eval": ("eval runs/demo --tasks documentation", "eval exports/demo --tasks piqa,hellaswag --bench-dir files"),
     "rank": (

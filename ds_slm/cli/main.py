@@ -53,36 +53,9 @@ def recipes(
     as_json: AsJson = False,
 ) -> None:
     """The table of recipes: parameters, tokens, published, and what the runs there are say."""
-    from dataclasses import asdict
+    from ds_slm.cli import library
 
-    from ds_slm.cli import tables
-    from ds_slm.cli.ours import ours_of
-    from ds_slm.recipe import plan, schema
-
-    rows = []
-    for name in schema.library_names():
-        recipe = schema.load(name)
-        headline = recipe.targets[0] if recipe.targets else None
-        ours = ours_of(name, recipe, runs)
-
-        rows.append(
-            {
-                "name": name,
-                "reproduces": recipe.card.name,
-                "params": plan.parameters(recipe.model),
-                "published_params": recipe.card.params,
-                "tokens": recipe.train.steps * recipe.train.global_batch_tokens,
-                "metric": headline.metric if headline else None,
-                "published": headline.published if headline else None,
-                "ours": str(ours) if ours else None,
-                "run": {**asdict(ours), "counts": ours.counts} if ours else None,
-            }
-        )
-
-    if as_json:
-        print_json({"recipes": rows})
-    else:
-        tables.show_recipes(rows)
+    library.run(runs, as_json)
 
 
 @app.command(epilog=examples.epilog("init"))
@@ -292,6 +265,22 @@ def export(
     from ds_slm.cli import publishing
 
     publishing.run(run_folder, publishing.Flags(out, step, best, overrides, gguf, validate, push, as_json))
+
+
+@app.command("import", epilog=examples.epilog("import"))
+def import_folder(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Llama or Qwen3 in the Hugging Face format.")],
+    run_dir: Annotated[Path, typer.Option(metavar="RUN", help="The run folder to make.")],
+    as_json: AsJson = False,
+) -> None:
+    """A run folder from a Hugging Face folder: to be fine-tuned, evaluated, exported, talked to."""
+    from ds_slm.publish.importing import import_model
+
+    imported = import_model(folder, run_dir)
+    if as_json:
+        print_json(imported)
+    else:
+        print("{folder}: {params:,} parameters of {name}, a {model_type}".format(**imported))
 
 
 @app.command(epilog=examples.epilog("report"))

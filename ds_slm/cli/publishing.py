@@ -7,10 +7,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_slm.checkpoint.files import read_state
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
 from ds_slm.evaluate.benchmarks import BENCHMARKS
-from ds_slm.publish import card, hub
+from ds_slm.publish import card, hub, importing
 from ds_slm.publish.export import export_run
 from ds_slm.publish.header import HubDataset
 from ds_slm.recipe import schema
@@ -49,6 +50,14 @@ def run(run_folder: Path, flags: Flags) -> None:
         raise ConfigError(problems)
 
     def describe(checkpoint: Path) -> dict[str, bytes]:
+        state = read_state(checkpoint)
+        if importing.is_imported(state):
+            if flags.overrides:
+                raise ConfigError(
+                    "--set card.KEY: an imported model that nobody trained here keeps its own model card."
+                )
+            return importing.describe_imported(run_folder, state)
+
         recipe = _with(schema.load_recorded(run_folder), flags.overrides)
         if recipe.card.license is None:
             print("note: the model card states no licence: --set card.license=apache-2.0 would", file=sys.stderr)

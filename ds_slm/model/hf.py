@@ -32,6 +32,10 @@ SAME_NAME = (
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "ds_slm_exclusive": "ExclusiveForCausalLM"}
 """model_type -> architecture."""
 
+CANNOT_BE = "config.json describes a model this decoder cannot be:"
+QWEN3_HEAD_DIM = 128
+"""What transformers takes where a Qwen3's configuration names none."""
+
 
 def hf_config(
     shape: schema.Model, *, eos_id: int | None, pad_id: int | None = None, bos_id: int | None = None, dtype: str
@@ -84,9 +88,11 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     Raises:
         CheckpointError: with everything in it that this decoder does not have.
     """
-    model_type, heads = config.get("model_type"), config.get("num_attention_heads") or 1
+    model_type, hidden_size = config.get("model_type"), config.get("hidden_size")
+    heads = config.get("num_attention_heads") or 1
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = dict(found) if isinstance(found, Mapping) else {"rope_type": found}
+    layers = config.get("layer_types")
 
     # This decoder supports one value of each of these keys.
     wanted = {
@@ -94,15 +100,23 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
         "attention_bias": (False, bool(config.get("attention_bias"))),
         "mlp_bias": (False, bool(config.get("mlp_bias"))),
         "sliding_window": (None, config.get("sliding_window") if config.get("use_sliding_window") else None),
+        "layer_types": (
+            ["full_attention"],
+            sorted(map(str, {*layers})) if isinstance(layers, list) and layers else ["full_attention"],
+        ),
         "rope_type": ("default", rope.get("rope_type", rope.get("type", "default"))),
+        "partial_rotary_factor": (1.0, rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))),
+        "quantization_config": (None, config.get("quantization_config")),
     }
     problems = [f"{name} is {got!r}, expected {want!r}." for name, (want, got) in wanted.items() if got != want]
     if model_type not in MODEL_TYPES:
         problems.insert(0, f"model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}.")
 
-    # Configurations may leave these out.
+    # Configurations may leave these out; what stands for them is what transformers takes.
+    sizes_are_numbers = isinstance(hidden_size, int) and isinstance(heads, int)
+    share = hidden_size // heads if sizes_are_numbers else None
     derived = {
-        "head_dim": config.get("hidden_size", 0) // heads,
+        "head_dim": QWEN3_HEAD_DIM if model_type == "qwen3" else share,
         "num_key_value_heads": heads,
         "tie_word_embeddings": False,
     }
@@ -110,16 +124,18 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
         name: config[name] if config.get(name) is not None else derived.get(name) for name in SAME_NAME
     }
     problems += [f"{name} is missing." for name, value in fields.items() if value is None]
-    if problems:
-        raise CheckpointError(["config.json describes a model this decoder cannot be:", *problems])
-
     fields |= {
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
         "init_std": config.get("initializer_range", 0.02),
         "qk_norm": model_type == "qwen3" or bool(config.get("qk_norm")),
         "exclusive_attention": model_type == "ds_slm_exclusive",
     }
+    if any(value is None for value in fields.values()):
+        raise CheckpointError([CANNOT_BE, *problems])
     try:
-        return schema.Model.model_validate(fields)
+        shape = schema.Model.model_validate(fields)
     except ValidationError as error:
-        raise CheckpointError(["config.json describes no model:", *sentences(error)]) from error
+        raise CheckpointError([CANNOT_BE, *problems, *(f"{one}." for one in sentences(error))]) from error
+    if problems:
+        raise CheckpointError([CANNOT_BE, *problems])
+    return shape

@@ -28,6 +28,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError, ConfigError
+from ds_slm.files import read_json
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.place import appears_whole, free_place
@@ -157,10 +158,12 @@ def export_folder(
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     unused_ids = tokenizer.unused_ids(shape.vocab_size)
     generation: dict[str, Any] = hf.generation_config(**ids)
+    is_assistant = (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file() and tokenizer.has_token(IM_END)
+    if is_assistant:  # a turn's end ends the answer as well
+        generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
+    generation |= read_json(tokenizer_folder / "generation_config.json") or {}  # an imported model has its own
     if unused_ids:
         generation["suppress_tokens"] = unused_ids
-    if (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file():  # an assistant: a turn's end ends the answer as well
-        generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
 
     with appears_whole(out) as folder:
         for path in tokenizer_folder.iterdir():

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.sources.stand_ins import stand_in_at
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import CheckpointError
-from ds_slm.files import is_plain_name, read_json
+from ds_slm.files import is_plain_name, read_json, shortened
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.export import refuse_other_shape
@@ -29,6 +29,20 @@ from ds_slm.recipe import schema
 
 INDEX = "model.safetensors.index.json"
 """Where transformers says which of several files holds which tensor."""
+
+
+HEAD = "lm_head.weight"
+DTYPES = ("F32", "BF16", "F16")
+"""What weights may be stored as, by safetensors' names: fp32 holds each of these exactly."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that is not yet read."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -67,22 +81,36 @@ class OpenModel:
         return model.to(device).eval()
 
     def refuse_other_parameters(self) -> None:
-        """Raise CheckpointError where names or shapes of the tensors are not the model's, before one is read."""
-        found: dict[str, Tensor] = {}
+        """Raise CheckpointError where names, shapes or kinds of the tensors are not the model's, before one is read."""
+        stored = self.stored()
+        problems = [
+            f"{name} is stored as {one.dtype}, expected one of {', '.join(DTYPES)}."
+            for name, one in stored.items()
+            if one.dtype not in DTYPES
+        ]
+        if problems:
+            raise CheckpointError([f"{self.folder} holds numbers that this decoder does not read:", *problems])
+        refuse_other_shape({name: torch.empty(one.shape, device="meta") for name, one in stored.items()}, self.shape)
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Where each of its parameters lies. Raises CheckpointError where a file is damaged, or a name there twice."""
+        found: dict[str, StoredTensor] = {}
         for path in self.files:
             try:
                 with checkpoint_files.open_tensors(path) as stored:
                     for name in self._names(stored):
                         if name in found:
                             raise CheckpointError(f"{self.folder} holds {name} twice: get an intact copy.")
-                        found[name] = torch.empty(stored.get_slice(name).get_shape(), device="meta")
+                        one = stored.get_slice(name)
+                        found[name] = StoredTensor(path, tuple(one.get_shape()), one.get_dtype())
             except SafetensorError as error:
                 raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
-        refuse_other_shape(found, self.shape)
+        return found
 
     def _names(self, stored: Any) -> list[str]:
-        names = list(stored.keys())
-        return [name for name in names if not (self.shape.tie_word_embeddings and name == "lm_head.weight")]
+        """The parameters of a file: not a tied head's copy, nor the angles that old versions of transformers stored."""
+        names = [name for name in stored.keys() if not name.endswith(".rotary_emb.inv_freq")]  # noqa: SIM118
+        return [name for name in names if not (self.shape.tie_word_embeddings and name == HEAD)]
 
 
 def open_model(path: Path) -> OpenModel:
@@ -174,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not path.is_file():
         if found := sorted(folder.glob("*.safetensors")):
             return found
-        raise CheckpointError(f"{folder} holds no .safetensors file: save the model in that format, no pickle is read.")
+        raise CheckpointError(_no_safetensors(folder))
 
     index = read_json(path)
     named = index.get("weight_map") if index else None
@@ -194,6 +222,19 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(problems)
 
     return [folder / name for name in names]
+
+
+def _no_safetensors(folder: Path) -> str:
+    """That a folder holds none, with the way from what it holds instead."""
+    pickles = shortened(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES))
+    if not pickles:
+        return f"{folder} holds no .safetensors file: save the model in that format, no pickle is read."
+    return (
+        f"{folder} holds no .safetensors file, but {pickles}: loading a pickle runs the code in it, so none is loaded. "
+        "Convert a copy that you trust, in Python: from transformers import AutoModelForCausalLM; "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW FOLDER'); and copy "
+        "the tokenizer's files there."
+    )
 
 
 def _refuse_other_tokenizer(folder: Path, trained_with: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Where an export goes: checked before any weights are read, so that it appears whole or nothing is begun.
+"""Where an export, or an imported run, goes: checked before weights are read; it appears whole or nothing is begun.
 
 free_place --> .export.tmp-*/ is filled --> every file fsynced --> renamed to OUT
 """
@@ -13,29 +13,35 @@ from ds_slm.errors import CheckpointError
 from ds_slm.files import fsync, new_folder, obstacle, refuse_unwritable, writer_name
 
 
-def free_place(out: Path, run: Path | None = None) -> Path:
+def free_place(out: Path, run: Path | None = None, flag: str = "--out") -> Path:
     """The folder that `out` names, links followed; nothing is made.
 
     Args:
         out: what the user named: a new folder, or an empty one.
         run: the run folder that is exported; nothing may be put into it.
+        flag: what named it.
 
     Raises:
         CheckpointError: where a finished folder cannot take that place in one step.
         OSError: where nothing can be written there.
     """
     if in_the_way := obstacle(out):
-        raise CheckpointError(f"--out {in_the_way}")
+        raise CheckpointError(f"{flag} {in_the_way}")
+
+    # What is there already must not be lost.
     place = out.resolve()
     if run is not None and place.is_relative_to(run.resolve()):
-        raise CheckpointError(f"--out {out} lies in the run folder {run}, which is the trainer's: name another folder.")
+        raise CheckpointError(
+            f"{flag} {out} lies in the run folder {run}, which is the trainer's: name another folder."
+        )
     if place.is_dir():
         if any(place.iterdir()):
-            raise CheckpointError(f"{out} is not an empty folder: name another one, or delete it.")
+            raise CheckpointError(f"{flag} {out} is not an empty folder: name another one, or delete it.")
         if _is_mount_point(place):
-            raise CheckpointError(f"--out {out} is a mount point, which cannot be replaced: name a folder in it.")
+            raise CheckpointError(f"{flag} {out} is a mount point, which cannot be replaced: name a folder in it.")
         if Path.cwd().is_relative_to(place):
-            raise CheckpointError(f"--out {out} is the folder this command runs in: name a new folder in it.")
+            raise CheckpointError(f"{flag} {out} is the folder this command runs in: name a new folder in it.")
+
     refuse_unwritable(place.parent)
     return place
 
@@ -54,7 +60,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
         yield folder
 
         # Everything is on the disk before the folder gets its name.
-        for path in (*folder.iterdir(), folder):
+        for path in (*folder.rglob("*"), folder):
             fsync(path)
         os.rename(folder, out)
         fsync(out.parent)

@@ -1,0 +1,45 @@
+"""`ds-slm recipes`: the recipes there are, published beside what the runs there are say. Imports no torch.
+
+library, runs/* --ours_of--> rows --> a table, or one JSON object
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ds_slm.cli import tables
+from ds_slm.cli.ours import ours_of
+from ds_slm.cli.output import print_json
+from ds_slm.recipe import plan, schema
+
+
+def run(runs: Path, as_json: bool) -> None:
+    """Print the table.
+
+    Args:
+        runs: where the run folders lie.
+        as_json: print one object instead.
+    """
+    rows = []
+    for name in schema.library_names():
+        recipe = schema.load(name)
+        headline = recipe.targets[0] if recipe.targets else None
+        ours = ours_of(name, recipe, runs)
+
+        rows.append(
+            {
+                "name": name,
+                "reproduces": recipe.card.name,
+                "params": plan.parameters(recipe.model),
+                "published_params": recipe.card.params,
+                "tokens": recipe.train.steps * recipe.train.global_batch_tokens,
+                "metric": headline.metric if headline else None,
+                "published": headline.published if headline else None,
+                "ours": str(ours) if ours else None,
+                "run": {**asdict(ours), "counts": ours.counts} if ours else None,
+            }
+        )
+
+    if as_json:
+        print_json({"recipes": rows})
+    else:
+        tables.show_recipes(rows)

@@ -76,12 +76,13 @@ demo: .venv/.installed  ## an empty machine -> data, a trained model, an assista
 	$(IN_VENV) ds-slm prepare demo
 	$(IN_VENV) $(LAUNCH) ds_slm/pretrain.py
 	rm -rf exports/demo exports/demo-instruct
+	$(IN_VENV) ds-slm eval runs/demo --tasks documentation
 	$(IN_VENV) ds-slm export runs/demo --out exports/demo
 	$(IN_VENV) python benchmarks/demo_report.py runs/demo exports/demo
-	$(IN_VENV) ds-slm eval runs/demo --tasks documentation
 	$(IN_VENV) $(LAUNCH) sft/train.py --recipe demo-instruct --base runs/demo
 	$(IN_VENV) ds-slm export runs/demo-instruct --out exports/demo-instruct
 	$(IN_VENV) python benchmarks/demo_answers.py runs/demo-instruct exports/demo-instruct
+	$(IN_VENV) ds-slm report runs/demo runs/demo-instruct --out exports/demo.html
 
 sft-380m: .venv/.installed  ## one step of the 380M fine-tuning recipe on a CPU: CONVERSATIONS=file.jsonl RANKS=cl100k_base.tiktoken
 	$(IN_VENV) python benchmarks/sft_380m.py $(CONVERSATIONS) --ranks $(RANKS)

@@ -42,13 +42,15 @@ CHARTS = {
     "2 rates": {
         "learning rate": ["Multiline", [r"^train/lr$"]],
         "gradient norm": ["Multiline", [r"^train/grad_norm$"]],
-        "gradient norm by layer": ["Multiline", [r"^layers/grad_norm/"]],
-        "weight norm by layer": ["Multiline", [r"^layers/weight_norm/"]],
     },
     "3 machine": {
         "tokens per second": ["Multiline", [r"^perf/tokens_per_s$"]],
         "seconds per step": ["Multiline", [r"^perf/step_s$", r"^perf/save_wait_s$"]],
         "peak memory in GB": ["Multiline", [r"^perf/peak_memory_gb$"]],
+    },
+    "4 layers, where run.layers_every_steps is set": {
+        "gradient norm": ["Multiline", [r"^layers/grad_norm/"]],
+        "weight norm": ["Multiline", [r"^layers/weight_norm/"]],
     },
 }
 """The tab's categories and charts; a chart's lines are named by patterns of tags."""

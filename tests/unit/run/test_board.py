@@ -49,7 +49,7 @@ def test_the_first_chart_holds_training_and_held_out_loss(events: EventAccumulat
     """The layout as the plug-in parses it: losses, then rates, then the machine."""
     layout = layout_pb2.Layout()  # pyright: ignore[reportAttributeAccessIssue]
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["1 loss", "2 rates", "3 machine"]
+    assert [category.title[:9] for category in layout.category] == ["1 loss", "2 rates", "3 machine", "4 layers,"]
 
     patterns = list(layout.category[0].chart[0].multiline.tag)
     shown = [tag for tag in every_tag() for pattern in patterns if re.match(pattern, tag)]

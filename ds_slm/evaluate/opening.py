@@ -166,6 +166,7 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
     if lacking := sorted([*map(str, info["missing_keys"]), *map(str, info.get("mismatched_keys", ()))]):
         raise CheckpointError([f"{path} lacks {name}, or has it in another shape." for name in lacking])
 
+    _refuse_looking_ahead(model.eval(), path)
     try:
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         eos = loaded.eos_token or loaded.bos_token
@@ -178,3 +179,12 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
 
     facts = _facts(path, sha256_of_weights(files), "transformers")
     return Opened(TransformersScorer(model, device), tokenizer, path, facts)
+
+
+@torch.no_grad()
+def _refuse_looking_ahead(model: Any, path: Path) -> None:
+    """Raise CheckpointError where a token changes what a model says before it: transformers loads BERT as causal."""
+    one, other = model(torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]], device=model.device)).logits.float()
+    changed_T = (one - other).abs().amax(-1)
+    if changed_T[:-1].max() > 1e-3 * changed_T[-1]:
+        raise CheckpointError(f"{path} is not a causal model: its predictions depend on the tokens that follow them.")

@@ -62,6 +62,22 @@ def test_weights_that_are_missing_are_not_made_up(tokenizer_folder: Path, tmp_pa
         open_scorer(folder)
 
 
+def test_a_model_that_looks_ahead_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Oracle: a BERT, which transformers loads as a causal model; with `is_decoder` it is one."""
+    from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+
+    shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for is_decoder in (True, False):
+        config = BertConfig(**shape, intermediate_size=64, max_position_embeddings=CONTEXT, is_decoder=is_decoder)
+        BertLMHeadModel(config).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
+        if is_decoder:
+            assert open_scorer(tmp_path).scorer.max_length == CONTEXT
+            continue
+        with pytest.raises(CheckpointError, match="is not a causal model"):
+            open_scorer(tmp_path)
+
+
 def test_a_checkpoint_that_is_named_has_a_place_of_its_own(qwen3: Any) -> None:
     """Oracle: the run folder's results are the newest checkpoint's."""
     assert open_scorer(qwen3.run).folder == qwen3.run

@@ -182,7 +182,7 @@ def _speed(facts: RunFacts) -> list[str]:
     launches = environment.get("generation")
     again = (
         f" The run was launched {launches} times; devices and hours are counted as those of the last launch."
-        if isinstance(launches, int) and launches > 1
+        if isinstance(launches, int) and launches > 1 and not facts.records.get("launch")
         else ""
     )
     return [f"{', '.join(told)}. {', '.join(measured)}.{again}"]

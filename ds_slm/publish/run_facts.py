@@ -3,12 +3,11 @@
 RUN/recipe.toml, env.json, changes.jsonl, metrics.jsonl, done.json, tb/, CHECKPOINT/state.json --read_facts--> RunFacts
 
 Folders of older versions lack some of it: every value may be missing, and the card then says less.
-Known gap: env.json holds the devices of the last launch alone.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.order import Order
 from ds_slm.data.skipping import merged
 from ds_slm.files import read_json
-from ds_slm.publish.samples import read_samples
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder as run_folder
 
@@ -40,8 +38,13 @@ class RunFacts:
     """Kind -> records of the steps up to this one."""
     done: Record
     """done.json where this step is the one it was written at, of this recipe; else empty."""
-    samples: Mapping[str, str] = field(default_factory=dict)
-    """Prompt -> how the run continued it with these weights."""
+
+    @property
+    def samples(self) -> dict[str, str]:
+        """Prompt -> how the run continued it with these weights; empty where it did not, or an older version ran it."""
+        found = [one.get("continuations") for one in self.records.get("samples", ()) if one["step"] == self.step]
+        texts = found[-1] if found and isinstance(found[-1], Mapping) else {}
+        return {prompt: str(texts[prompt]) for prompt in self.recipe.eval.prompts if prompt in texts}
 
     @property
     def name(self) -> str:
@@ -90,12 +93,18 @@ class RunFacts:
     def device_hours(self) -> float | None:
         """Device hours of the training steps, without evaluations and saves; None where no step was recorded.
 
-        Steps that `run.log_every_steps` left out of the records are counted with the mean of the others.
+        Steps that `run.log_every_steps` left out of the records are counted with the mean of the others. Each step
+        counts with the devices of its launch; in folders of older versions, which record no launch, of the last one.
         """
-        values, devices = self._values("step_s"), self.environment.get("world_size")
-        if not values or not isinstance(devices, int):
-            return None
-        return statistics.fmean(values) * self.step * devices / 3600
+        taken = [one for one in self.records.get("train", ()) if isinstance(one.get("step_s"), int | float)]
+        hours = [one["step_s"] * devices / 3600 for one in taken if (devices := self._devices_at(one["step"]))]
+        return statistics.fmean(hours) * self.step if hours and len(hours) == len(taken) else None
+
+    def _devices_at(self, step: int) -> int | None:
+        """Devices of the launch that took a step."""
+        before = [one.get("world_size") for one in self.records.get("launch", ()) if one["step"] < step]
+        devices = before[-1] if before else self.environment.get("world_size")
+        return devices if isinstance(devices, int) else None
 
     def rows_drawn(self) -> list[int]:
         """Rows of each source that were drawn so far, in the recipe's order of sources.
@@ -138,5 +147,4 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
         changes=run_folder.read_changes(run),
         records=records,
         done=done if is_of_these else {},
-        samples=read_samples(run, step, recipe.eval.prompts),
     )

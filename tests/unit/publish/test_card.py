@@ -198,11 +198,10 @@ def test_samples_of_the_same_step_are_shown(tmp_path: Path, export: Any, kind: s
     recipe = recipe_of(kind=kind)
     run = write_run(tmp_path / "run", recipe)
     report = Report(run, sys.stdout, active=True, total_steps=12)
-    report.text("samples/the cat", " an earlier one", recipe.train.steps - 1)
-    report.text("samples/the cat", " sat ``` | down" + ("<|im_end|>" if recipe.sft else ""), recipe.train.steps)
-    report.text("samples/another", " one", recipe.train.steps)
+    last = " sat ``` | down" + ("<|im_end|>" if recipe.sft else "")
+    report.record("samples", recipe.train.steps - 1, {"continuations": {"the cat": " an earlier one"}})
+    report.record("samples", recipe.train.steps, {"continuations": {"the cat": last, "another": " one"}})
     report.close()
-    (run / "tb" / "events.out.tfevents.9.damaged").write_bytes(b"no events")
     text = section(export(run), "What it writes")
     assert f"````text\n{expected}\n````" in text and "one" not in text
 
@@ -237,6 +236,16 @@ def test_device_hours_count_steps_that_were_not_recorded(tmp_path: Path) -> None
     (run / "metrics.jsonl").write_text("".join(lines[3:12:4]))
     facts = read_facts(run, recipe_of(), run / "checkpoints" / "step-00000012")
     assert facts.device_hours == pytest.approx(12 / 3600)
+
+
+def test_device_hours_count_each_launch_with_its_own_devices(tmp_path: Path) -> None:
+    """Oracle: by hand: 4 of 12 steps of 0.5 s on 8 devices, the rest on 3."""
+    run = write_run(tmp_path / "run", recipe_of())
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, world_size in ((0, 8), (4, 3)):
+            file.write(json.dumps({"kind": "launch", "step": step, "world_size": world_size}) + "\n")
+    facts = read_facts(run, recipe_of(), run / "checkpoints" / "step-00000012")
+    assert facts.device_hours == pytest.approx(0.5 * (4 * 8 + 8 * 3) / 3600)
 
 
 @pytest.mark.parametrize("skipped", [[], [[3, 9]], [[0, 4], [60, 1_000]]])

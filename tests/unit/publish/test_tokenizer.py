@@ -1,5 +1,6 @@
 """An exported tokenizer in other programs' hands: its template under plain Jinja, its padding in a batch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def test_white_space_around_a_mark_stays(mark: str) -> None:
         environment = jinja2.Environment(**options)
         found = environment.from_string(unmarked(marked)).render()
         assert found == environment.from_string(other).render()
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"exclusive_attention": True}], ids=str)
+def test_transformers_4_and_5_read_the_same(tokenizer_folder: Path, tmp_path: Path, changes: Any) -> None:
+    """Oracle: the words each version looks for: where one is missing, version 4 takes its default and says nothing."""
+    folder = exported(tokenizer_folder, tmp_path / "out", rope_theta=2_500.0, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 2_500.0
+    assert config["rope_parameters"]["rope_type"] == "default"
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(tokenizer_config.get("extra_special_tokens"), list)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"exclusive_attention": True}], ids=str)

@@ -243,7 +243,13 @@ class Terminal:
                 )
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        try:
+            path = Path(name).expanduser()
+            with contextlib.suppress(OSError):
+                path.lstat()
+        except (RuntimeError, ValueError) as error:  # ~NAME of nobody; a name that the system does not allow
+            raise ConfigError(f"/save {name!r}: {error}; expected a file, in a folder that exists.") from error
+
         if not name or not path.parent.is_dir() or path.is_dir():
             raise ConfigError(f"/save {name}: expected a file, in a folder that exists.")
         if path.exists() and path not in self._saved:

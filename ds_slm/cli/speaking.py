@@ -27,7 +27,7 @@ def speaker_of(opened: OpenModel, path: Path, plain: bool, device: torch.device)
     Raises:
         CheckpointError: its weights are not those of its shape.
         ConfigError: it is a base, and `plain` was not asked for; `path` is what the user calls it.
-        DataError: it has no tokenizer.
+        DataError: it has no tokenizer, or its chat template is not UTF-8.
     """
     folder = opened.tokenizer_folder
     tokenizer = load_tokenizer(folder)
@@ -58,15 +58,17 @@ def _plain(tokenizer: Tokenizer) -> Render:
 def _template(folder: Path, tokenizer: Tokenizer) -> Render | None:
     """How a conversation becomes ids; None where there is no chat template."""
     file = folder / CHAT_TEMPLATE_FILE
-    if file.is_file() and unmarked(file.read_text(encoding="utf-8")) == unmarked(CHAT_TEMPLATE):
-        return ChatML(tokenizer).prompt
+    try:
+        if file.is_file() and unmarked(file.read_text(encoding="utf-8")) == unmarked(CHAT_TEMPLATE):
+            return ChatML(tokenizer).prompt
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error}): expected a chat template; get an intact copy.") from error
     config = read_json(folder / "tokenizer_config.json") or {}
     return _theirs(folder) if file.is_file() or config.get("chat_template") else None
 
 
 def _theirs(folder: Path) -> Render:
     """Another's chat template, by transformers."""
-    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -74,7 +76,7 @@ def _theirs(folder: Path) -> Render:
     def render(messages: Sequence[Message]) -> list[int]:
         try:
             return list(tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=False))
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise DataError(f"the chat template in {folder} refuses this conversation ({error}).") from error
 
     return render

@@ -10,7 +10,7 @@ text of the turns, as in training: where an answer's tokens are others than its 
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 from ds_slm.data.sources.readers import is_unicode
 from ds_slm.data.tokenizers.tokenizer import Tokenizer
@@ -59,18 +59,28 @@ class Answer:
 
 
 class TextStream:
-    """The text of tokens that come one at a time. Bytes of an unfinished character are held back."""
+    """The text of tokens that come one at a time. Bytes of an unfinished character are held back.
+
+    With byte fallback a byte that is not text takes the whole characters before it along: the text from there on is
+    given out again as the tokenizer decodes it.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.text = ""
-        """What has been given out."""
+        """The decoded text as far as it has been given out."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that a token completes."""
         self._ids.append(token)
-        return self._give(self._decoded().rstrip(UNFINISHED))
+        decoded = self._decoded()
+        text = decoded.rstrip(UNFINISHED)
+
+        # Some tokenizers take a character back, until the bytes behind it are whole.
+        if text != decoded and not text.startswith(self.text):
+            return ""
+        return self._give(text)
 
     def finish(self) -> str:
         """The rest: no token follows that would complete it."""
@@ -80,17 +90,16 @@ class TextStream:
         return self._tokenizer.decode(self._ids, skip_special=True)
 
     def _give(self, text: str) -> str:
-        # Some tokenizers take a character back, until the bytes behind it are whole.
-        if not text.startswith(self.text):
-            return ""
-        piece, self.text = text[len(self.text) :], text
-        return piece
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.text, text, strict=False)))
+        self.text = text
+        return text[kept:]
 
 
 class Conversation:
     """Questions and answers, after a system prompt if there is one."""
 
     def __init__(self, speaker: Speaker, settings: Settings, system: str | None = None) -> None:
+        """Raises DataError where the system prompt is not text."""
         self.speaker = speaker
         self.system = system
         self.turns: list[Message] = []
@@ -107,6 +116,16 @@ class Conversation:
         """Answer in this way from here on, beginning with the seed again."""
         self.settings = settings
         self._chooser = Chooser(settings, self.speaker.stop_ids, self._unused_ids)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt. Setting it raises DataError where it is not text."""
+        return self._system
+
+    @system.setter
+    def system(self, system: str | None) -> None:
+        _refuse_bytes("system prompt", system or "")
+        self._system = system
 
     @property
     def messages(self) -> list[Message]:
@@ -140,8 +159,7 @@ class Conversation:
             DataError: the question is longer than the context, or not text.
         """
         begun_s = time.monotonic()
-        if not is_unicode(question):
-            raise DataError("the question holds bytes that are not UTF-8: expected text.")
+        _refuse_bytes("question", question)
         before, self.answer = self._forgotten, None
         self.turns.append({"role": "user", "content": question})
 
@@ -201,3 +219,8 @@ class Conversation:
             if len(ids) + room <= limit or is_last:
                 return ids if len(ids) <= limit else []
             self._forgotten += 2
+
+
+def _refuse_bytes(what: str, text: str) -> None:
+    if not is_unicode(text):
+        raise DataError(f"the {what} holds bytes that are not UTF-8: expected text.")

@@ -1,6 +1,5 @@
 """How the next token is drawn, as plain data: for `generate`, and for a conversation, where people change it."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,14 +25,14 @@ UNFILTERED = Sampling()
 GREEDY = Sampling(temperature=0)
 
 EXPECTED = {
-    "temperature": (lambda value: 0 <= value < math.inf, "0 or more"),
-    "top_k": (lambda value: value >= 0, "0 or more"),
+    "temperature": (lambda value: value == 0 or 1e-3 <= value <= 1e3, "0, or 0.001 to 1000"),
+    "top_k": (lambda value: 0 <= value < 2**31, "0 or more, and less than 2**31"),
     "top_p": (lambda value: 0 < value <= 1, "more than 0, and 1 at most"),
-    "repetition_penalty": (lambda value: 0 < value < math.inf, "more than 0"),
+    "repetition_penalty": (lambda value: 1e-2 <= value <= 1e2, "0.01 to 100"),
     "seed": (lambda value: 0 <= value < 2**63, "0 or more, and less than 2**63"),
-    "max_new_tokens": (lambda value: value >= 1, "1 or more"),
+    "max_new_tokens": (lambda value: 1 <= value < 2**31, "1 or more, and less than 2**31"),
 }
-"""What a person may set: whether a value is right, and which are."""
+"""What a person may set: whether a value is right, and which are. Within these, fp32 logits stay finite."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ def test_somebody_who_types_is_greeted(talk: Command, assistant: Assistant) -> N
         ("/save", "expected a file"),
         ("/save nowhere/at/all", "in a folder that exists"),
         ("/save here.jsonl", "nothing was said yet"),
+        ("/save ~nobody-here.jsonl", "in a folder that exists"),
+        ("/save a\0b", "null byte; expected a file"),
+        ("/system caf\udce9", "the system prompt holds bytes that are not UTF-8"),
+        ("/set temperature=1e-40", "temperature is 1e-40: expected 0, or 0.001 to 1000"),
+        ("/set max-new-tokens=99999999999999999999", "less than 2**31"),
         ("cat " * CONTEXT, f"tokens and the model's context {CONTEXT}: shorten it"),
         ("caf\udce9?", "bytes that are not UTF-8"),
         ('"""a text\nwithout end', "it was not sent"),
@@ -224,7 +229,9 @@ def _mistake(case: str, assistant: Assistant, folder: Path) -> list[object]:
         "long": [assistant.run, "--prompt", "cat " * CONTEXT],
         "json": [assistant.run, "--json"],
         "system": [assistant.base, "--continue", "--system", "be brief."],
+        "system bytes": [assistant.run, *ask, "--system", "caf\udce9"],
         "settings": [assistant.run, *ask, "--temperature", -1, "--top-p", 2],
+        "extremes": [assistant.run, *ask, "--repetition-penalty", 1e-40, "--max-new-tokens", 10**20],
     }[case]
 
 
@@ -232,7 +239,8 @@ MISTAKES = {
     "base": ["is a base", "--continue", "ds-slm sft RECIPE --base"], "no tokenizer": ["holds no whole tokenizer"],
     "nan": ["not finite"], "no model": ["does not exist"], "empty": ["the prompt is empty"],
     "long": [f"context {CONTEXT}: shorten it"], "json": ["add --prompt TEXT"], "system": ["leave out --system"],
-    "settings": ["temperature is -1.0", "top_p is 2.0"],
+    "system bytes": ["the system prompt holds bytes"], "settings": ["temperature is -1.0", "top_p is 2.0"],
+    "extremes": ["repetition_penalty is 1e-40: expected 0.01 to 100", f"max_new_tokens is {10**20}"],
 }  # fmt: skip
 
 
@@ -260,3 +268,18 @@ def test_another_chat_template_is_kept(assistant: Assistant, tmp_path: Path, ds_
     )
     done = ds_slm("chat", tmp_path / "other", "--system", "be brief.", *flags)
     assert done.returncode == 2 and "refuses this conversation (no system prompt)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(b"{{ 1 + 'a' }}", "refuses this conversation (unsupported operand"), (b"caf\xe9", "is not UTF-8")],
+)
+def test_a_chat_template_that_fails_is_told(
+    template: bytes, told: str, assistant: Assistant, tmp_path: Path, ds_slm: Command
+) -> None:
+    """Oracle: exit code 2 and the sentence."""
+    shutil.copytree(assistant.export, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_bytes(template)
+    done = ds_slm("chat", tmp_path / "other", "--prompt", FRANCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr and "Traceback" not in done.stderr

@@ -22,6 +22,8 @@ from tests.support.assistants import CITIES, CONTEXT, Assistant, Messages, chat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIKELIEST = Settings(temperature=0, max_new_tokens=40)
+A, B = 257, 258
+"""Tokens of one letter, behind those of bytes and one that is special."""
 QUESTIONS = [f"what is the capital of {country}?" for country in CITIES]
 
 
@@ -276,16 +278,43 @@ def test_streamed_bytes_that_are_no_text_come_in_the_end(ids: list[int]) -> None
 
 def test_a_streamed_character_that_is_taken_back_comes_once() -> None:
     """Oracle: the text. With byte fallback a whole character is no text again, until the bytes behind it are whole."""
-    import tokenizers
-    from tokenizers import decoders, models
-
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<eos>": 256}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
-    backend.decoder = decoders.ByteFallback()
-    tokenizer = Tokenizer(backend, "<eos>", "<eos>")
+    tokenizer = _fallback_tokenizer()
     assert tokenizer.decode([*"€".encode(), 0xE2]) == UNFINISHED * 4
     stream = TextStream(tokenizer)
     assert "".join(map(stream.push, "€€x".encode())) == "€€x"
+
+
+def test_text_goes_on_behind_characters_that_an_invalid_byte_takes_along() -> None:
+    """Oracle: the tokenizer's decoding of all tokens, as soon as one that is whole follows."""
+    stream, tokenizer = TextStream(_fallback_tokenizer()), _fallback_tokenizer()
+    ids = [A, 0xC3, 0xA9, 0xC3, B, A, B]
+    assert tokenizer.decode(ids) == f"a{UNFINISHED * 3}bab"
+    assert [*map(stream.push, ids)] == ["a", "", "é", "", f"{UNFINISHED * 3}b", "a", "b"]
+    assert (stream.finish(), stream.text) == ("", tokenizer.decode(ids))
+
+
+@hypothesis.given(strategies.lists(strategies.sampled_from([A, B, 0xC3, 0xA9, 0xE2, 0x82, 0xAC]), max_size=30))
+def test_what_is_remembered_of_streamed_bytes_is_their_decoding(ids: list[int]) -> None:
+    """Oracle: the tokenizer's own decoding; behind a token that is whole, and in the end."""
+    stream, tokenizer = TextStream(_fallback_tokenizer()), _fallback_tokenizer()
+    for place, number in enumerate(ids, start=1):
+        stream.push(number)
+        if number in (A, B):
+            assert stream.text == tokenizer.decode(ids[:place])
+    last = stream.finish()
+    assert stream.text == tokenizer.decode(ids) and stream.text.endswith(last)
+
+
+@cache
+def _fallback_tokenizer() -> Tokenizer:
+    """Byte fallback: one token for each byte, one that is special, and two letters."""
+    import tokenizers
+    from tokenizers import decoders, models
+
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<eos>": 256, "a": A, "b": B}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(backend, "<eos>", "<eos>")
 
 
 @cache
@@ -309,12 +338,16 @@ def _bytes_tokenizer() -> Tokenizer:
     [
         ("temprature=1", "the nearest is 'temperature'"),
         ("temperature", "expected KEY=VALUE"),
-        ("temperature=warm", "temperature is 'warm': expected a number, 0 or more"),
-        ("temperature=-1", "temperature is -1.0: expected 0 or more"),
+        ("temperature=warm", "temperature is 'warm': expected a number, 0, or 0.001 to 1000"),
+        ("temperature=-1", "temperature is -1.0: expected 0, or 0.001 to 1000"),
         ("temperature=nan", "temperature is nan"),
+        ("temperature=1e-40", "temperature is 1e-40"),
+        ("top_k=99999999999999999999", "0 or more, and less than 2**31"),
+        ("repetition_penalty=1e-40", "repetition_penalty is 1e-40: expected 0.01 to 100"),
+        ("max-new-tokens=99999999999999999999", "1 or more, and less than 2**31"),
         ("top_k=1.5", "expected a whole number"),
         ("top_p=0", "more than 0, and 1 at most"),
-        ("repetition_penalty=0", "more than 0"),
+        ("repetition_penalty=0", "repetition_penalty is 0.0"),
         ("max-new-tokens=0", "max_new_tokens is 0: expected 1 or more"),
         ("seed=-3", "seed is -3"),
     ],
@@ -324,6 +357,26 @@ def test_settings_that_cannot_be_are_told(pair: str, told: str) -> None:
     with pytest.raises(ConfigError) as raised:
         Settings().changed(pair)
     assert told in str(raised.value)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+@pytest.mark.parametrize("penalty", [1e-2, 1e2])
+def test_the_outermost_settings_answer(temperature: float, penalty: float, speaker: Speaker) -> None:
+    """Oracle: tokens are drawn: probabilities that are not finite would raise."""
+    settings = Settings(temperature, repetition_penalty=penalty, max_new_tokens=3, top_k=2**31 - 1)
+    conversation = Conversation(speaker, settings)
+    answer(conversation, QUESTIONS[0])
+    assert conversation.answer is not None and 1 <= conversation.answer.tokens <= 3
+
+
+def test_a_system_prompt_that_is_not_text_is_told(speaker: Speaker) -> None:
+    """Oracle: the sentence; the one before it stays."""
+    with pytest.raises(DataError, match="the system prompt holds bytes that are not UTF-8"):
+        Conversation(speaker, LIKELIEST, "caf\udce9")
+    conversation = Conversation(speaker, LIKELIEST, "be brief.")
+    with pytest.raises(DataError, match="not UTF-8"):
+        conversation.system = "caf\udce9"
+    assert conversation.system == "be brief."
 
 
 def test_one_setting_changes_and_the_rest_stays() -> None:

@@ -35,20 +35,6 @@ Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}"
-    "{{- message['content'] + '<|im_end|>' -}}"
-    "{%- endif -%}"
-    "{{- '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-"""The same encoding for transformers, with the trained part of `assistant` marked."""
-
 
 @dataclass(frozen=True, eq=False)
 class Encoded:

@@ -10,11 +10,11 @@ from pathlib import Path
 from ds_slm.data.shards.identity import TOKENIZER
 from ds_slm.data.shards.prepare import prepare
 from ds_slm.data.shards.prepared import Prepared
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe
-from sft.chatml import CHAT_TEMPLATE
 from sft.encode import conversation_format
 from sft.older import refuse_older_ids
 

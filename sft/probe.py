@@ -12,9 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
 from ds_slm.data.tokenizers.tokenizer import IM_END, IM_START, Tokenizer
 from ds_slm.errors import DataError
-from sft.chatml import CHAT_TEMPLATE, ChatML
+from sft.chatml import ChatML
 
 HARD = (
     "a",

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from ds_slm.data.tokenizers.chat_template import chat_template, is_ours
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
 from ds_slm.errors import ConfigError, DataError
 from ds_slm.files import read_json
 from ds_slm.publish.chat import Message, Speaker
-from ds_slm.publish.export import unmarked
 from ds_slm.publish.models import OpenModel
-from sft.chatml import CHAT_TEMPLATE, ChatML
+from sft.chatml import ChatML
 
 Render = Callable[[Sequence[Message]], list[int]]
 
@@ -57,14 +57,10 @@ def _plain(tokenizer: Tokenizer) -> Render:
 
 def _template(folder: Path, tokenizer: Tokenizer) -> Render | None:
     """How a conversation becomes ids; None where there is no chat template."""
-    file = folder / CHAT_TEMPLATE_FILE
-    try:
-        if file.is_file() and unmarked(file.read_text(encoding="utf-8")) == unmarked(CHAT_TEMPLATE):
-            return ChatML(tokenizer).prompt
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error}): expected a chat template; get an intact copy.") from error
-    config = read_json(folder / "tokenizer_config.json") or {}
-    return _theirs(folder) if file.is_file() or config.get("chat_template") else None
+    template = chat_template(folder)
+    if template is None:
+        return None
+    return ChatML(tokenizer).prompt if is_ours(template) else _theirs(folder)
 
 
 def _theirs(folder: Path) -> Render:

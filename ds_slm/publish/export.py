@@ -3,7 +3,7 @@
     run folder --> checkpoint --> fp32 tensors by name --> .export.tmp-*/ --> every file fsynced --> renamed to OUT
 
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md and its pictures
-    NAME-f16.gguf if asked for
+    OUT-f16.gguf if asked for, named after the folder
     modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
 
 The tokenizer pads on the left, and its chat template is one that any Jinja renders: without the marks of training.
@@ -14,7 +14,6 @@ Known gap: one safetensors file, however large.
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
+from ds_slm.data.tokenizers.chat_template import unmarked
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError, ConfigError
 from ds_slm.files import read_json
@@ -54,7 +54,7 @@ def export_run(
         step: of the checkpoint.
         best: take the one with the lowest validation loss.
         describe: from the checkpoint to the files of its model card, by name; called before anything is written.
-        gguf: the precision of a GGUF file beside the others, f16 or q8_0; None for no such file.
+        gguf: the precision of a GGUF file beside the others, f16 or q8_0, named after `out`; None for no such file.
 
     Returns:
         What was exported: checkpoint, step, parameters, dtype and folder; with `gguf` that file as well.
@@ -79,11 +79,12 @@ def export_run(
         )
 
     gguf_file = _gguf_of(recipe, run / "tokenizer", gguf) if gguf else None
+    gguf_name = f"{out.resolve().name}-{gguf}.gguf"
     described = describe(checkpoint)
     state = checkpoint_files.read_model(checkpoint)
     with export_folder(state, recipe.model, run / "tokenizer", out, described=described) as folder:
         if gguf_file:
-            gguf_file.write(folder, state)
+            gguf_file.write(folder / gguf_name, state)
 
     exported = {
         "checkpoint": str(checkpoint),
@@ -93,7 +94,7 @@ def export_run(
         "folder": str(out),
     }
     if gguf_file:
-        exported["gguf"] = {"file": str(out / gguf_file.file_name), "stored": gguf_file.stored}
+        exported["gguf"] = {"file": str(out / gguf_name), "stored": gguf_file.stored}
     return exported
 
 
@@ -192,14 +193,6 @@ def _make_readable_by_others(folder: Path) -> None:
     template_file = folder / CHAT_TEMPLATE_FILE
     if template_file.is_file():
         template_file.write_text(unmarked(template_file.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def unmarked(template: str) -> str:
-    """A chat template without the marks around what is trained, which only transformers knows; it gives the same text.
-
-    Empty comments take their places, which trim the white space around them as the marks did.
-    """
-    return re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", template)
 
 
 def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:

@@ -1,6 +1,6 @@
 """A GGUF file: the model and its tokenizer in one file, as llama.cpp, Ollama and LM Studio read it.
 
-    shape, tokenizer's folder --prepare--> GgufFile, or every reason why not --write, tensor by tensor--> NAME-f16.gguf
+    shape, tokenizer's folder --prepare--> GgufFile, or every reason why not --write, tensor by tensor--> OUT-f16.gguf
 
 Matrices are stored as float16, or as 8-bit integers with a float16 scale for each 32 of a row (q8_0); norms stay
 float32. A row that does not divide by 32 stays float16. A plain decoder is llama.cpp's `llama`, one with QK-norm its
@@ -49,11 +49,6 @@ class GgufFile:
     """How each parameter is stored, by our name, in the order of the file."""
 
     @property
-    def file_name(self) -> str:
-        """NAME-f16.gguf or NAME-q8_0.gguf."""
-        return f"{self.name.replace('/', '-')}-{self.precision}.gguf"
-
-    @property
     def stored(self) -> str:
         """How the values are stored, for people."""
         kept = [name for name, kind in self.types.items() if kind == gguf.GGMLQuantizationType.F16]
@@ -64,17 +59,16 @@ class GgufFile:
             f"{shortened(kept)}"
         )
 
-    def write(self, folder: Path, state: Mapping[str, Tensor]) -> Path:
-        """Write it into a folder; returns its path.
+    def write(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        """Write it.
 
         Args:
-            folder: where it is made.
+            path: the file to make.
             state: every parameter by name, in any dtype; one at a time is converted.
 
         Raises:
             CheckpointError: where a value is beyond what float16 holds.
         """
-        path = folder / self.file_name
         with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[self._architecture])) as writer:
             self._describe(writer, {name: tuple(state[name].shape) for name in self.types})
             writer.write_header_to_file()
@@ -87,7 +81,6 @@ class GgufFile:
                 file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
                 file.write(self._converted(name, state[name]).data)
             file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-        return path
 
     @property
     def _architecture(self) -> gguf.MODEL_ARCH:

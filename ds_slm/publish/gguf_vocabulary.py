@@ -22,9 +22,11 @@ from typing import Any
 import gguf
 
 from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, filler
+from ds_slm.data.tokenizers.chat_template import chat_template, is_ours, unmarked
 from ds_slm.data.tokenizers.sentencepiece import SPACE
-from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import IM_END, Tokenizer, load_tokenizer
 from ds_slm.errors import DataError
+from ds_slm.files import read_json
 
 PRE_TOKENIZERS = {GPT2_PATTERN: ("gpt-2", False), CL100K_PATTERN: ("llama-bpe", True)}
 """Pattern -> llama.cpp's name of it, and whether it then takes a piece that is a token as it is (ignore_merges)."""
@@ -61,7 +63,7 @@ class Vocabulary:
     unused_ids: list[int]
     """Ids that stand for nothing, never to be generated."""
     chat_template: str | None
-    """Of an assistant."""
+    """Of an assistant: ours in its plainest form, another's as it is."""
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Put it into a file's header."""
@@ -86,7 +88,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """The vocabulary of a tokenizer's folder, for a model with `vocab_size` ids.
 
     Raises:
-        DataError: with every reason why llama.cpp could give other ids.
+        DataError: with every reason why llama.cpp could give other ids; for a chat template that is not UTF-8.
     """
     tokenizer = load_tokenizer(folder)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -107,18 +109,20 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
             ]
         )
 
-    is_assistant = (folder / CHAT_TEMPLATE_FILE).is_file()
+    template = chat_template(folder)
+    by_id = {number: token for token, number in _all_tokens(content).items()}
     ids = {
         "bos": before[0] if before else tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
         "eos": tokenizer.eos_id,
         "padding": tokenizer.pad_id,
     }
-    if is_assistant:
-        ids["eot"] = tokenizer.token_id(IM_END)
-    # A conversation begins with its first turn, whatever a tokenizer puts before a text.
-    flags = {"add_bos_token": bool(before) and not is_assistant, "add_eos_token": bool(behind)}
+    if template is not None and (end := _end_of_turn(template, folder, tokenizer)) is not None:
+        ids["eot"] = end
+    # Whatever a tokenizer puts before a text, a conversation begins as its template does; where that writes the BOS,
+    # llama.cpp does not write a second one.
+    begins_with_it = template is None or "bos_token" in template or any(by_id[one] in template for one in before)
+    flags = {"add_bos_token": bool(before) and begins_with_it, "add_eos_token": bool(behind)}
 
-    by_id = {number: token for token, number in _all_tokens(content).items()}
     tokens = [by_id.get(number, filler(number)) for number in range(vocab_size)]
     unused_ids = tokenizer.unused_ids(vocab_size)
     if is_sentencepiece:
@@ -132,8 +136,21 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         merges=[] if is_sentencepiece else [" ".join(pair) for pair in _merges(content)],
         scores=_scores(content, tokens) if is_sentencepiece else [],
         ids=ids, flags=flags, unused_ids=unused_ids,
-        chat_template=CHATML if is_assistant else None,
+        chat_template=None if template is None else CHATML if is_ours(template) else unmarked(template),
     )  # fmt: skip
+
+
+def _end_of_turn(template: str, folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The id that ends an answer; None where nothing tells it, and llama.cpp looks for a name that it knows.
+
+    Raises:
+        DataError: where our template's token is missing.
+    """
+    if is_ours(template) or (IM_END in template and tokenizer.has_token(IM_END)):
+        return tokenizer.token_id(IM_END)
+    named = (read_json(folder / "generation_config.json") or {}).get("eos_token_id")
+    others = [number for number in named if number != tokenizer.eos_id] if isinstance(named, list) else []
+    return others[0] if len(others) == 1 else None
 
 
 def _all_tokens(content: Mapping[str, Any]) -> dict[str, int]:

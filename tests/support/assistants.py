@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ds_slm.cli import main
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, build_tokenizer
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
 from ds_slm.recipe import schema
-from sft.chatml import CHAT_TEMPLATE, ChatML
+from sft.chatml import ChatML
 from tests.support import scored_models
 from tests.support.runs import TINY
 

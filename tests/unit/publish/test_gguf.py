@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ds_slm.checkpoint import files as checkpoint_files
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
 from ds_slm.errors import UserError
 from ds_slm.model.decoder import build
 from ds_slm.publish import gguf as files
 from ds_slm.publish.export import export_run
 from ds_slm.recipe import schema
-from sft.chatml import CHAT_TEMPLATE
 from tests.support import conversations, scored_models
 from tests.support.faults import fail_at
 from tests.support.llama_cpp import LlamaCpp
@@ -262,13 +262,13 @@ def test_rows_that_are_not_whole_blocks_stay_f16(
 
 
 def test_the_file_lies_beside_the_others(chat_tokenizer: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
-    """Oracle: the file's name and header, and what the command prints; a tied head is not stored twice."""
+    """Oracle: the folder's name, the header, and what the command prints; a tied head is not stored twice."""
     recipe, state = model_of(VARIANTS["llama"])
     scored_models.write_run(tmp_path / "run", recipe, state, chat_tokenizer)
-    told = ds_slm("export", tmp_path / "run", "--out", tmp_path / "out", "--gguf", "f16")
-    one = Exported(recipe, state, tmp_path / "out")
+    told = ds_slm("export", tmp_path / "run", "--out", tmp_path / "mine-1.5", "--gguf", "f16")
+    one = Exported(recipe, state, tmp_path / "mine-1.5")
     assert told.stdout.splitlines()[1] == f"{one.file}: f16"
-    assert one.file.name == "tiny-sft-f16.gguf"
+    assert one.file.name == "mine-1.5-f16.gguf"
     assert (one.folder / "model.safetensors").is_file()
     assert sum(tensor.n_elements for tensor in one.tensors().values()) == sum(map(Tensor.numel, state.values()))
     fields = gguf.GGUFReader(one.file).fields

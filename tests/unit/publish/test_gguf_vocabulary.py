@@ -14,13 +14,13 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, by_rank, byte_letters, filler
-from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE, unmarked
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.model.decoder import build
 from ds_slm.publish import gguf as files
-from ds_slm.publish.gguf_vocabulary import read_vocabulary
+from ds_slm.publish.gguf_vocabulary import CHATML, read_vocabulary
 from ds_slm.recipe import schema
-from sft.chatml import CHAT_TEMPLATE
 from tests.support import conversations, scored_models
 from tests.support.llama_cpp import LlamaCpp
 from tests.unit.data import test_sentencepiece
@@ -121,8 +121,9 @@ def loaded(folder: Path, vocab_size: int, out: Path) -> LlamaCpp:
     """A fresh model with a tokenizer, in llama.cpp."""
     shape = schema.parse(conversations.TINY, ["model.num_hidden_layers=1"]).model
     shape = shape.model_copy(update={"vocab_size": vocab_size})
-    file = files.prepare(shape, folder, "tiny", "f16")
-    return LlamaCpp(file.write(out, dict(build(shape, seed=1).named_parameters())), 160)
+    file = out / "tiny.gguf"
+    files.prepare(shape, folder, "tiny", "f16").write(file, dict(build(shape, seed=1).named_parameters()))
+    return LlamaCpp(file, 160)
 
 
 def compare(folder: Path, out: Path) -> None:
@@ -179,6 +180,80 @@ def test_a_conversation_begins_without_bos(tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path, 320).flags["add_bos_token"]
     (tmp_path / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE)
     assert not read_vocabulary(tmp_path, 320).flags["add_bos_token"]
+
+
+THEIRS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{% generation %}{{ m['content'] }}{% endgeneration %}</t>"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""A chat template that is not ours."""
+SHIPPED = THEIRS.replace("{% generation %}", "{# #}").replace("{% endgeneration %}", "{# #}")
+
+
+def in_the_file(folder: Path) -> None:
+    """As transformers saves it, beside one of older times."""
+    (folder / CHAT_TEMPLATE_FILE).write_text(THEIRS)
+    in_the_configuration(folder, "an older one")
+
+
+def in_the_configuration(folder: Path, template: Any = THEIRS) -> None:
+    """As transformers saved it before."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+
+def by_names(folder: Path) -> None:
+    """One of several."""
+    named = {"tool_use": "another", "default": THEIRS}
+    in_the_configuration(folder, [{"name": name, "template": template} for name, template in named.items()])
+
+
+@pytest.mark.parametrize("put", [in_the_file, in_the_configuration, by_names], ids=lambda put: put.__name__)
+@pytest.mark.parametrize("make", [byte_level, with_bos], ids=lambda make: make.__name__)
+def test_another_chat_template_is_written_as_it_is(
+    make: Make, put: Make, made: Callable[[Make], Path], tmp_path: Path
+) -> None:
+    """Oracle: its own text, less the marks of training, whether or not the tokenizer has ChatML's tokens."""
+    folder = shutil.copytree(made(make), tmp_path / "tokenizer")
+    put(folder)
+    vocabulary = read_vocabulary(folder, 400)
+    assert vocabulary.chat_template == SHIPPED
+    assert "eot" not in vocabulary.ids
+
+
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", "<|bos|>", ""])
+def test_a_conversation_by_another_template_has_the_ids_of_transformers(
+    bos: str, made: Callable[[Make], Path], tmp_path: Path
+) -> None:
+    """Oracle: transformers with the same folder; one BOS where the template writes it, none elsewhere."""
+    folder = shutil.copytree(made(with_bos), tmp_path / "tokenizer")
+    in_the_configuration(folder, SHIPPED.replace("{{ bos_token }}", bos))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    llama_cpp = loaded(folder, load_tokenizer(folder).vocab_size, tmp_path)
+    messages = [{"role": "user", "content": "the cat"}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert llama_cpp.ids(llama_cpp.rendered(messages)) == expected
+    assert expected.count(theirs.bos_token_id) == bool(bos)
+
+
+def test_the_end_of_a_turn_is_the_one_that_the_folder_tells(made: Callable[[Make], Path], tmp_path: Path) -> None:
+    """Oracle: the one id beside EOS in generation_config.json; ChatML's where the template writes it."""
+    folder = shutil.copytree(made(byte_level), tmp_path / "tokenizer")
+    in_the_configuration(folder)
+    tokenizer = load_tokenizer(folder)
+    for named, expected in ((tokenizer.eos_id, None), ([7, tokenizer.eos_id], 7), ([7, 8, tokenizer.eos_id], None)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert read_vocabulary(folder, 400).ids.get("eot") == expected
+    in_the_configuration(folder, THEIRS.replace("</t>", IM_END))
+    assert read_vocabulary(folder, 400).ids["eot"] == tokenizer.token_id(IM_END)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, unmarked(CHAT_TEMPLATE)], ids=["trained", "exported"])
+def test_our_chat_template_is_written_plainly(template: str, made: Callable[[Make], Path], tmp_path: Path) -> None:
+    """Oracle: the text that Ollama knows, of a run and of its export."""
+    folder = shutil.copytree(made(byte_level), tmp_path / "tokenizer")
+    (folder / CHAT_TEMPLATE_FILE).write_text(template)
+    assert read_vocabulary(folder, 400).chat_template == CHATML
 
 
 def change(folder: Path, edit: Callable[[Any], None]) -> None:

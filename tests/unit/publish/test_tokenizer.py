@@ -8,11 +8,11 @@ import jinja2
 import pytest
 import torch
 
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE, unmarked
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE
 from ds_slm.model.decoder import build
-from ds_slm.publish.export import export, unmarked
+from ds_slm.publish.export import export
 from ds_slm.recipe import schema
-from sft.chatml import CHAT_TEMPLATE
 from tests.support import conversations
 
 

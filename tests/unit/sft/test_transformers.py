@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from sft import chatml, encode
-from sft.chatml import CHAT_TEMPLATE, IM_END, ChatML, Encoded, Mask, problem_of
+from sft.chatml import IM_END, ChatML, Encoded, Mask, problem_of
 from sft.rows import ConversationRows
 from tests.support import conversations
 from tests.support.conversations import Conversation

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ds_slm.cli import tables
 from ds_slm.cli.output import print_json, report_to
+from ds_slm.data.sources.readers import is_unicode
 from ds_slm.errors import ConfigError, DataError
 from ds_slm.evaluate import comparison, evaluation, ranking, record
 from ds_slm.evaluate.on_devices import opened_on
@@ -108,6 +109,8 @@ def rank(model: Path, texts: list[str], file: Path | None, by_mean: bool, as_jso
         raise ConfigError("--file holds contexts and choices already: leave them out of the command.")
     if file is None and len(texts) < 3:
         raise ConfigError("name a context and at least two choices, or a file of them: --file FILE.jsonl.")
+    if not all(map(is_unicode, texts)):
+        raise ConfigError("a context or choice holds bytes that are not UTF-8: expected text.")
     questions = [(texts[0], texts[1:])] if file is None else _questions_of(file)
 
     ranked = ranking.rank(open_scorer(model), questions, by_mean)
@@ -136,10 +139,11 @@ def _questions_of(file: Path) -> list[tuple[str, list[str]]]:
         try:
             row = json.loads(line)
             context, choices = row["context"], row["choices"]
-            if not isinstance(context, str) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
-                raise ValueError("a choice is not text, or there are fewer than two")
+            texts = [context, *choices] if isinstance(choices, list) else []
+            if len(texts) < 3 or not all(isinstance(one, str) and is_unicode(one) for one in texts):
+                raise ValueError("the choices are not a list of two texts or more")
             questions.append((context, choices))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             problems.append(
                 f'{file}, line {number}: {error!r}: expected {{"context": "...", "choices": ["...", "..."]}}.'
             )

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+MOST_TOKENS = 1e15
+"""More than anybody has trained on."""
+
+
 def of_pretraining(prog: str = "pretrain.py", examples: str | None = None) -> "FlagParser":
     """The flags of ds_slm/pretrain.py; examples end the help."""
     parser = FlagParser(prog, "Pretrain a recipe.", examples)
@@ -89,10 +93,10 @@ def token_count(text: str) -> int:
     """A number of tokens: 300000, 300_000, 300k, 300M or 1.5B. Raises ConfigError for anything else."""
     found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)([kKmMbB]?)", text)
     number = float(found[1].replace("_", "").replace(",", "")) if found else 0.0
-    count = round(number * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[found[2].lower()]) if found else 0
-    if count < 1:
+    count = number * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()] if found else 0.0
+    if not 1 <= count <= MOST_TOKENS:
         raise ConfigError(f"{text!r} is not a number of tokens: expected one such as 500k, 300M or 1.5B.")
-    return count
+    return round(count)
 
 
 def _seconds(text: str) -> float:

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ds_slm.cli.output import print_json, report_to
+from ds_slm.data.sources.readers import is_unicode
 from ds_slm.data.survey import survey
-from ds_slm.errors import ConfigError
-from ds_slm.files import obstacle, replace_text
+from ds_slm.errors import ConfigError, RecipeError
+from ds_slm.files import obstacle, printable, replace_text
 from ds_slm.recipe import own_text, schema
 from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER
 from ds_slm.recipe.sections import Source
@@ -20,7 +21,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     report = report_to(as_json)
     out = Path(f"{name}.toml")
     base = schema.load(base_name)
-    _refuse(name, out, base_name, base, text)
+    _refuse(name, out, base_name, base, text, column)
 
     source = Source.model_validate({"name": "text", "kind": "files", "path": str(text), "column": column})
     report(f"{text}: reading all of it")
@@ -35,7 +36,11 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
 
     chosen = own_text.fit(base, facts, tokens)
     replace_text(out, own_text.as_toml(name, base_name, base, facts, chosen))
-    schema.load(str(out))
+    try:
+        schema.load(str(out))
+    except RecipeError:
+        out.unlink()
+        raise
 
     if as_json:
         print_json({"recipe": str(out), **asdict(found), "train_tokens": found.train_tokens, **asdict(chosen)})
@@ -52,7 +57,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     print(f"  ds-slm export runs/{name} --out exports/{name}")
 
 
-def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Path) -> None:
+def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Path, column: str) -> None:
     problems = []
     if not NAME.fullmatch(name):
         problems.append(f"NAME = {name!r}: expected small letters, digits, '.', '_' and '-', for a file and a folder.")
@@ -65,6 +70,9 @@ def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Pat
 
     if base.sft is not None:
         problems.append(f"--from {base_name} fine-tunes a base: name a recipe that pretrains, such as demo.")
+    for what, given in {"--text": str(text), "--from": base_name, "--column": column}.items():
+        if not is_unicode(given):
+            problems.append(f"{what} {printable(given)}: the name is not UTF-8, as a recipe must be: rename it.")
     if not text.exists():
         problems.append(f"--text {text} does not exist: name a file of text, or a folder of them.")
     if problems:

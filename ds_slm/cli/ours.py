@@ -6,7 +6,6 @@ A figure counts as ours where the run is finished and its recipe and data are th
 the word that says what differs. Imports no torch.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +86,7 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
     if done and done.get("recipe_sha256") != recorded.identity_sha256():
         differs.append("done.json is of another recipe")
     replaced = environment.get("replaced_sources")
-    if replaced:
+    if replaced and isinstance(replaced, list):
         differs.append(f"other data: {', '.join(map(str, replaced))}")
     elif replaced is None:
         differs.append("its data are not recorded")
@@ -100,7 +99,9 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
         if key.startswith("val_") and isinstance(value, int | float) and not isinstance(value, bool)
     }
     step = (
-        done.get("step") if isinstance(done.get("step"), int) else max(map(_step_of, _checkpoints(folder)), default=0)
+        done.get("step")
+        if isinstance(done.get("step"), int)
+        else max(map(scores.step_of, scores.checkpoints(folder)), default=0)
     )
     scored = _scored(folder, recorded)
     headline = recipe.targets[0].metric if recipe.targets else None
@@ -109,7 +110,10 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
 
 def _scored(folder: Path, recorded: Recipe) -> dict[str, str]:
     """What `ds-slm eval` found of the run, and what keeps a figure from standing beside the published one."""
-    found, remarks = _of_its_weights(folder)
+    try:
+        found, remarks = scores.newest(folder)
+    except DataError:  # an eval.json that is damaged, or of another program
+        return {}
     if not found:
         return {}
 
@@ -125,28 +129,6 @@ def _scored(folder: Path, recorded: Recipe) -> dict[str, str]:
     if average is not None:
         scored[LEADERBOARD] = _remarked(average, [*remarks, *remarks_on_average(tasks)])
     return scored
-
-
-def _of_its_weights(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The figures of the newest checkpoint that was scored, with a remark where none is left to compare with.
-
-    A run folder that was trained anew still holds the figures of its former weights: these are no figures of the run.
-    """
-    weights = [sha256 for checkpoint in _checkpoints(folder) if (sha256 := _weights_sha256(checkpoint))]
-    try:
-        if not weights:
-            return scores.read(folder), ["weights unchecked"]
-        return next((found for sha256 in weights if (found := scores.of_weights(folder, sha256))), {}), []
-    except DataError:  # an eval.json that is damaged, or of another program
-        return {}, []
-
-
-def _weights_sha256(checkpoint: Path) -> str | None:
-    """What a checkpoint's manifest says of its weights; None where it has none, or a damaged one."""
-    try:
-        return (read_json(checkpoint / "manifest.json") or {})["files"]["model.safetensors"]["sha256"]
-    except (KeyError, TypeError):
-        return None
 
 
 def _remarked(value: float, remarks: list[str]) -> str:
@@ -166,13 +148,3 @@ def _differences(recipe: Recipe, recorded: Recipe) -> str:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else f"{text[:21]}..."
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The newest first, whole or not."""
-    found = [path for path in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))

@@ -56,18 +56,22 @@ def run(run_folder: Path, flags: Flags) -> None:
                 raise ConfigError(
                     "--set card.KEY: an imported model that nobody trained here keeps its own model card."
                 )
-            return importing.describe_imported(run_folder, state)
+            return _validated(importing.describe_imported(run_folder, state), flags)
 
         recipe = _with(schema.load_recorded(run_folder), flags.overrides)
         if recipe.card.license is None:
             print("note: the model card states no licence: --set card.license=apache-2.0 would", file=sys.stderr)
+        elif recipe.sft is not None and not flags.overrides:
+            print(
+                f"note: licence {recipe.card.license}, language {', '.join(recipe.card.language)}: the recipe's; if "
+                "the base has others: --set card.license=... and --set 'card.language=[...]'",
+                file=sys.stderr,
+            )
         title, name = recipe.card.name, flags.out.resolve().name
         if flags.push is not None:
             title, name = flags.push.rpartition("/")[2], flags.push
-        described = card.describe(run_folder, checkpoint, recipe, card.Page(title, name, datasets=_hub_datasets()))
-        if flags.validate or flags.push is not None:
-            hub.validate(described[card.README].decode())
-        return described
+        page = card.Page(title, name, datasets=_hub_datasets())
+        return _validated(card.describe(run_folder, checkpoint, recipe, page), flags)
 
     exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe, gguf=flags.gguf)
     if not flags.as_json:
@@ -80,6 +84,13 @@ def run(run_folder: Path, flags: Flags) -> None:
         print_json(exported)
     elif flags.push is not None:
         print("{pushed}: uploaded; a new repository is private until its settings say otherwise".format(**exported))
+
+
+def _validated(described: dict[str, bytes], flags: Flags) -> dict[str, bytes]:
+    """The same files, once the hub has checked the card among them, where that is asked for."""
+    if flags.validate or flags.push is not None:
+        hub.validate(described[card.README].decode())
+    return described
 
 
 def _with(recorded: Recipe, overrides: list[str]) -> Recipe:

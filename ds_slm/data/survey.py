@@ -25,7 +25,7 @@ HELD_OUT = 0.02
 """Share of the text that is held out where there are many documents."""
 FEW_DOCUMENTS = 2_000
 """Up to this number, where each document falls decides how much is held out, so it is looked at."""
-MOST_HELD_OUT = 0.5
+LEAST_HELD_OUT, MOST_HELD_OUT = 0.005, 0.5
 FRACTION_DIGITS = 6
 
 
@@ -65,10 +65,11 @@ def survey(source: Source, recipe: Recipe) -> Survey:
         DataError: where the text cannot be read, or no part of it can be held out.
     """
     sample: list[str] = []
-    sampled_bytes = text_bytes = count = 0
+    sampled_bytes = text_bytes = count = empty = 0
     positions: list[tuple[float, int]] = []
     for text in documents(source):
         if not text.strip():
+            empty += 1
             continue
         size_bytes = len(text.encode())
         count += 1
@@ -82,7 +83,8 @@ def survey(source: Source, recipe: Recipe) -> Survey:
 
     if not count:
         raise DataError(f"{source.path} holds no text: every document is empty.")
-    fraction, share = (HELD_OUT, HELD_OUT) if count == 1 or count > FEW_DOCUMENTS else _fraction(positions)
+    is_cut = count == 1 and not empty  # one document alone is cut in two
+    fraction, share = (HELD_OUT, HELD_OUT) if is_cut or count > FEW_DOCUMENTS else _fraction(positions)
     return Survey(count, text_bytes, *_learn(sample, recipe), fraction, share, _beginnings(sample))
 
 
@@ -97,7 +99,7 @@ def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
     choices = [
         (abs(share - HELD_OUT), round(border, FRACTION_DIGITS), share)
         for border, share, ((one, _), (other, _)) in zip(borders, shares, pairwise(ordered), strict=False)
-        if one < round(border, FRACTION_DIGITS) <= other and share <= MOST_HELD_OUT
+        if one < round(border, FRACTION_DIGITS) <= other and LEAST_HELD_OUT <= share <= MOST_HELD_OUT
     ]
     if not choices:
         raise DataError(

@@ -113,8 +113,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
         problems.insert(0, f"model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}.")
 
     # Configurations may leave these out; what stands for them is what transformers takes.
-    sizes_are_numbers = isinstance(hidden_size, int) and isinstance(heads, int)
-    share = hidden_size // heads if sizes_are_numbers else None
+    share = hidden_size // heads if isinstance(hidden_size, int) and isinstance(heads, int) else None
     derived = {
         "head_dim": QWEN3_HEAD_DIM if model_type == "qwen3" else share,
         "num_key_value_heads": heads,

@@ -19,7 +19,7 @@ from ds_slm.model.hf import hf_config
 from ds_slm.publish import card_training, plots
 from ds_slm.publish.header import HubDataset, card_data
 from ds_slm.publish.limits import limits
-from ds_slm.publish.markdown import code_block, in_words, number, table, times
+from ds_slm.publish.markdown import code_block, in_words, number, plain, table, times
 from ds_slm.publish.rerun import rerun
 from ds_slm.publish.run_facts import RunFacts, read_facts
 from ds_slm.recipe.hub_names import language_name
@@ -89,7 +89,7 @@ def write_card(facts: RunFacts, page: Page) -> str:
         "Licence": _licence(facts),
     }
 
-    body = [f"# {page.title}"]
+    body = [f"# {plain(page.title)}"]
     for title, paragraphs in sections.items():
         body += [f"## {title}", *paragraphs] if title and paragraphs else paragraphs
     return f"---\n{head}\n---\n\n" + "\n\n".join(body) + "\n"
@@ -106,7 +106,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         count_told = (facts.environment.get("rows") or {}).get("train", {}).get("conversations")
         conversations = f"{count_told:,} conversations" if count_told else "conversations"
         what = f"A chat model of {size}, fine-tuned from {base} on {conversations}"
-    about = f" It reproduces {recipe.card.reproduces.rstrip('.')}." if recipe.card.reproduces else ""
+    about = f" It reproduces {plain(recipe.card.reproduces.rstrip('.'))}." if recipe.card.reproduces else ""
     text = (
         f"{what} with ds_slm.{about} Every figure on this page was read from the files of its run; what was not "
         "measured says so."
@@ -122,7 +122,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         "Vocabulary": f"{recipe.tokenizer.vocab_size:,} tokens",
         "Language": ", ".join(map(language_name, recipe.card.language)),
         "Training": f"{facts.step:,} steps, {facts.tokens:,} {'tokens' if recipe.sft is None else 'target tokens'}",
-        "Held-out loss": ", ".join(told),
+        "Held-out loss": ", ".join(told + [facts.of_held_out] * bool(told and facts.of_held_out)),
         "Hardware": f"{hardware}, {card_training.duration(hours)}" if hardware and hours is not None else hardware,
     }
     glance = table(("", ""), [row for row in rows.items() if row[1]])

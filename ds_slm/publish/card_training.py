@@ -206,7 +206,8 @@ def _losses(facts: RunFacts) -> list[str]:
     losses = [one["loss"] for one in facts.records.get("train", ()) if isinstance(one.get("loss"), int | float)]
     if losses:
         held_out = facts.held_out.get("loss")
-        end = f", on held-out rows {held_out:.4f}" if isinstance(held_out, int | float) else ""
+        rows_told = facts.of_held_out or "on held-out rows"
+        end = f", {rows_told} {held_out:.4f}" if isinstance(held_out, int | float) else ""
         found.append(f"The training loss went from {losses[0]:.4f} to {losses[-1]:.4f} nats a token{end}.")
     return found
 

@@ -215,6 +215,7 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) 
 
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors makes it readable by its owner alone
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

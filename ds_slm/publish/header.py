@@ -2,8 +2,8 @@
 
 RunFacts, eval.json --card_data--> huggingface_hub's ModelCardData --> YAML
 
-Hub ids stand there only of what is on the hub, and the figures only of whole sets. A set whose questions are other ones
-than the published, or are not known, has that word in the name of its metric.
+Hub ids stand there only of what is on the hub, and the figures only of whole sets with the published questions. A set
+whose published questions are not known has that word in the name of its metric.
 """
 
 from collections.abc import Mapping
@@ -89,10 +89,10 @@ def _tags(facts: RunFacts) -> list[str]:
 
 
 def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDataset]) -> "list[EvalResult]":
-    """One task's figures for the model-index; none of a trial with a limit."""
+    """One task's figures for the model-index; none of a trial with a limit, or of other rows than the published."""
     from huggingface_hub import EvalResult
 
-    if task["limited"]:
+    if task["limited"] or task["published"] is False:
         return []
 
     rows = datasets.get(name, HubDataset(name, None, None))

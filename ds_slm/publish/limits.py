@@ -26,7 +26,7 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
         f"Size: with {in_words(count)} parameters it holds few facts and makes up others. Do not rely on what it says.",
         f"Context: it reads at most {recipe.model.max_position_embeddings:,} tokens, prompt and answer together"
         + (
-            f", and was trained on rows of {recipe.data.seq_len:,}: beyond that it was not tested."
+            f", and was trained on rows of {recipe.data.seq_len:,}: beyond that this run did not test it."
             if recipe.data.seq_len < recipe.model.max_position_embeddings
             else "."
         ),
@@ -42,17 +42,22 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"Data: it saw {share:.2g} tokens for each parameter{few}.")
     else:
-        lines.append("Use: it learned its answers from examples alone, without people's or a model's preferences.")
+        lines.append("Use: this fine-tuning taught it answers by examples alone, without anybody's preferences.")
     if languages and languages != ["multilingual"]:
         named = ", ".join(map(language_name, languages))
         lines.append(f"Language: text in other languages than {named} is not what it was trained on.")
 
-    accuracies = [row for row in rows_of(scored, None) if row.chance is not None] if scored else []
+    whole = (
+        {**scored, "tasks": {name: task for name, task in scored["tasks"].items() if not task["limited"]}}
+        if scored
+        else {}
+    )
+    accuracies = [row for row in rows_of(whole, None) if row.chance is not None] if whole else []
     if accuracies and all(_is_near_chance(row.ours, row.chance, row.plus_minus) for row in accuracies):
         lines.append("Knowledge: on no benchmark above can its accuracy be told from guessing.")
     lines.append(
-        "Safety: it was not trained to refuse anything, its output is not filtered, and it was not tested for bias or "
-        "for harmful text. What its data hold, it may repeat."
+        "Safety: this run did not teach it to refuse anything, its output is not filtered, and it was not tested for "
+        "bias or for harmful text. What its data hold, it may repeat."
     )
     return ["\n".join(f"- {line}" for line in lines)]
 

@@ -1,5 +1,6 @@
 """Markdown as the hub renders it: tables whose cells hold any text, and numbers for people."""
 
+import re
 from collections.abc import Sequence
 
 SIZES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
@@ -16,6 +17,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 def cell(text: str) -> str:
     """Text on one line, whose bars are not those of a table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def plain(text: str) -> str:
+    """Text on one line that is no markup: a recipe may hold anything."""
+    return re.sub(r"[<>`|\\*_\[\]#]", lambda sign: f"\\{sign[0]}", " ".join(text.split()))
 
 
 def code_block(text: str, language: str) -> str:

@@ -7,12 +7,12 @@ was continued; what went wrong. A run may be in progress: whatever its folder ho
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import ConfigError
-from ds_slm.files import read_json
+from ds_slm.files import printable, read_json
 from ds_slm.publish import curves
 from ds_slm.recipe import plan, schema
 from ds_slm.recipe.schema import Recipe
@@ -75,19 +75,23 @@ def write_page(runs: Sequence[Path]) -> str:
 
 def _names(runs: Sequence[Path]) -> list[str]:
     """A name for each run: its folder's, or its whole path where two have the same."""
-    short = [run.resolve().name for run in runs]
-    return [name if short.count(name) == 1 else str(run) for run, name in zip(runs, short, strict=True)]
+    short = [printable(run.resolve().name) for run in runs]
+    return [name if short.count(name) == 1 else printable(str(run)) for run, name in zip(runs, short, strict=True)]
 
 
 def _read(run: Path, name: str) -> Story:
     recipe = schema.load_recorded(run)
     records: dict[str, list[Record]] = {}
     for record in run_folder.read_records(run):
-        if isinstance(record.get("step"), int):
+        is_whole = record.get("kind") != "train" or isinstance(record.get("loss"), int | float)
+        if isinstance(record.get("step"), int) and is_whole:
             records.setdefault(str(record.get("kind")), []).append(record)
 
-    found = scores.read(run)
+    found, remarks = scores.newest(run)
+    if found and (step := found["model"].get("step")) not in (None, recipe.train.steps):
+        remarks = [*remarks, f"at step {step:,}"]
     rows = scores.rows_of(found, recipe) if found else []
+    rows = [replace(row, what=", ".join(dict.fromkeys(filter(None, [row.what, *remarks])))) for row in rows]
     story = Story(name, recipe, records, run_folder.finished(run), rows)
     story.incidents.extend(sorted(_incidents(run, story), key=lambda one: one.step))
     return story
@@ -104,8 +108,10 @@ def _incidents(run: Path, story: Story) -> Iterator[Incident]:
         )
 
     for change in run_folder.read_changes(run):
-        said = [f"{key}: {was} → {now}" for key, (was, now) in (change.get("changes") or {}).items()]
-        said += [f"rows {first:,} to {end:,} left out" for first, end in change.get("skipped_rows") or ()]
+        changed, skipped = change.get("changes"), change.get("skipped_rows")
+        pairs = changed.items() if isinstance(changed, Mapping) else ()
+        said = [f"{key}: {' → '.join(map(str, pair))}" for key, pair in pairs if isinstance(pair, list)]
+        said += [f"rows left out: {skipped}"] if skipped else []
         if said:
             yield Incident(change.get("step", 0), f"launch {change.get('generation')}: {'; '.join(said)}")
 
@@ -185,6 +191,7 @@ def _samples(story: Story) -> dict[str, list[tuple[int, str]]]:
     """Each prompt with its continuations by step, the newest first."""
     found: dict[str, list[tuple[int, str]]] = {}
     for record in reversed(story.of("samples")):
-        for prompt, text in (record.get("continuations") or {}).items():
-            found.setdefault(prompt, []).append((record["step"], text))
+        continuations = record.get("continuations")
+        for prompt, text in continuations.items() if isinstance(continuations, Mapping) else ():
+            found.setdefault(prompt, []).append((record["step"], str(text)))
     return found

@@ -1,5 +1,7 @@
 """How to make the same model again: the part of a model card with commands, hashes and versions."""
 
+import html
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ def rerun(facts: RunFacts) -> list[str]:
     """Commands, hashes and versions; the recipe itself where it is not the library's."""
     name, environment = facts.name, facts.environment
     in_library = _library_has(facts)
-    recipe = name if in_library else f"{name}.toml"
-    replaced = "".join(f" --source {one}=FILES" for one in environment.get("replaced_sources") or ())
+    recipe = shlex.quote(name if in_library else f"{name}.toml")
+    replaced = "".join(f" --source {shlex.quote(one)}=FILES" for one in environment.get("replaced_sources") or ())
     if facts.recipe.sft is None:
         commands = [
             f"ds-slm prepare {recipe}{replaced}",
@@ -29,7 +31,7 @@ def rerun(facts: RunFacts) -> list[str]:
     else:
         commands = [f"deepspeed sft/train.py --recipe {recipe} --base BASE{replaced}"]
     step = "" if facts.is_finished else f" --step {facts.step}"
-    commands.append(f"ds-slm export runs/{name} --out {name}{step}")
+    commands.append(f"ds-slm export {shlex.quote(f'runs/{name}')} --out {shlex.quote(name)}{step}")
 
     text = (
         "In a checkout of ds_slm:" if in_library else f"In a checkout of ds_slm, with the recipe below as `{recipe}`:"
@@ -41,7 +43,9 @@ def rerun(facts: RunFacts) -> list[str]:
         told.append("FILES are the local files that were read in place of a source.")
     told += _proof(facts)
     if not in_library:
-        told.append(f"<details><summary>{recipe}</summary>\n\n{code_block(_shown(facts), 'toml')}\n\n</details>")
+        told.append(
+            f"<details><summary>{html.escape(recipe)}</summary>\n\n{code_block(_shown(facts), 'toml')}\n\n</details>"
+        )
     return told
 
 

@@ -68,6 +68,11 @@ class RunFacts:
             return {key.removeprefix("val_"): value for key, value in self.done.items() if key.startswith("val_")}
         return next((one for one in self.records.get("val", ()) if one.get("step") == self.step), {})
 
+    @property
+    def of_held_out(self) -> str:
+        """What `held_out` is not taken on all held-out rows of; empty where it is."""
+        return "" if self.done or not self.held_out else f"on {self.recipe.run.eval_rows:,} held-out rows at most"
+
     def figure(self, metric: str, step: int) -> float | None:
         """A loss of the run after a step, by a recipe's name for it such as val/loss; None where it was not taken.
 

@@ -70,9 +70,11 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
     wanted = base.train.steps * base.train.global_batch_tokens
     tokens = tokens or min(wanted, EPOCHS * text.train_tokens)
 
-    # The batch: a power of two, never beyond the base's.
-    rows = base.rows_per_step * math.sqrt(min(1.0, tokens / wanted))
-    rows = min(base.rows_per_step, max(LEAST_ROWS, 2 ** round(math.log2(rows))))
+    # The batch: the base's, or a power of two below it.
+    rows = base.rows_per_step
+    if tokens < wanted:
+        smaller = max(1.0, rows * math.sqrt(tokens / wanted))
+        rows = min(rows, max(LEAST_ROWS, 2 ** round(math.log2(smaller))))
     steps = tokens // (rows * base.data.seq_len)
 
     problems = []
@@ -126,7 +128,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit) ->
 
     lines = [
         f"# {text.described}. What is not said here is {base_name}'s: `ds-slm plan {name}.toml` lists it.",
-        f'base = "{base_name}"',
+        f"base = {_quoted(base_name)}",
         "",
         "[card]",
         f'name = "{name}"',
@@ -134,6 +136,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit) ->
         *_special_tokens(base),
         "[data]",
         f"val_fraction = {text.val_fraction:g}  # of the documents, never trained on",
+        *(['held_out = "hash"'] if base.data.held_out != "hash" else []),
         "[[data.source]]",
         'name = "text"',
         'kind = "files"',
@@ -193,4 +196,4 @@ def _quoted(text: str) -> str:
 
 
 def _rounded(rate: float) -> str:
-    return f"{rate:.2g}" if rate else "0.0"
+    return f"{rate:.3g}" if rate else "0.0"

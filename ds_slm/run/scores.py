@@ -4,6 +4,7 @@ RUN/eval.json, RUN/eval/step-*/eval.json --of_weights--> what was scored of thes
 eval.json, a recipe's published figures --rows_of--> task, metric, published, ours, +-, chance, items, what
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def is_record(found: Mapping[str, Any]) -> bool:
     model, tasks = found.get("model"), found.get("tasks")
     if not isinstance(model, Mapping) or not isinstance(tasks, Mapping):
         return False
+    if not isinstance(model.get("step"), int | None):
+        return False
     needed = {"items", "limited", "published", "figures"}
     return all(
         isinstance(task, Mapping) and needed <= task.keys() and _are_figures(task["figures"]) for task in tasks.values()
@@ -117,6 +120,37 @@ def of_weights(run: Path, sha256: str) -> dict[str, Any]:
     for found in records:
         merged = {**found, "tasks": merge_tasks(merged.get("tasks", {}), found["tasks"])}
     return merged
+
+
+def newest(run: Path) -> tuple[dict[str, Any], list[str]]:
+    """The figures of the newest checkpoint that was scored, with a remark where none is left to compare with.
+
+    A run folder that was trained anew still holds the figures of its former weights: these are no figures of the run.
+    Raises DataError for a damaged eval.json.
+    """
+    weights = [sha256 for checkpoint in checkpoints(run) if (sha256 := _weights_sha256(checkpoint))]
+    if not weights:
+        return read(run), ["weights unchecked"]
+    return next((found for sha256 in weights if (found := of_weights(run, sha256))), {}), []
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, the newest first, whole or not."""
+    found = [path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _weights_sha256(checkpoint: Path) -> str | None:
+    """What a checkpoint's manifest says of its weights; None where it has none, or a damaged one."""
+    try:
+        return (read_json(checkpoint / "manifest.json") or {})["files"]["model.safetensors"]["sha256"]
+    except (KeyError, TypeError):
+        return None
 
 
 def merge_tasks(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

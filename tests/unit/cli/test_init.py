@@ -69,6 +69,20 @@ def test_refuses_what_cannot_be_all_at_once(
     assert list(texts.parent.glob("*.toml")) == []
 
 
+def test_a_name_that_is_not_utf_8_is_refused(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any text is read."""
+    assert "not UTF-8" in refused(["init", "mine", "--text", "texts", "--column", "\udcff"], monkeypatch, capsys)
+
+
+def test_a_base_is_quoted(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path may hold what TOML would read as the end of its string."""
+    Path('q"b.toml').write_text('base = "demo"\n[card]\nname = "b"\n', encoding="utf-8")
+    run(["init", "mine", "--text", "texts", "--from", 'q"b.toml'], monkeypatch)
+    assert schema.load("mine.toml").model == schema.load("demo").model
+
+
 def test_never_replaces_a_file(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +100,7 @@ def test_reads_numbers_of_tokens(typed: str, count: int) -> None:
     assert token_count(typed) == count
 
 
-@pytest.mark.parametrize("typed", ["", "many", "-3M", "0", "3T", "1e6"])
+@pytest.mark.parametrize("typed", ["", "many", "-3M", "0", "3T", "1e6", "9" * 400 + "B", "9999999999B"])
 def test_refuses_what_is_no_number_of_tokens(typed: str) -> None:
     """With an example."""
     with pytest.raises(ConfigError, match="300M"):

@@ -42,7 +42,21 @@ def test_help_lists_the_verbs_that_exist() -> None:
     assert done.returncode == 0
     commands = done.stdout.partition("Commands:")[2].split("\n")
     assert [line.split()[0] for line in commands if line.strip()] == [
-        *("recipes", "init", "plan", "prepare", "train", "sft", "verify", "export", "report", "eval", "rank", "chat")
+        *(
+            "recipes",
+            "init",
+            "plan",
+            "prepare",
+            "train",
+            "sft",
+            "verify",
+            "export",
+            "import",
+            "report",
+            "eval",
+            "rank",
+            "chat",
+        )
     ]
 
 

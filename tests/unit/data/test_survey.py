@@ -56,6 +56,20 @@ def test_documents_that_cannot_be_parted_are_refused(tmp_path: Path) -> None:
         survey(files_source(file), DEMO)
 
 
+def test_a_held_out_part_of_a_few_words_is_refused(tmp_path: Path) -> None:
+    """A book and a note: either the note is held out, or the book; neither says anything of a model."""
+    file = write_jsonl(tmp_path / "text.jsonl", [words(40_000), "Read me."])
+    with pytest.raises(DataError, match="cannot be parted"):
+        survey(files_source(file), DEMO)
+
+
+def test_one_document_beside_an_empty_one_is_refused(tmp_path: Path) -> None:
+    """Preparing cuts a document in two only where it is the only one, empty ones counted."""
+    file = write_jsonl(tmp_path / "text.jsonl", [words(40_000), ""])
+    with pytest.raises(DataError, match="cannot be parted"):
+        survey(files_source(file), DEMO)
+
+
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     """Documents of blanks alone."""
     file = write_jsonl(tmp_path / "text.jsonl", ["  ", ""])

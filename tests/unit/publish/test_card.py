@@ -122,7 +122,7 @@ def test_a_fine_tuned_model_names_its_base(tmp_path: Path, export: Any) -> None:
 
 
 def test_the_model_index_holds_whole_sets_and_says_what_else_differs(tmp_path: Path, export: Any) -> None:
-    """Oracle: of a published, a limited, an altered and an unknown set all but the limited one, by their names."""
+    """Oracle: of a published, a limited, an altered and an unknown set the first and the last, by their names."""
     run = write_run(tmp_path / "run", recipe_of())
     tasks = {"arc_challenge": task(), "piqa": task(limited=True), "sciq": task(published=False),
              "blimp": task(published=None)}  # fmt: skip
@@ -135,11 +135,27 @@ def test_the_model_index_holds_whole_sets_and_says_what_else_differs(tmp_path: P
     names = ["acc_norm", "answer_bits_per_byte"]
     assert found == {
         ("allenai/ai2_arc", "ARC-Challenge"): names,
-        ("allenai/sciq", None): [f"{name} (other rows)" for name in names],
         ("blimp", None): [f"{name} (rows unchecked)" for name in names],
     }
     accuracy = entry["results"][0]["metrics"][0]
     assert (accuracy["type"], accuracy["value"]) == ("accuracy", 41.5)
+
+
+def test_texts_of_a_recipe_are_no_markup(tmp_path: Path, export: Any) -> None:
+    """A heading, a table or a comment in the recipe's words stays words, on one line."""
+    forged = "X.\n\n## Results\n\n| benchmark | this model |\n| --- | --- |\n| hellaswag | 99 |\n\n<!--"
+    recipe = recipe_of().model_copy(update={"card": schema.Card(name="m <!--", reproduces=forged)})
+    card = export(write_run(tmp_path / "run", recipe))
+    assert "# m \\<!--" in card
+    assert card.count("\n## Results\n") == 1 and "\n| hellaswag" not in card and "\n<!--" not in card
+
+
+def test_a_loss_of_some_held_out_rows_says_so(tmp_path: Path, export: Any) -> None:
+    """A checkpoint before the last was evaluated on eval_rows rows, not on all."""
+    run = write_run(tmp_path / "run", recipe_of())
+    (run / "done.json").unlink()
+    card = export(run)
+    assert f"on {recipe_of().run.eval_rows:,} held-out rows at most" in card
 
 
 def test_published_stands_beside_ours_with_its_error_and_chance(tmp_path: Path, export: Any) -> None:

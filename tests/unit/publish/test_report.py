@@ -162,6 +162,26 @@ def test_runs_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     assert str(other) in Page(write_page([folder / "first", other])).text
 
 
+def test_figures_of_other_weights_say_so(folder: Path, tmp_path: Path) -> None:
+    """No checkpoint is left to compare with, and the run has gone on since it was scored."""
+    run = write_run(tmp_path / "scored")
+    figure = {"value": 41.5, "stderr": 1.25, "chance": 25.0, "commonest": None}
+    task = {"items": 9, "of_items": 9, "limited": False, "published": None, "figures": {"acc": figure}}
+    found = {"model": {"sha256": "other", "step": 20}, "tasks": {"piqa": task}}
+    (run / "eval.json").write_text(json.dumps(found))
+    text = Page(write_page([run])).text
+    assert "weights unchecked" in text and "at step 20" in text
+
+
+def test_records_that_are_damaged_are_passed_over(tmp_path: Path) -> None:
+    """Each in a way that JSON allows."""
+    run = write_run(tmp_path / "run", samples=[{"step": 5, "continuations": ["text"]}])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 99}\n')
+    (run / "changes.jsonl").write_text('{"generation": 2, "changes": [1], "skipped_rows": [[1, 2]]}\n')
+    assert "rows left out: [[1, 2]]" in Page(write_page([run])).text
+
+
 def test_time_counts_steps_that_were_not_recorded() -> None:
     """By hand: every fourth step is recorded and takes a second."""
     assert curves.elapsed_s([{"step": 4, "step_s": 1.0}, {"step": 8, "step_s": 1.0}]) == [4.0, 8.0]

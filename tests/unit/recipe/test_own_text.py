@@ -49,10 +49,11 @@ def test_text_is_read_four_times_at_most(tmp_path: Path) -> None:
     assert recipe.train.steps * recipe.train.global_batch_tokens == pytest.approx(120_000_000, rel=0.01)
 
 
-def test_as_much_text_as_the_base_has_keeps_its_batch_and_rates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base_name", PRETRAINING)
+def test_as_much_text_as_the_base_has_keeps_its_batch_and_rates(base_name: str, tmp_path: Path) -> None:
     """Nothing is scaled where nothing differs."""
-    base = schema.load("slm-10m")
-    recipe, _ = made("slm-10m", 25_000_000_000, tmp_path)
+    base = schema.load(base_name)
+    recipe, _ = made(base_name, 25_000_000_000, tmp_path)
     assert (recipe.train.steps, recipe.rows_per_step) == (base.train.steps, base.rows_per_step)
     assert (recipe.optimizer.lr, recipe.schedule) == (base.optimizer.lr, base.schedule)
 
@@ -72,6 +73,19 @@ def test_too_little_text_is_refused_with_what_would_fit() -> None:
     assert "700 ids, and 8,192" in problems
     assert "1 steps of 16 rows" in problems
     assert "--from gpt-s-1.4m" in problems
+
+
+def test_hardly_any_text_is_refused_in_a_sentence() -> None:
+    """Not a token to train on."""
+    with pytest.raises(DataError, match="too little text"):
+        fit(schema.load("demo"), text(0))
+
+
+def test_the_split_is_the_one_that_was_surveyed(tmp_path: Path) -> None:
+    """A base that draws its held-out documents row by row: the fraction was chosen for hashes."""
+    base = schema.load("demo", ['data.held_out="draw"'])
+    chosen = fit(base, text(3_000_000))
+    assert 'held_out = "hash"' in as_toml("mine", "demo", base, text(3_000_000), chosen)
 
 
 def test_what_fits_is_the_largest_model_that_is_trained_well() -> None:

@@ -90,7 +90,9 @@ def test_keys_of_a_terminal(screen: Screen) -> None:
     screen.type(CTRL_C)
     assert "stopped" in screen.until("\n> ").splitlines()[-1]
 
-    screen.type(b"half a line" + CTRL_C)
+    screen.type(b"half a line")
+    screen.until("half a line")  # it is being read: a signal just before would wait for the next key
+    screen.type(CTRL_C)
     screen.until("/quit or Ctrl-D ends.")
     screen.until("> ")
     screen.type(b"/reset\n")

@@ -99,7 +99,7 @@ class Engine:
             config=engine_config.deepspeed,
             dist_init_required=False,
         )[0]
-        self._layers = LayerNorms(self.deepspeed)
+        self._layers = LayerNorms(self.deepspeed) if recipe.run.layers_every_steps else None
         if engine_config.compiled:
             model.compile_parts()
 
@@ -158,7 +158,7 @@ class Engine:
 
         With `show_layers`, `layer_norms` says afterwards what it was made of.
         """
-        if show_layers:
+        if show_layers and self._layers:
             self._layers.measure_next_step()
         set_learning_rate(self.deepspeed.optimizer.optimizer, learning_rate)
         self.deepspeed.step()
@@ -170,7 +170,11 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm())
 
     def layer_norms(self) -> dict[str, float]:
-        """Norms of weights and, before clipping, gradients by layer, of a step with `show_layers`. Collective."""
+        """Norms of weights and, before clipping, gradients by layer, of a step with `show_layers`. Collective.
+
+        Only for a recipe with `run.layers_every_steps`: others have nothing hooked into their optimiser.
+        """
+        assert self._layers is not None, "run.layers_every_steps is not set"
         return self._layers.result(
             self.grad_norm, lambda own: [sum(ranks) for ranks in self._gather(own.to(self.device))]
         )

@@ -21,13 +21,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync, is_plain_name, replace_text, write_json, write_point, writer_name
+from ds_slm.files import fsync, is_plain_name, read_json, replace_text, write_json, write_point, writer_name
+
+if TYPE_CHECKING:  # `ds-slm recipes` reads checkpoints' names and manifests, and does not wait for torch
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -81,7 +82,7 @@ class Writer:
             self._fingerprints[file_name] = file.sync()
         self._reached(f"{file_name}-synced")
 
-    def add_tensors(self, file_name: str, tensors: Mapping[str, Tensor]) -> None:
+    def add_tensors(self, file_name: str, tensors: "Mapping[str, Tensor]") -> None:
         """Write one safetensors file of whole fp32 tensors on the CPU."""
         with self.begin_tensors(file_name, {name: tensor.shape for name, tensor in tensors.items()}) as file:
             for name in in_file_order(tensors):
@@ -279,6 +280,16 @@ def model_sha256(checkpoint: Path) -> str:
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"][MODEL]["sha256"]
 
 
+def model_sha256s(run: Path) -> list[str]:
+    """What the manifests of a run's checkpoints, the newest first, say of their weights; damaged ones are left out."""
+    found = []
+    for step in reversed(steps(run)):
+        manifest = read_json(folder_of_step(run, step) / MANIFEST) or {}
+        with contextlib.suppress(KeyError, TypeError):
+            found.append(manifest["files"][MODEL]["sha256"])
+    return found
+
+
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file opened for reading one tensor at a time: `.keys()`, `.get_tensor(name)`."""
@@ -288,7 +299,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         yield tensors
 
 
-def read_model(checkpoint: Path) -> dict[str, Tensor]:
+def read_model(checkpoint: Path) -> "dict[str, Tensor]":
     """All fp32 weights of a verified checkpoint, by parameter name."""
     with open_tensors(checkpoint / MODEL) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict

@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ds_slm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BYTES = 4
 """Size of an fp32 value."""
@@ -61,7 +62,7 @@ class TensorFile:
         while left:
             left = left[self._file.write(left) or 0 :]
 
-    def write(self, values: Tensor) -> None:
+    def write(self, values: "Tensor") -> None:
         """The next values: a flat, contiguous fp32 tensor on the CPU, of any length."""
         if values.numel():  # an empty view cannot be cast
             self._write(values.numpy().data.cast("B"))

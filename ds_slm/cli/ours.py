@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import DataError, RecipeError
 from ds_slm.files import read_json
 from ds_slm.recipe import schema
@@ -98,28 +99,23 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
         for key, value in done.items()
         if key.startswith("val_") and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    step = (
-        done.get("step")
-        if isinstance(done.get("step"), int)
-        else max(map(scores.step_of, scores.checkpoints(folder)), default=0)
-    )
+    step = done["step"] if isinstance(done.get("step"), int) else max(checkpoint_files.steps(folder), default=0)
     scored = _scored(folder, recorded)
     headline = recipe.targets[0].metric if recipe.targets else None
-    return Ours(str(folder), int(step or 0), recorded.train.steps, figures, differs, scored, headline)
+    return Ours(str(folder), step, recorded.train.steps, figures, differs, scored, headline)
 
 
 def _scored(folder: Path, recorded: Recipe) -> dict[str, str]:
     """What `ds-slm eval` found of the run, and what keeps a figure from standing beside the published one."""
     try:
-        found, remarks = scores.newest(folder)
+        weights = checkpoint_files.model_sha256s(folder)
+        found, remarks = scores.newest(folder, weights, recorded.train.steps)
     except DataError:  # an eval.json that is damaged, or of another program
         return {}
     if not found:
         return {}
 
-    step, tasks = found["model"].get("step"), found["tasks"]
-    if step is not None and step != recorded.train.steps:
-        remarks = [f"at step {step:,}", *remarks]
+    tasks = found["tasks"]
     scored = {
         f"{name}/{metric}": _remarked(figure["value"], [*remarks, *remarks_on(name, task)])
         for name, task in tasks.items()

@@ -3,7 +3,8 @@
     RUN/metrics.jsonl, recipe.toml, eval.json, bad-steps/, ... --read--> Story, one a run --page--> HTML
 
 Curves against steps, tokens and training time; what differs between the recipes; held-out losses and benchmarks; what
-was continued; what went wrong. A run may be in progress: whatever its folder holds is shown, checkpoints are not read.
+was continued; what went wrong. A run may be in progress: whatever its folder holds is shown. Of checkpoints only the
+manifests are read: a figure of weights that none of them holds is not the run's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import ConfigError
 from ds_slm.files import printable, read_json
 from ds_slm.publish import curves
@@ -87,9 +89,7 @@ def _read(run: Path, name: str) -> Story:
         if isinstance(record.get("step"), int) and is_whole:
             records.setdefault(str(record.get("kind")), []).append(record)
 
-    found, remarks = scores.newest(run)
-    if found and (step := found["model"].get("step")) not in (None, recipe.train.steps):
-        remarks = [*remarks, f"at step {step:,}"]
+    found, remarks = scores.newest(run, checkpoint_files.model_sha256s(run), recipe.train.steps)
     rows = scores.rows_of(found, recipe) if found else []
     rows = [replace(row, what=", ".join(dict.fromkeys(filter(None, [row.what, *remarks])))) for row in rows]
     story = Story(name, recipe, records, run_folder.finished(run), rows)

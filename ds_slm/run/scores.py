@@ -4,8 +4,7 @@ RUN/eval.json, RUN/eval/step-*/eval.json --of_weights--> what was scored of thes
 eval.json, a recipe's published figures --rows_of--> task, metric, published, ours, +-, chance, items, what
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,35 +121,28 @@ def of_weights(run: Path, sha256: str) -> dict[str, Any]:
     return merged
 
 
-def newest(run: Path) -> tuple[dict[str, Any], list[str]]:
-    """The figures of the newest checkpoint that was scored, with a remark where none is left to compare with.
+def newest(run: Path, weights: Sequence[str], last_step: int) -> tuple[dict[str, Any], list[str]]:
+    """The figures of the newest checkpoint that was scored, and what keeps them from being the finished run's.
 
     A run folder that was trained anew still holds the figures of its former weights: these are no figures of the run.
-    Raises DataError for a damaged eval.json.
+
+    Args:
+        run: the run folder.
+        weights: hashes of its checkpoints' weights, the newest first (`checkpoint.files.model_sha256s`). Where there is
+            none, nothing is left to compare with, and a remark says so.
+        last_step: of the whole run.
+
+    Raises:
+        DataError: for a damaged eval.json.
     """
-    weights = [sha256 for checkpoint in checkpoints(run) if (sha256 := _weights_sha256(checkpoint))]
-    if not weights:
-        return read(run), ["weights unchecked"]
-    return next((found for sha256 in weights if (found := of_weights(run, sha256))), {}), []
+    if weights:
+        found = next((found for sha256 in weights if (found := of_weights(run, sha256))), {})
+    else:
+        found = read(run)
 
-
-def checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, the newest first, whole or not."""
-    found = [path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _weights_sha256(checkpoint: Path) -> str | None:
-    """What a checkpoint's manifest says of its weights; None where it has none, or a damaged one."""
-    try:
-        return (read_json(checkpoint / "manifest.json") or {})["files"]["model.safetensors"]["sha256"]
-    except (KeyError, TypeError):
-        return None
+    step = found["model"].get("step") if found else None
+    remarks = [] if weights else ["weights unchecked"]
+    return found, remarks if step in (None, last_step) else [f"at step {step:,}", *remarks]
 
 
 def merge_tasks(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ manifests are read: a figure of weights that none of them holds is not the run's
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,18 @@ class Story:
 
     name: str
     recipe: Recipe
-    records: Mapping[str, list[Record]]
+    records: Mapping[str, Sequence[Record]]
     """By kind, in the order of steps."""
     done: Record
     scores: list[scores.Row]
-    incidents: list[Incident] = field(default_factory=list)
+    incidents: list[Incident]
 
     @property
     def last_step(self) -> int:
         """The newest step that is recorded."""
         return max((record["step"] for record in self.of("train")), default=0)
 
-    def of(self, kind: str) -> list[Record]:
+    def of(self, kind: str) -> Sequence[Record]:
         """The records of a kind."""
         return self.records.get(kind, [])
 
@@ -83,23 +83,19 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _read(run: Path, name: str) -> Story:
     recipe = schema.load_recorded(run)
-    records: dict[str, list[Record]] = {}
-    for record in run_folder.read_records(run):
-        is_whole = record.get("kind") != "train" or isinstance(record.get("loss"), int | float)
-        if isinstance(record.get("step"), int) and is_whole:
-            records.setdefault(str(record.get("kind")), []).append(record)
+    records = run_folder.read_records(run)
+    records["train"] = [one for one in records.get("train", []) if isinstance(one.get("loss"), int | float)]
 
     found, remarks = scores.newest(run, checkpoint_files.model_sha256s(run), recipe.train.steps)
     rows = scores.rows_of(found, recipe) if found else []
     rows = [replace(row, what=", ".join(dict.fromkeys(filter(None, [row.what, *remarks])))) for row in rows]
-    story = Story(name, recipe, records, run_folder.finished(run), rows)
-    story.incidents.extend(sorted(_incidents(run, story), key=lambda one: one.step))
-    return story
+    incidents = sorted(_incidents(run, records), key=lambda one: one.step)
+    return Story(name, recipe, records, run_folder.finished(run), rows, incidents)
 
 
-def _incidents(run: Path, story: Story) -> Iterator[Incident]:
+def _incidents(run: Path, records: Mapping[str, Sequence[Record]]) -> Iterator[Incident]:
     """Launches, changes, loss spikes, steps that were refused, and a stop."""
-    for record in story.of("launch"):
+    for record in records.get("launch", []):
         hosts = list(dict.fromkeys(record.get("hosts") or ()))
         where = f"{record.get('world_size')} x {record.get('device')} on {', '.join(hosts)}"
         begins = "resumed" if record["step"] else "started"
@@ -115,7 +111,7 @@ def _incidents(run: Path, story: Story) -> Iterator[Incident]:
         if said:
             yield Incident(change.get("step", 0), f"launch {change.get('generation')}: {'; '.join(said)}")
 
-    for record in story.of("train"):
+    for record in records["train"]:
         if spike := record.get("loss_spike"):
             yield Incident(record["step"], f"loss spike: {record['loss']:.4f}, {spike:.4f} over the median")
     for path in sorted(run.glob("bad-steps/*/*.json")):
@@ -168,7 +164,7 @@ def _differences(stories: Sequence[Story]) -> dict[str, list[str]]:
     """What of the recipes is not the same in all runs."""
     first = stories[0].recipe
     compared = [schema.changes(first, story.recipe) for story in stories]
-    keys = sorted({key for changed in compared for key in changed if key.partition(".")[0] in schema.IDENTITY})
+    keys = sorted({key for changed in compared for key in changed if schema.changes_result(key)})
     firsts = {key: was for changed in compared for key, (was, _) in changed.items()}
     return {key: [_shown(changed.get(key, (None, firsts[key]))[1]) for changed in compared] for key in keys}
 

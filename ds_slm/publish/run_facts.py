@@ -1,6 +1,6 @@
 """What a run folder tells of one of its checkpoints: all that a model card is written from.
 
-RUN/recipe.toml, env.json, changes.jsonl, metrics.jsonl, done.json, tb/, CHECKPOINT/state.json --read_facts--> RunFacts
+RUN/env.json, changes.jsonl, metrics.jsonl, done.json, CHECKPOINT/state.json --read_facts--> RunFacts
 
 Folders of older versions lack some of it: every value may be missing, and the card then says less.
 """
@@ -136,10 +136,10 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
     step = state["step"]
 
     # The records of later steps are not of these weights.
-    records: dict[str, list[Record]] = {}
-    for record in run_folder.read_records(run):
-        if isinstance(record.get("step"), int) and record["step"] <= step:
-            records.setdefault(str(record.get("kind")), []).append(record)
+    records = {
+        kind: [record for record in of_kind if record["step"] <= step]
+        for kind, of_kind in run_folder.read_records(run).items()
+    }
 
     done = run_folder.finished(run)
     is_of_these = done.get("step") == step and done.get("recipe_sha256") == recipe.identity_sha256()

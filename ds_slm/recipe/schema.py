@@ -96,6 +96,11 @@ IDENTITY = ("model", "tokenizer", "data", "optimizer", "schedule", "train", "sft
 """Sections that change the result."""
 
 
+def changes_result(place: str) -> bool:
+    """Whether a `section.key` belongs to a section that changes the result."""
+    return place.partition(".")[0] in IDENTITY
+
+
 class Recipe(Section):
     """A whole recipe. Read one with `load`; it has passed every check that needs no device."""
 

@@ -148,15 +148,18 @@ def newest_saved(run: Path) -> tuple[int, list[str]]:
     return step, [str(host) for host in hosts] if isinstance(hosts, list) else []
 
 
-def read_records(run: Path) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl; damaged lines are passed over."""
-    return _json_lines(run / "metrics.jsonl")
+def read_records(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """Kind -> records of metrics.jsonl, in its order; damaged lines, and those without a step, are passed over."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in _json_lines(run / "metrics.jsonl"):
+        if isinstance(record.get("step"), int):
+            found.setdefault(str(record.get("kind")), []).append(record)
+    return found
 
 
 def _recorded_saves(run: Path) -> list[int]:
     """The steps whose saves metrics.jsonl says were begun, in ascending order."""
-    records = (record for record in read_records(run) if record.get("kind") == "save")
-    return sorted({record["step"] for record in records if isinstance(record.get("step"), int)})
+    return sorted({record["step"] for record in read_records(run).get("save", [])})
 
 
 def keep_records(run: Path, generation: int) -> Path | None:

@@ -135,7 +135,7 @@ def _differences(recipe: Recipe, recorded: Recipe) -> str:
     changed = [
         f"{place} {_short(was)} -> {_short(now)}"
         for place, (was, now) in schema.changes(recipe, recorded).items()
-        if place.partition(".")[0] in schema.IDENTITY
+        if schema.changes_result(place)
     ]
     more = f" and {len(changed) - NAMED_CHANGES} more" if len(changed) > NAMED_CHANGES else ""
     return f"another recipe: {', '.join(changed[:NAMED_CHANGES])}{more}"

@@ -77,13 +77,8 @@ class TransformersScorer:
                     alone_T = torch.cat([ids_T[:4], ids_T[begin : begin + 2]])
                     expected_TV = self._logits(alone_T.unsqueeze(0), None)[0, 4:]
                     torch.testing.assert_close(got_TV[begin : begin + 2], expected_TV, rtol=1e-4, atol=1e-4)
-        except (
-            TypeError,
-            ValueError,
-            IndexError,
-            RuntimeError,
-            AssertionError,
-        ):  # each architecture refuses its own way
+        # Each architecture refuses in its own way.
+        except (TypeError, ValueError, IndexError, RuntimeError, AssertionError):
             return False
         return True
 

@@ -17,6 +17,7 @@ from typing import Any
 from ds_slm.data.tokenizers.tokenizer import IM_END
 from ds_slm.model.hf import hf_config
 from ds_slm.publish import card_training, plots
+from ds_slm.publish.card_training import OF_TRAINING
 from ds_slm.publish.header import HubDataset, card_data
 from ds_slm.publish.limits import limits
 from ds_slm.publish.markdown import code_block, in_words, number, plain, table, times
@@ -28,8 +29,6 @@ from ds_slm.recipe.schema import Recipe
 from ds_slm.run.scores import ARITHMARK, CONFIDENCE, DOCUMENTATION, LEADERBOARD, Row, of_weights, rows_of
 
 README = "README.md"
-OF_TRAINING = ("val", "train")
-"""What the published figures of a recipe are called that training itself takes; the others are benchmarks."""
 NEW_TOKENS = 60
 """That the snippet asks for, at most."""
 
@@ -122,7 +121,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         "Vocabulary": f"{recipe.tokenizer.vocab_size:,} tokens",
         "Language": ", ".join(map(language_name, recipe.card.language)),
         "Training": f"{facts.step:,} steps, {facts.tokens:,} {'tokens' if recipe.sft is None else 'target tokens'}",
-        "Held-out loss": ", ".join(told + [facts.of_held_out] * bool(told and facts.of_held_out)),
+        "Held-out loss": ", ".join(filter(None, [*told, facts.of_held_out if told else ""])),
         "Hardware": f"{hardware}, {card_training.duration(hours)}" if hardware and hours is not None else hardware,
     }
     glance = table(("", ""), [row for row in rows.items() if row[1]])

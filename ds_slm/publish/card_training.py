@@ -7,8 +7,10 @@ from ds_slm.publish.header import is_from_hub
 from ds_slm.publish.markdown import number, percent, table, times
 from ds_slm.publish.run_facts import RunFacts
 from ds_slm.recipe.plan import flops_per_token
-from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.schema import Recipe, Source, changes_result
 
+OF_TRAINING = ("val", "train")
+"""What the published figures of a recipe are called that training itself takes; the others are benchmarks."""
 HUB = "https://huggingface.co/datasets"
 OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit states"}
 PRECISIONS = {
@@ -192,8 +194,7 @@ def _losses(facts: RunFacts) -> list[str]:
     """The published losses beside the run's at the same step; without any, the run's own."""
     rows = []
     for target in facts.recipe.targets:
-        kind = target.metric.partition("/")[0]
-        if kind in ("val", "train"):
+        if target.metric.partition("/")[0] in OF_TRAINING:
             step = target.step or facts.recipe.train.steps
             ours = facts.figure(target.metric, step)
             mark = (
@@ -223,7 +224,7 @@ def _incidents(facts: RunFacts) -> list[str]:
     for change in facts.changes:
         places = change.get("changes")
         for place, pair in places.items() if isinstance(places, dict) else ():
-            if place.partition(".")[0] not in ("card", "run", "eval", "targets", "unstated"):
+            if changes_result(place):
                 lines.append(f"- Launch {change.get('generation')} changed {place} from {pair[0]} to {pair[1]}.")
     skipped = sum(end - first for first, end in facts.state.get("skipped_rows") or ())
     if skipped:

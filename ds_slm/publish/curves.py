@@ -79,6 +79,16 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return [statistics.fmean(values[max(place - before, 0) : place + after]) for place in range(len(values))]
 
 
+def scale_by_logarithm(axes: "Axes") -> None:
+    """A logarithmic axis that says 0.5 and 2, not powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -94,7 +104,7 @@ def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
             _draw(axes, chart, axis, name, records, COLOURS[place % len(COLOURS)])
         axes.set_xlabel(AXES[axis])
         if chart.log:
-            axes.set_yscale("log")
+            scale_by_logarithm(axes)
 
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})  # pyright: ignore[reportArgumentType]

@@ -78,9 +78,25 @@ class Chooser:
 
     def choose(self, logits_V: Tensor, known: Sequence[int]) -> int:
         """The next token of a text whose ids are known. Changes the logits."""
+        sampling = self.sampling
         logits_V[self._unused] = -torch.inf
-        penalised = set(known) - self.stop_ids if self.sampling.repetition_penalty != 1.0 else ()
-        return _choose(logits_V, penalised, self.sampling, self._generator)
+
+        if (penalty := sampling.repetition_penalty) != 1.0:
+            seen = torch.tensor(sorted(set(known) - self.stop_ids), dtype=torch.long)
+            logits = logits_V[seen]
+            logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+        if sampling.temperature == 0:
+            return int(logits_V.argmax())
+
+        sorted_V, order_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)
+        if sampling.top_k > 0:
+            sorted_V[sampling.top_k :] = -torch.inf
+        probabilities_V = sorted_V.softmax(-1)
+        before_V = probabilities_V.cumsum(-1) - probabilities_V  # of all likelier tokens: 0 for the likeliest
+        probabilities_V[before_V >= sampling.top_p] = 0.0
+        probabilities_V[0].clamp_min_(torch.finfo(torch.float32).tiny)
+
+        return int(order_V[torch.multinomial(probabilities_V, 1, generator=self._generator)])
 
 
 def tokens(
@@ -140,28 +156,6 @@ def generate(
         return list(islice(new, max_new_tokens))
     finally:
         model.train(was_training)
-
-
-def _choose(logits_V: Tensor, penalised: Collection[int], sampling: Sampling, generator: torch.Generator) -> int:
-    penalty = sampling.repetition_penalty
-    if penalty != 1.0:
-        seen = torch.tensor(sorted(set(penalised)), dtype=torch.long)
-        logits = logits_V[seen]
-        logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
-
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-
-    sorted_V, order_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)
-    if sampling.top_k > 0:
-        sorted_V[sampling.top_k :] = -torch.inf
-
-    probabilities_V = sorted_V.softmax(-1)
-    before_V = probabilities_V.cumsum(-1) - probabilities_V  # probability of all likelier tokens: 0 for the likeliest
-    probabilities_V[before_V >= sampling.top_p] = 0.0
-    probabilities_V[0].clamp_min_(torch.finfo(torch.float32).tiny)
-
-    return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 
 def sampler(

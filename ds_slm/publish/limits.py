@@ -47,12 +47,10 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
         named = ", ".join(map(language_name, languages))
         lines.append(f"Language: text in other languages than {named} is not what it was trained on.")
 
-    whole = (
-        {**scored, "tasks": {name: task for name, task in scored["tasks"].items() if not task["limited"]}}
-        if scored
-        else {}
-    )
-    accuracies = [row for row in rows_of(whole, None) if row.chance is not None] if whole else []
+    # A trial with a limit has so wide a margin that guessing always lies within it.
+    whole = {name: task for name, task in scored.get("tasks", {}).items() if not task["limited"]}
+    rows = rows_of({**scored, "tasks": whole}, None) if whole else []
+    accuracies = [row for row in rows if row.chance is not None]
     if accuracies and all(_is_near_chance(row.ours, row.chance, row.plus_minus) for row in accuracies):
         lines.append("Knowledge: on no benchmark above can its accuracy be told from guessing.")
     lines.append(

@@ -9,7 +9,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ds_slm.publish.curves import series, settings, smooth
+from ds_slm.publish.curves import scale_by_logarithm, series, settings, smooth
 from ds_slm.publish.run_facts import RunFacts
 
 if TYPE_CHECKING:
@@ -88,18 +88,8 @@ def _fill(axes: "Axes", facts: RunFacts, picture: Picture) -> None:
         )
 
     if picture.log and min(values) > 0:
-        _scale_by_logarithm(axes)
+        scale_by_logarithm(axes)
     axes.set_xlabel("step")
     axes.set_ylabel(picture.label)
     if picture.field != "lr":
         axes.legend(frameon=False)
-
-
-def _scale_by_logarithm(axes: "Axes") -> None:
-    """A logarithmic axis that says 0.5 and 2, not powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -58,9 +58,8 @@ class Settings(Sampling):
 
     def changed(self, pair: str) -> "Settings":
         """The same but for one setting, KEY=VALUE. Raises ConfigError where there is no such key, or value."""
-        from ds_slm.recipe.problems import (
-            nearest,
-        )  # not above: pydantic comes with it, and every --help reads this file
+        # Not above: pydantic comes with it, and every --help reads this file.
+        from ds_slm.recipe.problems import nearest
 
         key, equals, text = (part.strip() for part in pair.partition("="))
         name = key.replace("-", "_")

@@ -13,7 +13,7 @@ from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder, build
 from ds_slm.publish import export as exporting
 from ds_slm.publish.export import export
-from ds_slm.publish.generate import GREEDY, Sampling, generate, sampler
+from ds_slm.publish.generate import GREEDY, Chooser, Sampling, generate, sampler
 from ds_slm.recipe import schema
 from tests.support.faults import fail_at
 
@@ -336,8 +336,6 @@ def test_filters_are_those_of_transformers():
         TopPLogitsWarper,
     )
 
-    from ds_slm.publish.generate import _choose
-
     logits_V = torch.randn(30, generator=torch.Generator().manual_seed(0)) * 2
     known = [3, 7, 7, int(logits_V.argmax())]
     processors = LogitsProcessorList(
@@ -349,8 +347,8 @@ def test_filters_are_those_of_transformers():
         ]
     )
     wanted_V = processors(torch.tensor([known]), logits_V.clone()[None])[0].softmax(-1)
-    generator = torch.Generator().manual_seed(1)
-    drawn = [_choose(logits_V.clone(), known, Sampling(0.7, 8, 0.8, 1.3), generator) for _ in range(4000)]
+    chooser = Chooser(Sampling(0.7, 8, 0.8, 1.3, seed=1))
+    drawn = [chooser.choose(logits_V.clone(), known) for _ in range(4000)]
     got_V = torch.bincount(torch.tensor(drawn), minlength=30) / 4000
     assert torch.equal(got_V > 0, wanted_V > 0)
     torch.testing.assert_close(got_V, wanted_V, atol=0.03, rtol=0)

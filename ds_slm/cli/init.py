@@ -26,16 +26,8 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     source = Source.model_validate({"name": "text", "kind": "files", "path": str(text), "column": column})
     report(f"{text}: reading all of it")
     found = survey(source, base)
-    described = (
-        f"{found.documents:,} document{'s' if found.documents > 1 else ''}, {found.text_bytes:,} bytes, about "
-        f"{found.train_tokens:,} tokens to train on"
-    )
-    facts = own_text.Text(
-        str(text), column, found.train_tokens, found.learnable_ids, found.val_fraction, found.beginnings, described
-    )
-
-    chosen = own_text.fit(base, facts, tokens)
-    replace_text(out, own_text.as_toml(name, base_name, base, facts, chosen))
+    chosen = own_text.fit(base, found, tokens)
+    replace_text(out, own_text.as_toml(name, base_name, base, found, chosen))
     try:
         schema.load(str(out))
     except RecipeError:
@@ -45,10 +37,10 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     if as_json:
         print_json({"recipe": str(out), **asdict(found), "train_tokens": found.train_tokens, **asdict(chosen)})
         return
-    print(f"{text}: {described}")
+    print(f"{text}: {found}")
     print(f"{out}: {chosen.steps:,} steps of {chosen.rows} rows, {chosen.tokens_per_parameter:.1f} tokens a parameter")
     if chosen.tokens_per_parameter < ENOUGH_TOKENS_PER_PARAMETER:
-        print(f"warning: {ENOUGH_TOKENS_PER_PARAMETER} tokens a parameter are usual. {own_text.what_fits(facts)}")
+        print(f"warning: {ENOUGH_TOKENS_PER_PARAMETER} tokens a parameter are usual. {own_text.what_fits(found)}")
     if chosen.epochs > own_text.EPOCHS:
         print(f"warning: the text is read {chosen.epochs:.1f} times; beyond {own_text.EPOCHS} little more is learned")
     print("now:")

@@ -1,19 +1,20 @@
 """How much text there is, before anything is prepared: bytes, documents, about how many tokens, and what to hold out.
 
-    a source --documents--> counted one by one; the first SAMPLE_BYTES --train_bpe--> bytes a token --> Survey
+    a source --documents--> counted one by one; the first SAMPLE_BYTES --train_bpe--> bytes a token --> Text
 
 All of the text is read once, so that a damaged file or a missing column shows here and not in the middle of a run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from ds_slm.data.shards.writer import HASHES, hash_position
 from ds_slm.data.sources.documents import documents
 from ds_slm.data.tokenizers.bpe_training import train_bpe
 from ds_slm.data.tokenizers.byte_level import GPT2_PATTERN, bulk_encoder, by_rank
 from ds_slm.errors import DataError
+from ds_slm.recipe.own_text import Text
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.sections import Source
 
@@ -29,32 +30,7 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 0.005, 0.5
 FRACTION_DIGITS = 6
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a source holds."""
-
-    documents: int
-    """Those that are not empty."""
-    text_bytes: int
-    """Of UTF-8."""
-    learnable_ids: int
-    """Ids of the vocabulary that a sample of the text gives, at most the recipe's."""
-    bytes_per_token: float
-    """In that vocabulary."""
-    val_fraction: float
-    """For `data.val_fraction`."""
-    held_out_share: float
-    """The share of the bytes that is then held out."""
-    beginnings: tuple[str, ...]
-    """The first words of the first documents."""
-
-    @property
-    def train_tokens(self) -> int:
-        """About how many tokens there are to train on."""
-        return int(self.text_bytes * (1 - self.held_out_share) / self.bytes_per_token)
-
-
-def survey(source: Source, recipe: Recipe) -> Survey:
+def survey(source: Source, recipe: Recipe) -> Text:
     """Read all of a source's text.
 
     Args:
@@ -85,7 +61,10 @@ def survey(source: Source, recipe: Recipe) -> Survey:
         raise DataError(f"{source.path} holds no text: every document is empty.")
     is_cut = count == 1 and not empty  # one document alone is cut in two
     fraction, share = (HELD_OUT, HELD_OUT) if is_cut or count > FEW_DOCUMENTS else _fraction(positions)
-    return Survey(count, text_bytes, *_learn(sample, recipe), fraction, share, _beginnings(sample))
+    return Text(
+        path=str(source.path), column=source.column, documents=count, text_bytes=text_bytes,
+        **_learn(sample, recipe), val_fraction=fraction, held_out_share=share, beginnings=_beginnings(sample),
+    )  # fmt: skip
 
 
 def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
@@ -110,7 +89,7 @@ def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return fraction, share
 
 
-def _learn(sample: Sequence[str], recipe: Recipe) -> tuple[int, float]:
+def _learn(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:
     """Ids that can be learned from a sample, at most the recipe's; and bytes that one of them stands for."""
     section = recipe.tokenizer
     size = min(section.vocab_size, SAMPLE_VOCAB) - len(section.special_tokens)
@@ -120,7 +99,10 @@ def _learn(sample: Sequence[str], recipe: Recipe) -> tuple[int, float]:
     encode = bulk_encoder(backend)
     assert encode is not None, "a vocabulary of ranks"
     tokens = sum(map(len, encode(sample)))
-    return len(learned) + len(section.special_tokens), sum(len(text.encode()) for text in sample) / tokens
+    return {
+        "learnable_ids": len(learned) + len(section.special_tokens),
+        "bytes_per_token": sum(len(text.encode()) for text in sample) / tokens,
+    }
 
 
 def _beginnings(sample: Sequence[str], documents: int = 2, words: int = 5) -> tuple[str, ...]:

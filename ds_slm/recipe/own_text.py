@@ -26,19 +26,33 @@ EVALUATIONS = 20
 
 @dataclass(frozen=True)
 class Text:
-    """What there is to train on."""
+    """What there is to train on (`data.survey` reads it)."""
 
     path: str
     column: str
-    train_tokens: int
-    """About."""
+    documents: int
+    """Those that are not empty."""
+    text_bytes: int
+    """Of UTF-8."""
     learnable_ids: int
-    """Ids of a vocabulary that the text gives, at most the base's."""
+    """Ids of a vocabulary that a sample of the text gives, at most the base's."""
+    bytes_per_token: float
+    """In that vocabulary."""
     val_fraction: float
+    """For `data.val_fraction`."""
+    held_out_share: float
+    """The share of the bytes that is then held out."""
     beginnings: tuple[str, ...]
     """The first words of some documents."""
-    described: str
-    """What was found, in words."""
+
+    @property
+    def train_tokens(self) -> int:
+        """About how many tokens there are to train on."""
+        return int(self.text_bytes * (1 - self.held_out_share) / self.bytes_per_token)
+
+    def __str__(self) -> str:
+        documents = f"{self.documents:,} document{'s' if self.documents > 1 else ''}"
+        return f"{documents}, {self.text_bytes:,} bytes, about {self.train_tokens:,} tokens to train on"
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
             "more."
         )
     if problems:
-        raise DataError([f"{text.path}: {text.described}: too little text.", *problems, what_fits(text)])
+        raise DataError([f"{text.path}: {text}: too little text.", *problems, what_fits(text)])
 
     share = rows / base.rows_per_step
     per_parameter = tokens / plan.parameters(base.model)
@@ -127,7 +141,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit) ->
     prompts = ", ".join(map(_quoted, text.beginnings))
 
     lines = [
-        f"# {text.described}. What is not said here is {base_name}'s: `ds-slm plan {name}.toml` lists it.",
+        f"# {text}. What is not said here is {base_name}'s: `ds-slm plan {name}.toml` lists it.",
         f"base = {_quoted(base_name)}",
         "",
         "[card]",

@@ -27,11 +27,8 @@ def test_counts_are_those_of_the_prepared_data(documents: int, words_each: int, 
     file = write_jsonl(tmp_path / "text.jsonl", [words(words_each, seed) for seed in range(documents)])
     found = survey(files_source(file), DEMO)
 
-    text = own_text.Text(
-        str(file), "text", found.train_tokens, found.learnable_ids, found.val_fraction, found.beginnings, "words"
-    )
     recipe_file = tmp_path / "mine.toml"
-    recipe_file.write_text(own_text.as_toml("mine", "demo", DEMO, text, own_text.fit(DEMO, text)), encoding="utf-8")
+    recipe_file.write_text(own_text.as_toml("mine", "demo", DEMO, found, own_text.fit(DEMO, found)), encoding="utf-8")
     prepared = prepare(schema.load(str(recipe_file)), tmp_path / "data")
 
     assert found.documents == documents

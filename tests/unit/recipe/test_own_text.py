@@ -14,7 +14,10 @@ PRETRAINING = [name for name in schema.library_names() if schema.load(name).sft 
 
 def text(tokens: int, ids: int = 200_000) -> Text:
     """A text of so many tokens."""
-    return Text('my "texts"', "text", tokens, ids, 0.02, ("Once upon a time", 'He said "no"'), "some text")
+    return Text(
+        path='my "texts"', column="text", documents=2, text_bytes=tokens, learnable_ids=ids, bytes_per_token=1.0,
+        val_fraction=0.02, held_out_share=0.0, beginnings=("Once upon a time", 'He said "no"'),
+    )  # fmt: skip
 
 
 def made(base_name: str, tokens: int, folder: Path, wanted: int | None = None) -> tuple[schema.Recipe, own_text.Fit]:

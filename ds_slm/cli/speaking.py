@@ -11,9 +11,15 @@ from pathlib import Path
 import torch
 
 from ds_slm.data.tokenizers.chat_template import chat_template, is_ours
-from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, Tokenizer, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG,
+    IM_END,
+    Tokenizer,
+    end_ids,
+    load_tokenizer,
+)
 from ds_slm.errors import ConfigError, DataError
-from ds_slm.files import read_json
 from ds_slm.publish.chat import Message, Speaker
 from ds_slm.publish.models import OpenModel
 from sft.chatml import ChatML
@@ -80,6 +86,5 @@ def _theirs(folder: Path) -> Render:
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """The EOS, and what else a Hugging Face folder says ends a text."""
-    named = (read_json(folder / "generation_config.json") or {}).get("eos_token_id")
-    ids = named if isinstance(named, list) else [] if named is None else [named]
-    return frozenset({tokenizer.eos_id, *(number for number in ids if isinstance(number, int))})
+    named = (number for number in end_ids(folder / GENERATION_CONFIG) if isinstance(number, int))
+    return frozenset({tokenizer.eos_id, *named})

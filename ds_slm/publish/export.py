@@ -17,7 +17,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.chat_template import unmarked
-from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_CONFIG, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError, ConfigError
 from ds_slm.files import read_json
 from ds_slm.model import hf
@@ -82,7 +81,9 @@ def export_run(
     gguf_name = f"{out.resolve().name}-{gguf}.gguf"
     described = describe(checkpoint)
     state = checkpoint_files.read_model(checkpoint)
-    with export_folder(state, recipe.model, run / "tokenizer", out, described=described) as folder:
+    with export_folder(state, recipe.model, run / "tokenizer", out) as folder:
+        for name, content in described.items():
+            (folder / name).write_bytes(content)
         if gguf_file:
             gguf_file.write(folder / gguf_name, state)
 
@@ -114,7 +115,6 @@ def export(
     tokenizer_folder: Path,
     out: Path,
     dtype: torch.dtype = torch.float32,
-    described: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int:
     """Write a Hugging Face folder. It appears whole, or not at all.
 
@@ -124,7 +124,6 @@ def export(
         tokenizer_folder: a folder that transformers can load; its files are copied.
         out: the folder to make; it may exist empty.
         dtype: of the stored weights.
-        described: files of the model card, by name.
 
     Returns:
         The number of parameters, a tied head counted once.
@@ -133,7 +132,7 @@ def export(
         CheckpointError: where `out` is not empty, or names or shapes are not the model's.
         DataError: where the tokenizer cannot be read.
     """
-    with export_folder(state, shape, tokenizer_folder, out, dtype, described):
+    with export_folder(state, shape, tokenizer_folder, out, dtype):
         return sum(tensor.numel() for tensor in state.values())
 
 
@@ -144,7 +143,6 @@ def export_folder(
     tokenizer_folder: Path,
     out: Path,
     dtype: torch.dtype = torch.float32,
-    described: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Within it the folder of `export` is complete under a temporary name, and takes more files; then it is `out`."""
     out = free_place(out)
@@ -162,7 +160,7 @@ def export_folder(
     is_assistant = (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file() and tokenizer.has_token(IM_END)
     if is_assistant:  # a turn's end ends the answer as well
         generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
-    generation |= read_json(tokenizer_folder / "generation_config.json") or {}  # an imported model has its own
+    generation |= read_json(tokenizer_folder / GENERATION_CONFIG) or {}  # an imported model has its own
     if unused_ids:
         generation["suppress_tokens"] = unused_ids
 
@@ -174,11 +172,9 @@ def export_folder(
 
         config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
         _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", generation)
+        _write_json(folder / GENERATION_CONFIG, generation)
         if shape.exclusive_attention:
             shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
-        for name, content in described.items():
-            (folder / name).write_bytes(content)
         _write_tensors(folder / "model.safetensors", state, dtype)
         yield folder
 

@@ -24,9 +24,8 @@ import gguf
 from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, filler
 from ds_slm.data.tokenizers.chat_template import chat_template, is_ours, unmarked
 from ds_slm.data.tokenizers.sentencepiece import SPACE
-from ds_slm.data.tokenizers.tokenizer import IM_END, Tokenizer, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import GENERATION_CONFIG, IM_END, Tokenizer, end_ids, load_tokenizer
 from ds_slm.errors import DataError
-from ds_slm.files import read_json
 
 PRE_TOKENIZERS = {GPT2_PATTERN: ("gpt-2", False), CL100K_PATTERN: ("llama-bpe", True)}
 """Pattern -> llama.cpp's name of it, and whether it then takes a piece that is a token as it is (ignore_merges)."""
@@ -148,8 +147,7 @@ def _end_of_turn(template: str, folder: Path, tokenizer: Tokenizer) -> int | Non
     """
     if is_ours(template) or (IM_END in template and tokenizer.has_token(IM_END)):
         return tokenizer.token_id(IM_END)
-    named = (read_json(folder / "generation_config.json") or {}).get("eos_token_id")
-    others = [number for number in named if number != tokenizer.eos_id] if isinstance(named, list) else []
+    others = [number for number in end_ids(folder / GENERATION_CONFIG) if number != tokenizer.eos_id]
     return others[0] if len(others) == 1 else None
 
 

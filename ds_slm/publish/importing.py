@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint.tensor_file import in_file_order
 from ds_slm.data.sources.readers import is_unicode
-from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_CONFIG, Tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError, DataError, UserError
 from ds_slm.files import read_json, replace_text, write_json
 from ds_slm.publish.models import HEAD, OpenModel, open_model
@@ -40,7 +40,7 @@ CARD = "README.md"
 CAME_ALONG = ("config.json", CARD, "LICENSE", "LICENSE.txt")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", CHAT_TEMPLATE_FILE, "generation_config.json",
+    "merges.txt", "tokenizer.model", CHAT_TEMPLATE_FILE, GENERATION_CONFIG,
 )  # fmt: skip
 FIRST_ROWS, FIRST_STEPS, FIRST_LENGTH = 64, 1000, 1024
 """What the recipe says of a batch, a run and a row, where nothing else is known."""

@@ -35,7 +35,7 @@ from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk
 from ds_slm.data.tokenizers.control_text import ControlText
 from ds_slm.data.tokenizers.sentencepiece import read_sentencepiece
 from ds_slm.errors import DataError
-from ds_slm.files import sha256_of_json
+from ds_slm.files import read_json, sha256_of_json
 from ds_slm.recipe.schema import Recipe, Source
 from ds_slm.recipe.schema import Tokenizer as Section
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 CL100K_RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+GENERATION_CONFIG = "generation_config.json"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 """ChatML's control tokens: around every turn of a conversation."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -261,13 +262,15 @@ def _content(token: Any) -> str | None:
     return content
 
 
+def end_ids(path: Path) -> list[Any]:
+    """What a model's configuration names as the ends of a text: one id, several, or none."""
+    ids = (read_json(path) or {}).get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def _eos_by_id(folder: Path, backend: "tokenizers.Tokenizer") -> str:
     """The EOS of a model whose tokenizer does not name it."""
-    found: list[Any] = []
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        if not found and path.is_file():
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    found = end_ids(folder / GENERATION_CONFIG) or end_ids(folder / "config.json")
     tokens = [backend.id_to_token(number) if isinstance(number, int) else None for number in found]
     if len(tokens) == 1 and tokens[0] is not None:
         return tokens[0]

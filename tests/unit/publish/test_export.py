@@ -12,7 +12,7 @@ from ds_slm.errors import CheckpointError, DataError
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder, build
 from ds_slm.publish import export as exporting
-from ds_slm.publish.export import export
+from ds_slm.publish.export import export, export_folder
 from ds_slm.publish.generate import GREEDY, Chooser, Sampling, generate, sampler
 from ds_slm.recipe import schema
 from tests.support.faults import fail_at
@@ -86,9 +86,9 @@ def pair(request, tokenizer_folder, remote_code_cache, tmp_path_factory):
     shape = schema.Model(**(SHAPE | changes))
     ours = build(shape, seed=1)
     out = tmp_path_factory.mktemp("export") / "model"
-    exported = export(
-        dict(ours.named_parameters()), shape, tokenizer_folder, out, described={"README.md": b"# A model\n"}
-    )
+    exported = export(dict(ours.named_parameters()), shape, tokenizer_folder, out.with_name("without-card"))
+    with export_folder(dict(ours.named_parameters()), shape, tokenizer_folder, out) as folder:
+        (folder / "README.md").write_bytes(b"# A model\n")
     theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=shape.exclusive_attention).eval()
     assert type(theirs).__name__ == architecture
     assert exported == sum(parameter.numel() for parameter in theirs.parameters())

@@ -7,15 +7,11 @@ ranges. Every request is written down. Faults are planned for paths that match, 
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.support.loopback import COMMIT, Handler, LoopbackServer
 
 
 @dataclass
@@ -45,31 +41,15 @@ class Fault:
     seen: int = 0
 
 
-class HubStandIn:
+class HubStandIn(LoopbackServer):
     """Datasets by id, each a mapping of path to bytes; what was asked; what shall fail."""
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.datasets: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.closing = threading.Event()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @contextmanager
-    def serving(self) -> Iterator["HubStandIn"]:
-        """Serve until the end of the block."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.closing.set()
-            self._server.shutdown()
-            self._server.server_close()
 
     def fault_for(self, path: str) -> Fault | None:
         """The next fault planned for a path, used up."""
@@ -87,23 +67,11 @@ class HubStandIn:
         return [request for request in self.requests if request.path.endswith(file) and request.begin is not None]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: HubStandIn
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._handle()
-
-    def do_HEAD(self) -> None:
-        self._handle()
-
-    def do_POST(self) -> None:
-        self._handle()
-
-    def _handle(self) -> None:
+    def handle_request(self) -> None:
+        """Write the request down; answer it, or fail as planned."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.request_ = Request(self.command, path)

@@ -3,20 +3,17 @@
 import base64
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.support.loopback import COMMIT, Handler, LoopbackServer
 
 
-class ModelHub:
+class ModelHub(LoopbackServer):
     """Repositories by id, each a mapping of path to bytes."""
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.visibility: dict[str, str] = {}
         self.requests: list[str] = []
@@ -26,40 +23,13 @@ class ModelHub:
         """Cards that were checked."""
         self.refuses: dict[str, tuple[int, str]] = {}
         """Part of a path -> status and message of the answer."""
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @contextmanager
-    def serving(self) -> Iterator["ModelHub"]:
-        """Serve until the end of the block."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: ModelHub
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._handle()
-
-    def do_HEAD(self) -> None:
-        self._handle()
-
-    def do_POST(self) -> None:
-        self._handle()
-
-    def _handle(self) -> None:
+    def handle_request(self) -> None:
+        """Refuse what shall be refused; else answer as the hub does."""
         body = self._body()
         path = urlsplit(self.path).path
         self.hub.requests.append(f"{self.command} {path}")

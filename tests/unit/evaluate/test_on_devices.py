@@ -129,7 +129,8 @@ def test_a_rank_without_rank_0_ends(qwen3: Any) -> None:
     ours, theirs = multiprocessing.Pipe()
     ours.close()
     sha256 = open_scorer(qwen3.export).facts["sha256"]
-    rank_process.score_for_rank_0(PipeRanks(1, 2, {0: theirs}), qwen3.export, sha256)
+    ended = rank_process.score_for_rank_0(PipeRanks(1, 2, {0: theirs}), qwen3.export, sha256)
+    assert ended is None and not theirs.closed
 
 
 def test_there_must_be_as_many_gpus(qwen3: Any, ds_slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from ds_slm.errors import ConfigError, RecipeError
 from ds_slm.files import obstacle, printable, replace_text
 from ds_slm.recipe import own_text, schema
 from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER
-from ds_slm.recipe.sections import Source
+from ds_slm.recipe.schema import Source
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 

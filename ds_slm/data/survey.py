@@ -15,8 +15,7 @@ from ds_slm.data.tokenizers.bpe_training import train_bpe
 from ds_slm.data.tokenizers.byte_level import GPT2_PATTERN, bulk_encoder, by_rank
 from ds_slm.errors import DataError
 from ds_slm.recipe.own_text import Text
-from ds_slm.recipe.schema import Recipe
-from ds_slm.recipe.sections import Source
+from ds_slm.recipe.schema import Recipe, Source
 
 SAMPLE_BYTES = 4 << 20
 """Of the text that bytes a token are measured on."""

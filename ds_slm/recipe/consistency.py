@@ -5,8 +5,9 @@ sections by name --disagreements--> problems, a sentence each
 
 from collections.abc import Mapping
 
+from ds_slm.recipe.data_sections import Data, Tokenizer
 from ds_slm.recipe.section import Section
-from ds_slm.recipe.sections import Data, Model, Optimizer, Tokenizer, Train
+from ds_slm.recipe.sections import Model, Optimizer, Train
 
 
 def disagreements(sections: Mapping[str, Section]) -> list[str]:

@@ -14,9 +14,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, assert_never
 
+from ds_slm.recipe.data_sections import Data, Source, Tokenizer
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.section import Section, newer_fields
-from ds_slm.recipe.sections import Data, Optimizer, Schedule, Source, Tokenizer, Train
+from ds_slm.recipe.sections import Optimizer, Schedule, Train
 
 if TYPE_CHECKING:
     from ds_slm.recipe.schema import Recipe

@@ -1,6 +1,6 @@
 """Every key of a recipe, as Markdown: `python -m ds_slm.recipe.reference` prints the tables of docs/recipes.md.
 
-sections.py: fields, types, defaults and the strings below them --tables--> a table for each section
+sections.py, data_sections.py: fields, types, defaults and the strings below them --tables--> a table for each section
 """
 
 import types

@@ -4,7 +4,7 @@
 
 Unknown keys, wrong types and impossible combinations are reported all at once, each with the nearest valid name.
 A recipe never holds the number of devices, the micro-batch or the ZeRO stage: those change speed, not the result.
-The typed sections are in ds_slm.recipe.sections and can be imported from here as well.
+The typed sections are in sections.py and data_sections.py, and can be imported from here as well.
 """
 
 import tomllib
@@ -19,23 +19,11 @@ from ds_slm.errors import RecipeError
 from ds_slm.files import sha256_of_json
 from ds_slm.recipe import effects
 from ds_slm.recipe.consistency import disagreements
+from ds_slm.recipe.data_sections import Data, Source, Tokenizer
 from ds_slm.recipe.inheritance import inherited_places, tables_of, with_base
 from ds_slm.recipe.problems import closest, nearest, sentences
 from ds_slm.recipe.section import Section
-from ds_slm.recipe.sections import (
-    Card,
-    Data,
-    Eval,
-    Model,
-    Optimizer,
-    Run,
-    Schedule,
-    Sft,
-    Source,
-    Target,
-    Tokenizer,
-    Train,
-)
+from ds_slm.recipe.sections import Card, Eval, Model, Optimizer, Run, Schedule, Sft, Target, Train
 
 __all__ = [
     "Card",

@@ -27,6 +27,12 @@ HASHED = {"hashed": True}
 """Context of a dump that is hashed, or compared with one that was written earlier."""
 
 
+def raise_together(problems: list[str]) -> None:
+    """For a validator: raise ValueError with every problem, a line each, where there are some."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 class Section(BaseModel):
     """A table of the recipe: immutable, no unknown keys, no conversion of types."""
 

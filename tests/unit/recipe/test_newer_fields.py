@@ -8,8 +8,8 @@ import pytest
 
 from ds_slm.data.shards import identity
 from ds_slm.recipe import effects, schema
+from ds_slm.recipe.schema import Data, Model, Source, Tokenizer
 from ds_slm.recipe.section import NEWER
-from ds_slm.recipe.sections import Data, Model, Source, Tokenizer
 
 EARLIER = {"sha256": "0", "vocab_size": 4096, "eos_id": 0, "pad_id": 1, "cut_at_bytes": {}}
 """What else a tokenizer's manifest must say."""

@@ -21,8 +21,8 @@ write, seen = chat._write, []
 def write_and_wait(piece):
     seen.append(piece)
     write(piece)
-    if len(seen) == 1:
-        time.sleep(600)
+    for _ in range(6000 if len(seen) == 1 else 0):
+        time.sleep(0.1)  # a signal just before a sleep does not end it: many short ones
 chat._write = write_and_wait
 sys.argv[0] = "ds-slm"
 main.run()

@@ -11,9 +11,11 @@ from ds_slm.checkpoint.files import read_state
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
 from ds_slm.evaluate.benchmarks import BENCHMARKS
-from ds_slm.publish import card, hub, importing
+from ds_slm.publish import hub, importing
+from ds_slm.publish.card.header import HubDataset
+from ds_slm.publish.card.page import README, Page
+from ds_slm.publish.card.page import describe as describe_card
 from ds_slm.publish.export import export_run
-from ds_slm.publish.header import HubDataset
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 
@@ -70,8 +72,8 @@ def run(run_folder: Path, flags: Flags) -> None:
         title, name = recipe.card.name, flags.out.resolve().name
         if flags.push is not None:
             title, name = flags.push.rpartition("/")[2], flags.push
-        page = card.Page(title, name, datasets=_hub_datasets())
-        return _validated(card.describe(run_folder, checkpoint, recipe, page), flags)
+        page = Page(title, name, datasets=_hub_datasets())
+        return _validated(describe_card(run_folder, checkpoint, recipe, page), flags)
 
     exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe, gguf=flags.gguf)
     if not flags.as_json:
@@ -89,7 +91,7 @@ def run(run_folder: Path, flags: Flags) -> None:
 def _validated(described: dict[str, bytes], flags: Flags) -> dict[str, bytes]:
     """The same files, once the hub has checked the card among them, where that is asked for."""
     if flags.validate or flags.push is not None:
-        hub.validate(described[card.README].decode())
+        hub.validate(described[README].decode())
     return described
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import tomli_w
 
 from ds_slm.errors import RecipeError
-from ds_slm.publish.markdown import code_block, table
-from ds_slm.publish.run_facts import RunFacts
+from ds_slm.publish.card.facts import RunFacts
+from ds_slm.publish.card.markdown import code_block, table
 from ds_slm.recipe import schema
 from ds_slm.recipe.hub_names import is_repo_id
 

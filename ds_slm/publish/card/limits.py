@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ds_slm.publish.markdown import in_words
-from ds_slm.publish.run_facts import RunFacts
+from ds_slm.publish.card.facts import RunFacts
+from ds_slm.publish.card.markdown import in_words
 from ds_slm.recipe.hub_names import language_name
 from ds_slm.recipe.plan import parameters
 from ds_slm.run.scores import rows_of

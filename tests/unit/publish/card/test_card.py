@@ -15,10 +15,10 @@ from markdown_it import MarkdownIt
 
 from ds_slm.data.order import Order
 from ds_slm.files import write_json
-from ds_slm.publish import header, run_facts
-from ds_slm.publish.card import Page, write_card
-from ds_slm.publish.rerun import rerun
-from ds_slm.publish.run_facts import read_facts
+from ds_slm.publish.card import header
+from ds_slm.publish.card.facts import RunFacts, read_facts
+from ds_slm.publish.card.page import Page, write_card
+from ds_slm.publish.card.rerun import rerun
 from ds_slm.recipe import schema
 from ds_slm.run import scores
 from ds_slm.run.report import Report
@@ -300,7 +300,7 @@ def test_a_recipe_in_the_card_can_be_trained_again(tmp_path: Path, export: Any) 
 def test_the_librarys_recipe_needs_no_copy(tmp_path: Path, export: Any) -> None:
     """Oracle: its name in the command, and no TOML."""
     recipe = schema.load("demo")
-    facts = run_facts.RunFacts(recipe, 800, "", {}, {"recipe_name": "demo"}, (), {}, {})
+    facts = RunFacts(recipe, 800, "", {}, {"recipe_name": "demo"}, (), {}, {})
     text = "\n".join(rerun(facts))
     assert "deepspeed ds_slm/pretrain.py --recipe demo\n" in text and "toml" not in text
 
@@ -309,7 +309,7 @@ def test_the_librarys_recipe_needs_no_copy(tmp_path: Path, export: Any) -> None:
 def test_every_recipe_of_the_library_has_a_card(name: str) -> None:
     """Oracle: the schedule's rates, batch and unstated choices of the recipe stand in it; nothing says None or nan."""
     recipe = schema.load(name)
-    facts = run_facts.RunFacts(recipe, recipe.train.steps, "", {}, {"recipe_name": name}, (), {}, {})
+    facts = RunFacts(recipe, recipe.train.steps, "", {}, {"recipe_name": name}, (), {}, {})
     card = write_card(facts, Page(recipe.card.name, name))
     assert f"{recipe.train.global_batch_tokens:,} tokens" in card
     assert all(f"`{place}`" in card for place in recipe.unstated)
@@ -382,7 +382,7 @@ def test_incidents_are_told(tmp_path: Path, export: Any) -> None:
 def test_pictures_need_matplotlib_and_nothing_else_does() -> None:
     """Oracle: the modules that a process has imported after everything around them."""
     code = (
-        "import sys, ds_slm.publish.card, ds_slm.cli.publishing, ds_slm.publish.models, ds_slm.cli.main;"
+        "import sys, ds_slm.publish.card.page, ds_slm.cli.publishing, ds_slm.publish.models, ds_slm.cli.main;"
         "assert not [name for name in sys.modules if name.startswith('matplotlib')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,13 +16,13 @@ from typing import Any
 
 from ds_slm.data.tokenizers.tokenizer import IM_END
 from ds_slm.model.hf import hf_config
-from ds_slm.publish import card_training, plots
-from ds_slm.publish.card_training import OF_TRAINING
-from ds_slm.publish.header import HubDataset, card_data
-from ds_slm.publish.limits import limits
-from ds_slm.publish.markdown import code_block, in_words, number, plain, table, times
-from ds_slm.publish.rerun import rerun
-from ds_slm.publish.run_facts import RunFacts, read_facts
+from ds_slm.publish.card import plots, training
+from ds_slm.publish.card.facts import RunFacts, read_facts
+from ds_slm.publish.card.header import HubDataset, card_data
+from ds_slm.publish.card.limits import limits
+from ds_slm.publish.card.markdown import code_block, in_words, number, plain, table, times
+from ds_slm.publish.card.rerun import rerun
+from ds_slm.publish.card.training import OF_TRAINING
 from ds_slm.recipe.hub_names import language_name
 from ds_slm.recipe.plan import parameter_counts, parameters
 from ds_slm.recipe.schema import Recipe
@@ -80,8 +80,8 @@ def write_card(facts: RunFacts, page: Page) -> str:
         "What it writes": _samples(facts),
         "Results": _results(facts, page),
         "Architecture": _architecture(facts),
-        "Data": card_training.data(facts),
-        "Training": [*card_training.training(facts), *plots.figures(facts)],
+        "Data": training.data(facts),
+        "Training": [*training.training(facts), *plots.figures(facts)],
         "What the original left open": _left_open(facts),
         "Make it again": rerun(facts),
         "Limits": limits(facts, page.scored),
@@ -114,7 +114,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
     held_out, hours = facts.held_out, facts.device_hours
     losses = {"loss": "{:.4f} nats a token", "perplexity": "perplexity {:.4g}", "bits_per_byte": "{:.4f} bits a byte"}
     told = [form.format(held_out[key]) for key, form in losses.items() if isinstance(held_out.get(key), int | float)]
-    hardware = card_training.hardware(facts)
+    hardware = training.hardware(facts)
     rows = {
         "Parameters": f"{count:,}, stored in {page.dtype}",
         "Context": f"{recipe.model.max_position_embeddings:,} tokens",
@@ -122,7 +122,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         "Language": ", ".join(map(language_name, recipe.card.language)),
         "Training": f"{facts.step:,} steps, {facts.tokens:,} {'tokens' if recipe.sft is None else 'target tokens'}",
         "Held-out loss": ", ".join(filter(None, [*told, facts.of_held_out if told else ""])),
-        "Hardware": f"{hardware}, {card_training.duration(hours)}" if hardware and hours is not None else hardware,
+        "Hardware": f"{hardware}, {training.duration(hours)}" if hardware and hours is not None else hardware,
     }
     glance = table(("", ""), [row for row in rows.items() if row[1]])
 

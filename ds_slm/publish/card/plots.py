@@ -9,8 +9,8 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.curves import scale_by_logarithm, series, settings, smooth
-from ds_slm.publish.run_facts import RunFacts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, assert_never
 
-from ds_slm.publish.header import is_from_hub
-from ds_slm.publish.markdown import number, percent, table, times
-from ds_slm.publish.run_facts import RunFacts
+from ds_slm.publish.card.facts import RunFacts
+from ds_slm.publish.card.header import is_from_hub
+from ds_slm.publish.card.markdown import number, percent, table, times
 from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schema import Recipe, Source, changes_result
 

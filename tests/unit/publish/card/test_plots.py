@@ -5,8 +5,9 @@ import io
 import pytest
 from PIL import Image
 
-from ds_slm.publish import curves, plots
-from ds_slm.publish.run_facts import RunFacts, read_facts
+from ds_slm.publish import curves
+from ds_slm.publish.card import plots
+from ds_slm.publish.card.facts import RunFacts, read_facts
 from tests.support.told_runs import recipe_of, write_run
 
 

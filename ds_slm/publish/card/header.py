@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ds_slm.errors import RecipeError
 from ds_slm.model.hf import hf_config
-from ds_slm.publish.run_facts import RunFacts
+from ds_slm.publish.card.facts import RunFacts
 from ds_slm.recipe.hub_names import is_repo_id
 from ds_slm.recipe.schema import Source
 from ds_slm.run.scores import DOCUMENTATION, remarks_on

@@ -15,7 +15,7 @@ from ds_slm.publish import hub, importing
 from ds_slm.publish.card.header import HubDataset
 from ds_slm.publish.card.page import README, Page
 from ds_slm.publish.card.page import describe as describe_card
-from ds_slm.publish.export import export_run
+from ds_slm.publish.export import export_run, name_of_gguf
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 
@@ -72,7 +72,8 @@ def run(run_folder: Path, flags: Flags) -> None:
         title, name = recipe.card.name, flags.out.resolve().name
         if flags.push is not None:
             title, name = flags.push.rpartition("/")[2], flags.push
-        page = Page(title, name, datasets=_hub_datasets())
+        gguf = name_of_gguf(flags.out, flags.gguf) if flags.gguf else None
+        page = Page(title, name, datasets=_hub_datasets(), gguf=gguf)
         return _validated(describe_card(run_folder, checkpoint, recipe, page), flags)
 
     exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe, gguf=flags.gguf)

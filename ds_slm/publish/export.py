@@ -78,7 +78,7 @@ def export_run(
         )
 
     gguf_file = _gguf_of(recipe, run / "tokenizer", gguf) if gguf else None
-    gguf_name = f"{out.resolve().name}-{gguf}.gguf"
+    gguf_name = name_of_gguf(out, gguf) if gguf else ""
     described = describe(checkpoint)
     state = checkpoint_files.read_model(checkpoint)
     with export_folder(state, recipe.model, run / "tokenizer", out) as folder:
@@ -97,6 +97,11 @@ def export_run(
     if gguf_file:
         exported["gguf"] = {"file": str(out / gguf_name), "stored": gguf_file.stored}
     return exported
+
+
+def name_of_gguf(out: Path, precision: str) -> str:
+    """The GGUF file's name in an exported folder: that of the folder, since such a file is often alone."""
+    return f"{out.resolve().name}-{precision}.gguf"
 
 
 def _gguf_of(recipe: schema.Recipe, tokenizer_folder: Path, precision: str) -> "GgufFile":

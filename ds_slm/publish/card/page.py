@@ -9,6 +9,7 @@ told. A figure that is missing is left out, or said to be missing where a publis
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,8 @@ class Page:
     """eval.json of these weights; empty where they were not scored."""
     datasets: Mapping[str, HubDataset] = field(default_factory=dict)
     """Benchmark -> where the hub has its rows."""
+    gguf: str | None = None
+    """The file beside the card that llama.cpp reads, if there is one."""
 
 
 def describe(run: Path, checkpoint: Path, recipe: Recipe, page: Page) -> dict[str, bytes]:
@@ -165,7 +168,18 @@ def _use(facts: RunFacts, page: Page) -> list[str]:
             'answer = output[0, inputs["input_ids"].shape[1] :]',
             "print(tokenizer.decode(answer, skip_special_tokens=True))",
         ]
-    return [code_block("\n".join(lines), "python")]
+    told = [code_block("\n".join(lines), "python")]
+    if page.gguf:
+        told += [
+            "The same model and tokenizer as one file, for llama.cpp and the programs that are built on it:",
+            code_block(f"llama-cli -m {shlex.quote(page.gguf)} {_llama_flags(recipe, prompt)}", "bash"),
+        ]
+    return told
+
+
+def _llama_flags(recipe: Recipe, prompt: str) -> str:
+    """A conversation with an assistant; a base continues a text, and is not made to answer."""
+    return "-cnv" if recipe.sft is not None else f"-no-cnv -p {shlex.quote(prompt)}"
 
 
 def _samples(facts: RunFacts) -> list[str]:

@@ -32,6 +32,7 @@ from ds_slm.engine.engine import Engine
 from ds_slm.engine.partitions import Snapshot
 from ds_slm.errors import ReplacedByNewerLaunch, UserError
 from ds_slm.files import write_point
+from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches
 from ds_slm.run.launches import Launch
@@ -66,6 +67,11 @@ class Saved:
         return bool(self.held_by)
 
 
+def keepers(writers: list[int], recipe: Recipe) -> list[int]:
+    """Of the ranks that write into a folder of their own: those whose hosts keep checkpoints, and records."""
+    return writers[: recipe.run.checkpoint_copies]
+
+
 class BackgroundSave:
     """Writes checkpoints one at a time, in a thread of every rank."""
 
@@ -82,7 +88,7 @@ class BackgroundSave:
             say: takes a line.
         """
         self.run, self.control = run, engine.control.background()
-        self.writers = writers[: engine.recipe.run.checkpoint_copies]
+        self.writers = keepers(writers, engine.recipe)
         self.engine, self.say, self._launch = engine, say, launch
         self._has_folder = engine.control.rank in writers
         self._thread: threading.Thread | None = None

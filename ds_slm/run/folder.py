@@ -33,9 +33,11 @@ STOPPED = "stopped.json"
 """Left by a run that a signal ended, with its step and generation; the next launch removes it."""
 SAVED = "saved.json"
 """The newest step that was saved, and the hosts that hold it: on every host, also on hosts that keep no checkpoints."""
+METRICS = "metrics.jsonl"
+"""A record a line: kind, step and values."""
 FOLDERS, FILES = (
     ("checkpoints", "logs", "tb"),
-    ("env.json", "ds_config.json", "metrics.jsonl", "changes.jsonl", "done.json", STOPPED, SAVED),
+    ("env.json", "ds_config.json", METRICS, "changes.jsonl", "done.json", STOPPED, SAVED),
 )
 """What a launch writes into, by name."""
 
@@ -151,7 +153,7 @@ def newest_saved(run: Path) -> tuple[int, list[str]]:
 def read_records(run: Path) -> dict[str, list[dict[str, Any]]]:
     """Kind -> records of metrics.jsonl, in its order; damaged lines, and those without a step, are passed over."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in _json_lines(run / "metrics.jsonl"):
+    for record in _json_lines(run / METRICS):
         if isinstance(record.get("step"), int):
             found.setdefault(str(record.get("kind")), []).append(record)
     return found
@@ -164,7 +166,7 @@ def _recorded_saves(run: Path) -> list[int]:
 
 def keep_records(run: Path, generation: int) -> Path | None:
     """Keep a copy of metrics.jsonl, whose later steps this launch takes again from other weights; None without one."""
-    records, kept = run / "metrics.jsonl", run / f"metrics.before-generation-{generation}.jsonl"
+    records, kept = run / METRICS, run / f"metrics.before-generation-{generation}.jsonl"
     if not records.is_file():
         return None
     replace_bytes(kept, records.read_bytes())
@@ -275,8 +277,8 @@ def _tokenizer_problem(mine: Path, prepared: Path) -> str | None:
 
 
 def read_changes(run: Path) -> list[dict[str, Any]]:
-    """The lines of changes.jsonl; damaged ones are passed over."""
-    return list(_json_lines(run / "changes.jsonl"))
+    """The lines of changes.jsonl; damaged ones, and those without a generation, are passed over."""
+    return [one for one in _json_lines(run / "changes.jsonl") if isinstance(one.get("generation"), int)]
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -299,3 +301,11 @@ def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
     if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own
         before += b"\n"
     replace_bytes(path, before + json.dumps({"generation": generation, **what}).encode() + b"\n")
+
+
+def merge_changes(run: Path, everyones: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Give changes.jsonl the lines of all hosts, each once, in the order of launches."""
+    unique = {json.dumps(change): change for changes in everyones for change in changes}
+    merged = sorted(unique.values(), key=lambda change: change["generation"])
+    if merged != read_changes(run):
+        replace_text(run / "changes.jsonl", "".join(f"{json.dumps(change)}\n" for change in merged))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_slm.errors import CheckpointError
+from ds_slm.run.folder import METRICS
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def read(run: Path) -> dict[int, str]:
     Raises:
         CheckpointError: where the folder has no metrics.jsonl, a line of it is damaged, or it holds no step.
     """
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     if not path.is_file():
         raise CheckpointError(f"{run} holds no metrics.jsonl: name the folder of a run that has trained.")
 

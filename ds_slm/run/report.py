@@ -1,12 +1,10 @@
-"""What a run reports: TensorBoard, metrics.jsonl, and a progress bar or lines on the terminal. Rank 0 alone does.
+"""What a run reports: to its records, and as a progress bar or lines on the terminal of rank 0.
 
-libraries' output (stdout, stderr) --> logs/rank-00000.log        (`captured_output`)
-record --> metrics.jsonl, tb/ (board.py) and the terminal         (`Report`)
+libraries' output (stdout, stderr) --> logs/rank-00000.log                            (`captured_output`)
+record --> metrics.jsonl and tb/ of every host that keeps records, the terminal       (`Report`, records.py)
 """
 
 import contextlib
-import json
-import math
 import os
 import sys
 import time
@@ -15,10 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_slm.files import replace_text
-from ds_slm.run import launches
-from ds_slm.run.board import Board
-from ds_slm.run.launches import Launch
+from ds_slm.run.records import Records
 
 SHOWN_FACTS = (
     "hosts", "world_size", "device", "backend", "precision", "zero_stage", "optimizer", "rows_per_step",
@@ -65,46 +60,17 @@ def captured_output(log: Path) -> Iterator[TextIO]:
 
 
 class Report:
-    """Writes a run's records; on any rank but 0 every method does nothing."""
+    """Takes what a run has to tell to its records, and on rank 0 to the terminal."""
 
-    def __init__(
-        self,
-        folder: Path,
-        terminal: TextIO,
-        active: bool,
-        total_steps: int,
-        first_step: int = 0,
-        launch: Launch | None = None,
-    ) -> None:
-        """Nothing is recorded once another launch than `launch` holds the folder. Raises ReplacedByNewerLaunch."""
-        self.folder, self.terminal, self.active, self.total_steps = folder, terminal, active, total_steps
-        self._launch = launch
-        self._lost_records = False
-        self._earlier: set[tuple[str, float]] = set()
+    def __init__(self, terminal: TextIO | None, records: Records | None, total_steps: int, first_step: int = 0) -> None:
+        """`terminal` is None on every rank but 0, `records` on hosts that keep none."""
+        self.terminal, self.records, self.total_steps = terminal, records, total_steps
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
-
-        if not active:
-            return
-        if launch:
-            launches.refuse_replaced(folder, launch)
-        self._forget_after(first_step)
-        self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.board = Board(folder / "tb", first_step)
-        self.bar = self._progress_bar(first_step) if terminal.isatty() else None
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the records of steps that a resumed run takes again; remember which are left."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= step]
-            if len(kept) < len(lines):
-                replace_text(path, "".join(kept))
-            self._earlier = {(json.loads(line).get("kind"), _step_of(line)) for line in kept}
+        self.bar = self._progress_bar(first_step) if terminal and terminal.isatty() else None
 
     def was_recorded(self, kind: str, step: int) -> bool:
-        """Whether an earlier launch left such a record of this step. False on any rank but 0."""
-        return (kind, step) in self._earlier
+        """Whether an earlier launch left such a record of this step here. False on hosts that keep none."""
+        return self.records is not None and self.records.were_made(kind, step)
 
     def _progress_bar(self, first_step: int) -> Any:
         from rich.console import Console
@@ -120,43 +86,27 @@ class Report:
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
-        if not self.active:
-            return
         if self.bar:
             self.bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif self.terminal:
             print(text, file=self.terminal, flush=True)
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        """A text in TensorBoard."""
-        if self.active and self._may_write:
-            with self._disk():
-                self.board.text(tag, text, step)
 
     def describe(self, recipe: Mapping[str, Any], recipe_text: str, facts: Mapping[str, Any]) -> None:
         """What is trained, and where: a record, texts in TensorBoard, and the run's line in its table of runs."""
         step = facts["begins_at_step"]
         self.record("launch", step, {name: facts[name] for name in SHOWN_FACTS if name in facts})
-        self.text("recipe", f"```toml\n{recipe_text}```", step)
-        rows = "".join(f"| {name} | {_cell(facts[name])} |\n" for name in SHOWN_FACTS if name in facts)
-        self.text("hosts", f"| what | of this launch |\n|---|---|\n{rows}", step)
-        if self.active and self._may_write:
-            with self._disk():
-                self.board.compare_by(recipe)
-
-    @property
-    def _may_write(self) -> bool:
-        return self._launch is None or not launches.is_replaced(self.folder, self._launch)
+        if self.records:
+            rows = "".join(f"| {name} | {_cell(facts[name])} |\n" for name in SHOWN_FACTS if name in facts)
+            self.records.text("recipe", f"```toml\n{recipe_text}```", step)
+            self.records.text("hosts", f"| what | of this launch |\n|---|---|\n{rows}", step)
+            self.records.compare_by(recipe)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any], log: bool = True) -> None:
-        """One record of a step: to metrics.jsonl and TensorBoard where `log`, and to the terminal."""
-        if not self.active:
+        """One record of a step: to the records where `log`, and to the terminal."""
+        if self.records and log:
+            self.records.write(kind, step, values)
+        if not self.terminal:
             return
-
-        if log and self._may_write:
-            with self._disk():
-                self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-                self.board.record(kind, step, values)
 
         if kind == "train":
             self._progress(step, values)
@@ -165,16 +115,6 @@ class Report:
         elif kind in ("val", "eval"):
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "tokens")
             self.say(f"step {step}: {'all ' if kind == 'eval' else ''}held-out rows: {numbers}")
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        """A full disk costs records, not the run; one warning is printed."""
-        try:
-            yield
-        except OSError as error:
-            if not self._lost_records:
-                self.say(f"RECORDS ARE LOST: {self.folder}: {error}. Training goes on.")
-            self._lost_records = True
 
     def _progress(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
@@ -190,12 +130,10 @@ class Report:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self.active:
-            if self.bar:
-                self.bar.stop()
-            for file in (self.metrics, self.board):
-                with self._disk():
-                    file.close()
+        if self.bar:
+            self.bar.stop()
+        if self.records:
+            self.records.close()
 
 
 def _cell(value: Any) -> str:
@@ -203,12 +141,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         value = [f"{key}: {one}" for key, one in value.items()]
     return ", ".join(map(str, dict.fromkeys(value))) if isinstance(value, list) else str(value)
-
-
-def _step_of(line: str) -> float:
-    """The step of a record; a line that was cut or damaged belongs to none that is kept."""
-    try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf

@@ -28,7 +28,9 @@ def score_benchmarks(run: Run) -> None:
         return
 
     with run.engine.eager() as model:
-        figures, problem = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
+        # Rank 0 alone has the figures; every host that keeps records needs them.
+        scored = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
+        figures, problem = control.broadcast(scored, 0)
     if problem:
         run.report.say(f"warning: step {run.state.step}: the benchmarks were not scored: {problem}")
     else:

@@ -15,7 +15,7 @@ from typing import Any, TextIO, TypeVar
 from ds_slm.checkpoint import resume
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
-from ds_slm.checkpoint.saving import BackgroundSave
+from ds_slm.checkpoint.saving import BackgroundSave, keepers
 from ds_slm.data import skipping
 from ds_slm.distributed import network, rendezvous
 from ds_slm.distributed.problems import raise_on_all
@@ -30,8 +30,9 @@ from ds_slm.model import decoder, kernels
 from ds_slm.recipe import ds_config, effects, schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder as run_folder
-from ds_slm.run import launches, measure, skipped_rows
+from ds_slm.run import launches, measure, records, skipped_rows
 from ds_slm.run.launches import Launch
+from ds_slm.run.records import Records
 from ds_slm.run.report import Report, captured_output
 from ds_slm.train import agreement, loop, unused_flags
 from ds_slm.train.choices import effective_choices
@@ -191,7 +192,7 @@ class Launching:
         if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
             raise ReplacedByNewerLaunch
         stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
-        report = self._report(launch, state, stop_at_step, terminal)
+        report = self._report(launch, keepers(writers, recipe), state, stop_at_step, terminal)
 
         background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)
         checkpoints = Checkpoints(background, inputs.identity)
@@ -243,17 +244,29 @@ class Launching:
         resume.begin(engine, task.begin() if task.begin else None)
         return engine, State(ledger=self.inputs.corpus.sha256)
 
-    def _report(self, launch: Launch, state: State, stop_at_step: int, terminal: TextIO) -> Report:
+    def _report(self, launch: Launch, keepers: list[int], state: State, stop_at_step: int, terminal: TextIO) -> Report:
         """The run's records from here on. Prints where the run goes on, and where records of repeated steps lie."""
         control, options, found = self.control, self.inputs.options, self.resume_point
+        says, keeps = control.rank == 0, control.rank in keepers
+
         kept = None
-        if control.rank == 0 and found and found.lost:
+        if keeps and found and found.lost:
             kept = run_folder.keep_records(options.run_dir, launch.generation)
-        report = Report(options.run_dir, terminal, control.rank == 0, stop_at_step, state.step, launch)
+        given = records.share(control, options.run_dir, keepers, state.step, launch.generation) if found else []
+
+        own = None
+        if keeps:
+            own = Records(
+                options.run_dir, lambda line: print(line, file=terminal), state.step, launch, control.rank in given
+            )
+        report = Report(terminal if says else None, own, stop_at_step, state.step)
+
         if found and found.lost:
             report.say(f"warning: {found.lost}" + (f"; records of what is taken again are in {kept}" if kept else ""))
         if found:
             report.say(f"resumed at step {state.step}, from {control.hosts[found.source]}")
+            if given:
+                report.say(f"the records so far were sent to {', '.join(control.hosts[rank] for rank in given)}")
             if state.step >= stop_at_step:
                 report.say(f"--max-steps {stop_at_step}: nothing to do")
             elif options.profile and options.profile[-1] <= state.step:

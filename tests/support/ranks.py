@@ -52,6 +52,9 @@ class ThreadControl:
     def broadcast(self, message: Any, source: int) -> Any:
         return self.gather(message if self.rank == source else None)[source]
 
+    def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        return tensor.copy_(torch.tensor(self.broadcast(tensor.tolist(), source), dtype=tensor.dtype))
+
     def barrier(self) -> None:
         self._lines[0].barrier.wait(PATIENCE_S)
 

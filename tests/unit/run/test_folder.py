@@ -18,6 +18,7 @@ from ds_slm.recipe import schema
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches
 from ds_slm.run.launches import Launch
+from ds_slm.run.records import Records
 from ds_slm.run.report import Report
 from tests.support.data_recipes import prepare, source, texts, write_jsonl
 from tests.support.data_recipes import recipe as data_recipe
@@ -225,7 +226,7 @@ def test_damaged_records_are_dropped(tmp_path: Path, line: bytes) -> None:
     whole = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(whole).encode() + b"\n" + line)
     with (tmp_path / "terminal.txt").open("w") as terminal:
-        report = Report(tmp_path, terminal, active=True, total_steps=3, first_step=2)
+        report = Report(terminal, Records(tmp_path, print, 2), total_steps=3, first_step=2)
         report.record("train", 3, {"loss": 2.0, "tokens_per_s": 1.0, "step_s": 1.0})
         report.close()
     found = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]

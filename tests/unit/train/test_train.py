@@ -21,6 +21,7 @@ from ds_slm.model import decoder, kernels
 from ds_slm.recipe import ds_config, schema
 from ds_slm.run import folder
 from ds_slm.run.launches import Launch
+from ds_slm.run.records import Records
 from ds_slm.run.report import Report
 from ds_slm.train import agreement
 from tests.support import runs
@@ -166,7 +167,7 @@ def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
     with (tmp_path / "terminal.txt").open("w") as terminal:
         lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2, 3)]
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
-        report = Report(tmp_path, terminal, active=True, total_steps=3, first_step=2)
+        report = Report(terminal, Records(tmp_path, print, 2), total_steps=3, first_step=2)
         report.record("train", 3, {"loss": 2.0, "tokens_per_s": 1.0, "step_s": 1.0})
         report.close()
     assert [(record["step"], record["loss"]) for record in runs.records(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
@@ -181,12 +182,12 @@ def test_an_older_launch_records_nothing(tmp_path: Path) -> None:
         reports = []
         for launch in (Launch(1, "b"), Launch(1, "c")):
             (tmp_path / "env.json").write_text(json.dumps(launch.facts()))
-            reports.append(Report(tmp_path, terminal, active=True, total_steps=3, launch=launch))
+            reports.append(Report(terminal, Records(tmp_path, print, launch=launch), total_steps=3))
         for number, report in enumerate(reports, start=1):
             report.record("train", number, {"loss": float(number), "tokens_per_s": 1.0, "step_s": 1.0})
             report.close()
         with pytest.raises(ReplacedByNewerLaunch):
-            Report(tmp_path, terminal, active=True, total_steps=3, launch=Launch(1, "b"))
+            Records(tmp_path, print, launch=Launch(1, "b"))
     assert [record["loss"] for record in runs.records(tmp_path)] == [2.0]
 
 
@@ -289,9 +290,10 @@ def test_a_failed_save_leaves_the_best_what_it_was() -> None:
 def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
     """Oracle: /dev/full refuses every write: told once, no error."""
     with (tmp_path / "terminal.txt").open("w+") as terminal:
-        report = Report(tmp_path, terminal, active=True, total_steps=3)
-        report.metrics.close()
-        report.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by the report
+        records = Records(tmp_path, lambda line: print(line, file=terminal))
+        records._metrics.close()
+        records._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by the records
+        report = Report(terminal, records, total_steps=3)
         for step in (1, 2, 3):
             report.record("train", step, {"loss": 1.0, "tokens_per_s": 1.0, "step_s": 1.0})
         report.close()

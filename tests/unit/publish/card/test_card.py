@@ -21,6 +21,7 @@ from ds_slm.publish.card.page import Page, write_card
 from ds_slm.publish.card.rerun import rerun
 from ds_slm.recipe import schema
 from ds_slm.run import scores
+from ds_slm.run.records import Records
 from ds_slm.run.report import Report
 from tests.golden.facts import MADE
 from tests.support import told_runs
@@ -213,7 +214,7 @@ def test_samples_of_the_same_step_are_shown(tmp_path: Path, export: Any, kind: s
     """Oracle: what the run's own report wrote at its last step, in a block that its backticks do not end."""
     recipe = recipe_of(kind=kind)
     run = write_run(tmp_path / "run", recipe)
-    report = Report(run, sys.stdout, active=True, total_steps=12)
+    report = Report(sys.stdout, Records(run, print), total_steps=12)
     last = " sat ``` | down" + ("<|im_end|>" if recipe.sft else "")
     report.record("samples", recipe.train.steps - 1, {"continuations": {"the cat": " an earlier one"}})
     report.record("samples", recipe.train.steps, {"continuations": {"the cat": last, "another": " one"}})

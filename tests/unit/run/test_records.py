@@ -1,0 +1,90 @@
+"""Records on several hosts: one that was away is given what it missed."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from ds_slm.run import folder, records
+from ds_slm.run.records import Records
+from tests.support import ranks
+
+HOSTS = ["node1", "node2", "node3"]
+
+
+def write(run: Path, steps: list[int], loss: float) -> None:
+    """What a launch left: losses that this host measured, and a line that a kill cut."""
+    run.mkdir()
+    lines = [json.dumps({"kind": "train", "step": step, "loss": loss}) for step in steps]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_on_board(run: Path) -> list[tuple[int, float]]:
+    """As TensorBoard reads it: of steps that were taken twice the last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def share(tmp_path: Path, keepers: list[int], step: int) -> list[list[int]]:
+    return ranks.run(
+        HOSTS, lambda control: records.share(control, tmp_path / HOSTS[control.rank], keepers, step, generation=3)
+    )
+
+
+def test_a_host_that_was_away_is_given_what_it_missed(tmp_path: Path) -> None:
+    """Oracle: node2's own lines up to the step; node1's stay beside, and TensorBoard shows no gap and no step twice."""
+    write(tmp_path / "node1", [1, 2], loss=1.0)
+    write(tmp_path / "node2", [1, 2, 3, 4, 5], loss=2.0)
+    (tmp_path / "node3").mkdir()
+    before = (tmp_path / "node1" / "metrics.jsonl").read_text()
+
+    assert share(tmp_path, keepers=[0, 1], step=4) == [[0], [0], [0]]
+    assert steps_of(tmp_path / "node1") == [1, 2, 3, 4]
+    assert (tmp_path / "node1" / "metrics.before-generation-3.jsonl").read_text() == before
+    assert not (tmp_path / "node3" / "metrics.jsonl").exists()
+
+    after = Records(tmp_path / "node1", print, first_step=4, is_given=True)
+    after.write("train", 5, {"loss": 1.0})
+    after.close()
+    assert steps_of(tmp_path / "node1") == [1, 2, 3, 4, 5]
+    assert losses_on_board(tmp_path / "node1") == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 1.0)]
+
+
+def test_hosts_that_know_the_same_steps_keep_what_they_measured(tmp_path: Path) -> None:
+    """Oracle: their own files, byte for byte, though their losses differ."""
+    write(tmp_path / "node1", [1, 2, 3], loss=1.0)
+    write(tmp_path / "node2", [1, 2], loss=2.0)
+    (tmp_path / "node3").mkdir()
+    before = {host: (tmp_path / host / "metrics.jsonl").read_bytes() for host in HOSTS[:2]}
+    assert share(tmp_path, keepers=[0, 1], step=2) == [[], [], []]
+    assert {host: (tmp_path / host / "metrics.jsonl").read_bytes() for host in HOSTS[:2]} == before
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.0])
+def test_a_host_without_records_gets_them_all(tmp_path: Path, value: float) -> None:
+    """Oracle: the file of the host that has one, a loss that is not a number included."""
+    write(tmp_path / "node1", [1, 2, 3], loss=value)
+    for host in HOSTS[1:]:
+        (tmp_path / host).mkdir()
+    assert share(tmp_path, keepers=[0, 1, 2], step=3) == [[1, 2]] * 3
+    texts = {(tmp_path / host / "metrics.jsonl").read_text() for host in HOSTS[1:]}
+    assert texts == {(tmp_path / "node1" / "metrics.jsonl").read_text().rpartition("\n")[0] + "\n"}
+
+
+def test_every_host_knows_every_change(tmp_path: Path) -> None:
+    """Oracle: what each launch changed, in the order of launches, each once; a damaged line is passed over."""
+    first, second, third = ({"generation": number, "changes": {"train.steps": [1, number]}} for number in (1, 2, 3))
+    known = {"node1": [first, third], "node2": [second, third], "node3": []}
+    for host, changes in known.items():
+        write(tmp_path / host, [1], loss=1.0)
+        (tmp_path / host / "changes.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in changes) + "{")
+    share(tmp_path, keepers=[0, 1, 2], step=1)
+    assert [folder.read_changes(tmp_path / host) for host in HOSTS] == [[first, second, third]] * 3

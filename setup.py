@@ -32,7 +32,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ds_slm", "ds_slm.*", "sft"]),
     package_data={"ds_slm.publish": ["*.jinja"], "ds_slm.recipe": ["library/*.toml"]},
-    entry_points={"console_scripts": ["ds-slm = ds_slm.cli.main:run"]},
+    entry_points={
+        "console_scripts": ["ds-slm = ds_slm.cli.main:run"],
+        "torchrun.handlers": ["ds-slm = ds_slm.cluster.rendezvous:handler"],
+    },
     install_requires=[
         "bitsandbytes>=0.49,<1",
         "datasets>=4,<6",

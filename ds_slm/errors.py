@@ -59,6 +59,10 @@ class DeviceError(UserError):
     """A device that lacks what the recipe asks for."""
 
 
+class MeetingError(DeviceError):
+    """Ranks that cannot reach each other. Another try, with other ports or other hosts, may go better."""
+
+
 class TrainingError(Exception):
     """Training cannot go on: a non-finite loss or gradient. Not the user's mistake; exit code 1, no traceback."""
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_slm import pulse
 from ds_slm.checkpoint.tensor_file import in_file_order
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.partitions import Snapshot, absmax_notes
@@ -101,6 +102,7 @@ class Gathering:
             self._exchange(layout, own, begin, end)
             if write:
                 write(self._window[: end - begin])
+            pulse.beat()
 
     def _exchange(self, layout: list[list[tuple[int, int]]], own: list[Span], begin: int, end: int) -> None:
         rank, control = self._control.rank, self._control

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ds_slm import pulse
 from ds_slm.distributed import world as worlds
 from ds_slm.distributed.failures import Failure, FailureBoard, failure_of
 from ds_slm.distributed.store import Intervals, Store, await_server, first_line, wait_until
@@ -33,8 +34,10 @@ from ds_slm.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
     RAISED_ON_ALL_RANKS,
-    DeviceError,
+    MeetingError,
     UserError,
     describe,
     print_any_name,
@@ -84,7 +87,7 @@ class Rendezvous:
         The process ends where another rank fails meanwhile.
 
         Raises:
-            DeviceError: rank 0's host no longer answers.
+            MeetingError: rank 0's host no longer answers.
             KeyboardInterrupt: SIGINT came, or SIGTERM.
         """
         if self.world.size == 1:
@@ -95,7 +98,7 @@ class Rendezvous:
         with _interrupted_by_sigterm():
             while not self._met.wait(self._intervals.beat_s):
                 if self._store and time.monotonic() - self._contact_s > self._intervals.silent_s:
-                    raise DeviceError(f"rank 0's host, {self.world.master}, no longer answers: look into its output.")
+                    raise MeetingError(f"rank 0's host, {self.world.master}, no longer answers: look into its output.")
         return self._messages
 
     def close(self) -> None:
@@ -108,6 +111,8 @@ class Rendezvous:
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, and the user, once; then end this process with the error's exit code."""
         failure, was_open = failure_of(error, self.world.rank), self._thread is not None
+        if failure.code == EXIT_USER_ERROR and not isinstance(error, MeetingError):
+            pulse.final(failure.code)
         patience_s, is_interrupted = self._patience_s(failure.code), failure.code == EXIT_INTERRUPTED
 
         # The thread already ends this process, because another rank failed.
@@ -345,6 +350,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
     If this rank fails alone, or may have failed alone, it prints its error and the process ends at once.
     """
     print_any_name()
+    worlds.die_with_torchrun()
     note = worlds.ignored()
 
     try:
@@ -363,6 +369,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
         code = main() or EXIT_OK
     except RAISED_ON_ALL_RANKS as error:
         message, code = describe(error) or ("", EXIT_FAILURE)
+        pulse.stopped() if code == EXIT_STOPPED else pulse.final(code)
         if worlds.first_on_host():
             print(message, file=sys.stderr, flush=True)
     except BaseException as error:

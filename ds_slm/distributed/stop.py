@@ -16,7 +16,6 @@ A request waits for a micro-batch that suddenly takes longer.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -32,11 +31,9 @@ import torch
 import torch.distributed as dist
 
 from ds_slm.distributed.ranks import Control
-from ds_slm.distributed.world import launcher
+from ds_slm.distributed.world import launcher, signal_at_launchers_death
 from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, ReplacedByNewerLaunch, Stopped
 
-PR_SET_PDEATHSIG = 1
-"""From Linux's prctl.h."""
 LOOK_EVERY_S = 0.1
 """So often a rank that is to stop looks for compilers that keep it from stopping."""
 RUNNER_EVERY_S = 1.0
@@ -89,8 +86,8 @@ class Interrupt:
         self._handlers = {number: signal.signal(number, _expect_dead_compilers) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
-        _stop_with_launcher()
         if above := launcher():
+            signal_at_launchers_death(signal.SIGTERM)
             threading.Thread(target=self._stop_with_runner, args=(above,), name="runner", daemon=True).start()
         return self
 
@@ -216,9 +213,3 @@ def _tell_siblings() -> None:
         with contextlib.suppress(psutil.Error):
             if sibling.pid != os.getpid():
                 sibling.terminate()
-
-
-def _stop_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when DeepSpeed's launcher dies: ranks alone would train on, unseen."""
-    if sys.platform == "linux" and launcher():
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -70,8 +70,10 @@ class Store:
                 raise DeviceError(taken(world)) from error
             raise DeviceError(f"{world.master}: {first_line(error)}; look into the other hosts' output.") from error
 
-        # A restart by torchrun finds the keys of the attempt before.
-        self._store = dist.PrefixStore(f"ds_slm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # Where torchrun's agent serves, a restart finds the keys of the attempt before. Else each attempt has a store
+        # of its own, and agents may count their restarts differently.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_serves else "0"
+        self._store = dist.PrefixStore(f"ds_slm/{attempt}", store)
         self._claim(world, serves or world.rank == 0, intervals)
 
     def _claim(self, world: World, is_first: bool, intervals: Intervals) -> None:

@@ -6,8 +6,11 @@ variables, variables of an earlier launch) is set aside. Imports neither torch n
 """
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
+import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
@@ -15,6 +18,8 @@ import psutil
 
 from ds_slm.errors import DeviceError
 
+PR_SET_PDEATHSIG = 1
+"""From Linux's prctl.h."""
 LAUNCHER_MODULE = "deepspeed.launcher.launch"
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEFTOVERS = (
@@ -57,6 +62,18 @@ def launcher() -> psutil.Process | None:
         parent = psutil.Process().parent()
         return parent if parent and LAUNCHER_MODULE in parent.cmdline() else None
     return None
+
+
+def signal_at_launchers_death(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the process that started this one dies: a rank alone would train on, unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def die_with_torchrun() -> None:
+    """End this rank at once with torchrun's agent, if one started it: the agents of the other hosts go on without."""
+    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_at_launchers_death(signal.SIGKILL)
 
 
 def rank() -> int:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_slm import pulse
 from ds_slm.data.rows import Rows
 from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
@@ -145,6 +146,7 @@ class Engine:
             vote = self._start_vote(index, micro_batches, totals)  # its messages travel behind the backward pass
             self.deepspeed.backward(sums.objective * objective_scale)
             vote.wait()
+            pulse.beat()
             nll, z2 = nll + sums.nll, z2 + sums.z2
 
         nll_by_rank, z2_by_rank = self._gather_sums(nll, z2)
@@ -200,6 +202,7 @@ class Engine:
             sums = self.deepspeed(*self._on_device(rows), 0.0)
             own += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
             self._start_vote(index, micro_batches, totals).wait()
+            pulse.beat()
         nll, weight, z2, count = map(sum, self._gather_sums(*own))
         return Sums(nll, weight, z2, count)
 

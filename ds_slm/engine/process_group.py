@@ -11,7 +11,7 @@ from ds_slm.distributed import rendezvous
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.store import first_line, taken
 from ds_slm.engine.devices import device_type
-from ds_slm.errors import RAISED_ON_ALL_RANKS, DeviceError
+from ds_slm.errors import RAISED_ON_ALL_RANKS, DeviceError, MeetingError
 
 
 def connect() -> Control:
@@ -40,8 +40,8 @@ def connect() -> Control:
     except dist.DistNetworkError as error:
         world = rendezvous.current().world
         if world.size == 1:
-            raise DeviceError(taken(world)) from error
-        raise DeviceError(f"the ranks cannot connect to each other: {first_line(error)}.") from error
+            raise MeetingError(taken(world)) from error
+        raise MeetingError(f"the ranks cannot connect to each other: {first_line(error)}.") from error
 
     return Control()
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from ds_slm import pulse
 from ds_slm.train.task import Run
 
 
@@ -27,10 +28,13 @@ def score_benchmarks(run: Run) -> None:
     if control.broadcast(run.report.was_recorded("benchmarks", run.state.step), 0):
         return
 
+    def look_up() -> None:
+        interrupt.start_vote().wait()
+        pulse.beat()
+
     with run.engine.eager() as model:
         # Rank 0 alone has the figures; every host that keeps records needs them.
-        scored = run.benchmarks(model, control, lambda: interrupt.start_vote().wait())
-        figures, problem = control.broadcast(scored, 0)
+        figures, problem = control.broadcast(run.benchmarks(model, control, look_up), 0)
     if problem:
         run.report.say(f"warning: step {run.state.step}: the benchmarks were not scored: {problem}")
     else:

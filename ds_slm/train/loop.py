@@ -19,6 +19,7 @@ What a `Run` (train/task.py) brings along:
 from collections.abc import Mapping
 from contextlib import nullcontext
 
+from ds_slm import pulse
 from ds_slm.data.order import extend_ledger
 from ds_slm.engine.engine import Sums
 from ds_slm.errors import Stopped, TrainingError
@@ -126,6 +127,7 @@ def take_step(run: Run) -> None:
     ledger = extend_ledger(state.ledger, step_rows.row_ids.values())
     run.state = state.after(step_rows.next_position, int(sums.count), ledger)
     engine.synchronise()
+    pulse.beat(run.state.step)
     record_step(run, sums, rate, clock.elapsed_s(), step_rows.contents)
     if show_layers:
         run.report.record("layers", run.state.step, engine.layer_norms())

@@ -14,6 +14,7 @@ BELOW_TRAIN = {"recipe", "data", "model", "distributed", "run", "engine", "check
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "pulse": set(),
     "recipe": set(),
     "data": {"recipe"},
     "model": {"recipe"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "evaluate", "cluster.hostfile", "cli.flags"},
     "cli": {*BELOW_TRAIN, "train", "publish", "evaluate", "cluster", "pretrain", "sft", "cli"},
 }
-"""What each layer may import besides itself, errors and files, as docs/architecture.md draws it."""
+"""What each layer may import besides itself, errors, files and pulse, as docs/architecture.md draws it."""
 
 HEAVY = {"torch", "deepspeed", "transformers", "numpy", "datasets", "bitsandbytes"}
 HOME = re.compile(r"(?<![\w.])/(?:home|root|Users)/")
@@ -41,14 +42,14 @@ def breaches(layer: str, imported: str) -> str | None:
     package, *parts = imported.split(".")
     if package == "deepspeed" and layer != "engine":
         return "only engine may import deepspeed"
-    if package in HEAVY and layer in ("recipe", "errors", "files"):
+    if package in HEAVY and layer in ("recipe", "errors", "files", "pulse"):
         return "pure data imports nothing heavy"
     if package == "sft":
         return None if "sft" in ALLOWED[layer] else "ds_slm never imports sft"
     if package != "ds_slm" or not parts or parts[0].startswith("_"):
         return None
     target, child = parts[0], ".".join(parts[:2])
-    if target in (layer, "errors", "files") or target in ALLOWED[layer] or child in ALLOWED[layer]:
+    if target in (layer, "errors", "files", "pulse") or target in ALLOWED[layer] or child in ALLOWED[layer]:
         return None
     return f"{layer} may not import {target}"
 

@@ -1,0 +1,326 @@
+"""A rendezvous for torchrun that acts on what torch's own only records: `torchrun --rdzv-backend ds-slm ...`.
+
+torch has the heartbeats, the membership, the rounds and the ranks. This one adds, on every host:
+
+    a host that is lost             its heartbeats are overdue: the ranks of all other hosts are started again
+    a store that does not answer    for `lease` seconds: this host is cut off. Its ranks get `grace` seconds to end
+    a rank that does not get on     for `hang` seconds (ds_slm/pulse.py): it is killed, and that is a failure
+    a rank that no restart can help a user's mistake, say: the whole run ends with its exit code
+    failures without progress       more than `restarts` in a row, none of which applied a new step: the run ends
+    the supervisor's word           an exit code in the store: all ranks save, and end
+
+A cut-off host must be empty before the others take a step: the others miss its heartbeats only after `lease + grace`.
+Hosts compare each other's heartbeats by the clock: their clocks must not differ by more than a few seconds.
+
+Known gap: of torch's privates one is read, `_state_holder.state.participants`; without it `create` fails.
+"""
+
+import atexit
+import contextlib
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+from torch.distributed import Store, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousInfo,
+    RendezvousParameters,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
+
+from ds_slm import pulse
+from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED
+
+NAME = "ds-slm"
+END = "ds_slm/end"
+"""The store's key for the exit code with which all agents end."""
+STARTED = "ds_slm/started"
+"""The store's counter of agents that were started."""
+HOST_SAYS = "supervised: "
+"""Begins what an agent tells of its ranks."""
+HEARTBEAT_S = 2
+LAST_CALL = timedelta(seconds=2)
+"""For so long a round that could begin waits for more hosts."""
+FOREVER = timedelta(days=365)
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may endure. Whole seconds, as torchrun's `--rdzv-conf` takes them."""
+
+    restarts: int = 3
+    """Failures in a row, without a new step, that are followed by a restart."""
+    lease: int = 15
+    """The store may be silent for so long."""
+    hang: int = 300
+    """A rank may show no sign of life for so long."""
+    grace: int = 5
+    """The time of ranks to end where some of the others are lost: they cannot save together."""
+    save: int = 30
+    """The time of ranks to save and end where all are there."""
+    gather: int = 60
+    """The first round waits for all hosts for so long."""
+
+    @property
+    def missed_heartbeats(self) -> int:
+        """After so many a host is lost: not before a host that is cut off has ended its ranks."""
+        return math.ceil((self.lease + self.grace) / HEARTBEAT_S)
+
+
+def handler() -> Callable[[RendezvousParameters], DynamicRendezvousHandler]:
+    """What the entry point `torchrun.handlers` names."""
+    return create
+
+
+def create(params: RendezvousParameters) -> "Handler":
+    """The rendezvous of this host's agent.
+
+    Raises:
+        RendezvousConnectionError: the store does not answer.
+        RuntimeError: a version of torch that this was not written for.
+    """
+    limits = Limits(**{name: number for name in Limits.__annotations__ if (number := params.get_as_int(name))})
+
+    # Ranks meet at a port of their own in every round: in a store they shared, addresses of the round before remain.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    pulses = Path(os.environ.get(pulse.FOLDER) or tempfile.mkdtemp(prefix="ds-slm-"))
+    os.environ[pulse.FOLDER] = str(pulses)
+    atexit.register(shutil.rmtree, pulses, ignore_errors=True)
+
+    backend = AnsweringBackend(connect(params.endpoint), params.run_id)
+    made = Handler.from_backend(
+        params.run_id,
+        connect(params.endpoint),
+        backend,
+        params.min_nodes,
+        params.max_nodes,
+        params.local_addr,
+        RendezvousTimeout(join=FOREVER, last_call=LAST_CALL),
+        HEARTBEAT_S,
+        limits.missed_heartbeats,
+    )
+    made.begin(limits, backend, pulses)
+    return made
+
+
+def connect(endpoint: str) -> TCPStore:
+    """The store at HOST:PORT, which somebody else serves."""
+    address, _, port = endpoint.rpartition(":")
+    try:
+        return TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    except RuntimeError as error:
+        raise RendezvousConnectionError(f"no store answers at {endpoint}") from error
+
+
+class RunEnded(RendezvousError):
+    """The store says that all agents end, with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the run ends with exit code {code}")
+        self.code = code
+
+
+class AnsweringBackend(C10dRendezvousBackend):
+    """The round's state in a store. Notes when the store last answered, and raises RunEnded where it says so."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        super().__init__(store, run_id)
+        self.store = store
+        self.answered_s = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """See base class."""
+        return NAME
+
+    def get_state(self) -> tuple[bytes, Token] | None:
+        """See base class."""
+        try:
+            code = int(self.store.get(END)) if self.store.check([END]) else None
+        except RuntimeError as error:
+            raise RendezvousConnectionError("the store is gone") from error
+        if code is not None:
+            raise RunEnded(code)
+        state = super().get_state()
+        self.answered_s = time.monotonic()
+        return state
+
+    def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
+        """See base class."""
+        found = super().set_state(state, token)
+        self.answered_s = time.monotonic()
+        return found
+
+
+class Handler(DynamicRendezvousHandler):
+    """torch's rendezvous, which ends and restarts this host's ranks where that is needed."""
+
+    def begin(
+        self,
+        limits: Limits,
+        backend: AnsweringBackend,
+        pulses: Path,
+        ranks: Callable[[], list[psutil.Process]] = lambda: psutil.Process().children(),
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        """Start to watch.
+
+        Args:
+            limits: what is endured.
+            backend: where the rounds' state lies.
+            pulses: the folder of the ranks' signs of life.
+            ranks: the ranks of this host.
+            end: ends the agent from another thread than its own, which may be blocked.
+
+        Raises:
+            RuntimeError: torch has renamed what is read here.
+        """
+        self._limits, self._backend, self._pulses, self._ranks, self._end = limits, backend, pulses, ranks, end
+        self._rounds = self._failures = self._newest_step = 0
+        self._members_changed = False
+        self._ended = threading.Event()
+        try:
+            self._members = self._participants()
+        except AttributeError as error:
+            raise RuntimeError(f"this version of torch has no DynamicRendezvousHandler.{error.name}") from error
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Join the next round. Raises SystemExit where the run is over."""
+        try:
+            if self._rounds:
+                self._refuse_useless_restart()
+            else:
+                self._await_all_hosts()
+
+            pulse.forget(self._pulses)
+            self._members_changed = False
+            self._rounds += 1
+            info = super().next_rendezvous()
+
+        except RunEnded as end:
+            raise SystemExit(end.code) from None
+        except RendezvousConnectionError:
+            self._say("the supervisor is gone")
+            raise SystemExit(EXIT_FAILURE) from None
+        self._members = self._participants()
+        return info
+
+    def num_nodes_waiting(self) -> int:
+        """More than 0 makes the agent restart its ranks: hosts are waiting, or lost. Raises SystemExit at the end."""
+        try:
+            waiting = super().num_nodes_waiting()
+        except RunEnded as end:
+            saved = self._stop_ranks(self._limits.save)
+            raise SystemExit(EXIT_INTERRUPTED if end.code == EXIT_STOPPED and not saved else end.code) from None
+        except RendezvousConnectionError:
+            self._say("the supervisor is gone: this host's ranks save and end")
+            saved = self._stop_ranks(self._limits.save)
+            raise SystemExit(EXIT_STOPPED if saved else EXIT_FAILURE) from None
+
+        # Ranks whose peers are gone cannot save: they may be inside a collective that never ends.
+        lost = self._members - self._participants()
+        if lost:
+            self._say(f"{', '.join(sorted({node.addr for node in lost}))} left the round: this host's ranks restart")
+            self._stop_ranks(self._limits.grace)
+        self._members_changed |= bool(waiting or lost)
+        return waiting + len(lost)
+
+    def shutdown(self) -> bool:
+        """This agent ends. The others may go on: the supervisor ends them where the run is over."""
+        self._ended.set()
+        self._stop_heartbeats()
+        return True
+
+    def _participants(self) -> frozenset:
+        return frozenset(self._state_holder.state.participants)
+
+    def _await_all_hosts(self) -> None:
+        """Let the first round begin with all hosts, rather than with the fastest one alone."""
+        store, deadline_s = self._backend.store, time.monotonic() + self._limits.gather
+        store.add(STARTED, 1)
+        while store.add(STARTED, 0) < self.settings.max_nodes and time.monotonic() < deadline_s:
+            self._backend.get_state()
+            time.sleep(LOOK_S)
+
+    def _refuse_useless_restart(self) -> None:
+        """End the run where a restart would only repeat what happened."""
+        # Ranks that were left behind, while others went on without this host, speak for nobody.
+        super().num_nodes_waiting()  # reads the newest state
+        code = pulse.final_code(self._pulses)
+        if code is not None and self._this_node in self._participants():
+            self._end_run(code)
+        if self._members_changed or pulse.was_stopped(self._pulses):
+            return
+
+        # This host's ranks failed. A step that was not reached before is progress, and all restarts are left again.
+        newest = pulse.newest_step(self._pulses)
+        if newest > self._newest_step:
+            self._newest_step, self._failures = newest, 0
+        self._failures += 1
+        if self._failures > self._limits.restarts:
+            self._say(f"{self._limits.restarts} restarts brought no step after {self._newest_step}: the run ends")
+            self._end_run(EXIT_FAILURE)
+        self._say(f"a rank failed: restart {self._failures} of {self._limits.restarts} without a new step")
+
+    def _end_run(self, code: int) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._backend.store.compare_set(END, "", str(code))
+        raise SystemExit(code)
+
+    def _watch(self) -> None:
+        """Whatever blocks the agent: see that the store answers, and that each rank gets on."""
+        seen: dict[int, tuple[int, float]] = {}
+        while not self._ended.wait(LOOK_S):
+            if time.monotonic() - self._backend.answered_s > self._limits.lease:
+                self._say(f"no answer from the supervisor for {self._limits.lease} s: this host's ranks end")
+                saved = self._stop_ranks(self._limits.grace)
+                shutil.rmtree(self._pulses, ignore_errors=True)
+                self._end(EXIT_STOPPED if saved else EXIT_FAILURE)
+                return
+            for rank in self._ranks():
+                if self._hangs(rank, seen):
+                    self._say(f"process {rank.pid} did not get on for {self._limits.hang} s: it is killed")
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.kill()
+
+    def _hangs(self, rank: psutil.Process, seen: dict[int, tuple[int, float]]) -> bool:
+        """Whether a rank has shown no sign of life for too long. Compares this process's clock alone."""
+        sign, now_s = pulse.stamp(self._pulses, rank.pid), time.monotonic()
+        if sign is None:
+            return False
+        known, since_s = seen.get(rank.pid, (None, now_s))
+        if known != sign:
+            seen[rank.pid] = sign, now_s
+            return False
+        return now_s - since_s > self._limits.hang
+
+    def _stop_ranks(self, patience_s: float) -> bool:
+        """End this host's ranks; returns whether all of them stopped with a checkpoint of the last step."""
+        ranks = self._ranks()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.terminate()
+        ended, left = psutil.wait_procs(ranks, timeout=patience_s)
+        for rank in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+        psutil.wait_procs(left, timeout=self._limits.grace)
+        codes = {getattr(rank, "returncode", None) for rank in ended}
+        return codes == {EXIT_STOPPED} and not left
+
+    def _say(self, line: str) -> None:
+        print(f"{HOST_SAYS}{line}", file=sys.stderr, flush=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 import typer
 
 from ds_slm.cli.flags import positive, run_dir
-from ds_slm.cluster import launch, runner_flags
+from ds_slm.cluster import launch, limits, runner_flags
+from ds_slm.cluster.hostfile import Host, is_this_machine
 from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
 from ds_slm.recipe import schema
 
@@ -55,6 +56,7 @@ def read(
     where = parser.add_argument_group("where it runs")
     where.add_argument("-H", "--hostfile", type=Path, metavar="FILE", help="train on the hosts of this file")
     where.add_argument("--devices", type=positive, metavar="N", help="train on this many devices of this machine")
+    limits.add_flags(parser)
     runner_flags.add_runner_flags(parser)
     add_own(parser)
 
@@ -99,6 +101,9 @@ def start(script: Path, line: CommandLine) -> None:
     # Mistakes in the recipe, the flags or the hosts are reported before anything starts.
     schema.load(line.recipe, args.set, run_folder)
     hosts = runner_flags.chosen_hosts(args)
+    endured = limits.of_flags(args)
+    if endured.restarts:
+        raise typer.Exit(supervised(script, line, hosts, run_folder, endured))
     runner_flags.refuse_unusable(args, hosts)
     if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
@@ -129,6 +134,51 @@ def start(script: Path, line: CommandLine) -> None:
     if code == 0 and not hosts and args.max_steps is None and not (run_folder / "done.json").is_file():
         raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
     raise typer.Exit(code)
+
+
+def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folder: Path, endured: limits.Limits) -> int:
+    """Run a training program under a supervisor; returns its exit code."""
+    args = line.args
+    runner_flags.refuse_where_supervised(line.runner, args)
+    if args.resume == "never":
+        raise ConfigError(
+            "--resume never would begin anew at every restart: leave it out, and name a new --run-dir to begin anew."
+        )
+    if (args.min_hosts or 1) > max(len(hosts), 1):
+        raise ConfigError(f"--min-hosts {args.min_hosts}: the run has {max(len(hosts), 1)}.")
+    others = [host for host in hosts if not is_this_machine(host.name)]
+    if others and not args.no_ssh_check:
+        runner_flags.refuse_unreachable(others, args.ssh_port, programs={"ssh": "openssh-client"})
+
+    import torch
+
+    from ds_slm.cluster import supervise
+
+    # A machine without a GPU trains on its CPU, as without a supervisor.
+    cuda = torch.cuda.device_count()
+    devices = args.devices or cuda or 1
+    prepared_by = [str(Path(sys.executable).with_name("ds-slm")), "prepare", line.recipe, *_flags_of_prepare(args)]
+    return supervise.run(
+        supervise.Launch(
+            command=[str(script), "--recipe", line.recipe, *line.script],
+            run_dir=run_folder,
+            hosts=hosts,
+            devices=devices,
+            limits=endured,
+            min_hosts=args.min_hosts or 1,
+            prepare=prepared_by if len(hosts) > 1 and script.name == "pretrain.py" else None,
+            ssh_port=args.ssh_port,
+            venv_script=args.venv_script,
+            environ=launch.environment(os.environ, None if cuda or others else devices),
+        )
+    )
+
+
+def _flags_of_prepare(args: argparse.Namespace) -> list[str]:
+    """The flags of a training program that `ds-slm prepare` takes, too."""
+    sources = [piece for source in args.source for piece in ("--source", source)]
+    overrides = [piece for override in args.set for piece in ("--set", override)]
+    return ["--data-root", str(args.data_root), *sources, *overrides]
 
 
 def _content(path: Path) -> bytes | None:

@@ -150,7 +150,7 @@ def refuse_missing_hostfile() -> None:
     if launch.hostfile is not None:
         parse_hostfile(launch.hostfile)
     hosts = launch.local_hosts
-    if len(hosts) == 1 and not launch.without_ssh and not _is_this_machine(hosts[0]):
+    if len(hosts) == 1 and not launch.without_ssh and not is_this_machine(hosts[0]):
         raise HostfileError(_one_remote_host(hosts[0], launch.hostfile))
 
 
@@ -263,7 +263,8 @@ def _world_hosts(arguments: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
+    """Whether a hostfile's name means the machine of this process."""
     name = host.rpartition("@")[2].lower()
     own_name = socket.gethostname().lower()
     if name in {"localhost", own_name, own_name.partition(".")[0]}:

@@ -17,15 +17,15 @@ Known gap: of torch's privates one is read, `_state_holder.state.participants`; 
 
 import atexit
 import contextlib
-import math
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,43 +41,17 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
 
 from ds_slm import pulse
+from ds_slm.cluster.limits import END, HEARTBEAT_S, NAME, PREPARE, Limits
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED
 
-NAME = "ds-slm"
-END = "ds_slm/end"
-"""The store's key for the exit code with which all agents end."""
 STARTED = "ds_slm/started"
 """The store's counter of agents that were started."""
 HOST_SAYS = "supervised: "
 """Begins what an agent tells of its ranks."""
-HEARTBEAT_S = 2
 LAST_CALL = timedelta(seconds=2)
 """For so long a round that could begin waits for more hosts."""
 FOREVER = timedelta(days=365)
 LOOK_S = 0.5
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a run may endure. Whole seconds, as torchrun's `--rdzv-conf` takes them."""
-
-    restarts: int = 3
-    """Failures in a row, without a new step, that are followed by a restart."""
-    lease: int = 15
-    """The store may be silent for so long."""
-    hang: int = 300
-    """A rank may show no sign of life for so long."""
-    grace: int = 5
-    """The time of ranks to end where some of the others are lost: they cannot save together."""
-    save: int = 30
-    """The time of ranks to save and end where all are there."""
-    gather: int = 60
-    """The first round waits for all hosts for so long."""
-
-    @property
-    def missed_heartbeats(self) -> int:
-        """After so many a host is lost: not before a host that is cut off has ended its ranks."""
-        return math.ceil((self.lease + self.grace) / HEARTBEAT_S)
 
 
 def handler() -> Callable[[RendezvousParameters], DynamicRendezvousHandler]:
@@ -92,7 +66,7 @@ def create(params: RendezvousParameters) -> "Handler":
         RendezvousConnectionError: the store does not answer.
         RuntimeError: a version of torch that this was not written for.
     """
-    limits = Limits(**{name: number for name in Limits.__annotations__ if (number := params.get_as_int(name))})
+    limits = Limits.of_conf(params.config)
 
     # Ranks meet at a port of their own in every round: in a store they shared, addresses of the round before remain.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -204,6 +178,7 @@ class Handler(DynamicRendezvousHandler):
             if self._rounds:
                 self._refuse_useless_restart()
             else:
+                self._prepare()
                 self._await_all_hosts()
 
             pulse.forget(self._pulses)
@@ -212,7 +187,7 @@ class Handler(DynamicRendezvousHandler):
             info = super().next_rendezvous()
 
         except RunEnded as end:
-            raise SystemExit(end.code) from None
+            raise SystemExit(EXIT_INTERRUPTED if end.code == EXIT_STOPPED else end.code) from None
         except RendezvousConnectionError:
             self._say("the supervisor is gone")
             raise SystemExit(EXIT_FAILURE) from None
@@ -248,6 +223,24 @@ class Handler(DynamicRendezvousHandler):
     def _participants(self) -> frozenset:
         return frozenset(self._state_holder.state.participants)
 
+    def _prepare(self) -> None:
+        """Prepare what the ranks need, so that the other hosts need not wait for it."""
+        if not (command := os.environ.get(PREPARE)):
+            return
+        preparing = subprocess.Popen(json.loads(command), stdout=subprocess.DEVNULL)
+        try:
+            while preparing.poll() is None:
+                self._backend.get_state()
+                time.sleep(LOOK_S)
+        finally:
+            preparing.terminate()
+            code = preparing.wait()
+
+        # At the beginning this host's problem is the run's. Later it would end a run that goes on without this host.
+        if code:
+            super().num_nodes_waiting()  # reads the newest state
+            raise SystemExit(code) if self._participants() else self._ended_run(code)
+
     def _await_all_hosts(self) -> None:
         """Let the first round begin with all hosts, rather than with the fastest one alone."""
         store, deadline_s = self._backend.store, time.monotonic() + self._limits.gather
@@ -262,7 +255,7 @@ class Handler(DynamicRendezvousHandler):
         super().num_nodes_waiting()  # reads the newest state
         code = pulse.final_code(self._pulses)
         if code is not None and self._this_node in self._participants():
-            self._end_run(code)
+            raise self._ended_run(code)
         if self._members_changed or pulse.was_stopped(self._pulses):
             return
 
@@ -273,13 +266,14 @@ class Handler(DynamicRendezvousHandler):
         self._failures += 1
         if self._failures > self._limits.restarts:
             self._say(f"{self._limits.restarts} restarts brought no step after {self._newest_step}: the run ends")
-            self._end_run(EXIT_FAILURE)
+            raise self._ended_run(EXIT_FAILURE)
         self._say(f"a rank failed: restart {self._failures} of {self._limits.restarts} without a new step")
 
-    def _end_run(self, code: int) -> None:
+    def _ended_run(self, code: int) -> SystemExit:
+        """Let all agents end with an exit code; returns what ends this one."""
         with contextlib.suppress(RuntimeError):
             self._backend.store.compare_set(END, "", str(code))
-        raise SystemExit(code)
+        return SystemExit(code)
 
     def _watch(self) -> None:
         """Whatever blocks the agent: see that the store answers, and that each rank gets on."""

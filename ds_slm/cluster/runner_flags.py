@@ -32,6 +32,13 @@ INSTEAD = {
 """Flags of DeepSpeed's launcher that are not passed on, each with the way out."""
 
 
+PROGRAMS = {"ssh": "openssh-client", "pdsh": "pdsh"}
+"""What DeepSpeed starts other hosts with, and the Debian packages."""
+SUPERVISED = {"-i", "--include", "-e", "--exclude", "--num_nodes", "--ssh_port", "--no_ssh_check", "--venv_script"}
+SUPERVISED |= {"-q", "--quiet"}
+"""Flags that a supervised run takes, too."""
+
+
 def add_runner_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that are passed on, for the help and the check of a command line."""
     group = parser.add_argument_group("DeepSpeed's launcher", "passed on to it")
@@ -181,9 +188,36 @@ def _filtered(hosts: list[Host], kind: str, text: str, hostfile: Path) -> list[H
     return left
 
 
-def refuse_unreachable(hosts: Sequence[Host], ssh_port: int | None, environ: Mapping[str, str] = os.environ) -> None:
-    """Raise HostfileError for every host that does not answer over ssh, as DeepSpeed will call it."""
-    for program, package in (("ssh", "openssh-client"), ("pdsh", "pdsh")):
+def refuse_where_supervised(runner: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags of DeepSpeed's launcher that make no sense where torchrun starts the ranks."""
+    names = [argument.partition("=")[0] for argument in runner if argument.startswith("-")]
+    problems = [
+        f"{name} is for DeepSpeed's launcher, which --restarts does not use: leave it out."
+        for name in names
+        if name not in SUPERVISED
+    ]
+    for name in ("include", "exclude"):
+        if ":" in (getattr(args, name) or ""):
+            problems.append(f"--{name} {getattr(args, name)}: with --restarts it names whole hosts, without slots.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def refuse_unreachable(
+    hosts: Sequence[Host],
+    ssh_port: int | None,
+    environ: Mapping[str, str] = os.environ,
+    programs: Mapping[str, str] = PROGRAMS,
+) -> None:
+    """Raise HostfileError for every host that does not answer over ssh.
+
+    Args:
+        hosts: to be asked, all at once.
+        ssh_port: of every host's ssh.
+        environ: where programs are looked for.
+        programs: those that start the hosts, and their Debian packages.
+    """
+    for program, package in programs.items():
         if shutil.which(program, path=environ.get("PATH")) is None:
             raise HostfileError(f"there is no {program!r} on this machine, which starts the hosts: install {package}.")
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_PATIENCE_S}"]

@@ -23,7 +23,8 @@ from torch.distributed.elastic.rendezvous.registry import _register_out_of_tree_
 
 from ds_slm import pulse
 from ds_slm.cluster import rendezvous
-from ds_slm.cluster.rendezvous import END, Handler, Limits
+from ds_slm.cluster.limits import END, HEARTBEAT_S, NAME, Limits
+from ds_slm.cluster.rendezvous import Handler
 
 PATIENCE_S = 30.0
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
@@ -160,7 +161,7 @@ def test_torchrun_finds_it_by_its_name(store: TCPStore, monkeypatch: pytest.Monk
     for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", pulse.FOLDER):
         monkeypatch.setenv(name, "")  # put back afterwards
     _register_out_of_tree_handlers()
-    params = RendezvousParameters(rendezvous.NAME, f"127.0.0.1:{store.port}", "run", 1, 1, "node1", lease="7")
+    params = RendezvousParameters(NAME, f"127.0.0.1:{store.port}", "run", 1, 1, "node1", lease="7")
     made = rendezvous_handler_registry.create_handler(params)
     assert isinstance(made, Handler) and not made.use_agent_store
     assert made.next_rendezvous().world_size == 1
@@ -181,7 +182,7 @@ def test_fails_loudly_where_torch_has_renamed_what_is_read(start: Start, monkeyp
 def test_a_host_that_is_cut_off_is_empty_before_the_others_miss_it(lease: int, grace: int) -> None:
     """Contract: they count its heartbeats only after the lease and its ranks' time to end."""
     limits = Limits(lease=lease, grace=grace)
-    assert lease + grace <= limits.missed_heartbeats * rendezvous.HEARTBEAT_S
+    assert lease + grace <= limits.missed_heartbeats * HEARTBEAT_S
 
 
 def test_a_lost_host_restarts_the_others_without_it(start: Start) -> None:

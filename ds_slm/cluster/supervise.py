@@ -1,0 +1,276 @@
+"""A run that outlives its ranks and hosts: torchrun's agent on each host, over a store that lives here.
+
+    ds-slm train R --hostfile H --restarts K            the supervisor: the run lives while it lives
+      TCPStore on 127.0.0.1                             never on the network
+      a thread a host, again and again until the end:
+        ssh -R PORT:127.0.0.1:STORE HOST torchrun ...   a host's agent; on this machine torchrun alone
+          ranks                                         ds_slm/pretrain.py, unchanged
+
+The agents meet in the store and do the rest (cluster/rendezvous.py). What a host prints goes to RUN/logs/HOST.log,
+which needs no supervisor, and is read from there for the terminal. An exit code under END in the store ends all agents;
+so does the end of the store: then ranks save, and the same command goes on.
+
+Known gap: the run does not outlive the machine of this command.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from ds_slm.cluster.hostfile import Host, is_this_machine
+from ds_slm.cluster.limits import END, NAME, PREPARE, Limits
+from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError
+from ds_slm.pulse import FOLDER as PULSES
+
+SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", "ConnectTimeout=10"]
+TUNNEL = ["-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=3"]
+PORTS = range(20000, 32000)
+"""On other hosts the store is reached at one of these: below those that systems give to clients."""
+PAUSES_S = (1.0, 10.0)
+"""Between two starts of a host's agent: the first pause, and the longest."""
+LOOK_S = 0.2
+EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
+"""Variables that begin so go to other hosts, as with DeepSpeed's launcher."""
+_TORCH_LINE = re.compile(r"[DIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ .*\]")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to be run, and where."""
+
+    command: Sequence[str]
+    """The training program and its flags."""
+    run_dir: Path
+    hosts: Sequence[Host]
+    """Empty: `devices` of this machine."""
+    devices: int
+    limits: Limits
+    min_hosts: int = 1
+    prepare: Sequence[str] | None = None
+    """What a host runs before it joins the others."""
+    ssh_port: int | None = None
+    venv_script: str | None = None
+    """Sourced on every other host first."""
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def places(self) -> list[Host]:
+        """The hosts; this machine where none are named."""
+        return list(self.hosts) or [Host("127.0.0.1", self.devices)]
+
+
+def run(launch: Launch) -> int:
+    """Run to the end, or to a signal; returns the exit code that `ds-slm train` documents.
+
+    Raises:
+        CheckpointError: another supervisor runs in the run folder, or it cannot be written.
+    """
+    with _alone(launch.run_dir):
+        supervisor = Supervisor(launch)
+        before = {number: signal.signal(number, supervisor.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return supervisor.run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Within it no other supervisor of this machine runs in the folder."""
+    lock = run_dir / "logs" / ".supervisor.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"--run-dir {run_dir}: {error.filename}: {error.strerror}.") from error
+
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise CheckpointError(
+                f"{run_dir} is supervised already, by {file.read() or 'another command'}: let it go on, or end that "
+                "process first; it saves."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
+        file.flush()
+        yield
+
+
+class Supervisor:
+    """The store, and an agent on every host."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch, self._id = launch, uuid.uuid4().hex
+        self._is_stopped = False
+        self._codes: list[int] = []
+        self._agents: dict[str, subprocess.Popen[bytes]] = {}
+
+        # Agents of this machine connect to it, those of other hosts through their ssh.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._port = listener.getsockname()[1]
+            self._store = TCPStore(
+                "127.0.0.1",
+                self._port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+
+    def stop(self, *_: object) -> None:
+        """Let all ranks save and end. A signal handler."""
+        self._is_stopped = True
+        self._end(EXIT_STOPPED)
+
+    def run(self) -> int:
+        """Keep an agent on every host until the end; returns the exit code."""
+        places = self._launch.places()
+        tails = [Tail(self._log(host), f"{host.name}: " if len(places) > 1 else "") for host in places]
+        keepers = [threading.Thread(target=self._keep, args=(host,), daemon=True) for host in places]
+        for keeper in keepers:
+            keeper.start()
+
+        # What agents print is shown until they have ended. Once the run ends, they get a limited time.
+        ends_s = None
+        while any(keeper.is_alive() for keeper in keepers):
+            time.sleep(LOOK_S)
+            for tail in tails:
+                tail.show()
+            if self._end_code() is not None:
+                ends_s = ends_s or time.monotonic() + self._launch.limits.save + self._launch.limits.lease
+                if time.monotonic() > ends_s:
+                    self._kill_agents()
+        for tail in tails:
+            tail.show()
+
+        if self._is_stopped:
+            return EXIT_STOPPED if EXIT_STOPPED in self._codes else EXIT_INTERRUPTED
+        code = self._end_code()
+        return EXIT_FAILURE if code is None else code
+
+    def _keep(self, host: Host) -> None:
+        """Start a host's agent again and again, until the run has ended."""
+        pause_s = PAUSES_S[0]
+        while self._end_code() is None:
+            began_s = time.monotonic()
+            code = self._run_agent(host)
+            self._codes.append(code)
+            if code == EXIT_OK:  # its ranks came to the end, and so did all others
+                self._end(EXIT_OK)
+
+            # An agent that lived for long is started again at once.
+            pause_s = PAUSES_S[0] if time.monotonic() - began_s > 60 else min(2 * pause_s, PAUSES_S[1])
+            deadline_s = time.monotonic() + pause_s
+            while self._end_code() is None and time.monotonic() < deadline_s:
+                time.sleep(LOOK_S)
+
+    def _run_agent(self, host: Host) -> int:
+        """Run a host's agent to its end; returns its exit code, 255 where ssh failed."""
+        launch = self._launch
+        if not launch.hosts or is_this_machine(host.name):
+            command = ["sh", "-c", self._script(host, self._port, here=True)]
+        else:
+            port = random.choice(PORTS)
+            to = [*SSH, *TUNNEL, *(["-p", str(launch.ssh_port)] if launch.ssh_port else [])]
+            script = self._script(host, port, here=False)
+            command = [*to, "-R", f"127.0.0.1:{port}:127.0.0.1:{self._port}", host.name, f"sh -c {shlex.quote(script)}"]
+
+        # A session of its own: Ctrl-C is for the supervisor. A file, not a pipe: it outlives the supervisor.
+        with self._log(host).open("ab") as log:
+            agent = subprocess.Popen(
+                command, env=dict(launch.environ), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+            self._agents[host.name] = agent
+            return agent.wait()
+
+    def _script(self, host: Host, port: int, here: bool) -> str:
+        """What the shell of a host runs."""
+        launch = self._launch
+        exported = {PREPARE: json.dumps(list(launch.prepare))} if launch.prepare else {}
+        if not here:
+            exported |= exported_to_hosts(launch.environ)
+
+        agent = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", f"{launch.min_hosts}:{len(launch.places())}", "--nproc-per-node", str(host.slots)),
+            *("--rdzv-backend", NAME, "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", self._id),
+            *("--rdzv-conf", f"{launch.limits.conf}", "--local-addr", host.name.rpartition("@")[2]),
+            *("--max-restarts", "1000000"),  # the rendezvous counts
+        ]
+
+        # Signs of life and torch's own files lie in a folder that the agent removes.
+        lines = [
+            f"cd {shlex.quote(str(Path.cwd()))}",
+            *([f". {shlex.quote(launch.venv_script)}"] if launch.venv_script and not here else []),
+            *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
+            f"{PULSES}=$(mktemp -d)",
+            f"export {PULSES}",
+            f'exec {shlex.join(agent)} --log-dir "${PULSES}" {shlex.join(launch.command)}',
+        ]
+        return " && ".join(lines)
+
+    def _log(self, host: Host) -> Path:
+        return self._launch.run_dir / "logs" / f"{host.name}.log"
+
+    def _end(self, code: int) -> None:
+        """Let all agents end with an exit code; the first one counts."""
+        self._store.compare_set(END, "", str(code))
+
+    def _end_code(self) -> int | None:
+        return int(self._store.get(END)) if self._store.check([END]) else None
+
+    def _kill_agents(self) -> None:
+        for agent in self._agents.values():
+            with contextlib.suppress(ProcessLookupError):
+                if agent.poll() is None:
+                    os.killpg(agent.pid, signal.SIGKILL)
+
+
+class Tail:
+    """Shows on the terminal what is added to a host's log."""
+
+    def __init__(self, log: Path, prefix: str) -> None:
+        self._log, self._prefix, self._rest = log, prefix, b""
+        log.touch()
+        self._position = log.stat().st_size
+
+    def show(self) -> None:
+        """Print the new lines, but for those of torch's own agent."""
+        with self._log.open("rb") as file:
+            file.seek(self._position)
+            added = file.read()
+        self._position += len(added)
+        *lines, self._rest = (self._rest + added).split(b"\n")
+        for line in (one.decode(errors="replace") for one in lines):
+            if not _TORCH_LINE.match(line):
+                print(f"{self._prefix}{line}", flush=True)
+
+
+def exported_to_hosts(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that other hosts get: those with DeepSpeed's prefixes, and the lines of its environment file."""
+    found = {name: value for name, value in environ.items() if name.startswith(EXPORTED)}
+    for folder in (Path.home(), Path()):
+        path = folder / environ.get("DS_ENV_FILE", ".deepspeed_env")
+        if path.is_file():
+            pairs = (line.partition("=") for line in path.read_text(encoding="utf-8").splitlines())
+            found |= {name.strip(): value for name, equals, value in pairs if equals and not name.startswith("#")}
+    return found

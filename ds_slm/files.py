@@ -20,6 +20,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def new_folder(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
     path.mkdir()
+
+
+@dataclass(frozen=True)
+class NeededFolder:
+    """A folder that every host of a launch needs, at the same path."""
+
+    name: str
+    """What it is called towards users, different for each folder of a launch."""
+    path: Path
+    files: tuple[str, ...] | None
+    """Its files, relative to it, where it is whole on this host; the last one is the sign of that. None elsewhere."""
 
 
 def is_plain_name(name: object) -> bool:

@@ -35,7 +35,7 @@ def main() -> None:
     args = flags.of_pretraining().parse_args()
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
-    from ds_slm.data.shards.prepare import prepare
+    from ds_slm.data.shards.prepare import needed_folders, prepare
     from ds_slm.recipe import schema
 
     name = schema.recipe_path(args.recipe).stem
@@ -54,7 +54,9 @@ def main() -> None:
     from ds_slm.train.task import Task
 
     task = Task(
+        needs=lambda: needed_folders(recipe, name, args.data_root, sources),
         prepare=lambda: prepare(recipe, name, args.data_root, sources, report=report),
+        report=report,
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,

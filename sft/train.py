@@ -19,7 +19,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 from ds_slm.cli import flags  # noqa: E402
 from ds_slm.distributed import rendezvous  # noqa: E402
 from ds_slm.distributed import world as worlds  # noqa: E402
-from ds_slm.errors import ConfigError  # noqa: E402 - after the path is right
+from ds_slm.errors import ConfigError, UserError  # noqa: E402 - after the path is right
 from ds_slm.pretrain import first_on_host, report  # noqa: E402
 
 
@@ -39,14 +39,17 @@ def main() -> None:
     sources = flags.parse_sources(args.source)
     refuse_missing_hostfile()
 
+    from ds_slm.data.shards.prepare import needed_folders
     from ds_slm.data.shards.prepared import Prepared
     from ds_slm.data.tokenizers.tokenizer import IM_END
     from ds_slm.evaluate.in_training import scored_tasks
+    from ds_slm.files import NeededFolder
     from ds_slm.publish.generate import sampler
-    from ds_slm.publish.models import OpenModel, open_model, refuse_other_base
+    from ds_slm.publish.models import OpenModel, files_of, open_model, refuse_other_base, root_of
     from ds_slm.train import launch
     from ds_slm.train.task import Task
     from sft.chatml import ChatML
+    from sft.encode import conversation_format
     from sft.prepare import prepare_conversations
     from sft.rows import ConversationRows, summary_line
 
@@ -64,8 +67,19 @@ def main() -> None:
             print(summary_line(found.summary()), flush=True)
         return found
 
+    def needs() -> list[NeededFolder]:
+        """The conversations' shards, and the base."""
+        shards = needed_folders(recipe, name, args.data_root, sources, conversation_format(recipe))
+        try:
+            files = files_of(args.base, base())
+        except UserError:  # another host may have it; if none has, opening it says what is wrong
+            files = None
+        return [*shards, NeededFolder(str(args.base), root_of(args.base), files)]
+
     task = Task(
+        needs=needs,
         prepare=lambda: prepare_conversations(recipe, name, args.data_root, base().tokenizer_folder, sources, report),
+        report=report,
         rows=rows,
         sample=lambda corpus: sampler(
             corpus.tokenizer_folder,

@@ -30,6 +30,7 @@ from ds_slm.files import fsync, is_plain_name, read_json, replace_text, write_js
 if TYPE_CHECKING:  # `ds-slm recipes` reads checkpoints' names and manifests, and does not wait for torch
     from torch import Tensor
 
+CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
@@ -40,7 +41,7 @@ REPLACED = "-replaced"
 
 def checkpoints_folder(run: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return run / "checkpoints"
+    return run / CHECKPOINTS
 
 
 def folder_of_step(run: Path, step: int) -> Path:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_slm.distributed.problems import raise_on_all
+from ds_slm.distributed.world import host_id
 from ds_slm.errors import CheckpointError
 
 BACKGROUND_TIMEOUT = timedelta(hours=6)
@@ -34,7 +35,7 @@ class Control:
         self.group: Any = dist.new_group(backend="gloo")
         self.hosts: list[str] = self.gather(socket.gethostname())
         """Host name of each rank."""
-        machines = self.gather([socket.gethostname(), _boot_id()])
+        machines = self.gather(host_id())
         self.leaders = [rank for rank, machine in enumerate(machines) if machine not in machines[:rank]]
         """The first rank of each host, in the order of ranks: it alone touches that host's run folder."""
         self.leaders_of_ranks = [machines.index(machine) for machine in machines]
@@ -118,9 +119,3 @@ class Control:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.group)
-
-
-def _boot_id() -> str:
-    """Tells machines of one name apart."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""

@@ -71,6 +71,7 @@ class Rendezvous:
         self._failure: Failure | None = None
         self._was_told = self._follows = False
         self._wake, self._met, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._opened = threading.Event()
         self._contact_s = time.monotonic()
 
     def open(self) -> None:
@@ -80,6 +81,19 @@ class Rendezvous:
 
             self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
             self._thread.start()
+
+    def connected(self) -> Store:
+        """The store, once this process is connected to it; only where there are several ranks.
+
+        Raises:
+            KeyboardInterrupt: SIGINT came, or SIGTERM.
+        """
+        self.open()
+        with _interrupted_by_sigterm():
+            while not self._opened.wait(self._intervals.beat_s):
+                pass
+        assert self._store is not None
+        return self._store
 
     def arrive(self, message: Any) -> list[Any]:
         """Wait until all ranks are ready; every rank's JSON message, in the order of ranks.
@@ -148,6 +162,7 @@ class Rendezvous:
         try:
             if await_server(self.world, self._intervals, self._is_needless, self._tell_for_host):
                 self._store = Store(self.world, self._intervals)
+                self._opened.set()
                 self._watch(self._store, FailureBoard(self._store, self.world.size, self._intervals))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             self._lost(error)

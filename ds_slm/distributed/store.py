@@ -97,6 +97,18 @@ class Store:
         """The value of a key that is there."""
         return self._store.get(name).decode()
 
+    def set_bytes(self, name: str, value: bytes) -> None:
+        """Give a key a value that is not text."""
+        self._store.set(name, value)  # pyright: ignore[reportArgumentType] - the binding takes both
+
+    def get_bytes(self, name: str) -> bytes:
+        """The value of a key that is there, as it was given."""
+        return self._store.get(name)
+
+    def delete(self, name: str) -> None:
+        """Forget a key."""
+        self._store.delete_key(name)
+
     def has(self, name: str) -> bool:
         """Whether a key is there."""
         return self._store.check([name])

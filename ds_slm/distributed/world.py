@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -84,6 +85,12 @@ def rank() -> int:
 def first_on_host() -> bool:
     """Whether this process speaks for its host, before anything is checked."""
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def host_id() -> str:
+    """This host's name, and what tells hosts of one name apart."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
 
 
 def read(environ: MutableMapping[str, str] = os.environ) -> World:

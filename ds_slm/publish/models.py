@@ -129,7 +129,7 @@ def open_model(path: Path) -> OpenModel:
 
     # One checkpoint of a run, by its folder's name.
     run = path.parents[1] if len(path.parents) > 1 else path
-    if path.parent.name == "checkpoints" and (run / "recipe.toml").is_file():
+    if path.parent.name == checkpoint_files.CHECKPOINTS and (run / "recipe.toml").is_file():
         if path.name == "best":
             return _open_checkpoint(run, checkpoint_files.choose(run, best=True))
         if path.name.startswith("step-") and path.name.removeprefix("step-").isdecimal():
@@ -140,6 +140,29 @@ def open_model(path: Path) -> OpenModel:
         f"{path} is no model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging Face "
         "folder (with config.json)."
     )
+
+
+def root_of(path: Path) -> Path:
+    """The folder that holds all of a model: of RUN/checkpoints/NAME the run folder, else the path itself."""
+    return path.parents[1] if path.parent.name == checkpoint_files.CHECKPOINTS else path
+
+
+def files_of(path: Path, opened: OpenModel) -> tuple[str, ...]:
+    """All files that another host needs to open the same model at the same path, relative to `root_of` the path.
+
+    The last one is the sign that the model is whole.
+    """
+    root, chosen = root_of(path), opened.folder
+    if chosen == path and not (path / checkpoint_files.MANIFEST).is_file():
+        found = [one for one in sorted(path.iterdir()) if one.is_file() and one.name != "config.json"]
+        return (*(one.name for one in found), "config.json")
+
+    pointers = [chosen.parent / name for name in ("latest", "best")]
+    pointers = [one for one in pointers if one.is_file() and one.read_text().strip() == chosen.name]
+    weights = [one for one in sorted(chosen.iterdir()) if one.name != checkpoint_files.MANIFEST]
+    tokenizer = [one for one in sorted(opened.tokenizer_folder.iterdir()) if one.is_file()]
+    files = [root / schema.RECIPE_FILE, *tokenizer, *pointers, *weights, chosen / checkpoint_files.MANIFEST]
+    return tuple(one.relative_to(root).as_posix() for one in files)
 
 
 def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:

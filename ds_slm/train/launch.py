@@ -17,9 +17,10 @@ from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave, keepers
 from ds_slm.data import skipping
-from ds_slm.distributed import network, rendezvous
+from ds_slm.distributed import network, rendezvous, sharing
 from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
+from ds_slm.distributed.rendezvous import Rendezvous
 from ds_slm.distributed.stop import Interrupt
 from ds_slm.engine import compile_probe, devices, micro_batch, process_group
 from ds_slm.engine.engine import Engine
@@ -49,7 +50,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     """
     meeting = rendezvous.current()
     meeting.open()
-    inputs = Inputs.checked(recipe, options, task, meeting.world.size)
+    inputs = Inputs.checked(recipe, options, task, meeting)
     differing = agreement.meet(meeting, options.allow_mixed)
     with process_group.connected() as control:
         devices.share_cores(control, inputs.engine_config.deepspeed["zero_optimization"])
@@ -77,12 +78,13 @@ class Inputs:
     benchmarks: Benchmarks | None
 
     @classmethod
-    def checked(cls, recipe: Recipe, options: Options, task: Task, world_size: int) -> "Inputs":
+    def checked(cls, recipe: Recipe, options: Options, task: Task, meeting: Rendezvous) -> "Inputs":
         """Everything that can be wrong on this host alone is found before anybody waits inside a collective.
 
         Raises UserError with all of it, which ends the other ranks, too.
         """
         problems: list[str] = []
+        world_size = meeting.world.size
 
         # What is asked for, before anything is prepared.
         _attempt(problems, network.refuse_unknown_interfaces)
@@ -94,6 +96,9 @@ class Inputs:
             problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
         )
 
+        # Data that another host has are received; what nobody has is prepared on each.
+        if not problems and not meeting.world.on_one_host:
+            _attempt(problems, lambda: sharing.share(meeting, task.needs(), task.report))
         corpus = None if problems else _attempt(problems, task.prepare)
         rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
         benchmarks = _attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None

@@ -1,7 +1,7 @@
 """What a launch is asked for (its flags, and what pretraining and fine-tuning do differently), and its run."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +14,7 @@ from ds_slm.distributed.ranks import Control
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.profile import Profile
 from ds_slm.engine.row_reader import RowReader, RowSource
+from ds_slm.files import NeededFolder
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run.report import Report
 from ds_slm.train.spikes import Spikes
@@ -87,6 +88,10 @@ class Task:
     sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
     """From prepared data to a function that continues the recipe's prompts."""
     val_tokens_per_byte: Callable[[Any], float | None]
+    needs: Callable[[], Sequence[NeededFolder]] = list
+    """What every host must have; a host that lacks a folder is sent it before it prepares anything."""
+    report: Callable[[str], None] = print
+    """Takes lines about the data."""
     benchmarks: Callable[[Any], Benchmarks | None] = lambda corpus: None
     """From prepared data to a function that scores the recipe's `[eval]` tasks; None where it names none."""
     identity: Callable[[], Mapping[str, str]] = dict

@@ -47,12 +47,13 @@ def alone(hosts: TwoHosts, across: list[dict]) -> list[dict]:
     return train_records(hosts, "alone")
 
 
-def train(hosts: TwoHosts, command: list[str], max_steps: int, *flags: str) -> None:
-    """Launch on node1; fails with the end of the output if the launch does."""
+def train(hosts: TwoHosts, command: list[str], max_steps: int, *flags: str) -> str:
+    """Launch on node1; its output. Fails with the end of it if the launch does."""
     start = time.monotonic()
     done = hosts.launch([*command, "--max-steps", str(max_steps), *flags], timeout_s=LAUNCH_TIMEOUT_S)
     print(f"{time.monotonic() - start:.0f} s: {' '.join(done.args)}")
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def train_records(hosts: TwoHosts, run: str) -> list[dict]:
@@ -95,10 +96,16 @@ def test_other_stages_give_them_too(hosts: TwoHosts, alone: list[dict], stage: i
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(hosts: TwoHosts, across: list[dict]) -> None:
-    """Same topology, so bit for bit: the oracle is the run of the first test. The first host's disk was lost."""
+    """Same topology, so bit for bit: the oracle is the run of the first test.
+
+    In between the first host lost its run folder and the other one its data: each receives what the other has.
+    """
     train(hosts, TWO_HOSTS, INTERRUPTED_AT, "--run-dir", "runs/resumed")
     shutil.rmtree(hosts.runs("node1") / "resumed")
-    train(hosts, TWO_HOSTS, STEPS, "--run-dir", "runs/resumed")
+    shutil.rmtree(hosts.data("node2") / "demo")
+    said = train(hosts, TWO_HOSTS, STEPS, "--run-dir", "runs/resumed")
+    assert "node2: demo/tokenizer: receiving" in said and "from node1" in said
+    assert "the records so far were sent to node1" in said
 
     assert all((hosts.runs(node) / "resumed" / "metrics.jsonl").exists() for node in hosts.nodes)
     records = train_records(hosts, "resumed")
@@ -131,6 +138,18 @@ def test_each_host_has_its_own_copy_of_checkpoint_and_data(hosts: TwoHosts, acro
     assert files[0] == files[1] != []
     for path in files[0]:
         assert (hosts.data("node1") / path).read_bytes() == (hosts.data("node2") / path).read_bytes()
+
+
+def test_a_base_is_sent_to_a_host_that_lacks_it(hosts: TwoHosts, across: list[dict]) -> None:
+    """Oracle: the base's hash in both hosts' records, and the same bytes."""
+    assert across
+    shutil.copytree(hosts.runs("node1") / "demo", hosts.runs("node1") / "base")
+    command = ["deepspeed", "--hostfile", "hostfiles/two_node", "sft/train.py", "--recipe", "demo-instruct"]
+    train(hosts, [*command, "--base", "runs/base"], 1, "--run-dir", "runs/assistant")
+    launches = [read_json(hosts.runs(node) / "assistant" / "env.json") for node in hosts.nodes]
+    name = Path("base") / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    assert (hosts.runs("node1") / name).read_bytes() == (hosts.runs("node2") / name).read_bytes()
+    assert launches[0]["base_sha256"] == launches[1]["base_sha256"]
 
 
 def test_the_interface_that_leads_to_the_other_host_is_taken(hosts: TwoHosts, across: list[dict]) -> None:

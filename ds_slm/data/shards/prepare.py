@@ -36,7 +36,7 @@ from ds_slm.data.shards.prepared import Prepared, open_prepared, refuse
 from ds_slm.data.shards.writer import TEXT, DocumentFormat
 from ds_slm.data.sources.documents import SourceFiles, locate, stand_ins, tell_left_out
 from ds_slm.errors import DataError
-from ds_slm.files import CANNOT_WRITE, locked, obstacle, shortened
+from ds_slm.files import CANNOT_WRITE, NeededFolder, locked, obstacle, shortened
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe, Source
 
@@ -111,6 +111,31 @@ def prepare(
     for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
         report(line)
     return prepared
+
+
+def needed_folders(
+    recipe: Recipe,
+    name: str,
+    data_root: Path,
+    sources: Mapping[str, Path] | None = None,
+    document_format: DocumentFormat = TEXT,
+) -> list[NeededFolder]:
+    """The folders that `prepare` makes, whole on this host where they are this recipe's and have their manifest."""
+    folder = Path(data_root) / name
+    try:
+        usable = not conflicts(recipe, folder, sources or {}, document_format.identity)
+    except DataError:
+        usable = False  # `prepare` says what is wrong
+
+    found = []
+    for part in (TOKENIZER, *(source.name for source in recipe.data.source)):
+        place, files = folder / part, None
+        if usable and (manifest := read_manifest(place)):
+            shards = [shard["file"] for split in manifest.get("shards", {}).values() for shard in split]
+            others = [path.name for path in sorted(place.iterdir()) if path.is_file()] if part == TOKENIZER else shards
+            files = (*(one for one in others if one != MANIFEST), MANIFEST)
+        found.append(NeededFolder(f"{name}/{part}", place, files))
+    return found
 
 
 def _missing(recipe: Recipe, folder: Path) -> list[str]:

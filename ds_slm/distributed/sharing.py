@@ -1,0 +1,176 @@
+"""Folders that every host needs and some lack: sent from a host that has them, before anything is prepared.
+
+    each host: which folders are whole here --> the store --> the lowest rank that has one sends it, in chunks
+                                                          --> temporary files, sha256, then into the folder
+
+The chunks pass through the store of the launch, a few at a time, so no further port or program is needed. The file
+that is the sign of a whole folder comes last. Of each host the first rank alone takes part; the others wait.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+from ds_slm.distributed.rendezvous import Rendezvous
+from ds_slm.distributed.store import Store
+from ds_slm.distributed.world import host_id
+from ds_slm.errors import DataError
+from ds_slm.files import NeededFolder, fsync, is_plain_name, new_folder
+
+CHUNK_BYTES = 4 << 20
+WINDOW = 4
+"""Chunks that lie in the store at once."""
+POLL_S = 0.002
+"""Between two looks for the next chunk."""
+HOSTS_POLL_S = 0.1
+"""Between two looks for other hosts."""
+TELL_EVERY_S = 5.0
+
+
+def share(meeting: Rendezvous, folders: Sequence[NeededFolder], report: Callable[[str], None]) -> None:
+    """Send the folders that are whole on some hosts to those where they are not. Collective; returns once they are.
+
+    Args:
+        meeting: the launch's, of several ranks.
+        folders: the same on all hosts, but for what is there.
+        report: takes lines of progress, on hosts that receive.
+
+    Raises:
+        DataError: what arrived is not what was sent.
+    """
+    store, rank, size = meeting.connected(), meeting.world.rank, meeting.world.size
+
+    # Every rank says where it is and what is there; nobody prepares anything before all have looked.
+    there = {"host": host_id(), "folders": [folder.name for folder in folders if folder.files is not None]}
+    store.set(f"folders/{rank}", json.dumps(there))
+    _wait(lambda: all(store.has(f"folders/{other}") for other in range(size)), HOSTS_POLL_S)
+    everyone = [json.loads(store.get(f"folders/{other}")) for other in range(size)]
+    hosts = [one["host"] for one in everyone]
+    leaders = [other for other, host in enumerate(hosts) if host not in hosts[:other]]
+    leader = hosts.index(hosts[rank])
+
+    for folder in folders:
+        having = [other for other in leaders if folder.name in everyone[other]["folders"]]
+        lacking = [other for other in leaders if other not in having]
+        if not having or not lacking:
+            continue
+        if rank == having[0]:
+            _Sending(store, folder, len(lacking)).run()
+        elif rank in lacking:
+            source = str(store.get(f"host/{having[0]}"))
+            _Receiving(store, folder, lambda line, source=source: report(f"{line} from {source}")).run()
+            store.set(f"received/{folder.name}/{rank}", "")
+        elif leader in lacking:
+            _wait(lambda folder=folder: store.has(f"received/{folder.name}/{leader}"), HOSTS_POLL_S)
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """One folder, to some hosts at once."""
+
+    store: Store
+    folder: NeededFolder
+    receivers: int
+
+    def run(self) -> None:
+        """Send the names and sizes of all files, their content, and its hash."""
+        assert self.folder.files is not None
+        store, key, digest, number = self.store, f"folder/{self.folder.name}", hashlib.sha256(), 0
+        paths = [self.folder.path / name for name in self.folder.files]
+        store.set(
+            f"{key}/files", json.dumps([[name, (self.folder.path / name).stat().st_size] for name in self.folder.files])
+        )
+
+        for number, chunk in enumerate(_chunks(paths), start=1):
+            self._forget(number - WINDOW)
+            digest.update(chunk)
+            store.set_bytes(f"{key}/{number}", chunk)
+        store.set(f"{key}/sha256", digest.hexdigest())
+        for last in range(number - WINDOW + 1, number + 1):
+            self._forget(last)
+
+    def _forget(self, number: int) -> None:
+        """Take a chunk out of the store, once all have it."""
+        key = f"folder/{self.folder.name}/{number}"
+        if number > 0:
+            _wait(lambda: self.store.count(f"{key}/taken") >= self.receivers)
+            self.store.delete(key)
+
+
+@dataclass(frozen=True)
+class _Receiving:
+    """One folder, from the host that has it."""
+
+    store: Store
+    folder: NeededFolder
+    report: Callable[[str], None]
+
+    def run(self) -> None:
+        """Write all files beside their places, compare the hash, and put them in place in their order."""
+        key, folder = f"folder/{self.folder.name}", self.folder.path
+        _wait(lambda: self.store.has(f"{key}/files"))
+        files = json.loads(self.store.get(f"{key}/files"))
+        total_mb = sum(size for _, size in files) / 1e6
+        if not all(map(is_plain_name, chain.from_iterable(name.split("/") for name, _ in files))):
+            raise DataError(f"{self.folder.name}: the host that sends it names files outside its folder: {files}.")
+
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".receiving.tmp-{os.getpid()}"
+        new_folder(temporary)
+        chunks, digest, told_s, done = self._chunks(), hashlib.sha256(), time.monotonic(), 0
+        self.report(f"{self.folder.name}: receiving {total_mb:,.1f} MB")
+        try:
+            for name, size in files:
+                left = size
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                with (temporary / name).open("wb") as file:
+                    while left:
+                        chunk = next(chunks)
+                        digest.update(chunk)
+                        file.write(chunk)
+                        left -= len(chunk)
+                        done += len(chunk)
+                        if time.monotonic() - told_s > TELL_EVERY_S:
+                            told_s = time.monotonic()
+                            self.report(f"{self.folder.name}: {done / 1e6:,.1f} of {total_mb:,.1f} MB")
+                fsync(temporary / name)
+
+            _wait(lambda: self.store.has(f"{key}/sha256"))
+            if digest.hexdigest() != (sent := self.store.get(f"{key}/sha256")):
+                raise DataError(f"{self.folder.name} arrived with sha256 {digest.hexdigest()}, {sent} was sent.")
+            for name, _ in files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary / name, folder / name)
+                fsync((folder / name).parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The chunks in their order; no chunk holds bytes of two files."""
+        for number in count(1):
+            key, end = f"folder/{self.folder.name}/{number}", f"folder/{self.folder.name}/sha256"
+            _wait(lambda key=key, end=end: self.store.has(key) or self.store.has(end))
+            if not self.store.has(key):
+                raise DataError(f"{self.folder.name}: a file became shorter while it was sent: launch again.")
+            chunk = self.store.get_bytes(key)
+            self.store.count(f"{key}/taken", 1)
+            yield chunk
+
+
+def _chunks(paths: Sequence[Path]) -> Iterator[bytes]:
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+
+def _wait(condition: Callable[[], bool], poll_s: float = POLL_S) -> None:
+    """Without a limit: where another rank fails, the rendezvous ends this process."""
+    while not condition():
+        time.sleep(poll_s)

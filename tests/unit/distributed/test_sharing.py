@@ -1,0 +1,119 @@
+"""Folders that some hosts lack: what arrives where, and what happens when it cannot. Hosts are threads here."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds_slm.distributed import sharing
+from ds_slm.distributed.rendezvous import Rendezvous
+from ds_slm.distributed.world import World
+from ds_slm.errors import DataError
+from ds_slm.files import NeededFolder
+from tests.support import runs
+from tests.unit.distributed.test_rendezvous import QUICK
+
+SIGN = "manifest.json"
+
+
+@pytest.fixture(autouse=True)
+def hosts_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "host_id", lambda: threading.current_thread().name)
+    monkeypatch.setattr(sharing, "CHUNK_BYTES", 1000)  # several chunks a file, more than the store holds at once
+
+
+def launch(hosts: Sequence[str], tmp_path: Path, needed: str = "demo/docs") -> list[BaseException | str]:
+    """One rank on each of the hosts named, in turn; what each said, or raised."""
+    world, said = World(size=len(hosts), port=runs.free_port()), [[] for _ in hosts]
+    raised: dict[int, BaseException] = {}
+    meetings = [Rendezvous(replace(world, rank=rank), QUICK) for rank in range(len(hosts))]
+
+    def run(rank: int) -> None:
+        path = tmp_path / hosts[rank] / needed
+        files = [one for one in sorted(path.rglob("*")) if one.is_file() and one.name != SIGN]
+        names = (*(one.relative_to(path).as_posix() for one in files), SIGN) if (path / SIGN).is_file() else None
+        try:
+            sharing.share(meetings[rank], [NeededFolder(needed, path, names)], said[rank].append)
+        except BaseException as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), name=host) for rank, host in enumerate(hosts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    for meeting in meetings:
+        meeting.close()
+    return [raised.get(rank) or "\n".join(said[rank]) for rank in range(len(hosts))]
+
+
+def write(path: Path, seed: int = 0) -> dict[str, bytes]:
+    """A whole folder: a file of several chunks, an empty one, one in a folder of its own, and the sign."""
+    content = {
+        "train-00000.bin": bytes((seed + 7 * place) % 251 for place in range(9_999)),
+        "val-00000.bin": b"",
+        "checkpoints/best": b"step",
+        SIGN: b'{"whole": true}',
+    }
+    for name, data in content.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return content
+
+
+def read(path: Path) -> dict[str, bytes]:
+    return {one.relative_to(path).as_posix(): one.read_bytes() for one in path.rglob("*") if one.is_file()}
+
+
+def test_hosts_that_lack_a_folder_receive_it(tmp_path: Path) -> None:
+    """Oracle: the source's bytes; what another host has of its own stays; ranks of one host receive once."""
+    content, own = write(tmp_path / "node2" / "demo/docs"), write(tmp_path / "node3" / "demo/docs", seed=1)
+    said = launch(["node1", "node1", "node2", "node3"], tmp_path)
+    assert read(tmp_path / "node1" / "demo/docs") == content
+    assert read(tmp_path / "node3" / "demo/docs") == own
+    assert said[0].startswith("demo/docs: receiving 0.0 MB") and said[1:] == ["", "", ""]
+
+
+def test_what_a_killed_preparation_left_is_completed(tmp_path: Path) -> None:
+    """Oracle: the source's files beside the rest that was there."""
+    content = write(tmp_path / "node1" / "demo/docs")
+    place = tmp_path / "node2" / "demo/docs"
+    place.mkdir(parents=True)
+    (place / "journal.json").write_bytes(b"{")
+    (place / "train-00000.bin").write_bytes(b"cut")
+    launch(["node1", "node2"], tmp_path)
+    assert read(place) == {**content, "journal.json": b"{"}
+
+
+def test_a_folder_that_nobody_or_everybody_has_is_left_alone(tmp_path: Path) -> None:
+    assert launch(["node1", "node2"], tmp_path) == ["", ""]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_sent_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: an error, and no file of the folder."""
+    write(tmp_path / "node1" / "demo/docs")
+    chunks = sharing._chunks
+    monkeypatch.setattr(sharing, "_chunks", lambda paths: [*chunks(paths)][:-3])
+    _, error = launch(["node1", "node2"], tmp_path)
+    assert isinstance(error, DataError) and "shorter while it was sent" in str(error)
+    assert read(tmp_path / "node2") == {}
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../b", "a//b", ""])
+def test_names_outside_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Oracle: nothing is written, whatever the other host says."""
+    write(tmp_path / "node1" / "demo/docs")
+    store_set = sharing.Store.set
+
+    def lie(self: sharing.Store, key: str, value: str) -> None:
+        store_set(self, key, value.replace("val-00000.bin", name) if key.endswith("/files") else value)
+
+    monkeypatch.setattr(sharing.Store, "set", lie)
+    monkeypatch.setattr(sharing._Sending, "_forget", lambda self, number: None)  # nobody takes the chunks
+    _, error = launch(["node1", "node2"], tmp_path)
+    assert isinstance(error, DataError) and "outside its folder" in str(error)
+    assert read(tmp_path / "node2") == {}

@@ -35,18 +35,25 @@ class ExclusiveAttention(LlamaAttention):
         self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None, **kwargs
+    ):
         """The attention's output and its weights, as LlamaAttention returns them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         own_value = value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = self.config._attn_implementation
-        attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        # Before transformers 5.24 the cache had the other name.
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+
+        # vLLM looks in this text for such an assignment, and for one call of what was assigned.
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend(
             self,
             query,
@@ -58,7 +65,7 @@ class ExclusiveAttention(LlamaAttention):
             **kwargs,
         )
 
-        output = exclude_own_value(output, own_value.transpose(1, 2))
+        output = exclude_own_value(output.reshape(heads), own_value.transpose(1, 2))
         return self.o_proj(output.flatten(2)), weights
 
 

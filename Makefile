@@ -60,6 +60,7 @@ test: .venv/.installed-dev  ## the test suite, without what takes minutes
 	$(IN_VENV) $(IN_WORKERS) tests --ignore=tests/cluster -m 'not slow'
 
 slow-test: .venv/.installed-dev  ## the tests that take minutes
+	@$(PIP_INSTALL) --editable '.[mlx]' || echo "there is no MLX for this machine: its test is skipped" >&2
 	$(IN_VENV) pytest tests --ignore=tests/cluster --ignore=tests/faults -m slow
 
 faults: .venv/.installed-dev  ## kills, signals and a full disk, everywhere: the whole matrix, as root for the disk

@@ -66,6 +66,7 @@ setup(
         "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
         "eval": ["lm-eval>=0.4.13,<0.5"],
         "gguf": ["gguf>=0.17,<1"],
+        "mlx": ["mlx[cpu]>=0.32,<1", "mlx-lm>=0.32,<1"],  # for a slow test; it has wheels for glibc 2.35 and newer
         "dev": [
             "accelerate>=1.10,<2",  # lm_eval's own scorer, the oracle of ours, needs it
             "gguf>=0.17,<1",

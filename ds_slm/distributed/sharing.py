@@ -24,6 +24,7 @@ from ds_slm.errors import DataError
 from ds_slm.files import NeededFolder, fsync, is_plain_name, new_folder
 
 CHUNK_BYTES = 4 << 20
+"""The store refuses more than 8 MiB."""
 WINDOW = 4
 """Chunks that lie in the store at once."""
 POLL_S = 0.002

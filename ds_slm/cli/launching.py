@@ -104,6 +104,7 @@ def start(script: Path, line: CommandLine) -> None:
     endured = limits.of_flags(args)
     if endured.restarts:
         raise typer.Exit(supervised(script, line, hosts, run_folder, endured))
+    runner = runner_flags.to_single_host(args, hosts, line.runner)
     runner_flags.refuse_unusable(args, hosts)
     if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
@@ -118,7 +119,7 @@ def start(script: Path, line: CommandLine) -> None:
 
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
-    command = launch.command(script, flags, args.hostfile, devices, [*quiet, *line.runner])
+    command = launch.command(script, flags, args.hostfile, devices, [*quiet, *runner])
 
     # The sign that a signal ended the run counts only if this launch left it.
     sign = run_folder / STOPPED

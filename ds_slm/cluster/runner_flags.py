@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ds_slm.cluster.hostfile import Host, parse_hostfile
+from ds_slm.cluster.hostfile import Host, is_this_machine, parse_hostfile
 from ds_slm.errors import ConfigError, HostfileError
 
 SSH_PATIENCE_S = 10
@@ -78,6 +78,17 @@ def refuse_others(arguments: Sequence[str]) -> None:
 def over_ssh(args: argparse.Namespace, hosts: Sequence[Host]) -> bool:
     """Whether DeepSpeed reaches the hosts over ssh, rather than start the ranks on this machine itself."""
     return bool(hosts) and (len(hosts) > 1 or args.force_multi)
+
+
+def to_single_host(args: argparse.Namespace, hosts: Sequence[Host], runner: Sequence[str]) -> list[str]:
+    """The launcher's flags, so that a single host that is another machine is gone to.
+
+    DeepSpeed alone would start its ranks on this machine, whatever host the hostfile names.
+    """
+    if len(hosts) != 1 or args.force_multi or is_this_machine(hosts[0].name):
+        return [*runner]
+    args.force_multi = True
+    return [*runner, "--force_multi"]
 
 
 def refuse_unusable(

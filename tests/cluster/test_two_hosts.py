@@ -159,8 +159,11 @@ def test_the_interface_that_leads_to_the_other_host_is_taken(hosts: TwoHosts, ac
         assert read_json(hosts.runs(node) / "demo" / "env.json")["interfaces"] == dict.fromkeys(hosts.nodes, "eth0")
 
 
-def test_a_single_remote_host_is_refused(hosts: TwoHosts, tmp_path: Path) -> None:
-    """DeepSpeed would train on node1, where the command is typed, though the hostfile names node2 alone."""
+def test_a_single_remote_host_is_never_mistaken_for_this_one(hosts: TwoHosts, tmp_path: Path) -> None:
+    """DeepSpeed would train on node1, where the command is typed, though the hostfile names node2 alone.
+
+    Oracle: on which host the run folder is: on none where `deepspeed` is typed, on node2 where `ds-slm train` is.
+    """
     hostfile = tmp_path / "remaining"
     hostfile.write_text("node2 slots=1\n")
     command = ["deepspeed", "--hostfile", str(hostfile), "ds_slm/pretrain.py", "--run-dir", "runs/refused"]
@@ -169,3 +172,6 @@ def test_a_single_remote_host_is_refused(hosts: TwoHosts, tmp_path: Path) -> Non
     assert "--force_multi" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (hosts.runs("node1") / "refused").exists()
+
+    train(hosts, ["ds-slm", "train", "demo", "--hostfile", str(hostfile)], 1, "--run-dir", "runs/there")
+    assert [(hosts.runs(node) / "there" / "env.json").exists() for node in hosts.nodes] == [False, True]

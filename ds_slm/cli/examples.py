@@ -8,6 +8,10 @@ EXAMPLES = {
         "plan axiom-380m --hostfile hostfiles/two_node --ds-config ds_configs/zero2.json --network 10",
     ),
     "prepare": ("prepare demo", "prepare slm-10m --source fineweb-edu=my/texts --max-tokens 1000000"),
+    "doctor": (
+        "doctor --hostfile hostfiles/two_node",
+        "doctor --hostfile hostfiles/two_node --recipe slm-10m --json",
+    ),
     "train": ("train demo --devices 2", "train slm-10m --hostfile hostfiles/two_node --run-dir runs/mine"),
     "sft": ("sft demo-instruct --base runs/demo", "sft demo-instruct --base runs/demo --preview 5"),
     "verify": ("verify runs/demo", "verify runs/demo --against runs/other"),

@@ -179,6 +179,22 @@ def prepare(
         )
 
 
+@app.command(epilog=examples.epilog("doctor"))
+def doctor(
+    hostfile: Annotated[
+        Path | None, typer.Option("--hostfile", "-H", metavar="FILE", help="Its hosts.  [default: this machine]")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Also what it needs, and its data.")] = None,
+    data_root: DataRoot = Path("data"),
+    run_dir: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder.  [default: runs/RECIPE]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every host before a run: what would break it, and how to mend that. Exit code 2 if anything would."""
+    from ds_slm.cli import doctoring
+
+    doctoring.run(hostfile, recipe, data_root, run_dir, as_json)
+
+
 @app.command(context_settings=RAW, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Pretrain: `deepspeed ds_slm/pretrain.py`. --help lists that program's flags."""

@@ -17,7 +17,6 @@ removed later are not noticed. A GPU in exclusive-process mode refuses the child
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import torch
 
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.result_cache import ResultCache
+from ds_slm.run import software
 
 PROBE_TIMEOUT_S = 600
 PROBE = """
@@ -48,8 +48,6 @@ function(torch.ones(64, device=device, requires_grad=True)).backward()
 if not metrics.generated_kernel_count:
     sys.exit("an environment variable switches it off")
 """
-COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
-"""The variable that names a compiler, and the names to look for: C++ for a CPU, C for Triton on a GPU."""
 
 
 def eager_reason(control: Control, device: torch.device) -> str | None:
@@ -70,9 +68,9 @@ def eager_reason(control: Control, device: torch.device) -> str | None:
 
 def _host_reason(device: torch.device) -> str | None:
     """Why this host cannot compile for the device; None if it can."""
-    compiler = _find_compiler(device.type)
+    compiler = software.find_compiler(device.type)
     if compiler is None:
-        return f"torch.compile does not work: {' and '.join(COMPILERS[device.type][1:])} are missing"
+        return f"torch.compile does not work: {' and '.join(software.COMPILERS[device.type][1:])} are missing"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "torch.compile does not work: Triton does not support this GPU"
 
@@ -83,13 +81,6 @@ def _host_reason(device: torch.device) -> str | None:
     if reason is None:
         cache.store(key, True)
     return reason
-
-
-def _find_compiler(device_type: str) -> str | None:
-    """Path of the compiler that torch.compile calls; None if it is missing."""
-    variable, *names = COMPILERS[device_type]
-    candidates = [os.environ.get(variable), *names]
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
 def _probe(device: torch.device) -> str | None:

@@ -23,12 +23,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ds_slm.distributed.ranks import Control
 from ds_slm.errors import ReplacedByNewerLaunch
 from ds_slm.files import read_json
 from ds_slm.run import folder as run_folder
+
+if TYPE_CHECKING:
+    from ds_slm.distributed.ranks import Control
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Launch:
         return {"generation": described.pop("generation"), "launch": described}
 
 
-def begin(control: Control, run: Path) -> Launch:
+def begin(control: "Control", run: Path) -> Launch:
     """A new launch, newer than all that any host's folder knows. Collective."""
     generation = max(control.gather(run_folder.generation(run))) + 1
     began = time.strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -117,7 +119,7 @@ def living(run: Path, launch: Launch) -> Iterator[None]:
             sign.unlink(missing_ok=True)
 
 
-def take_over(control: Control, run: Path, launch: Launch, writers: list[int], held: ExitStack) -> list[str]:
+def take_over(control: "Control", run: Path, launch: Launch, writers: list[int], held: ExitStack) -> list[str]:
     """Show that this launch lives, for as long as `held` is open. Collective.
 
     Returns, on rank 0, a line for each living launch that is replaced, for the user to read before anything is written.

@@ -2,12 +2,16 @@
 
 Two hosts with other code or library versions train something that neither would train alone. The code is compared by a
 hash of the source files that run: two changed trees of one commit differ, and two commits that differ in other files do
-not; that the commits are not the same is noted.
+not; that the commits are not the same is noted. Imports no library that it describes.
 """
 
 import hashlib
 import importlib.metadata
+import importlib.util
+import os
 import platform
+import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,13 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("ds_slm", "sft")
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
 UNKNOWN = "unknown"
 """The commit of a tree that is not a git checkout."""
+COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
+"""The variable that names a compiler, and the names to look for: C++ for a CPU, C for Triton on a GPU."""
 
 
 @cache
@@ -33,8 +37,25 @@ def describe() -> dict[str, Any]:
         "script_sha256": script_sha256(Path(sys.argv[0])),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "torch_cuda": torch.version.cuda or torch.version.hip or "none",
+        "torch_cuda": torch_cuda(),
     }
+
+
+def torch_cuda() -> str:
+    """The version of CUDA or ROCm that torch was built for; 'none' for a build without, and where torch is missing."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return "none"
+    # Importing torch takes seconds.
+    version = runpy.run_path(str(Path(found.submodule_search_locations[0]) / "version.py"))
+    return version.get("cuda") or version.get("hip") or "none"
+
+
+def find_compiler(device_type: str) -> str | None:
+    """Path of the compiler that torch.compile calls; None if it is missing."""
+    variable, *names = COMPILERS[device_type]
+    candidates = [os.environ.get(variable), *names]
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
 def sources_sha256(root: Path) -> str:

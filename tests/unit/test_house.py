@@ -25,7 +25,7 @@ ALLOWED = {
     "train": BELOW_TRAIN,
     "publish": {"recipe", "data", "model", "checkpoint.files", "checkpoint.tensor_file", "run"},
     "evaluate": {"recipe", "data", "model", "distributed", "checkpoint.files", "run", "publish.models"},
-    "cluster": {"recipe", "data", "checkpoint.files"},
+    "cluster": {"recipe", "data", "checkpoint.files", "run"},
     "pretrain": {*BELOW_TRAIN, "train", "publish", "evaluate", "cluster.hostfile", "cli.flags"},
     "sft": {*BELOW_TRAIN, "train", "pretrain", "sft"},
     "sft.train": {*BELOW_TRAIN, "train", "pretrain", "sft", "publish", "evaluate", "cluster.hostfile", "cli.flags"},

@@ -47,6 +47,7 @@ def test_help_lists_the_verbs_that_exist() -> None:
             "init",
             "plan",
             "prepare",
+            "doctor",
             "train",
             "sft",
             "verify",

@@ -71,7 +71,7 @@ cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh
 	@for tool in $(CLUSTER_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 		test -z "$$missing" || { echo "make cluster-test lacks$$missing:" \
 		"apt-get install pdsh openssh-client openssh-server iproute2" >&2; exit 2; }
-	$(IN_VENV) pytest tests/cluster
+	$(IN_VENV) pytest tests/cluster -m 'not slow'
 
 demo: .venv/.installed  ## an empty machine -> data, a trained model, an assistant made of it, exports, reports
 	$(IN_VENV) ds-slm prepare demo

@@ -101,8 +101,8 @@ def of_ssh(host: str, said: str) -> Finding:
 
 def alone(host: str) -> Finding:
     """A hostfile with one host, which is not the machine where the command was typed."""
-    mend = f"add --force_multi to train on {host}"
-    return warning("hosts", f"{host} alone is not this machine: DeepSpeed would start the ranks here", mend)
+    said = f"{host} alone is not this machine: `ds-slm train` goes there, `deepspeed` by itself starts the ranks here"
+    return warning("hosts", said, "add --force_multi to `deepspeed`")
 
 
 def of_programs(found: Mapping[str, str | None], packages: Mapping[str, str]) -> list[Finding]:

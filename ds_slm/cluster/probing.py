@@ -6,6 +6,7 @@ The text of the probe goes along, so that a host with another version of the pro
 same questions. On this machine there is no ssh.
 """
 
+import contextlib
 import inspect
 import json
 import queue
@@ -27,6 +28,7 @@ CONNECT_S = 4
 ANSWER_S = 20
 """A loaded host takes some seconds to start Python."""
 FORWARD_S = 2
+FAREWELL_S = 1
 CONNECTED = "connected"
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "-o", "ControlPath=none"]
 SSH += ["-o", "LogLevel=INFO"]  # at which ssh tells the port that it was given
@@ -99,13 +101,16 @@ class Session:
     def connect(self) -> str | None:
         """Wait for the host; returns what ssh said if it does not answer."""
         deadline = self._began + ANSWER_S  # ssh itself gives up earlier where nothing answers
-        line = self._next_line(deadline)
-        while line is not None and line.strip() != CONNECTED:  # what a shell's start-up file prints
+        try:
             line = self._next_line(deadline)
-        if line is None:
-            timed_out = self._process.poll() is None
+            while line is not None and line.strip() != CONNECTED:  # what a shell's start-up file prints
+                line = self._next_line(deadline)
+        except TimeoutError:
             self.close()
-            return "Connection timed out" if timed_out else self.said or "ssh ended without a word"
+            return "Connection timed out"
+        if line is None:
+            self.close()
+            return self.said or "ssh ended without a word"
 
         self.connected_s = time.monotonic() - self._began
         source = inspect.getsource(probe)
@@ -116,12 +121,15 @@ class Session:
         """The probe's answer: an object, which holds `error` if it cannot answer."""
         self._write(json.dumps({"ask": question, **details}) + "\n")
         deadline = time.monotonic() + ANSWER_S
-        while (line := self._next_line(deadline)) is not None:
-            if line.startswith("{"):
-                return json.loads(line)
-        if self._process.poll() is None and time.monotonic() >= deadline:
+        try:
+            line = self._next_line(deadline)
+            while line is not None and not line.startswith("{"):
+                line = self._next_line(deadline)
+        except TimeoutError:
             self.close()
             return {"error": f"no answer within {ANSWER_S:.0f} s"}
+        if line is not None:
+            return json.loads(line)
         self.close()
         return {"error": (self.said.strip().splitlines() or ["the connection was cut"])[-1]}
 
@@ -150,17 +158,24 @@ class Session:
         return offset, error
 
     def close(self) -> None:
-        """End the connection, and with it the probe."""
-        self._process.terminate()
-        self._process.wait()
+        """End the connection: the probe ends where there are no more questions."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=FAREWELL_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         for thread in self._threads:
-            thread.join(timeout=1)
+            thread.join(timeout=FAREWELL_S)
 
     def _next_line(self, deadline: float) -> str | None:
+        """The next line of the host; None where there is none any more. Raises TimeoutError at the deadline."""
         try:
             return self._lines.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
-            return None
+            raise TimeoutError from None
 
     def _write(self, text: str) -> None:
         assert self._process.stdin is not None

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +99,9 @@ class Assistant:
     """The export of a base: the same weights, without a chat template."""
 
 
-def write_assistant(folder: Path, steps: int = 90, overrides: Sequence[str] = ()) -> Assistant:
+def write_assistant(folder: Path, steps: int = 90) -> Assistant:
     """A decoder that is trained for seconds to answer about cities, and to end its answers."""
-    recipe = schema.parse(TINY_SFT, [f"model.max_position_embeddings={CONTEXT}", *overrides])
+    recipe = schema.parse(TINY_SFT.replace("max_position_embeddings = 256", f"max_position_embeddings = {CONTEXT}"))
     assert recipe.model is not None
     talks = city_talk()
     texts = [message["content"] for messages in talks for message in messages]

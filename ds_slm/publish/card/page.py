@@ -148,7 +148,7 @@ def _use(facts: RunFacts, page: Page) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {_literal(page.model_id)}  # this folder, or its name on the hub",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f"tokenizer = AutoTokenizer.from_pretrained(name{remote})",
         f"model = AutoModelForCausalLM.from_pretrained(name{remote})",
         "",
     ]
@@ -172,14 +172,16 @@ def _use(facts: RunFacts, page: Page) -> list[str]:
     if page.gguf:
         told += [
             "The same model and tokenizer as one file, for llama.cpp and the programs that are built on it:",
-            code_block(f"llama-cli -m {shlex.quote(page.gguf)} {_llama_flags(recipe, prompt)}", "bash"),
+            code_block(_llama_command(page.gguf, recipe, prompt), "bash"),
         ]
     return told
 
 
-def _llama_flags(recipe: Recipe, prompt: str) -> str:
-    """A conversation with an assistant; a base continues a text, and is not made to answer."""
-    return "-cnv" if recipe.sft is not None else f"-no-cnv -p {shlex.quote(prompt)}"
+def _llama_command(file: str, recipe: Recipe, prompt: str) -> str:
+    """llama.cpp's program for a conversation with an assistant, or for a text that a base continues."""
+    if recipe.sft is not None:
+        return f"llama-cli -m {shlex.quote(file)}"
+    return f"llama-completion -m {shlex.quote(file)} -p {shlex.quote(prompt)}"
 
 
 def _samples(facts: RunFacts) -> list[str]:

@@ -269,7 +269,7 @@ def test_the_file_lies_beside_the_others(chat_tokenizer: Path, tmp_path: Path, d
     one = Exported(recipe, state, tmp_path / "mine-1.5")
     assert told.stdout.splitlines()[1] == f"{one.file}: f16"
     assert one.file.name == "mine-1.5-f16.gguf"
-    assert "\nllama-cli -m mine-1.5-f16.gguf -" in (tmp_path / "mine-1.5" / "README.md").read_text()
+    assert "\nllama-cli -m mine-1.5-f16.gguf\n" in (tmp_path / "mine-1.5" / "README.md").read_text()
     assert (one.folder / "model.safetensors").is_file()
     assert sum(tensor.n_elements for tensor in one.tensors().values()) == sum(map(Tensor.numel, state.values()))
     fields = gguf.GGUFReader(one.file).fields

@@ -2,11 +2,13 @@
 
 deepspeed ds_slm/pretrain.py                                          the demo recipe on this machine
 deepspeed --hostfile hostfiles/two_node ds_slm/pretrain.py --recipe slm-10m
+deepspeed ds_slm/pretrain.py --recipe mine.toml --base runs/imported  begins with the weights of another model
 python ds_slm/pretrain.py                                             one device, no launcher
 """
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -36,6 +38,7 @@ def main() -> None:
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.data.shards.prepare import needed_folders, prepare
+    from ds_slm.data.shards.prepared import Prepared
     from ds_slm.recipe import schema
 
     name = schema.recipe_path(args.recipe).stem
@@ -48,19 +51,34 @@ def main() -> None:
     refuse_missing_hostfile()
 
     from ds_slm.data.rows import PretrainRows
+    from ds_slm.data.shards.writer import TEXT, DocumentFormat
     from ds_slm.evaluate.in_training import scored_tasks
+    from ds_slm.files import NeededFolder
     from ds_slm.publish.generate import sampler
+    from ds_slm.publish.models import needed_base, open_base
     from ds_slm.train import launch
     from ds_slm.train.task import Task
 
+    base = cache(lambda: open_base(args.base, recipe)) if args.base else None
+
+    def needs() -> list[NeededFolder]:
+        """The shards and, where there is one, the base."""
+        shards = needed_folders(recipe, name, args.data_root, sources)
+        return [*shards, needed_base(args.base, base)] if base else shards
+
+    def corpus() -> Prepared:
+        document_format = DocumentFormat(tokenizer_of_base=base().tokenizer_folder) if base else TEXT
+        return prepare(recipe, name, args.data_root, sources, report=report, document_format=document_format)
+
     task = Task(
-        needs=lambda: needed_folders(recipe, name, args.data_root, sources),
-        prepare=lambda: prepare(recipe, name, args.data_root, sources, report=report),
+        needs=needs,
+        prepare=corpus,
         report=report,
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,
         benchmarks=lambda corpus: scored_tasks(recipe, corpus.tokenizer_folder, worlds.rank(), report),
+        base=base,
     )
     launch.run(recipe, flags.options(args, name), task)
 

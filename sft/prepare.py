@@ -11,7 +11,7 @@ from ds_slm.data.shards.identity import TOKENIZER
 from ds_slm.data.shards.prepare import prepare
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
-from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE
 from ds_slm.errors import DataError
 from ds_slm.files import replace_text
 from ds_slm.recipe.schema import Recipe
@@ -40,13 +40,6 @@ def prepare_conversations(
 
     document_format = conversation_format(recipe, tokenizer_folder)
     prepared = prepare(recipe, name, data_root, sources, report=report, document_format=document_format)
-
-    ours = prepared.tokenizer_sha256
-    if tokenizer_folder and ours != (theirs := load_tokenizer(tokenizer_folder).sha256):
-        raise DataError(
-            f"{prepared.folder} was made with the tokenizer {ours}, the base in {tokenizer_folder} has {theirs}: "
-            f"name the base it was made for, another --data-root, or remove the folder."
-        )
 
     refuse_older_ids(prepared)
 

@@ -19,7 +19,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 from ds_slm.cli import flags  # noqa: E402
 from ds_slm.distributed import rendezvous  # noqa: E402
 from ds_slm.distributed import world as worlds  # noqa: E402
-from ds_slm.errors import ConfigError, UserError  # noqa: E402 - after the path is right
+from ds_slm.errors import ConfigError  # noqa: E402 - after the path is right
 from ds_slm.pretrain import first_on_host, report  # noqa: E402
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     from ds_slm.evaluate.in_training import scored_tasks
     from ds_slm.files import NeededFolder
     from ds_slm.publish.generate import sampler
-    from ds_slm.publish.models import OpenModel, files_of, open_model, refuse_other_base, root_of
+    from ds_slm.publish.models import needed_base, open_base
     from ds_slm.train import launch
     from ds_slm.train.task import Task
     from sft.chatml import ChatML
@@ -53,13 +53,7 @@ def main() -> None:
     from sft.prepare import prepare_conversations
     from sft.rows import ConversationRows, summary_line
 
-    @cache
-    def base() -> OpenModel:
-        """Opened with the data, so that a problem on one host is raised on all."""
-        opened = open_model(args.base)
-        refuse_other_base(recipe, opened)
-        opened.refuse_other_parameters()
-        return opened
+    base = cache(lambda: open_base(args.base, recipe))
 
     def rows(corpus: Prepared) -> ConversationRows:
         found = ConversationRows(recipe, corpus)
@@ -70,11 +64,7 @@ def main() -> None:
     def needs() -> list[NeededFolder]:
         """The conversations' shards, and the base."""
         shards = needed_folders(recipe, name, args.data_root, sources, conversation_format(recipe))
-        try:
-            files = files_of(args.base, base())
-        except UserError:  # another host may have it; if none has, opening it says what is wrong
-            files = None
-        return [*shards, NeededFolder(str(args.base), root_of(args.base), files)]
+        return [*shards, needed_base(args.base, base)]
 
     task = Task(
         needs=needs,
@@ -89,9 +79,7 @@ def main() -> None:
         ),
         val_tokens_per_byte=lambda corpus: None,
         benchmarks=lambda corpus: scored_tasks(recipe, corpus.tokenizer_folder, worlds.rank(), report),
-        identity=lambda: {"base_sha256": base().sha256},
-        evaluate_first=True,
-        begin=lambda: base().tensors(),
+        base=base,
     )
     launch.run(recipe, flags.options(args, name), task)
 

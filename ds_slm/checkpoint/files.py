@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
 ABSMAX = "optimizer-absmax.safetensors"
+BASE = "base_sha256"
+"""In state.json, done.json and env.json: the hash of the weights that the run began with, where it had a base."""
 FORMAT_VERSION = 1
 REPLACED = "-replaced"
 

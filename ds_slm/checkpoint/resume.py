@@ -135,8 +135,20 @@ def refuse_other_beginning(
     if "imported" in content:
         raise CheckpointError(
             f"{run} holds an imported model, which has no data and no moments to go on with: name another --run-dir, "
-            f"and fine-tune it with `ds-slm sft RECIPE --base {run}`."
+            f"and train it further with `ds-slm train RECIPE --base {run}`, or fine-tune it with `ds-slm sft RECIPE "
+            f"--base {run}`."
         )
+
+    began_with, base = content.get(checkpoint_files.BASE), identity.get(checkpoint_files.BASE)
+    if began_with and not base:
+        raise CheckpointError(
+            f"{run} began with a base, of weights {began_with}, and this launch names none: add --base MODEL, the same."
+        )
+    if base and not began_with:
+        raise CheckpointError(
+            f"{run} began without a base: leave out --base to go on with it, or name another --run-dir."
+        )
+
     same = {key: (identity[key], older.get(key, identity[key])) for key in identity if key != "recipe_sha256"}
     other = [key for key, hashes in same.items() if content.get(key) not in hashes]
     if other:

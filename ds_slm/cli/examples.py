@@ -2,7 +2,7 @@
 
 EXAMPLES = {
     "recipes": ("recipes", "recipes --runs /data/runs --json"),
-    "init": ("init mine --text my/texts", "init mine --from slm-10m --text my/texts --tokens 300M"),
+    "init": ("init mine --text my/texts", "init mine --from runs/demo --text my/texts --tokens 300M"),
     "plan": (
         "plan slm-10m --gpus-per-node 8",
         "plan axiom-380m --hostfile hostfiles/two_node --ds-config ds_configs/zero2.json --network 10",
@@ -12,7 +12,7 @@ EXAMPLES = {
         "doctor --hostfile hostfiles/two_node",
         "doctor --hostfile hostfiles/two_node --recipe slm-10m --json",
     ),
-    "train": ("train demo --devices 2", "train slm-10m --hostfile hostfiles/two_node --run-dir runs/mine"),
+    "train": ("train demo --devices 2", "train slm-10m --hostfile hostfiles/two_node --base runs/older"),
     "sft": ("sft demo-instruct --base runs/demo", "sft demo-instruct --base runs/demo --preview 5"),
     "verify": ("verify runs/demo", "verify runs/demo --against runs/other"),
     "export": ("export runs/demo --out exports/demo", "export runs/demo --out exports/best --best --gguf q8_0"),

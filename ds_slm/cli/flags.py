@@ -31,9 +31,6 @@ def of_fine_tuning(prog: str = "train.py", examples: str | None = None) -> "Flag
     """The flags of sft/train.py; examples end the help."""
     parser = FlagParser(prog, "Fine-tune a base model.", examples)
     add_training_flags(parser, default_recipe="demo-instruct")
-    parser.add_argument(
-        "--base", type=Path, metavar="MODEL", help="run folder, RUN/checkpoints/best, or Hugging Face folder"
-    )
     return parser
 
 
@@ -41,6 +38,12 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     """The flags that pretraining and fine-tuning share."""
     # What is trained, and where it lies.
     parser.add_argument("--recipe", default=default_recipe, help="name in the library, or path of a .toml file")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="MODEL",
+        help="begin with its weights: run folder, RUN/checkpoints/best, or Hugging Face folder",
+    )
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
     parser.add_argument("--ds-config", type=Path, default=CHECKOUT / "ds_configs" / "zero1.json")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where prepared data lies or goes")

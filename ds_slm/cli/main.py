@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ds_slm.cli import examples
-from ds_slm.cli.output import print_json, report_to
+from ds_slm.cli.output import print_either, print_json, report_to
 from ds_slm.errors import ConfigError, DataError, run_program
 from ds_slm.publish.sampling import Settings
 
@@ -62,7 +62,9 @@ def recipes(
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the model: writes NAME.toml here.")],
     text: Annotated[Path, typer.Option(metavar="PATH", help="A file of text, or a folder of them.")],
-    base: Annotated[str, typer.Option("--from", metavar="RECIPE", help="Whose model and rates.")] = "demo",
+    base: Annotated[
+        str, typer.Option("--from", metavar="RECIPE|RUN", help="Whose model and rates; a run's is trained further.")
+    ] = "demo",
     tokens: Annotated[
         str | None,
         typer.Option(
@@ -161,22 +163,8 @@ def prepare(
     else:
         prepared = prepare_data(recipe, stem, data_root, sources, max_tokens, report_to(as_json))
 
-    summary = {
-        "folder": str(prepared.folder),
-        "train_tokens": prepared.train_tokens,
-        "val_tokens": prepared.val_tokens,
-        "val_bytes": prepared.val_bytes,
-        "vocab_size": prepared.vocab_size,
-        "sha256": prepared.sha256,
-        "verified": verify,
-    }
-
-    if as_json:
-        print_json(summary)
-    else:
-        print(
-            "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}".format(**summary)
-        )
+    text = "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}"
+    print_either({**prepared.summary(), "verified": verify}, text, as_json)
 
 
 @app.command(epilog=examples.epilog("doctor"))
@@ -289,14 +277,12 @@ def import_folder(
     run_dir: Annotated[Path, typer.Option(metavar="RUN", help="The run folder to make.")],
     as_json: AsJson = False,
 ) -> None:
-    """A run folder from a Hugging Face folder: to be fine-tuned, evaluated, exported, talked to."""
+    """A run folder from a Hugging Face folder: to be trained further, fine-tuned, evaluated, exported, talked to."""
     from ds_slm.publish.importing import import_model
 
-    imported = import_model(folder, run_dir)
-    if as_json:
-        print_json(imported)
-    else:
-        print("{folder}: {params:,} parameters of {name}, a {model_type}".format(**imported))
+    text = "{folder}: {params:,} parameters of {name}, a {model_type}\nnow:\n"
+    text += "  ds-slm init NAME --from {folder} --text PATH\n  ds-slm sft RECIPE --base {folder}"
+    print_either(import_model(folder, run_dir), text, as_json)
 
 
 @app.command(epilog=examples.epilog("report"))

@@ -86,6 +86,8 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
     differs = [] if same else [_differences(recipe, recorded)]
     if done and done.get("recipe_sha256") != recorded.identity_sha256():
         differs.append("done.json is of another recipe")
+    if recorded.sft is None and environment.get(checkpoint_files.BASE):
+        differs.append("it began with a trained model")
     replaced = environment.get("replaced_sources")
     if replaced and isinstance(replaced, list):
         differs.append(f"other data: {', '.join(map(str, replaced))}")

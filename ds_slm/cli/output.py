@@ -2,13 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
 def report_to(as_json: bool) -> Callable[[str], None]:
     """Where progress is printed: stdout belongs to the JSON object if one is printed."""
     return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def print_either(content: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """With --json the object, else a text whose {names} are filled from it."""
+    if as_json:
+        print_json(content)
+    else:
+        print(text.format(**content))
 
 
 def print_json(content: Any) -> None:

@@ -20,7 +20,7 @@ def show(name: str, args: Namespace) -> None:
     from rich.console import Console
 
     from ds_slm.files import replace_text
-    from ds_slm.publish.models import open_model, refuse_other_base
+    from ds_slm.publish.models import open_base
     from ds_slm.recipe import schema
     from sft import preview
     from sft.checks import section
@@ -36,9 +36,7 @@ def show(name: str, args: Namespace) -> None:
 
     tokenizer_folder = None
     if base is not None:
-        opened = open_model(base)
-        refuse_other_base(recipe, opened)
-        tokenizer_folder = opened.tokenizer_folder
+        tokenizer_folder = open_base(base, recipe).tokenizer_folder
     prepared = prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
     shown, summary = preview.read_shown(recipe, prepared, args.preview)
 

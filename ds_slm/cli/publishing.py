@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_slm.checkpoint.files import read_state
+from ds_slm.checkpoint.files import BASE, read_state
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
 from ds_slm.evaluate.benchmarks import BENCHMARKS
@@ -63,7 +63,7 @@ def run(run_folder: Path, flags: Flags) -> None:
         recipe = _with(schema.load_recorded(run_folder), flags.overrides)
         if recipe.card.license is None:
             print("note: the model card states no licence: --set card.license=apache-2.0 would", file=sys.stderr)
-        elif recipe.sft is not None and not flags.overrides:
+        elif (recipe.sft is not None or state.get(BASE)) and not flags.overrides:
             print(
                 f"note: licence {recipe.card.license}, language {', '.join(recipe.card.language)}: the recipe's; if "
                 "the base has others: --set card.license=... and --set 'card.language=[...]'",

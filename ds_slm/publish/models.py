@@ -8,7 +8,7 @@ a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from torch import Tensor
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.sources.stand_ins import stand_in_at
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
-from ds_slm.errors import CheckpointError
-from ds_slm.files import is_plain_name, read_json, shortened
+from ds_slm.errors import CheckpointError, UserError
+from ds_slm.files import NeededFolder, is_plain_name, read_json, shortened
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.export import refuse_other_shape
@@ -49,6 +49,8 @@ class StoredTensor(NamedTuple):
 class OpenModel:
     """A trained model, not yet read."""
 
+    name: str
+    """What it is called: its run's recipe says so, or its folder."""
     folder: Path
     """The checkpoint or folder that was chosen."""
     shape: schema.Model
@@ -165,6 +167,32 @@ def files_of(path: Path, opened: OpenModel) -> tuple[str, ...]:
     return tuple(one.relative_to(root).as_posix() for one in files)
 
 
+def needed_base(path: Path, opened: Callable[[], OpenModel]) -> NeededFolder:
+    """What every host needs of a model to begin with.
+
+    Args:
+        path: what names it.
+        opened: opens it; a host where that fails is sent it, and opens it again.
+    """
+    try:
+        files = files_of(path, opened())
+    except UserError:  # another host may have it; if none has, opening it says what is wrong
+        files = None
+    return NeededFolder(str(path), root_of(path), files)
+
+
+def open_base(path: Path, recipe: schema.Recipe) -> OpenModel:
+    """Find and verify a model that a run of this recipe can begin with.
+
+    Raises:
+        CheckpointError: where there is none, it is damaged, or of another shape than the recipe's.
+    """
+    opened = open_model(path)
+    refuse_other_base(recipe, opened)
+    opened.refuse_other_parameters()
+    return opened
+
+
 def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
     """Raise CheckpointError where a model to begin with has another shape than the recipe, with every difference."""
     free = {"init_std", "embedding_init_std", "scaled_residual_init"}
@@ -183,7 +211,8 @@ def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
     trained_with = checkpoint_files.read_state(checkpoint).get("tokenizer_sha256")
     _refuse_other_tokenizer(run / "tokenizer", trained_with)
     sha256 = checkpoint_files.model_sha256(checkpoint)
-    return OpenModel(checkpoint, recipe.model, run / "tokenizer", sha256, (checkpoint / checkpoint_files.MODEL,))
+    files = (checkpoint / checkpoint_files.MODEL,)
+    return OpenModel(recipe.card.name, checkpoint, recipe.model, run / "tokenizer", sha256, files)
 
 
 def _open_hf(folder: Path) -> OpenModel:
@@ -204,7 +233,7 @@ def _open_hf(folder: Path) -> OpenModel:
     files = weight_files(folder)
     _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))
     shape = hf.shape_from_hf(config)
-    return OpenModel(folder, shape, folder, sha256_of_weights(files), tuple(files))
+    return OpenModel(folder.resolve().name, folder, shape, folder, sha256_of_weights(files), tuple(files))
 
 
 def sha256_of_weights(files: Sequence[Path]) -> str:

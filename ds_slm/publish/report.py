@@ -99,8 +99,9 @@ def _incidents(run: Path, records: Mapping[str, Sequence[Record]]) -> Iterator[I
         hosts = list(dict.fromkeys(record.get("hosts") or ()))
         where = f"{record.get('world_size')} x {record.get('device')} on {', '.join(hosts)}"
         begins = "resumed" if record["step"] else "started"
+        base = f", with the weights of {record['base']}" if record.get("base") and not record["step"] else ""
         yield Incident(
-            record["step"], f"{begins} on {where}, {record.get('precision')}, ZeRO-{record.get('zero_stage')}"
+            record["step"], f"{begins} on {where}, {record.get('precision')}, ZeRO-{record.get('zero_stage')}{base}"
         )
 
     for change in run_folder.read_changes(run):
@@ -143,7 +144,9 @@ def _facts(story: Story) -> dict[str, str]:
     last, steps = train[-1], recipe.train.steps
     seconds = curves.elapsed_s(train)[-1]
 
+    base = next((str(one["base"]) for one in story.of("launch") if one.get("base")), "")
     facts = {
+        **({"base": base} if base else {}),
         "parameters": f"{plan.parameters(recipe.model):,}",
         "steps": f"{story.last_step:,} of {steps:,}",
         "tokens": f"{last.get('tokens', 0):,}",

@@ -10,10 +10,11 @@ tokens of a run (arXiv 2410.21676); Adam's rate goes with the square root of the
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from ds_slm.errors import DataError
 from ds_slm.recipe import plan, schema
-from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.schema import Recipe, Tokenizer
 
 EPOCHS = 4
 ENOUGH_TOKENS_PER_PARAMETER = 20
@@ -132,8 +133,30 @@ def what_fits(text: Text) -> str:
     )
 
 
-def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit) -> str:
-    """The recipe's file: what differs from the base, each value with its reason."""
+def with_tokenizer_of(run: Path, recipe: Recipe) -> Recipe:
+    """A run's recipe for another text: in the tokenizer that its model was trained with, which is not trained again."""
+    ours = recipe.tokenizer
+    tokenizer = Tokenizer(
+        kind="hf",
+        vocab_size=ours.vocab_size,
+        eos_token=ours.eos_token,
+        pad_token=ours.pad_token,
+        path=str(run / "tokenizer"),
+    )
+    return recipe.model_copy(update={"tokenizer": tokenizer})
+
+
+def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit, continued: Path | None = None) -> str:
+    """The recipe's file: what differs from the base, each value with its reason.
+
+    Args:
+        name: of the new recipe.
+        base_name: of the recipe that it takes the rest from.
+        base: that one; of a run that is continued, `with_tokenizer_of` it.
+        text: what there is to train on.
+        chosen: what follows from it.
+        continued: the run folder whose model is trained further; None: a model is trained from scratch.
+    """
     batch_tokens = chosen.rows * base.data.seq_len
     smaller = f": {base_name}'s {base.rows_per_step:,}, fewer as the run is shorter" if chosen.share < 1 else ""
     epochs = f"{chosen.epochs:.1f} times over" if chosen.epochs > 1 else f"{chosen.epochs:.0%} of the text"
@@ -147,7 +170,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit) ->
         "[card]",
         f'name = "{name}"',
         "",
-        *_special_tokens(base),
+        *(_same_tokenizer(base, continued) if continued else _special_tokens(base)),
         "[data]",
         f"val_fraction = {text.val_fraction:g}  # of the documents, never trained on",
         *(['held_out = "hash"'] if base.data.held_out != "hash" else []),
@@ -203,6 +226,20 @@ def _special_tokens(base: Recipe) -> list[str]:
     free = (number for number in range(base.tokenizer.vocab_size) if number not in specials.values())
     added = ", ".join(f'"{token}" = {number}' for token, number in zip(missing, free, strict=False))
     return ["[tokenizer]", f"special_tokens = {{ {added} }}  # so that it can be fine-tuned on conversations", ""]
+
+
+def _same_tokenizer(base: Recipe, run: Path) -> list[str]:
+    """The section of the tokenizer that a model was trained with."""
+    ours = base.tokenizer
+    return [
+        f"[tokenizer]  # that of the model to train further: launch with --base {_quoted(str(run))}",
+        'kind = "hf"',
+        f"vocab_size = {ours.vocab_size}",
+        f"eos_token = {_quoted(ours.eos_token)}",
+        f"pad_token = {_quoted(ours.pad_token)}",
+        f"path = {_quoted(str(ours.path))}",
+        "",
+    ]
 
 
 def _quoted(text: str) -> str:

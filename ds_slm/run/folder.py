@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
-from ds_slm.errors import CheckpointError, DataError, RecipeError
+from ds_slm.errors import CheckpointError, ConfigError, DataError, RecipeError
 from ds_slm.files import (
     fsync,
     new_folder,
@@ -78,6 +78,15 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
     if refused:
         raise CheckpointError(
             [f"--run-dir {run} holds a run of another recipe:", *refused, "Name another --run-dir, or undo the change."]
+        )
+
+
+def refuse_own_base(run: Path, base: Path) -> None:
+    """Raise ConfigError where the model to begin with is one of the run that is trained."""
+    if base.resolve().is_relative_to(run.resolve()):
+        raise ConfigError(
+            f"--base {base} lies in --run-dir {run}, which this launch trains: name another --run-dir to begin a new "
+            "run with it, or leave out --base to go on with that run."
         )
 
 

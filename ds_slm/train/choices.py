@@ -1,10 +1,12 @@
 """What a launch decided: devices, kernels, batch. Printed at its start and kept in env.json."""
 
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 import torch
 
+from ds_slm.checkpoint.files import BASE
 from ds_slm.distributed import network
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import devices
@@ -51,3 +53,24 @@ def blocks(engine_config: EngineConfig) -> str:
     if engine_config.compiled:
         return "compiled"
     return f"eager ({engine_config.eager_reason})" if engine_config.eager_reason else "eager"
+
+
+def announce(facts: Mapping[str, Any], options: Options, warnings: Sequence[str], terminal: TextIO) -> None:
+    """Print what a launch decided, and its warnings, at its start."""
+    hosts, filler = ", ".join(dict.fromkeys(facts["hosts"])), facts["filler_rows_per_step"]
+    taken = [f"{name or 'its own choice'} on {host}" for host, name in facts["interfaces"].items()]
+    over = f" over {', '.join(taken)}" if len(taken) > 1 else ""
+    base = [f"base {facts['base']}, weights {facts[BASE][:16]}"] if "base" in facts else []
+
+    lines = [
+        f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {hosts}",
+        f"{facts['backend']}{over}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; "
+        f"{facts['rows_per_step']} rows a step = {facts['world_size']} ranks x {facts['accumulation_steps']} forwards "
+        f"x {facts['micro_batch_rows']} rows" + (f" - {filler} filler" if filler else ""),
+        "; ".join(f"{what}: {kernel}" for what, kernel in facts["kernels"].items()),
+        f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
+        f"generation {facts['generation']}",
+        *base,
+        *(f"warning: {warning}" for warning in (*facts["mixed_hosts"], *warnings)),
+    ]
+    print("\n".join(lines), file=terminal, flush=True)

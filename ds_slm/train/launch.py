@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from ds_slm.checkpoint import resume
+from ds_slm.checkpoint.files import BASE
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave, keepers
@@ -36,8 +37,8 @@ from ds_slm.run.launches import Launch
 from ds_slm.run.records import Records
 from ds_slm.run.report import Report, captured_output
 from ds_slm.train import agreement, loop, unused_flags
-from ds_slm.train.choices import effective_choices
-from ds_slm.train.task import Benchmarks, Corpus, Options, Task
+from ds_slm.train.choices import announce, effective_choices
+from ds_slm.train.task import Base, Benchmarks, Corpus, Options, Task
 
 Result = TypeVar("Result")
 
@@ -73,8 +74,8 @@ class Inputs:
     engine_config: ds_config.EngineConfig
     corpus: Corpus
     rows: RowSource
-    beginning: Mapping[str, str]
-    """Hashes of what a run begins with beside recipe and data."""
+    base: Base | None
+    """The model to begin with; None: the recipe's initialisation."""
     benchmarks: Benchmarks | None
 
     @classmethod
@@ -99,12 +100,23 @@ class Inputs:
         # Data that another host has are received; what nobody has is prepared on each.
         if not problems and not meeting.world.on_one_host:
             _attempt(problems, lambda: sharing.share(meeting, task.needs(), task.report))
+
+        # A base that does not fit is refused before anything is prepared.
+        base = _attempt(problems, task.base) if task.base and not problems else None
+        if base:
+            _attempt(problems, lambda: run_folder.refuse_own_base(options.run_dir, base.folder))
+
         corpus = None if problems else _attempt(problems, task.prepare)
         rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
         benchmarks = _attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None
         if problems or engine_config is None or corpus is None or rows is None:
             raise UserError(problems)
-        return cls(recipe, options, task, engine_config, corpus, rows, task.identity(), benchmarks)
+        return cls(recipe, options, task, engine_config, corpus, rows, base, benchmarks)
+
+    @property
+    def beginning(self) -> dict[str, str]:
+        """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
+        return {BASE: self.base.sha256} if self.base else {}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -156,6 +168,8 @@ class Launching:
         facts = {**launch.facts(), **choices, **self.differing, **inputs.identity}
         facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges, "begins_at_step": content.get("step", 0)}
         facts["replaced_sources"] = corpus.replaced_sources
+        if base := inputs.base:
+            facts |= {"base": base.name, "base_folder": str(base.folder.resolve())}
         facts["warnings"] = [
             *effects.warnings(recipe),
             *unused_flags.warnings(recipe, options, control.world_size, len(writers), len(rows.val_row_ids(None))),
@@ -182,7 +196,7 @@ class Launching:
         mended = [line for lines in control.gather(mended or []) for line in lines]
         if control.rank == 0:
             said = [*dict.fromkeys(mended), *facts["warnings"], *mixed, *skip.said]
-            _announce(facts, options, said, terminal)
+            announce(facts, options, said, terminal)
         return facts
 
     def _train(
@@ -219,7 +233,7 @@ class Launching:
             sample=task.sample(inputs.corpus),
             benchmarks=inputs.benchmarks,
             val_tokens_per_byte=task.val_tokens_per_byte(inputs.corpus),
-            evaluate_first=task.evaluate_first,
+            evaluate_first=inputs.base is not None,
             profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
         )
 
@@ -241,12 +255,12 @@ class Launching:
 
     def _engine(self, interrupt: Interrupt) -> tuple[Engine, State]:
         """The engine with its weights, which come once DeepSpeed has its partitions, and where the run stands."""
-        recipe, task = self.inputs.recipe, self.inputs.task
+        recipe, base = self.inputs.recipe, self.inputs.base
         model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
         engine = Engine(recipe, self.inputs.engine_config, model, self.control, interrupt)
         if self.resume_point:
             return engine, resume.load(engine, self.resume_point)
-        resume.begin(engine, task.begin() if task.begin else None)
+        resume.begin(engine, base.tensors() if base else None)
         return engine, State(ledger=self.inputs.corpus.sha256)
 
     def _report(self, launch: Launch, keepers: list[int], state: State, stop_at_step: int, terminal: TextIO) -> Report:
@@ -371,20 +385,3 @@ def _problems_of(error: UserError | OSError, place: str) -> list[str]:
     if isinstance(error, UserError):
         return error.problems
     return [f"{error.filename or place}: {error.strerror or error}."]
-
-
-def _announce(facts: dict[str, Any], options: Options, warnings: list[str], terminal: Any) -> None:
-    hosts, filler = ", ".join(dict.fromkeys(facts["hosts"])), facts["filler_rows_per_step"]
-    taken = [f"{name or 'its own choice'} on {host}" for host, name in facts["interfaces"].items()]
-    over = f" over {', '.join(taken)}" if len(taken) > 1 else ""
-    lines = [
-        f"{facts['recipe']} on {facts['world_size']} x {facts['device']}, hosts {hosts}",
-        f"{facts['backend']}{over}, {facts['precision']}, ZeRO-{facts['zero_stage']}, {facts['optimizer']}; "
-        f"{facts['rows_per_step']} rows a step = {facts['world_size']} ranks x {facts['accumulation_steps']} forwards "
-        f"x {facts['micro_batch_rows']} rows" + (f" - {filler} filler" if filler else ""),
-        "; ".join(f"{what}: {kernel}" for what, kernel in facts["kernels"].items()),
-        f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
-        f"generation {facts['generation']}",
-        *(f"warning: {warning}" for warning in (*facts["mixed_hosts"], *warnings)),
-    ]
-    print("\n".join(lines), file=terminal, flush=True)

@@ -72,6 +72,29 @@ class Options:
     """From a signal that stops the run to the end of its processes."""
 
 
+class Base(Protocol):
+    """A trained model to begin with."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint or Hugging Face folder that holds it."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all weights."""
+        ...
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Names and fp32 weights, one at a time."""
+        ...
+
+
 Benchmarks = Callable[[nn.Module, Control, Callable[[], None]], tuple[Mapping[str, float], str]]
 """From the model, the ranks and a vote on signals to figures by TASK/METRIC, or what kept them from being scored, on
 rank 0. Called on every rank."""
@@ -94,12 +117,8 @@ class Task:
     """Takes lines about the data."""
     benchmarks: Callable[[Any], Benchmarks | None] = lambda corpus: None
     """From prepared data to a function that scores the recipe's `[eval]` tasks; None where it names none."""
-    identity: Callable[[], Mapping[str, str]] = dict
-    """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
-    evaluate_first: bool = False
-    """Whether the weights a run begins with are worth an evaluation."""
-    begin: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-    """Names and fp32 weights to begin with, one at a time; None: the recipe's initialisation."""
+    base: Callable[[], Base] | None = None
+    """Opens the model that a run begins with; None: it begins with the recipe's initialisation."""
 
 
 @dataclass

@@ -35,6 +35,7 @@ from ds_slm.data.shards.parts import Preparation, text_of, tokenizer_bytes
 from ds_slm.data.shards.prepared import Prepared, open_prepared, refuse
 from ds_slm.data.shards.writer import TEXT, DocumentFormat
 from ds_slm.data.sources.documents import SourceFiles, locate, stand_ins, tell_left_out
+from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.files import CANNOT_WRITE, NeededFolder, locked, obstacle, shortened
 from ds_slm.recipe.problems import nearest
@@ -97,6 +98,7 @@ def prepare(
 
                 preparation = Preparation(recipe, folder, replacements, limits, document_format, report)
                 tokenizer = preparation.make_tokenizer()
+                refuse(_differs_from_base(recipe, folder, document_format))
                 for source in recipe.data.source:
                     if files := places.get(source.name):
                         preparation.make_shards(source, files, tokenizer)
@@ -108,6 +110,7 @@ def prepare(
             (folder / source.name / JOURNAL).unlink(missing_ok=True)
 
     prepared = open_prepared(recipe, name, data_root, document_format.identity, report)
+    refuse(_differs_from_base(recipe, folder, document_format))
     for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
         report(line)
     return prepared
@@ -136,6 +139,31 @@ def needed_folders(
             files = (*(one for one in others if one != MANIFEST), MANIFEST)
         found.append(NeededFolder(f"{name}/{part}", place, files))
     return found
+
+
+def _differs_from_base(recipe: Recipe, folder: Path, document_format: DocumentFormat) -> list[str]:
+    """What to say where the prepared tokenizer is not that of the model to begin with."""
+    of_base = document_format.tokenizer_folder or document_format.tokenizer_of_base
+    if of_base is None:
+        return []
+    ours, theirs = load_tokenizer(folder / TOKENIZER), load_tokenizer(of_base)
+
+    # Conversations are encoded by the base's own, text by the recipe's, which must give the same ids.
+    if document_format.tokenizer_folder:
+        if ours.sha256 == theirs.sha256:
+            return []
+        return [
+            f"{folder} was made with the tokenizer {ours.sha256}, the base in {of_base} has {theirs.sha256}: name the "
+            "base it was made for, another --data-root, or remove the folder."
+        ]
+    if ours.text_sha256 == theirs.text_sha256:
+        return []
+    return [
+        f"the recipe's tokenizer (kind {recipe.tokenizer.kind!r}, made in {folder / TOKENIZER}) gives other ids than "
+        f"that of --base, {of_base}: set tokenizer.kind = 'hf', tokenizer.path = {str(of_base)!r} and "
+        f"tokenizer.vocab_size = {theirs.vocab_size} in the recipe, as `ds-slm init NAME --from RUN --text PATH` does "
+        f"for a run folder, and remove {folder}, or name another --data-root."
+    ]
 
 
 def _missing(recipe: Recipe, folder: Path) -> list[str]:

@@ -126,6 +126,11 @@ class Prepared:
         """Sources that were read from other local files than the recipe names."""
         return [name for name, manifest in self.manifests.items() if manifest["replaced"]]
 
+    def summary(self) -> dict[str, Any]:
+        """What was prepared, for people and --json."""
+        names = ("train_tokens", "val_tokens", "val_bytes", "vocab_size", "sha256")
+        return {"folder": str(self.folder), **{name: getattr(self, name) for name in names}}
+
     @property
     def train_tokens(self) -> int:
         """Training tokens of all sources, EOS included."""

@@ -71,6 +71,8 @@ class DocumentFormat:
     encode: Callable[[Tokenizer], Encode] = encode_text
     tokenizer_folder: Path | None = None
     """The folder of the tokenizer that encodes them; None takes the recipe's tokenizer."""
+    tokenizer_of_base: Path | None = None
+    """The folder of a tokenizer: the recipe's must give a text the same ids. None: whatever the recipe's gives."""
     builtin: Callable[[], Sequence[str]] = builtin_documents
     """The documents of a built-in source."""
     as_json: bool = False

@@ -166,6 +166,11 @@ class Tokenizer:
         """Hash of tokenizer.json's content, whatever its layout, without what is switched off."""
         return _sha256(self._backend)
 
+    @cached_property
+    def text_sha256(self) -> str:
+        """The same of what decides a text's ids: without the tokens that tokenizers of others put around it."""
+        return sha256_of_json({**json.loads(self._backend.to_str()), "post_processor": None})
+
     def has_sha256(self, sha256: str) -> bool:
         """Whether a hash that was recorded, by this version or an older one, is this tokenizer's."""
         return sha256 in (self.sha256, self.older_sha256)

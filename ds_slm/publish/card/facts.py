@@ -52,6 +52,16 @@ class RunFacts:
         return str(self.environment.get("recipe_name") or self.recipe.card.name)
 
     @property
+    def has_base(self) -> bool:
+        """Whether the run began with a trained model: it fine-tunes one, or trains it further."""
+        return self.recipe.sft is not None or bool(self.environment.get(checkpoint_files.BASE))
+
+    @property
+    def base_name(self) -> str:
+        """That model's id on the hub where the recipe says it, else what it was called; empty where nothing does."""
+        return self.recipe.card.base_model or str(self.environment.get("base") or "")
+
+    @property
     def is_finished(self) -> bool:
         """Whether this is the model that the recipe asks for."""
         return self.step == self.recipe.train.steps

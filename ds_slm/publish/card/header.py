@@ -47,7 +47,7 @@ def card_data(
     from huggingface_hub import ModelCardData
 
     card = facts.recipe.card
-    base = card.base_model if facts.recipe.sft else None
+    base = card.base_model if facts.has_base else None
     results = [one for name, task in scored.get("tasks", {}).items() for one in _results(name, task, datasets)]
     accuracy = ["accuracy"] if any(one.metric_type == "accuracy" for one in results) else []
     return ModelCardData(

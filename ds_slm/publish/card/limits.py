@@ -40,7 +40,12 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
             if share < TOKENS_PER_PARAMETER
             else ""
         )
-        lines.append(f"Data: it saw {share:.2g} tokens for each parameter{few}.")
+        lines.append(
+            f"Data: this run added {share:.2g} tokens for each parameter to what the base had seen; it may have cost "
+            "some of what the base knew."
+            if facts.has_base
+            else f"Data: it saw {share:.2g} tokens for each parameter{few}."
+        )
     else:
         lines.append("Use: this fine-tuning taught it answers by examples alone, without anybody's preferences.")
     if languages and languages != ["multilingual"]:

@@ -24,6 +24,11 @@ def plain(text: str) -> str:
     return re.sub(r"[<>`|\\*_\[\]#]", lambda sign: f"\\{sign[0]}", " ".join(text.split()))
 
 
+def code(text: str) -> str:
+    """A name within a sentence, on one line; one that holds backticks itself as plain text."""
+    return plain(text) if "`" in text else f"`{' '.join(text.split())}`"
+
+
 def code_block(text: str, language: str) -> str:
     """A block of code, whatever backticks it holds."""
     fence = "```"

@@ -21,7 +21,7 @@ from ds_slm.publish.card import plots, training
 from ds_slm.publish.card.facts import RunFacts, read_facts
 from ds_slm.publish.card.header import HubDataset, card_data
 from ds_slm.publish.card.limits import limits
-from ds_slm.publish.card.markdown import code_block, in_words, number, plain, table, times
+from ds_slm.publish.card.markdown import code, code_block, in_words, number, plain, table, times
 from ds_slm.publish.card.rerun import rerun
 from ds_slm.publish.card.training import OF_TRAINING
 from ds_slm.recipe.hub_names import language_name
@@ -101,14 +101,17 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
     """What it is, in one paragraph and one table."""
     recipe, count = facts.recipe, parameters(facts.recipe.model)
     size = f"{in_words(count)} parameters"
+    base = code(facts.base_name) if facts.base_name else "a base model"
     if recipe.sft is None:
-        what = f"A language model of {size}, trained from scratch on {in_words(facts.tokens)} tokens"
+        begun = f"trained further from {base}" if facts.has_base else "trained from scratch"
+        what = f"A language model of {size}, {begun} on {in_words(facts.tokens)} tokens"
     else:
-        base = f"`{recipe.card.base_model}`" if recipe.card.base_model else "a base model"
         count_told = (facts.environment.get("rows") or {}).get("train", {}).get("conversations")
         conversations = f"{count_told:,} conversations" if count_told else "conversations"
         what = f"A chat model of {size}, fine-tuned from {base} on {conversations}"
-    about = f" It reproduces {plain(recipe.card.reproduces.rstrip('.'))}." if recipe.card.reproduces else ""
+    is_from_recipe_alone = recipe.sft is not None or not facts.has_base
+    reproduces = recipe.card.reproduces.rstrip(".") if is_from_recipe_alone else ""
+    about = f" It reproduces {plain(reproduces)}." if reproduces else ""
     text = (
         f"{what} with ds_slm.{about} Every figure on this page was read from the files of its run; what was not "
         "measured says so."

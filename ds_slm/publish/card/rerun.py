@@ -7,9 +7,10 @@ from typing import Any
 
 import tomli_w
 
+from ds_slm.checkpoint.files import BASE
 from ds_slm.errors import RecipeError
 from ds_slm.publish.card.facts import RunFacts
-from ds_slm.publish.card.markdown import code_block, table
+from ds_slm.publish.card.markdown import code, code_block, table
 from ds_slm.recipe import schema
 from ds_slm.recipe.hub_names import is_repo_id
 
@@ -26,7 +27,7 @@ def rerun(facts: RunFacts) -> list[str]:
     if facts.recipe.sft is None:
         commands = [
             f"ds-slm prepare {recipe}{replaced}",
-            f"deepspeed ds_slm/pretrain.py --recipe {recipe}{replaced}",
+            f"deepspeed ds_slm/pretrain.py --recipe {recipe}{' --base BASE' if facts.has_base else ''}{replaced}",
         ]
     else:
         commands = [f"deepspeed sft/train.py --recipe {recipe} --base BASE{replaced}"]
@@ -37,8 +38,8 @@ def rerun(facts: RunFacts) -> list[str]:
         "In a checkout of ds_slm:" if in_library else f"In a checkout of ds_slm, with the recipe below as `{recipe}`:"
     )
     told = [text, code_block("\n".join(commands), "bash")]
-    if facts.recipe.sft is not None:
-        told.append(f"BASE is the folder of {facts.recipe.card.base_model or 'the base model'}.")
+    if facts.has_base:
+        told.append(f"BASE is the folder of {code(facts.base_name) if facts.base_name else 'the base model'}.")
     if replaced:
         told.append("FILES are the local files that were read in place of a source.")
     told += _proof(facts)
@@ -66,7 +67,7 @@ def _proof(facts: RunFacts) -> list[str]:
         "recipe": facts.recipe.identity_sha256(),
         "prepared data": environment.get("data_sha256"),
         "tokenizer": environment.get("tokenizer_sha256"),
-        "base": environment.get("base_sha256"),
+        "base": environment.get(BASE),
         "rows drawn, in order": next((one.get("ledger") for one in reversed(facts.records.get("train", []))), None),
         "weights (model.safetensors of the checkpoint)": facts.weights_sha256,
         "source files of ds_slm": environment.get("sources_sha256"),

@@ -41,7 +41,7 @@ def data(facts: RunFacts) -> list[str]:
         rows.append(cells)
     header = ("source", "where from", "share asked for", *(("share drawn", "rows drawn") if mixed else ()))
     counts = _counts(facts, facts.environment.get("rows") or {})
-    return [table(header, rows, right=range(2, 5)), *counts, _tokenizer(recipe)]
+    return [table(header, rows, right=range(2, 5)), *counts, _tokenizer(facts)]
 
 
 def _origin(source: Source, facts: RunFacts) -> str:
@@ -80,9 +80,9 @@ def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tokenizer(recipe: Recipe) -> str:
-    tokenizer = recipe.tokenizer
-    if recipe.sft is not None:
+def _tokenizer(facts: RunFacts) -> str:
+    tokenizer = facts.recipe.tokenizer
+    if facts.has_base:
         return f"The tokenizer is the base model's, of {tokenizer.vocab_size:,} ids."
     if tokenizer.kind == "bpe":
         return f"The tokenizer is a byte-level BPE of {tokenizer.vocab_size:,} ids, trained on these sources."

@@ -104,8 +104,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     try:
         pretraining = task(recipe, recipe_path.stem, recipe_path.parent / "data")
         if "base" in single:
-            base = open_model(out / single["base"])
-            pretraining = replace(pretraining, begin=base.tensors)
+            pretraining = replace(pretraining, base=lambda: open_model(out / single["base"]))
         launch.run(recipe, options, pretraining)
     finally:
         undo()

@@ -105,3 +105,35 @@ def test_refuses_what_is_no_number_of_tokens(typed: str) -> None:
     """With an example."""
     with pytest.raises(ConfigError, match="300M"):
         token_count(typed)
+
+
+def write_run(folder: Path, text: str) -> Path:
+    """What `init` reads of a run: its recipe."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_run_is_continued_in_its_own_tokenizer(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the run's shape, its tokenizer's folder in place of one that is trained, and the flag of the launch."""
+    demo = schema.load("demo")
+    write_run(Path("runs/demo"), schema.to_toml(demo))
+    run(["init", "mine", "--from", "runs/demo", "--text", "texts"], monkeypatch)
+    recipe, printed = schema.load("mine.toml"), capsys.readouterr().out
+
+    assert recipe.model == demo.model
+    assert (recipe.tokenizer.kind, recipe.tokenizer.path) == ("hf", "runs/demo/tokenizer")
+    assert (recipe.tokenizer.vocab_size, recipe.tokenizer.eos_token) == (demo.tokenizer.vocab_size, "<|endoftext|>")
+    assert "ds-slm train mine.toml --devices N --base runs/demo" in printed
+    assert "tokens a parameter are usual" not in printed
+
+
+def test_a_run_is_not_continued_into_itself(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The new recipe's run folder would be the one whose weights it begins with; nothing is written."""
+    write_run(Path("runs/mine"), schema.to_toml(schema.load("demo")))
+    assert "choose another" in refused(["init", "mine", "--from", "runs/mine", "--text", "texts"], monkeypatch, capsys)
+    assert not Path("mine.toml").exists()

@@ -35,6 +35,7 @@ CASES = {
     "replaced": ({"replaced_sources": ["docs"]}, (), "1.716 bits per byte (other data: docs)", False),
     "unrecorded": ({"replaced_sources": None}, (), "1.716 bits per byte (its data are not recorded)", False),
     "changed": ({}, ("train.seed=9",), "1.716 bits per byte (another recipe: train.seed 1337 -> 9)", False),
+    "began with a model": ({"base_sha256": "b"}, (), "1.716 bits per byte (it began with a trained model)", False),
     "prepared anew": ({"data_sha256": "e"}, (), "1.716 bits per byte (done.json is of other data)", False),
 }
 

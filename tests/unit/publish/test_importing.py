@@ -20,22 +20,12 @@ from ds_slm.recipe import schema
 from tests.support.assistants import small_talk, write_base, write_sft
 from tests.support.data_recipes import texts
 from tests.support.faults import fail_at
+from tests.support.public_models import KINDS, save_model
 from tests.support.scored_models import with_bos, write_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 64,
-    "initializer_range": 0.2, "rope_theta": 2_500.0,
-}  # fmt: skip
-KINDS = {
-    "llama": ("llama", {"tie_word_embeddings": True}),
-    "llama-untied": ("llama", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
-    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
-    "qwen3-untied": ("qwen3", {"tie_word_embeddings": False}),
-}
 VERSIONS = {"as transformers 5 saves it": False, "as transformers 4 wrote it": True}
 
 
@@ -44,21 +34,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained byte-level BPE that puts a BOS before each text."""
     folder = tmp_path_factory.mktemp("tokenizer")
     return with_bos(write_tokenizer(folder / "plain", texts(300)), folder / "with-bos")
-
-
-def save_model(folder: Path, kind: str, tokenizer_folder: Path, dtype: torch.dtype, **changes: Any) -> Any:
-    """A fresh model that transformers saves, with its tokenizer; returns it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    model_type, fields = KINDS[kind]
-    theta = SIZES["rope_theta"]
-    config = AutoConfig.for_model(model_type, **SIZES, **fields, eos_token_id=0, bos_token_id=None)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    model.save_pretrained(folder, **changes)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return model
 
 
 def write_as_version_4(folder: Path) -> None:

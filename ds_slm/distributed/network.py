@@ -4,9 +4,12 @@ gloo's own choice is the address of the host's name, which on many Debian hosts 
 then never connect. NCCL takes the first interface it finds. Imports neither torch nor deepspeed.
 """
 
+import getpass
 import ipaddress
 import os
+import re
 import socket
+import tempfile
 from collections.abc import MutableMapping, Sequence
 
 import psutil
@@ -14,6 +17,23 @@ import psutil
 from ds_slm.errors import DeviceError
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+
+
+def reserve_variables(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Give variables that are set later a place in the environment, before there is a second thread.
+
+    A C library may crash where one thread reads the environment while it grows; values of names that are there change
+    without harm. gloo takes an empty name for none. torch's compiler sets its cache folder itself, to this one.
+    """
+    environ.setdefault(GLOO, "")
+    environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}"))
+
+
+def _user() -> str:
+    try:
+        return re.sub(r"\W", "_", getpass.getuser())
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"uid_{os.getuid()}"
 
 
 def address_towards(host: str, port: int) -> str:
@@ -90,7 +110,7 @@ def choose(
         mine = own_address(others[0], 1)
     found = interface_of(mine) if mine is not None else None
     if found is not None:
-        environ.setdefault(GLOO, found)
+        environ[GLOO] = environ.get(GLOO) or found
         if is_cuda and others:
             environ.setdefault(NCCL, f"={found}")
-    return environ.get(GLOO)
+    return environ.get(GLOO) or None

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_slm import pulse
+from ds_slm.distributed import network
 from ds_slm.distributed import world as worlds
 from ds_slm.distributed.failures import Failure, FailureBoard, failure_of
 from ds_slm.distributed.store import Intervals, Store, await_server, first_line, wait_until
@@ -79,6 +80,7 @@ class Rendezvous:
         if self.world.size > 1 and self._thread is None:
             import torch.distributed  # noqa: F401 - an import that fails is the main thread's
 
+            network.reserve_variables()
             self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
             self._thread.start()
 

@@ -36,7 +36,7 @@ def effective_choices(
         "optimizer": recipe.optimizer.name,
         "world_size": control.world_size,
         "hosts": control.hosts,
-        "interfaces": dict(zip(control.hosts, control.gather(os.environ.get(network.GLOO)), strict=True)),
+        "interfaces": dict(zip(control.hosts, control.gather(os.environ.get(network.GLOO) or None), strict=True)),
         "threads_per_rank": torch.get_num_threads(),
         "resident_gb_before_model": measure.resident_memory_bytes() / 1e9,
         "rows_per_step": recipe.rows_per_step,

@@ -17,7 +17,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test-unit test slow-test faults cluster-test demo sft-380m bench-gpu clean
+.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults demo sft-380m bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -66,12 +66,17 @@ slow-test: .venv/.installed-dev  ## the tests that take minutes
 faults: .venv/.installed-dev  ## kills, signals and a full disk, everywhere: the whole matrix, as root for the disk
 	$(IN_VENV) pytest tests/faults -v
 
-cluster-test: .venv/.installed-dev  ## two hosts in network namespaces, over ssh: needs root and Debian packages
+cluster-test: .venv/.installed-dev cluster-tools  ## two hosts in network namespaces, over ssh: needs root and Debian packages
+	$(IN_VENV) pytest tests/cluster -m 'not slow'
+
+cluster-faults: .venv/.installed-dev cluster-tools  ## hosts that die, hang, are cut off and come back; how long each costs
+	$(IN_VENV) pytest tests/cluster/test_supervise.py -s
+
+cluster-tools:
 	@test "$$(id -u)" = 0 || { echo "make cluster-test makes network namespaces: run it as root" >&2; exit 2; }
 	@for tool in $(CLUSTER_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 		test -z "$$missing" || { echo "make cluster-test lacks$$missing:" \
 		"apt-get install pdsh openssh-client openssh-server iproute2" >&2; exit 2; }
-	$(IN_VENV) pytest tests/cluster -m 'not slow'
 
 demo: .venv/.installed  ## an empty machine -> data, a trained model, an assistant made of it, exports, reports
 	$(IN_VENV) ds-slm prepare demo

@@ -16,6 +16,11 @@ FOLDER = "DS_SLM_PULSES"
 """The environment variable that names the folder."""
 
 
+def is_watched() -> bool:
+    """Whether this rank's run is supervised: what all hosts print then comes together on one terminal."""
+    return bool(os.environ.get(FOLDER))
+
+
 def beat(applied_step: int | None = None) -> None:
     """This rank gets on; it may have applied a step."""
     _write("pulse", None if applied_step is None else str(applied_step))

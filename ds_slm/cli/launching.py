@@ -93,9 +93,11 @@ def _without(arguments: Sequence[str], names: tuple[str, ...]) -> list[str]:
 
 def start(script: Path, line: CommandLine) -> None:
     """Run a training program under DeepSpeed, and end with its exit code."""
+    args = line.args
+    if args.restarts:  # this process serves a store, whose log is the terminal; torch reads that when it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ds_slm.run.folder import STOPPED
 
-    args = line.args
     run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
 
     # Mistakes in the recipe, the flags or the hosts are reported before anything starts.
@@ -147,13 +149,14 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
         )
     if (args.min_hosts or 1) > max(len(hosts), 1):
         raise ConfigError(f"--min-hosts {args.min_hosts}: the run has {max(len(hosts), 1)}.")
-    others = [host for host in hosts if not is_this_machine(host.name)]
-    if others and not args.no_ssh_check:
-        runner_flags.refuse_unreachable(others, args.ssh_port, programs={"ssh": "openssh-client"})
-
     import torch
 
     from ds_slm.cluster import supervise
+
+    others = [host for host in hosts if not is_this_machine(host.name)]
+    if others and not args.no_ssh_check:
+        runner_flags.refuse_unreachable(others, args.ssh_port, programs={"ssh": "openssh-client"})
+        supervise.refuse_unfit(others, args.ssh_port)
 
     # A machine without a GPU trains on its CPU, as without a supervisor.
     cuda = torch.cuda.device_count()
@@ -167,7 +170,7 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
             devices=devices,
             limits=endured,
             min_hosts=args.min_hosts or 1,
-            prepare=prepared_by if len(hosts) > 1 and script.name == "pretrain.py" else None,
+            prepare=prepared_by if len(hosts) > 1 and script.name == "pretrain.py" and not args.base else None,
             ssh_port=args.ssh_port,
             venv_script=args.venv_script,
             environ=launch.environment(os.environ, None if cuda or others else devices),

@@ -28,6 +28,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from torch.distributed import TCPStore
 
 from ds_slm.cluster.hostfile import Host, is_this_machine
 from ds_slm.cluster.limits import END, NAME, PREPARE, Limits
-from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError
+from ds_slm.cluster.link_findings import MOST_CLOCK_DIFFERENCE_S
+from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError, HostfileError
 from ds_slm.pulse import FOLDER as PULSES
 
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", "ConnectTimeout=10"]
@@ -47,7 +49,11 @@ PAUSES_S = (1.0, 10.0)
 LOOK_S = 0.2
 EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
 """Variables that begin so go to other hosts, as with DeepSpeed's launcher."""
-_TORCH_LINE = re.compile(r"[DIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ .*\]")
+_TORCH_LINE = re.compile(
+    r"(\[rank\d+\]:)?\[?[DIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ .*\]|frame #\d+: |Exception raised from |<omitting python"
+)
+"""What torch's agent and store say of themselves."""
+_TRACEBACK = "Traceback (most recent call last):"
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,34 @@ def run(launch: Launch) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def refuse_unfit(hosts: Sequence[Host], ssh_port: int | None) -> None:
+    """Raise HostfileError for every host, which answers over ssh, whose agent could not start or be understood."""
+    look = "import tempfile, time, torch.distributed.run; tempfile.TemporaryFile(); print(time.time())"
+    script = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join([sys.executable, '-c', look])}"
+
+    def problem_of(host: Host) -> str | None:
+        command = [*SSH, *_port_option(ssh_port), host.name, f"sh -c {shlex.quote(script)}"]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].rstrip(".")
+            return f"host {host.name} cannot start an agent: {said}. It needs this folder, and this Python, as here."
+        ahead_s = float(done.stdout) - time.time()
+        if abs(ahead_s) > MOST_CLOCK_DIFFERENCE_S:
+            return (
+                f"host {host.name}'s clock is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}, expected at "
+                f"most {MOST_CLOCK_DIFFERENCE_S:.0f} s: set the clocks, with ntp, say."
+            )
+        return None
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        if problems := [problem for problem in pool.map(problem_of, hosts) if problem]:
+            raise HostfileError(problems)
+
+
+def _port_option(ssh_port: int | None) -> list[str]:
+    return ["-p", str(ssh_port)] if ssh_port else []
 
 
 @contextlib.contextmanager
@@ -189,7 +223,7 @@ class Supervisor:
             command = ["sh", "-c", self._script(host, self._port, here=True)]
         else:
             port = random.choice(PORTS)
-            to = [*SSH, *TUNNEL, *(["-p", str(launch.ssh_port)] if launch.ssh_port else [])]
+            to = [*SSH, *TUNNEL, *_port_option(launch.ssh_port)]
             script = self._script(host, port, here=False)
             command = [*to, "-R", f"127.0.0.1:{port}:127.0.0.1:{self._port}", host.name, f"sh -c {shlex.quote(script)}"]
 
@@ -224,9 +258,15 @@ class Supervisor:
             *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
             f"{PULSES}=$(mktemp -d)",
             f"export {PULSES}",
-            f'exec {shlex.join(agent)} --log-dir "${PULSES}" {shlex.join(launch.command)}',
         ]
-        return " && ".join(lines)
+        run = f'{shlex.join(agent)} --log-dir "${PULSES}" {shlex.join(launch.command)}'
+        if here:
+            return " && ".join([*lines, f"exec {run}"])
+
+        # Ranks that save must not fail because nobody reads what they print: ssh may be gone.
+        output = f'"${PULSES}/output"'
+        lines += [f": >{output}", f"{{ {run} >{output} 2>&1 & }}"]
+        return " && ".join(lines) + f"; agent=$!; tail -n +1 -s {LOOK_S} -f --pid $agent {output}; wait $agent"
 
     def _log(self, host: Host) -> Path:
         return self._launch.run_dir / "logs" / f"{host.name}.log"
@@ -249,19 +289,24 @@ class Tail:
     """Shows on the terminal what is added to a host's log."""
 
     def __init__(self, log: Path, prefix: str) -> None:
-        self._log, self._prefix, self._rest = log, prefix, b""
+        self._log, self._prefix, self._rest, self._in_traceback = log, prefix, b"", False
         log.touch()
         self._position = log.stat().st_size
 
     def show(self) -> None:
-        """Print the new lines, but for those of torch's own agent."""
+        """Print the new lines, but for those of torch's own agent; of a traceback the last line."""
         with self._log.open("rb") as file:
             file.seek(self._position)
             added = file.read()
         self._position += len(added)
         *lines, self._rest = (self._rest + added).split(b"\n")
         for line in (one.decode(errors="replace") for one in lines):
-            if not _TORCH_LINE.match(line):
+            if line == _TRACEBACK:
+                self._in_traceback = True
+            elif self._in_traceback and not line.startswith(" "):
+                self._in_traceback = False
+                print(f"{self._prefix}{line} (traceback: {self._log})", flush=True)
+            elif not self._in_traceback and not _TORCH_LINE.match(line):
                 print(f"{self._prefix}{line}", flush=True)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from ds_slm.distributed.problems import merged
 from ds_slm.distributed.store import Intervals, Store, wait_until
-from ds_slm.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, describe
+from ds_slm.errors import EXIT_FAILURE, EXIT_USER_ERROR, MeetingError, UserError, describe
 
 POLL_S = 0.05
 
@@ -28,6 +28,8 @@ class Failure:
     """What its user reads."""
     problems: tuple[str, ...] = ()
     """If it is a user's mistake: one sentence each."""
+    is_final: bool = False
+    """Whether another launch would only repeat it."""
 
     @property
     def place(self) -> str:
@@ -41,7 +43,8 @@ def failure_of(error: BaseException, rank: int) -> Failure:
     text, code = describe(error) or ("".join(traceback.format_exception(error)).rstrip(), EXIT_FAILURE)
     if isinstance(error, SystemExit) and error.code == EXIT_USER_ERROR:
         code = EXIT_USER_ERROR
-    return Failure(rank, socket.gethostname(), code, text, problems)
+    is_final = code == EXIT_USER_ERROR and not isinstance(error, MeetingError)
+    return Failure(rank, socket.gethostname(), code, text, problems, is_final)
 
 
 class FailureBoard:

@@ -36,7 +36,6 @@ from ds_slm.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_STOPPED,
-    EXIT_USER_ERROR,
     RAISED_ON_ALL_RANKS,
     MeetingError,
     UserError,
@@ -127,7 +126,7 @@ class Rendezvous:
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, and the user, once; then end this process with the error's exit code."""
         failure, was_open = failure_of(error, self.world.rank), self._thread is not None
-        if failure.code == EXIT_USER_ERROR and not isinstance(error, MeetingError):
+        if failure.is_final:
             pulse.final(failure.code)
         patience_s, is_interrupted = self._patience_s(failure.code), failure.code == EXIT_INTERRUPTED
 
@@ -289,7 +288,9 @@ class Rendezvous:
         if self._failure is not None:
             return self._report(self._failure, store, board)
         failures = board.failures()
-        if failures and self._host not in {one.host for one in failures}:
+        if any(one.is_final for one in failures):
+            pulse.final(max(one.code for one in failures))
+        if failures and self._host not in {one.host for one in failures} and not pulse.is_watched():
             first = failures[0]
             self._tell_for_host(f"{self._host} ends, too: {first.place} failed: {first.text.splitlines()[-1]}")
         self._was_told = True

@@ -1,6 +1,6 @@
-"""Two hosts on one machine, real enough for `deepspeed --hostfile hostfiles/two_node` typed on the first of them.
+"""Hosts on one machine, real enough for `deepspeed --hostfile hostfiles/two_node` typed on the first of them.
 
-    the machine         pytest ── TwoHosts
+    the machine         pytest ── Hosts
                                     │ unshare, nsenter
     namespaces      node1 ──eth0── switch (a bridge) ──eth0── node2
                     sshd             no process but itself     sshd
@@ -8,6 +8,8 @@
 Each host has its own network, host name, process list, System V IPC, /dev/shm, home, /run, /etc/hosts and ssh settings,
 and its own `runs/` and `data/` mounted over those of the checkout. The checkout, the Python environment and /tmp are
 shared, as if every host had them at the same paths.
+
+A host can lose its power, with no farewell to anybody, and get it back; and its cable can be cut, and mended.
 
 Nothing of the machine itself is changed: bridge, addresses, mounts and ssh settings live in unnamed namespaces, which
 end with their processes, and those end with pytest, even if it is killed. `runs/` and `data/` are made in the checkout
@@ -30,12 +32,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import psutil
 
 # A network reserved for documentation (RFC 5737): nothing real answers on it.
 ADDRESSES = {"node1": "192.0.2.11", "node2": "192.0.2.12"}
+_ALL_ADDRESSES = {**ADDRESSES, "node3": "192.0.2.13", "head": "192.0.2.14"}
 _PREFIX_LENGTH = 24
 _INTERFACE = "eth0"
 _START_DEADLINE_S = 30.0
@@ -99,10 +102,10 @@ Host *
 
 
 def missing_requirements() -> list[str]:
-    """What this machine lacks for two hosts, each with its way out; empty if they can be made."""
+    """What this machine lacks for hosts, each with its way out; empty if they can be made."""
     problems = []
     if os.geteuid() != 0:
-        problems.append("Two hosts need root: run as root, or with sudo.")
+        problems.append("Hosts need root: run as root, or with sudo.")
     absent = sorted({package for program, package in _PACKAGES.items() if _which(program) is None})
     if absent:
         problems.append(f"Programs are missing: apt-get update && apt-get install -y {' '.join(absent)}")
@@ -135,18 +138,18 @@ class _Namespaces:
     """The first process of its process list, as this machine numbers it."""
 
 
-class TwoHosts:
-    """Two hosts, node1 and node2, for the time of a `with` block. The launches are typed on node1."""
+class Hosts:
+    """Some hosts, for the time of a `with` block. Launches are typed on the first one."""
 
-    nodes = tuple(ADDRESSES)
-
-    def __init__(self, checkout: Path, workdir: Path) -> None:
+    def __init__(self, checkout: Path, workdir: Path, nodes: tuple[str, ...]) -> None:
         """Nothing is started before the `with` block.
 
         Args:
             checkout: the folder launches are typed in; its `runs/` and `data/` are replaced on each host.
             workdir: an empty folder for the hosts' own files, kept afterwards; no spaces in its path.
+            nodes: their names, node1, node2, node3 or head.
         """
+        self.nodes = nodes
         self._checkout = checkout.resolve()
         self._workdir = workdir.resolve()
         self._hosts: dict[str, _Namespaces] = {}
@@ -165,29 +168,17 @@ class TwoHosts:
     def launch(
         self, argv: list[str], timeout_s: float, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as if typed on node1 in the checkout, and wait for it.
+        """Run a command as if typed on the first host in the checkout, and wait for it.
 
         Args:
             argv: the command, unchanged.
-            timeout_s: after this every process on both hosts but sshd is ended.
-            env: more environment, on node1 and, through DeepSpeed's environment file, for the ranks of both hosts.
+            timeout_s: after this every process on all hosts but sshd is ended.
+            env: more environment, there and, through DeepSpeed's environment file, for the ranks of all hosts.
 
         Raises:
             subprocess.TimeoutExpired: with the output until then.
         """
-        self._launches += 1
-        variables = self._workdir / f"deepspeed_env-{self._launches}"
-        variables.write_text("".join(f"{key}={value}\n" for key, value in (env or {}).items()))
-        process = subprocess.Popen(
-            # A working folder given to nsenter would be the machine's, under whose runs/ nothing is mounted.
-            self._enter("node1", "sh", "-c", 'cd "$0" && exec "$@"', str(self._checkout), *argv),
-            env={**self._environment("node1"), "DS_ENV_FILE": str(variables), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        process = self.start(argv, subprocess.PIPE, subprocess.PIPE, env)
         try:
             output, errors = process.communicate(timeout=timeout_s)
         except BaseException as error:
@@ -197,6 +188,49 @@ class TwoHosts:
                 raise subprocess.TimeoutExpired(argv, timeout_s, output, errors) from None
             raise
         return subprocess.CompletedProcess(argv, process.returncode, output, errors)
+
+    def start(
+        self, argv: list[str], output: int | IO[str], errors: int | IO[str], env: dict[str, str] | None = None
+    ) -> "subprocess.Popen[str]":
+        """Start a command as if typed on the first host in the checkout; see `launch`."""
+        self._launches += 1
+        variables = self._workdir / f"deepspeed_env-{self._launches}"
+        variables.write_text("".join(f"{key}={value}\n" for key, value in (env or {}).items()))
+        first = self.nodes[0]
+        return subprocess.Popen(
+            # A working folder given to nsenter would be the machine's, under whose runs/ nothing is mounted.
+            self._enter(first, "sh", "-c", 'cd "$0" && exec "$@"', str(self._checkout), *argv),
+            env={**self._environment(first), "DS_ENV_FILE": str(variables), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            text=True,
+            errors="replace",
+        )
+
+    def power_off(self, node: str) -> None:
+        """Take a host's power away: the cable first, so that no word of its end leaves it."""
+        assert self._switch is not None
+        self._ip(self._switch.first_pid, "link", "delete", node)
+        host = self._hosts.pop(node)
+        os.kill(host.first_pid, signal.SIGKILL)
+        host.process.wait()
+
+    def power_on(self, node: str) -> None:
+        """Start a host again; its disk is as it was. Returns when it can be reached."""
+        (self._folder(node) / "sshd.pid").unlink(missing_ok=True)
+        self._start_host(node)
+        self._await(f"sshd of {node} to listen", (self._folder(node) / "sshd.pid").exists)
+
+    def cut(self, node: str) -> None:
+        """Cut a host's cable behind its socket: neither end notices."""
+        assert self._switch is not None
+        self._ip(self._switch.first_pid, "link", "set", node, "nomaster")
+
+    def mend(self, node: str) -> None:
+        """Mend the cable."""
+        assert self._switch is not None
+        self._ip(self._switch.first_pid, "link", "set", node, "master", "bridge")
 
     def processes(self, node: str) -> list[psutil.Process]:
         """The host's processes but for its sshd: what launches have left running."""
@@ -210,7 +244,7 @@ class TwoHosts:
         return found
 
     def end_processes(self) -> None:
-        """End every process on both hosts but their sshd."""
+        """End every process on all hosts but their sshd."""
         left = [process for node in self._hosts for process in self.processes(node)]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -218,12 +252,12 @@ class TwoHosts:
         psutil.wait_procs(left, timeout=10)
 
     def __enter__(self) -> Self:
-        """Start both hosts; returns when each can reach the other by ssh."""
+        """Start all hosts; returns when each can reach the others by ssh."""
         try:
             self._start()
         except BaseException as error:
             self._stop()
-            for log in sorted(self._workdir.glob("node?/*.log")):
+            for log in sorted(self._workdir.glob("*/*.log")):
                 error.add_note(f"{log}:\n{log.read_text()}")
             raise
         return self
@@ -231,7 +265,7 @@ class TwoHosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End every process of both hosts; their namespaces, mounts and network go with them."""
+        """End every process of all hosts; their namespaces, mounts and network go with them."""
         self._stop()
 
     def _start(self) -> None:
@@ -298,17 +332,20 @@ class TwoHosts:
         """Lay a cable from the host's eth0 to the switch."""
         assert self._switch is not None
         switch, host = self._switch.first_pid, self._hosts[node].first_pid
-        self._ip(switch, "link", "add", node, "type", "veth", "peer", "name", _INTERFACE, "netns", str(host))
+        # The card's address stays when the host starts again: the others remember it for a while.
+        card = f"02:00:00:00:00:{_ALL_ADDRESSES[node].rpartition('.')[2]}"
+        peer = ["peer", "name", _INTERFACE, "address", card, "netns", str(host)]
+        self._ip(switch, "link", "add", node, "type", "veth", *peer)
         self._ip(switch, "link", "set", node, "master", "bridge", "up")
         self._ip(host, "link", "set", "lo", "up")
-        self._ip(host, "address", "add", f"{ADDRESSES[node]}/{_PREFIX_LENGTH}", "dev", _INTERFACE)
+        self._ip(host, "address", "add", f"{_ALL_ADDRESSES[node]}/{_PREFIX_LENGTH}", "dev", _INTERFACE)
         self._ip(host, "link", "set", _INTERFACE, "up")
 
     def _write_files(self, node: str, key: Path) -> None:
         folder = self._folder(node)
         for name in ("etc", "home", "runs", "data"):
             (folder / name).mkdir(parents=True)
-        names = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+        names = "".join(f"{address} {name}\n" for name, address in _ALL_ADDRESSES.items())
         environment = " ".join(f"{name}={value}" for name, value in self._environment(node).items())
         files = {
             "hosts": f"127.0.0.1 localhost\n127.0.1.1 {node}\n{names}",  # as Debian writes it
@@ -348,6 +385,13 @@ class TwoHosts:
             if ended or time.monotonic() > deadline:
                 raise RuntimeError(f"waited for {what}; ended meanwhile: {', '.join(ended) or 'none'}")
             time.sleep(0.02)
+
+
+class TwoHosts(Hosts):
+    """node1 and node2: those of `hostfiles/two_node`."""
+
+    def __init__(self, checkout: Path, workdir: Path) -> None:
+        super().__init__(checkout, workdir, ("node1", "node2"))
 
 
 def _first_child(host: _Namespaces) -> bool:

@@ -6,7 +6,7 @@
 A host that does not answer is named, and the others are looked at without it; so is a host that cannot answer one
 question. Nothing is changed on any host.
 
-Known gaps: GPUs are counted, not used; no all-reduce is tried; the conversations of a fine-tuning recipe are not looked
+Known gaps: GPUs are counted, not used, and NCCL is not tried; the conversations of a fine-tuning recipe are not looked
 at. What is said is true of the moment.
 """
 
@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from ds_slm.run import software
 
 CONNECT_PATIENCE_S = 3
 DATA_PATIENCE_S = 6
+ALL_REDUCE_S = 10
+"""From the beginning on: torch takes long to start on a loaded host, and the doctor does not wait for it."""
 MOST_AT_ONCE = 64
 CHECKPOINT_BYTES = 12
 """Of a parameter: fp32 weights and two moments."""
@@ -106,6 +109,7 @@ def examine(launch: Plan) -> Iterator[Finding]:
             if launch.over_ssh:
                 yield from examination.links()
             yield from examination.contents()
+            yield from examination.all_reduce()
     finally:
         close_all(list(examination.sessions.values()))
 
@@ -127,6 +131,8 @@ class _Examination:
         self.sessions: dict[str, Session] = {}
         self.described: dict[str, dict[str, Any]] = {}
         self.forward = Forward(secrets.token_hex(16)) if launch.over_ssh else None
+        self._began = time.monotonic()
+        self._adding: list[str] = []
         self._uninstalled: set[str] = set()
         self._told: set[tuple[str, str]] = set()
         self._pool = ThreadPoolExecutor(min(len(launch.places), MOST_AT_ONCE))
@@ -220,7 +226,31 @@ class _Examination:
             said = yield from self._ask("connect", about="network", each=each, within_s=CONNECT_PATIENCE_S)
             for host, answer in said.items():
                 answers.setdefault(host, {"links": {}})["links"].update(answer["links"])
-        yield from link_findings.of_links(answers, first)
+        found = link_findings.of_links(answers, first)
+        yield from found
+        if all(finding.level != "failure" for finding in found) and len(listening) > 1:
+            yield from self._begin_all_reduce({host: routes[host] for host in listening})
+
+    def _begin_all_reduce(self, routes: Details) -> Iterator[Finding]:
+        """Let torch start on every host while other questions are asked."""
+        first = next(iter(routes))
+        port = yield from self._ask("free_port", about="all-reduce", each={first: {}})
+        if not port:
+            return
+        meeting = {"world": len(routes), "address": routes[first]["address"], "port": port[first]["port"]}
+        each = {host: {"rank": rank, "interface": routes[host]["interface"]} for rank, host in enumerate(routes)}
+        begun = yield from self._ask("begin_all_reduce", about="all-reduce", each=each, **meeting)
+        self._adding = list(begun)
+
+    def all_reduce(self) -> Iterator[Finding]:
+        """What came of it, if there is time left to wait."""
+        if not self._adding:
+            return
+        left_s = max(self._began + ALL_REDUCE_S - time.monotonic(), 0.1)
+        each = {host: {"within_s": left_s} for host in self._adding}
+        answers = yield from self._ask("end_all_reduce", about="all-reduce", each=each)
+        if answers:
+            yield from link_findings.of_all_reduce(answers, ALL_REDUCE_S)
 
     def contents(self) -> Iterator[Finding]:
         """The run folder, the recipe, prepared data, and the space for them."""

@@ -11,6 +11,9 @@ MOST_CLOCK_DIFFERENCE_S = 5.0
 SLOW_SHARE = 0.25
 """A link with less than this share of the middle one's speed is named."""
 SUPERVISED = "a launch with --restarts"
+GLOO_S = 3
+"""Once torch has started everywhere, gloo connects the hosts in less than a second."""
+ALL_REDUCE_MEND = "does `import torch` work there? else name another interface with GLOO_SOCKET_IFNAME"
 MASTER_PORT = 29500
 """DeepSpeed's default --master_port."""
 
@@ -106,6 +109,29 @@ def of_links(answers: Answers, first: str) -> list[Finding]:
 
 def _speed(bytes_per_s: float) -> str:
     return f"{bytes_per_s * 8 / 1e9:.2f} Gbit/s"
+
+
+def of_all_reduce(answers: Answers, within_s: float) -> list[Finding]:
+    """One all-reduce among all hosts over gloo, in which the ranks 0, 1, ... add 1, 2, ..."""
+    expected = len(answers) * (len(answers) + 1) // 2
+    found = []
+    for host, answer in answers.items():
+        if "reason" in answer:
+            found.append(failure("all-reduce", f"{host}: {answer['reason'].rstrip('.')}", ALL_REDUCE_MEND))
+        elif answer.get("sum", expected) != expected:
+            found.append(failure("all-reduce", f"{host} has {answer['sum']}, expected {expected}", ALL_REDUCE_MEND))
+    if found:
+        return found
+
+    # Unfinished: either torch has just started, or it waits for hosts that it does not reach.
+    waited_s = {host: answer["waited_s"] for host, answer in answers.items() if "waited_s" in answer}
+    if waited_s and all((seconds or 0) > GLOO_S for seconds in waited_s.values()):
+        said = f"gloo does not connect {listed(list(waited_s))} within {min(filter(None, waited_s.values())):.0f} s"
+        return [failure("all-reduce", said, ALL_REDUCE_MEND)]
+    if waited_s:
+        said = f"not tried to its end: torch took longer than {within_s:.0f} s to start on {listed(list(waited_s))}"
+        return [healthy("all-reduce", said)]
+    return [healthy("all-reduce", f"gloo adds up over {listed(list(answers))}")]
 
 
 def of_clocks(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:

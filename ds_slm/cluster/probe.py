@@ -4,7 +4,7 @@
 
 `describe` and `clock` need no more than the standard library, and any Python from 3.8 on: a host without the checkout
 or its packages can still say so. The other answers import ds_slm, as a launch on that host would, and only when asked.
-Torch is never imported: that takes seconds.
+The probe never imports torch, which takes seconds: a child does, for one all-reduce, while other questions are asked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,24 @@ from pathlib import Path
 LIFE_S = 120
 """A probe whose doctor was cut off ends after this."""
 PINGS, CHUNK, BULK_BYTES = 20, 1 << 16, 4 << 20
-MOST_FOLDER_BYTES = 1 << 16
+WRITTEN_BYTES = 1 << 16
+ALL_REDUCE = """
+import os
+import sys
+import time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+
+print(time.time(), flush=True)
+where, rank, world, within_s = sys.argv[1], *map(int, sys.argv[2:])
+dist.init_process_group("gloo", where, timedelta(seconds=within_s), world, rank)
+number = torch.tensor([rank + 1.0])
+dist.all_reduce(number)
+print(int(number), flush=True)
+os._exit(0)  # taking torch down takes seconds
+"""
+children = []
 
 
 def describe(checkout, folder, folders):
@@ -169,6 +186,43 @@ def connect(targets, within_s):
     return {"links": found}
 
 
+def free_port():
+    """A port that nothing has at this moment."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        return {"port": taken.getsockname()[1]}
+
+
+def begin_all_reduce(rank, world, address, port, interface):
+    """Let a child meet those of the other hosts and add up their numbers with torch's gloo."""
+    host = "[" + address + "]" if ":" in address else address
+    where = "tcp://" + host + ":" + str(port)
+    command = [sys.executable, "-c", ALL_REDUCE, where, *map(str, (rank, world, LIFE_S))]
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface, **os.environ}
+    child = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    children.append(child)
+    return {}
+
+
+def end_all_reduce(within_s):
+    """What that child found: a sum, or the reason why not; or for how long torch has waited for the others."""
+    child = children[-1]
+    try:
+        child.wait(within_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    output, errors = child.communicate()
+
+    said = output.split()  # when torch had started, and the sum
+    if len(said) == 2:
+        return {"sum": int(said[1])}
+    if child.returncode > 0:
+        return {"reason": (errors.strip().splitlines() or ["exit code " + str(child.returncode)])[-1]}
+    return {"waited_s": time.time() - float(said[0]) if said else None}
+
+
 def forwarded(port, word):
     """Whether a port of this host's loopback leads to the doctor, who says a word there."""
     try:
@@ -207,7 +261,7 @@ def _folder(path):
     try:
         found["free_bytes"] = shutil.disk_usage(place).free
         with tempfile.TemporaryFile(dir=str(place)) as file:
-            file.write(bytes(MOST_FOLDER_BYTES))  # a full disk still makes empty files
+            file.write(bytes(WRITTEN_BYTES))  # a full disk still makes empty files
     except OSError as error:
         found["problem"] = error.strerror or str(error)
     return found
@@ -272,10 +326,9 @@ def _measure(connection):
     return {"latency_s": min(trips), "bytes_per_s": BULK_BYTES / (time.perf_counter() - began)}
 
 
-ANSWERS = {
-    answer.__name__: answer
-    for answer in (describe, clock, software, resolve, route, recipe, data, launches, listen, connect, forwarded)
-}
+ABOUT_HOST = (describe, software, recipe, data, launches)
+ABOUT_LINKS = (clock, resolve, route, listen, connect, free_port, begin_all_reduce, end_all_reduce, forwarded)
+ANSWERS = {answer.__name__: answer for answer in ABOUT_HOST + ABOUT_LINKS}
 
 
 def serve():
@@ -290,6 +343,8 @@ def serve():
         except Exception as error:
             answer = {"error": type(error).__name__ + ": " + str(error)}
         print(json.dumps(answer), file=answers, flush=True)
+    for child in children:
+        child.kill()
 
 
 if __name__ == "__main__":

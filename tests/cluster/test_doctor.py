@@ -155,7 +155,9 @@ def test_hosts_that_are_well(hosts: TwoHosts) -> None:
     assert "eth0 (192.0.2.11)" in said["interface"] and "eth0 (192.0.2.12)" in said["interface"]
     assert "127.0.1.1" in said["names"]
     assert said["data"].startswith("small: the same ")
-    expected = "programs ssh python versions slots clocks names network forwarding launches recipe data disk memory"
+    expected = (
+        "programs ssh python versions slots clocks names network all-reduce forwarding launches recipe data disk memory"
+    )
     assert set(expected.split()) <= set(said)
 
 

@@ -13,6 +13,7 @@ import pytest
 from ds_slm.cluster import doctor, probe
 from ds_slm.cluster.findings import Finding
 from ds_slm.cluster.hostfile import Host
+from ds_slm.cluster.probing import Session, close_all
 
 ROOT = Path(__file__).resolve().parents[3]
 SSH = """#!/bin/sh
@@ -35,7 +36,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "variables"))
-    monkeypatch.setattr("ds_slm.cluster.probing.ANSWER_S", 20.0)
+    monkeypatch.setattr(doctor, "ALL_REDUCE_S", 0.1)  # see test_probes_add_up_with_gloo
 
     def examine(*names: str, recipe: str | None = None) -> list[Finding]:
         hosts = [Host(name, 1) for name in names]
@@ -63,7 +64,30 @@ def test_a_host_that_does_not_answer_is_named_and_the_rest_is_examined(
     assert clocks.level == "ok"
     assert [one.said for one in about(found, "hosts")] == ["one, two are one machine"]
     assert {one.level for one in about(found, "network")} == {"ok"}
+    assert {one.level for one in about(found, "all-reduce")} == {"ok"}
     assert "on one the name two means nothing" in about(found, "names")[0].said
+
+
+def test_probes_add_up_with_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: 1 + 2, by two real processes of torch. The doctor itself does not wait for a loaded machine."""
+    monkeypatch.setattr("ds_slm.cluster.probing.ANSWER_S", 110.0)
+    sessions = [Session(None, ROOT), Session(None, ROOT)]
+    assert [session.connect() for session in sessions] == [None, None]
+    meeting = {"world": 2, "address": "127.0.0.1", "port": sessions[0].ask("free_port")["port"], "interface": "lo"}
+    for rank, session in enumerate(sessions):
+        assert session.ask("begin_all_reduce", rank=rank, **meeting) == {}
+    assert [session.ask("end_all_reduce", within_s=100) for session in sessions] == [{"sum": 3}, {"sum": 3}]
+    close_all(sessions)
+
+
+def test_torch_that_starts_too_late_is_not_a_fault() -> None:
+    """Oracle: two processes are expected, and torch has not even started."""
+    session = Session(None, ROOT)
+    assert session.connect() is None
+    port = session.ask("free_port")["port"]
+    session.ask("begin_all_reduce", rank=0, world=2, address="127.0.0.1", port=port, interface="lo")
+    assert session.ask("end_all_reduce", within_s=0.01) == {"waited_s": None}
+    session.close()
 
 
 def test_a_recipe_is_looked_at_on_every_host(hosts: Callable[..., list[Finding]]) -> None:

@@ -344,6 +344,22 @@ def test_a_slow_link() -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "level", "parts"),
+    [
+        ({"sum": 3}, "ok", ["gloo adds up over node1, node2"]),
+        ({"sum": 2}, "failure", ["node2 has 2, expected 3"]),
+        ({"reason": "ImportError: libcudart.so.13"}, "failure", ["node2: ImportError", "GLOO_SOCKET_IFNAME"]),
+        ({"waited_s": None}, "ok", ["longer than 12 s", "node2"]),
+        ({"waited_s": 0.5}, "ok", ["longer than 12 s", "node2"]),
+        ({"waited_s": 5.0}, "failure", ["does not connect node2 within 5 s", "GLOO_SOCKET_IFNAME"]),
+    ],
+)
+def test_an_all_reduce(answer: dict, level: str, parts: list[str]) -> None:
+    """Oracle: 1 + 2."""
+    the_only(link_findings.of_all_reduce({"node1": {"sum": 3}, "node2": answer}, 12.0), level, *parts)
+
+
+@pytest.mark.parametrize(
     ("offsets", "level", "parts"),
     [
         ({"node1": (0.01, 0.001), "node2": (-0.01, 0.002)}, "ok", ["node1 is 0.020 s ahead of node2 (±0.003 s)"]),

@@ -258,6 +258,9 @@ def export(
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="card.KEY=VALUE", help="What the model card says: card.license=mit.")
     ] = [],  # noqa: B006
+    dtype: Annotated[
+        str, typer.Option(metavar="fp32|bf16|fp16", help="What the weights are stored as: rounded, unless it is fp32.")
+    ] = "fp32",
     gguf: Annotated[str | None, typer.Option(metavar="f16|q8_0", help="Also a file for llama.cpp and Ollama.")] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Let the hub check the model card first.")] = False,
     push: Annotated[
@@ -267,8 +270,10 @@ def export(
 ) -> None:
     """A Hugging Face folder from a run, with its model card."""
     from ds_slm.cli import publishing
+    from ds_slm.publish.export import WeightFormat
 
-    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, gguf, validate, push, as_json))
+    weights = WeightFormat(dtype, gguf)
+    publishing.run(run_folder, publishing.Flags(out, step, best, overrides, weights, validate, push, as_json))
 
 
 @app.command("import", epilog=examples.epilog("import"))

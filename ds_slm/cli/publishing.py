@@ -15,7 +15,7 @@ from ds_slm.publish import hub, importing
 from ds_slm.publish.card.header import HubDataset
 from ds_slm.publish.card.page import README, Page
 from ds_slm.publish.card.page import describe as describe_card
-from ds_slm.publish.export import export_run, name_of_gguf
+from ds_slm.publish.export import DTYPES, WeightFormat, export_run, name_of, name_of_gguf
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 
@@ -28,7 +28,7 @@ class Flags:
     step: int | None
     best: bool
     overrides: list[str]
-    gguf: str | None
+    weights: WeightFormat
     validate: bool
     push: str | None
     """The repository's id."""
@@ -46,6 +46,8 @@ def run(run_folder: Path, flags: Flags) -> None:
         for one in flags.overrides
         if not one.startswith("card.")
     ]
+    if flags.weights.dtype not in DTYPES:
+        problems.append(f"--dtype {flags.weights.dtype}: expected one of {', '.join(DTYPES)}.")
     if flags.push is not None and (wrong := hub.problem_of_id(flags.push)):
         problems.append(f"--push {wrong}")
     if problems:
@@ -72,14 +74,17 @@ def run(run_folder: Path, flags: Flags) -> None:
         title, name = recipe.card.name, flags.out.resolve().name
         if flags.push is not None:
             title, name = flags.push.rpartition("/")[2], flags.push
-        gguf = name_of_gguf(flags.out, flags.gguf) if flags.gguf else None
-        page = Page(title, name, datasets=_hub_datasets(), gguf=gguf)
+        weights = flags.weights
+        gguf = name_of_gguf(flags.out, weights.gguf) if weights.gguf else None
+        page = Page(title, name, name_of(DTYPES[weights.dtype]), datasets=_hub_datasets(), gguf=gguf)
         return _validated(describe_card(run_folder, checkpoint, recipe, page), flags)
 
-    exported = export_run(run_folder, flags.out, step=flags.step, best=flags.best, describe=describe, gguf=flags.gguf)
+    exported = export_run(
+        run_folder, flags.out, step=flags.step, best=flags.best, describe=describe, weights=flags.weights
+    )
     if not flags.as_json:
         print("{folder}: {params:,} parameters of {checkpoint}, {dtype}".format(**exported))
-        if flags.gguf:
+        if flags.weights.gguf:
             print("{file}: {stored}".format(**exported["gguf"]))
     if flags.push is not None:
         exported["pushed"] = hub.push(flags.out, flags.push)

@@ -3,6 +3,7 @@
     run folder --> checkpoint --> fp32 tensors by name --> .export.tmp-*/ --> every file fsynced --> renamed to OUT
 
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md and its pictures
+    the weights in fp32, or rounded to a 16-bit type, which config.json names for transformers 4 and 5
     OUT-f16.gguf if asked for, named after the folder
     modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
 
@@ -13,9 +14,11 @@ Known gap: one safetensors file, however large.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +40,31 @@ if TYPE_CHECKING:
     from ds_slm.publish.gguf import GgufFile
 
 
+WEIGHTS = "model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights can be stored as, by the names that recipes use."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """In what precision an export stores its weights."""
+
+    dtype: str = "fp32"
+    """In the folder: one of DTYPES."""
+    gguf: str | None = None
+    """In a GGUF file beside the others, named after the folder: f16 or q8_0; None for no such file."""
+
+
+FP32 = WeightFormat()
+
+
 def export_run(
     run: Path,
     out: Path,
     step: int | None = None,
     best: bool = False,
     describe: Callable[[Path], Mapping[str, bytes]] = lambda checkpoint: {},
-    gguf: str | None = None,
+    weights: WeightFormat = FP32,
 ) -> dict[str, Any]:
     """Export a run's checkpoint: of a step, the best, or the newest whole one.
 
@@ -53,14 +74,15 @@ def export_run(
         step: of the checkpoint.
         best: take the one with the lowest validation loss.
         describe: from the checkpoint to the files of its model card, by name; called before anything is written.
-        gguf: the precision of a GGUF file beside the others, f16 or q8_0, named after `out`; None for no such file.
+        weights: how they are stored.
 
     Returns:
-        What was exported: checkpoint, step, parameters, dtype and folder; with `gguf` that file as well.
+        What was exported: checkpoint, step, parameters, dtype, folder and sha256 of its weights; a GGUF file as well.
 
     Raises:
         CheckpointError: where the run has no such whole checkpoint or another tokenizer, or `out` is in the way.
-        UserError: where llama.cpp cannot have this model or its tokenizer, before a weight is read.
+        UserError: where llama.cpp cannot have this model or its tokenizer, before a weight is read; where a weight is
+            too large for its type.
     """
     if not (run / "recipe.toml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
@@ -77,11 +99,12 @@ def export_run(
             "restore the tokenizer the run had."
         )
 
-    gguf_file = _gguf_of(recipe, run / "tokenizer", gguf) if gguf else None
-    gguf_name = name_of_gguf(out, gguf) if gguf else ""
+    gguf_file = _gguf_of(recipe, run / "tokenizer", weights.gguf) if weights.gguf else None
+    gguf_name = name_of_gguf(out, weights.gguf) if weights.gguf else ""
+    dtype = DTYPES[weights.dtype]
     described = describe(checkpoint)
     state = checkpoint_files.read_model(checkpoint)
-    with export_folder(state, recipe.model, run / "tokenizer", out) as folder:
+    with export_folder(state, recipe.model, run / "tokenizer", out, dtype) as folder:
         for name, content in described.items():
             (folder / name).write_bytes(content)
         if gguf_file:
@@ -91,8 +114,9 @@ def export_run(
         "checkpoint": str(checkpoint),
         "step": notes["step"],
         "params": sum(tensor.numel() for tensor in state.values()),
-        "dtype": _name(torch.float32),
+        "dtype": name_of(dtype),
         "folder": str(out),
+        "sha256": _sha256(out / WEIGHTS),
     }
     if gguf_file:
         exported["gguf"] = {"file": str(out / gguf_name), "stored": gguf_file.stored}
@@ -134,7 +158,8 @@ def export(
         The number of parameters, a tied head counted once.
 
     Raises:
-        CheckpointError: where `out` is not empty, or names or shapes are not the model's.
+        CheckpointError: where `out` is not empty, names or shapes are not the model's, or a weight is too large for
+            `dtype`.
         DataError: where the tokenizer cannot be read.
     """
     with export_folder(state, shape, tokenizer_folder, out, dtype):
@@ -152,6 +177,7 @@ def export_folder(
     """Within it the folder of `export` is complete under a temporary name, and takes more files; then it is `out`."""
     out = free_place(out)
     refuse_other_shape(state, shape)
+    _refuse_overflow(state, dtype)
     tokenizer = load_tokenizer(tokenizer_folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise CheckpointError(
@@ -175,12 +201,12 @@ def export_folder(
                 shutil.copyfile(path, folder / path.name)
         _make_readable_by_others(folder)
 
-        config = hf.hf_config(shape, dtype=_name(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
+        config = hf.hf_config(shape, dtype=name_of(dtype), **ids) | {"tokenizer_sha256": tokenizer.sha256}
         _write_json(folder / "config.json", config)
         _write_json(folder / GENERATION_CONFIG, generation)
         if shape.exclusive_attention:
             shutil.copyfile(hf.MODELING_FILE, folder / hf.MODELING_FILE.name)
-        _write_tensors(folder / "model.safetensors", state, dtype)
+        _write_tensors(folder / WEIGHTS, state, dtype)
         yield folder
 
 
@@ -211,6 +237,17 @@ def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None
         raise CheckpointError(["these weights are not the recipe's model:", *sorted(problems)])
 
 
+def _refuse_overflow(state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise CheckpointError where a weight is larger than the largest number of a type, with every such parameter."""
+    largest = torch.finfo(dtype).max
+    sizes = {name: float(tensor.abs().max()) for name, tensor in state.items()} if dtype == torch.float16 else {}
+    problems = [f"{name} holds {size:.6g}." for name, size in sizes.items() if size > largest]
+    if problems:
+        raise CheckpointError(
+            [f"weights beyond {largest:,.0f}, the largest number of {name_of(dtype)}:", *problems, "Use --dtype bf16."]
+        )
+
+
 def _write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
@@ -223,5 +260,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As torch and config.json spell it: float32."""
     return str(dtype).removeprefix("torch.")

@@ -147,12 +147,13 @@ def _use(facts: RunFacts, page: Page) -> list[str]:
     prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Once upon a time"
     most = min(NEW_TOKENS, recipe.model.max_position_embeddings // 2)
     remote = ", trust_remote_code=True" if recipe.model.exclusive_attention else ""
+    as_stored = ', dtype="auto"' if page.dtype != "float32" else ""
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {_literal(page.model_id)}  # this folder, or its name on the hub",
         f"tokenizer = AutoTokenizer.from_pretrained(name{remote})",
-        f"model = AutoModelForCausalLM.from_pretrained(name{remote})",
+        f"model = AutoModelForCausalLM.from_pretrained(name{remote}{as_stored})",
         "",
     ]
 

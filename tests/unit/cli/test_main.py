@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from ds_slm.cli import main
 from ds_slm.cli.main import app
+from ds_slm.publish.export import WeightFormat
 from ds_slm.recipe import plan, schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -229,7 +230,7 @@ def test_export_passes_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     flags = ["export", "runs/x", "--out", str(tmp_path / "out")]
     done = runner.invoke(app, [*flags, "--best", "--json"])
     assert json.loads(done.stdout) == exported
-    assert calls == [((Path("runs/x"), tmp_path / "out"), {"step": None, "best": True, "gguf": None})]
+    assert calls == [((Path("runs/x"), tmp_path / "out"), {"step": None, "best": True, "weights": WeightFormat()})]
     assert "choose one" in str(runner.invoke(app, [*flags, "--best", "--step", "3"]).exception)
     assert runner.invoke(app, flags).stdout == "out: 7 parameters of runs/x/checkpoints/step-00000009, fp32\n"
     assert len(calls) == 2

@@ -20,7 +20,7 @@ from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, IM_END, load_to
 from ds_slm.errors import UserError
 from ds_slm.model.decoder import build
 from ds_slm.publish import gguf as files
-from ds_slm.publish.export import export_run
+from ds_slm.publish.export import WeightFormat, export_run
 from ds_slm.recipe import schema
 from tests.support import conversations, scored_models
 from tests.support.faults import fail_at
@@ -106,7 +106,7 @@ def exported(
     recipe, state = model_of(overrides)
     change(state)
     scored_models.write_run(folder / "run", recipe, state, tokenizer_folder)
-    export_run(folder / "run", folder / "out", gguf=precision)
+    export_run(folder / "run", folder / "out", weights=WeightFormat(gguf=precision))
     return Exported(recipe, state, folder / "out")
 
 
@@ -238,7 +238,7 @@ def test_eight_bits_change_the_log_probabilities_little(
 ) -> None:
     """Oracle: transformers in fp32, within the bound above."""
     scored_models.write_run(tmp_path / "run", variant.recipe, variant.state, chat_tokenizer)
-    export_run(tmp_path / "run", tmp_path / "out", gguf="q8_0")
+    export_run(tmp_path / "run", tmp_path / "out", weights=WeightFormat(gguf="q8_0"))
     assert worst_difference(Exported(variant.recipe, variant.state, tmp_path / "out")) < EIGHT_BIT_TOLERANCE
 
 

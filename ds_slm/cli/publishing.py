@@ -42,7 +42,7 @@ def run(run_folder: Path, flags: Flags) -> None:
     """
     problems = ["--step and --best name two checkpoints: choose one."] if flags.step is not None and flags.best else []
     problems += [
-        f"--set {one}: only what the model card says can be changed here: card.license, card.language, card.base_model."
+        f"--set {one}: only what the model card says can be changed here, as in card.license=mit."
         for one in flags.overrides
         if not one.startswith("card.")
     ]

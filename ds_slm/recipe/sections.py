@@ -30,6 +30,10 @@ class Card(Section):
     """Where each group of numbers is published: section or section.field -> place."""
     license: Annotated[str | None, NEWER] = None
     """Of the exported model, by the hub's name; None states none."""
+    license_name: Annotated[str | None, NEWER] = None
+    """With license = "other": what it is called."""
+    license_link: Annotated[str | None, NEWER] = None
+    """With license = "other": where its text is."""
     language: Annotated[list[str], NEWER] = []
     """Of the text it is trained on: ISO 639 codes."""
     base_model: Annotated[str | None, NEWER] = None
@@ -39,6 +43,11 @@ class Card(Section):
     def _the_hub_knows_these(self) -> Self:
         problem = license_problem(self.license) if self.license is not None else None
         problems = [f"license = {problem}, or use 'other'"] if problem else []
+        problems += [
+            f"{key} is for license = 'other': leave it out"
+            for key in ("license_name", "license_link")
+            if getattr(self, key) is not None and self.license != "other"
+        ]
         problems += [
             f"language: {code!r} is not a code of ISO 639: write 'en' for English"
             for code in self.language

@@ -42,17 +42,24 @@ def card_data(
         datasets: task -> where the hub has its rows.
 
     Raises:
-        RecipeError: a source has an id that no dataset of the hub can have.
+        RecipeError: a source has an id that no dataset of the hub can have, or another licence has no name.
     """
     from huggingface_hub import ModelCardData
 
     card = facts.recipe.card
+    if card.license == "other" and card.license_name is None:
+        raise RecipeError(
+            "card.license = 'other' does not say which: --set card.license_name=NAME, and with "
+            "--set card.license_link=URL where its text is."
+        )
     base = card.base_model if facts.has_base else None
     results = [one for name, task in scored.get("tasks", {}).items() for one in _results(name, task, datasets)]
     accuracy = ["accuracy"] if any(one.metric_type == "accuracy" for one in results) else []
     return ModelCardData(
         language=card.language or None,
         license=card.license,
+        license_name=card.license_name,
+        license_link=card.license_link,
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
         tags=_tags(facts),

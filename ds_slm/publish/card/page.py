@@ -304,5 +304,7 @@ def _left_open(facts: RunFacts) -> list[str]:
 
 
 def _licence(facts: RunFacts) -> list[str]:
-    licence = facts.recipe.card.license
-    return [f"`{licence}`."] if licence else ["None is stated."]
+    card = facts.recipe.card
+    if card.license_name:
+        return [f"{plain(card.license_name)}{f': {plain(card.license_link)}' if card.license_link else ''}."]
+    return [f"`{card.license}`."] if card.license else ["None is stated."]

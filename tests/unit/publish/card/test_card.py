@@ -79,6 +79,18 @@ def read_head(card: str) -> dict[str, Any]:
     return ModelCard(card).data.to_dict()
 
 
+def test_another_licence_has_a_name_and_a_place(tmp_path: Path, export: Any) -> None:
+    """Oracle: the three keys of hub-docs' model-cards.md."""
+    place = "https://example.org/terms"
+    given = ("license=other", "license_name=open-terms", f"license_link={place}")
+    card = export(
+        write_run(tmp_path / "run", recipe_of()), *(word for one in given for word in ("--set", f"card.{one}"))
+    )
+    head = read_head(card)
+    assert (head["license"], head["license_name"], head["license_link"]) == ("other", "open-terms", place)
+    assert "open-terms: https://example.org/terms." in section(card, "Licence")
+
+
 def test_the_head_is_what_the_hub_reads(tmp_path: Path, export: Any) -> None:
     """Oracle: the keys of hub-docs' modelcard.md with the values of the run; a second round trip changes nothing."""
     run = write_run(tmp_path / "run", recipe_of('card.language=["en"]'))
@@ -338,6 +350,8 @@ WRONG = {
     "a licence": (("card.license=gpl-9",), ("'gpl-9'",)),
     "several": (("card.license=gpl-9", 'card.language=["xx"]', "card.base_model=a//b"), ("'gpl-9'", "'xx'", "'a//b'")),
     "not of the card": (("train.steps=3", "cards.license=mit"), ("train.steps=3", "cards.license=mit")),
+    "another licence without a name": (("card.license=other",), ("card.license_name",)),
+    "a name of a licence that has one": (("card.license=mit", "card.license_name=x"), ("license_name", "'other'")),
     "no such key": (("card.licence=mit",), ("license",)),
 }
 

@@ -111,7 +111,7 @@ def of_launches(answers: Answers, run: str) -> list[Finding]:
         for host, answer in answers.items()
         for other in answer["alive"]
     ]  # fmt: skip
-    return found or [healthy("launches", f"nothing else writes into {run}")]
+    return found or [healthy("launches", f"nothing else writes into {run} on {everywhere(answers)}")]
 
 
 def of_recipes(answers: Answers, name: str) -> list[Finding]:

@@ -256,11 +256,13 @@ class _Examination:
         """The run folder, the recipe, prepared data, and the space for them."""
         unprepared: list[str] = []
         alive = yield from self._ask("launches", run=str(self.launch.run_dir))
-        yield from content_findings.of_launches(alive, str(self.launch.run_dir))
+        if alive:
+            yield from content_findings.of_launches(alive, str(self.launch.run_dir))
 
         if self.launch.recipe is not None:
             read = yield from self._ask("recipe", name=self.launch.recipe, run=str(self.launch.run_dir))
-            yield from content_findings.of_recipes(read, self.launch.recipe)
+            if read:
+                yield from content_findings.of_recipes(read, self.launch.recipe)
             readable = [host for host, answer in read.items() if "sha256" in answer]
             read_now = {
                 host: {"name": self.launch.recipe, "data_root": str(self.launch.data_root)} for host in readable

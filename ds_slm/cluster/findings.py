@@ -176,13 +176,15 @@ def of_installation(answers: Answers, python: str, checkout: str, folder: str) -
 
 def of_software(answers: Answers) -> list[Finding]:
     """Code and libraries, compared as a launch compares them."""
-    hosts, described = list(answers), [dict(answer) for answer in answers.values()]
     missing = [
         failure("versions", f"{host} lacks {listed(packages)}", "`make setup` there")
         for host, answer in answers.items()
         if (packages := [name for name, version in answer["versions"].items() if version is None])
     ]
 
+    # Hosts that lack a package are named once.
+    whole = {host: dict(answer) for host, answer in answers.items() if None not in answer["versions"].values()}
+    hosts, described = list(whole), list(whole.values())
     mend = "bring all hosts to one commit (`git pull`) and its versions (`make setup`)"
     found = [
         *missing,
@@ -264,7 +266,11 @@ def of_errors(about: str, answers: Answers) -> list[Finding]:
     for host, answer in answers.items():
         missing = re.search(r"No module named '([\w.]+)'", answer["error"])
         said = f"{host} lacks the package {missing[1]}" if missing else f"{host} cannot say: {answer['error']}"
-        mend = "`make setup` there" if missing else f"bring {host} to this commit, or look there"
+        mend = (
+            "`make setup` there"
+            if "ImportError" in answer["error"] or missing
+            else f"bring {host} to this commit, or look there"
+        )
         found.append(failure(about, said, mend))
     return found
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pydantic
 import pytest
 
 from ds_slm.recipe import schema
@@ -184,6 +185,19 @@ def test_faults_of_what_a_run_reads_and_writes(hosts: TwoHosts) -> None:
     assert "node2: data/small/" in changed and "was changed" in changed and "prepare again" in changed
     assert "its home" in full_home and "No space left on device" in full_home
     assert "node2" in read_only and "Read-only file system" in read_only and "--run-dir" in read_only
+
+
+def test_a_host_without_the_project_or_with_a_broken_package_says_so(hosts: TwoHosts) -> None:
+    """On node2 an empty folder hides pydantic first, then the project's code. Oracle: one failure each, and no more."""
+    for folder, about, part in (
+        (Path(pydantic.__file__).parent, "launches", "from 'pydantic' (unknown location): `make setup` there"),
+        (CHECKOUT / "ds_slm", "checkout", f"node2 has no {CHECKOUT}"),
+    ):
+        with mounted(hosts, "node2", f"mount -t tmpfs tmpfs {folder}", f"umount -l {folder}"):
+            found = failures(hosts.launch(DOCTOR, TIMEOUT_S))
+        assert list(found) == [about]
+        (said,) = found[about]
+        assert part in said
 
 
 def test_faults_between_the_hosts(hosts: TwoHosts) -> None:

@@ -147,7 +147,7 @@ def test_other_code_or_versions(change: dict, level: str, parts: list[str]) -> N
 
 def test_a_missing_package_is_not_only_another_version() -> None:
     versions = {**installed()["node1"]["versions"], "deepspeed": None}
-    the_only(findings.of_software(installed(versions=versions))[:1], "failure", "node2 lacks deepspeed", "make setup")
+    the_only(findings.of_software(installed(versions=versions)), "failure", "node2 lacks deepspeed", "make setup")
 
 
 def test_another_build_of_torch_is_noted() -> None:
@@ -200,6 +200,8 @@ def test_what_compiling_needs(change: dict, software: dict, part: str) -> None:
 def test_an_error_of_a_host_is_told() -> None:
     missing = {"node2": {"error": "ModuleNotFoundError: No module named 'pydantic'"}}
     the_only(findings.of_errors("versions", missing), "failure", "node2 lacks the package pydantic", "make setup")
+    broken = {"node2": {"error": "ImportError: cannot import name 'x' from 'y'"}}
+    the_only(findings.of_errors("versions", broken), "failure", "make setup")
     the_only(findings.of_errors("names", {"node2": {"error": "OSError: odd"}}), "failure", "node2", "odd")
 
 

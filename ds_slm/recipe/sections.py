@@ -53,6 +53,7 @@ class Card(Section):
             for code in self.language
             if not is_language(code)
         ]
+
         if self.base_model is not None and not is_repo_id(self.base_model):
             problems.append(f"base_model = {self.base_model!r} is not a model's id on the hub: expected ORG/NAME")
         raise_together(problems)

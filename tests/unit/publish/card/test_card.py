@@ -79,18 +79,6 @@ def read_head(card: str) -> dict[str, Any]:
     return ModelCard(card).data.to_dict()
 
 
-def test_another_licence_has_a_name_and_a_place(tmp_path: Path, export: Any) -> None:
-    """Oracle: the three keys of hub-docs' model-cards.md."""
-    place = "https://example.org/terms"
-    given = ("license=other", "license_name=open-terms", f"license_link={place}")
-    card = export(
-        write_run(tmp_path / "run", recipe_of()), *(word for one in given for word in ("--set", f"card.{one}"))
-    )
-    head = read_head(card)
-    assert (head["license"], head["license_name"], head["license_link"]) == ("other", "open-terms", place)
-    assert "open-terms: https://example.org/terms." in section(card, "Licence")
-
-
 def test_the_head_is_what_the_hub_reads(tmp_path: Path, export: Any) -> None:
     """Oracle: the keys of hub-docs' modelcard.md with the values of the run; a second round trip changes nothing."""
     run = write_run(tmp_path / "run", recipe_of('card.language=["en"]'))

@@ -41,11 +41,16 @@ from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED,
 from ds_slm.pulse import FOLDER as PULSES
 
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", "ConnectTimeout=10"]
+SSH_FAILED = 255
+"""Its exit code where it did not reach the host, or lost it."""
 TUNNEL = ["-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=3"]
 PORTS = range(20000, 32000)
 """On other hosts the store is reached at one of these: below those that systems give to clients."""
 PAUSES_S = (1.0, 10.0)
 """Between two starts of a host's agent: the first pause, and the longest."""
+GIVE_UP = 5
+"""So many starts of an agent may fail at once, one after another: then its host is left out."""
+QUICK_S = 60.0
 LOOK_S = 0.2
 EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
 """Variables that begin so go to other hosts, as with DeepSpeed's launcher."""
@@ -201,9 +206,9 @@ class Supervisor:
         return EXIT_FAILURE if code is None else code
 
     def _keep(self, host: Host) -> None:
-        """Start a host's agent again and again, until the run has ended."""
-        pause_s = PAUSES_S[0]
-        while self._end_code() is None:
+        """Start a host's agent again and again, until the run has ended. A host that ssh does not reach may return."""
+        pause_s, failed = PAUSES_S[0], 0
+        while self._end_code() is None and failed < GIVE_UP:
             began_s = time.monotonic()
             code = self._run_agent(host)
             self._codes.append(code)
@@ -211,10 +216,16 @@ class Supervisor:
                 self._end(EXIT_OK)
 
             # An agent that lived for long is started again at once.
-            pause_s = PAUSES_S[0] if time.monotonic() - began_s > 60 else min(2 * pause_s, PAUSES_S[1])
+            was_quick = time.monotonic() - began_s < QUICK_S
+            pause_s = min(2 * pause_s, PAUSES_S[1]) if was_quick else PAUSES_S[0]
+            failed = failed + 1 if was_quick and code not in (EXIT_OK, SSH_FAILED) else 0
             deadline_s = time.monotonic() + pause_s
             while self._end_code() is None and time.monotonic() < deadline_s:
                 time.sleep(LOOK_S)
+
+        if self._end_code() is None:
+            with self._log(host).open("a", encoding="utf-8") as log:
+                log.write(f"supervised: its agent failed {GIVE_UP} times in a row: this host is left out\n")
 
     def _run_agent(self, host: Host) -> int:
         """Run a host's agent to its end; returns its exit code, 255 where ssh failed."""
@@ -256,7 +267,7 @@ class Supervisor:
             f"cd {shlex.quote(str(Path.cwd()))}",
             *([f". {shlex.quote(launch.venv_script)}"] if launch.venv_script and not here else []),
             *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
-            f"{PULSES}=$(mktemp -d)",
+            f"{PULSES}=$(mktemp -d -t ds-slm-XXXXXX)",
             f"export {PULSES}",
         ]
         run = f'{shlex.join(agent)} --log-dir "${PULSES}" {shlex.join(launch.command)}'

@@ -10,6 +10,7 @@ import pytest
 
 from ds_slm.cluster import runner_flags, supervise
 from ds_slm.cluster.hostfile import Host
+from ds_slm.cluster.limits import Limits
 from ds_slm.errors import CheckpointError, ConfigError, HostfileError
 
 LOG = """\
@@ -125,3 +126,14 @@ def test_flags_that_make_no_sense_are_refused(runner: list[str], told: str) -> N
     runner_flags.add_runner_flags(parser)
     with pytest.raises(ConfigError, match=told):
         runner_flags.refuse_where_supervised(runner, parser.parse_args(runner))
+
+
+def test_an_agent_that_can_never_start_is_not_tried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Python that is not there stands for an installation without the rendezvous. Oracle: the documented code 1."""
+    monkeypatch.setattr(supervise, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(supervise.sys, "executable", "/no/such/python")
+    assert supervise.run(supervise.Launch([], tmp_path / "run", [], 1, Limits(restarts=1))) == 1
+    said = capsys.readouterr().out
+    assert said.count("/no/such/python") == supervise.GIVE_UP and "this host is left out" in said

@@ -134,6 +134,10 @@ class NeededFolder:
     path: Path
     files: tuple[str, ...] | None
     """Its files, relative to it, where it is whole on this host; the last one is the sign of that. None elsewhere."""
+    is_absent: bool
+    """Whether this host lacks it, and has nothing in its place: only then it may be received."""
+    lock: Path
+    """The folder whose lock keeps other processes from writing there."""
 
 
 def is_plain_name(name: object) -> bool:
@@ -234,6 +238,23 @@ def _tell_once(text: str) -> None:
 def writer_name() -> str:
     """Tells writers of several hosts apart where they share a disk."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def remove_where_dead(temporary: Path) -> None:
+    """Remove a temporary folder named after a writer of this host, `NAME-HOST-PID`, unless that process lives."""
+    pid = temporary.name.rpartition("-")[2]
+    if pid.isdecimal() and (int(pid) == os.getpid() or not lives(int(pid))):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process of this host is there."""
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+    return True
 
 
 NAMES_TOLD = 5

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_slm.checkpoint.files import MANIFEST, checkpoints_folder, folder_of_step, named_by, remove, steps, verify
-from ds_slm.files import writer_name
+from ds_slm.files import lives, writer_name
 
 DAMAGED = "damaged"
 
@@ -121,14 +121,5 @@ def _delete_leftovers(run: Path) -> None:
     ours = re.compile(rf"\.step-[0-9]+\.tmp-{re.escape(socket.gethostname())}-([0-9]+)(-[a-z]+)?")
     for leftover in checkpoints_folder(run).glob(".step-*.tmp-*"):
         match = ours.fullmatch(leftover.name)
-        if match and (int(match[1]) == os.getpid() or not _lives(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not lives(int(match[1]))):
             remove(leftover)
-
-
-def _lives(pid: int) -> bool:
-    with contextlib.suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-    return True

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ds_slm.distributed.rendezvous import Rendezvous
 from ds_slm.distributed.store import Store
 from ds_slm.distributed.world import host_id
 from ds_slm.errors import DataError
-from ds_slm.files import NeededFolder, fsync, is_plain_name, new_folder
+from ds_slm.files import NeededFolder, fsync, is_plain_name, locked, new_folder, remove_where_dead, writer_name
 
 CHUNK_BYTES = 4 << 20
 """The store refuses more than 8 MiB."""
@@ -32,33 +33,48 @@ POLL_S = 0.002
 HOSTS_POLL_S = 0.1
 """Between two looks for other hosts."""
 TELL_EVERY_S = 5.0
+TEMPORARY = ".receiving.tmp"
+CHANGED = "changed while it was sent: launch again."
 
 
-def share(meeting: Rendezvous, folders: Sequence[NeededFolder], report: Callable[[str], None]) -> None:
-    """Send the folders that are whole on some hosts to those where they are not. Collective; returns once they are.
+def share(
+    meeting: Rendezvous, folders: Sequence[NeededFolder], recipe_sha256: str, report: Callable[[str], None]
+) -> None:
+    """Send the folders that are whole on some hosts to those that lack them. Collective; returns once they are there.
+
+    Nothing is sent where ranks differ in recipe or folders: what follows says in what they differ.
 
     Args:
         meeting: the launch's, of several ranks.
-        folders: the same on all hosts, but for what is there.
+        folders: what this host needs, and has of it.
+        recipe_sha256: identity of what is trained.
         report: takes lines of progress, on hosts that receive.
 
     Raises:
-        DataError: what arrived is not what was sent.
+        DataError: what arrived is not what was sent, or another rank runs a version that sends nothing.
     """
     store, rank, size = meeting.connected(), meeting.world.rank, meeting.world.size
 
     # Every rank says where it is and what is there; nobody prepares anything before all have looked.
-    there = {"host": host_id(), "folders": [folder.name for folder in folders if folder.files is not None]}
-    store.set(f"folders/{rank}", json.dumps(there))
-    _wait(lambda: all(store.has(f"folders/{other}") for other in range(size)), HOSTS_POLL_S)
+    own = {
+        "host": host_id(),
+        "needs": [recipe_sha256, *(folder.name for folder in folders)],
+        "has": [folder.name for folder in folders if folder.files is not None],
+        "lacks": [folder.name for folder in folders if folder.is_absent and folder.files is None],
+    }
+    store.set(f"folders/{rank}", json.dumps(own))
+    _wait(lambda: all(_has_looked(store, other) for other in range(size)), HOSTS_POLL_S)
     everyone = [json.loads(store.get(f"folders/{other}")) for other in range(size)]
+    if any(one["needs"] != own["needs"] for one in everyone):
+        return
+
     hosts = [one["host"] for one in everyone]
     leaders = [other for other, host in enumerate(hosts) if host not in hosts[:other]]
     leader = hosts.index(hosts[rank])
 
     for folder in folders:
-        having = [other for other in leaders if folder.name in everyone[other]["folders"]]
-        lacking = [other for other in leaders if other not in having]
+        having = [other for other in leaders if folder.name in everyone[other]["has"]]
+        lacking = [other for other in leaders if folder.name in everyone[other]["lacks"]]
         if not having or not lacking:
             continue
         if rank == having[0]:
@@ -69,6 +85,17 @@ def share(meeting: Rendezvous, folders: Sequence[NeededFolder], report: Callable
             store.set(f"received/{folder.name}/{rank}", "")
         elif leader in lacking:
             _wait(lambda folder=folder: store.has(f"received/{folder.name}/{leader}"), HOSTS_POLL_S)
+
+
+def _has_looked(store: Store, rank: int) -> bool:
+    """Whether a rank has said what its host has. One that is ready without it runs other code."""
+    is_ready = store.has(f"message/{rank}")
+    if store.has(f"folders/{rank}"):
+        return True
+    if is_ready:
+        host = store.get(f"host/{rank}")
+        raise DataError(f"the hosts differ in their code: {host} runs an older version. Bring all to the same one.")
+    return False
 
 
 @dataclass(frozen=True)
@@ -122,35 +149,54 @@ class _Receiving:
             raise DataError(f"{self.folder.name}: the host that sends it names files outside its folder: {files}.")
 
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".receiving.tmp-{os.getpid()}"
+        for rest in folder.glob(f"{TEMPORARY}-{socket.gethostname()}-*"):
+            remove_where_dead(rest)
+        temporary = folder / f"{TEMPORARY}-{writer_name()}"
         new_folder(temporary)
-        chunks, digest, told_s, done = self._chunks(), hashlib.sha256(), time.monotonic(), 0
         self.report(f"{self.folder.name}: receiving {total_mb:,.1f} MB")
         try:
-            for name, size in files:
-                left = size
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                with (temporary / name).open("wb") as file:
-                    while left:
-                        chunk = next(chunks)
-                        digest.update(chunk)
-                        file.write(chunk)
-                        left -= len(chunk)
-                        done += len(chunk)
-                        if time.monotonic() - told_s > TELL_EVERY_S:
-                            told_s = time.monotonic()
-                            self.report(f"{self.folder.name}: {done / 1e6:,.1f} of {total_mb:,.1f} MB")
-                fsync(temporary / name)
-
+            digest = self._receive(files, temporary, total_mb)
             _wait(lambda: self.store.has(f"{key}/sha256"))
-            if digest.hexdigest() != (sent := self.store.get(f"{key}/sha256")):
-                raise DataError(f"{self.folder.name} arrived with sha256 {digest.hexdigest()}, {sent} was sent.")
-            for name, _ in files:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary / name, folder / name)
-                fsync((folder / name).parent)
+            if digest != (sent := self.store.get(f"{key}/sha256")):
+                raise DataError(f"{self.folder.name} arrived with sha256 {digest}, {sent} was sent.")
+
+            # Another process of this host may have made the folder whole meanwhile.
+            with locked(self.folder.lock, self.report):
+                if not (folder / files[-1][0]).exists():
+                    self._put_in_place([name for name, _ in files], temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _receive(self, files: Sequence[tuple[str, int]], into: Path, total_mb: float) -> str:
+        """Write the files; returns the hash of all that came."""
+        chunks, digest, told_s, done = self._chunks(), hashlib.sha256(), time.monotonic(), 0
+        for name, size in files:
+            left = size
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            with (into / name).open("wb") as file:
+                while left > 0:
+                    chunk = next(chunks)
+                    digest.update(chunk)
+                    file.write(chunk)
+                    left -= len(chunk)
+                    done += len(chunk)
+                    if time.monotonic() - told_s > TELL_EVERY_S:
+                        told_s = time.monotonic()
+                        self.report(f"{self.folder.name}: {done / 1e6:,.1f} of {total_mb:,.1f} MB")
+
+            # No chunk holds bytes of two files.
+            if left:
+                raise DataError(f"{self.folder.name}: {name} {CHANGED}")
+            fsync(into / name)
+        return digest.hexdigest()
+
+    def _put_in_place(self, names: Sequence[str], temporary: Path) -> None:
+        """The sign of a whole folder is the last name."""
+        for name in names:
+            place = self.folder.path / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / name, place)
+            fsync(place.parent)
 
     def _chunks(self) -> Iterator[bytes]:
         """The chunks in their order; no chunk holds bytes of two files."""
@@ -158,7 +204,7 @@ class _Receiving:
             key, end = f"folder/{self.folder.name}/{number}", f"folder/{self.folder.name}/sha256"
             _wait(lambda key=key, end=end: self.store.has(key) or self.store.has(end))
             if not self.store.has(key):
-                raise DataError(f"{self.folder.name}: a file became shorter while it was sent: launch again.")
+                raise DataError(f"{self.folder.name}: a file {CHANGED}")
             chunk = self.store.get_bytes(key)
             self.store.count(f"{key}/taken", 1)
             yield chunk

@@ -35,6 +35,9 @@ HEAD = "lm_head.weight"
 DTYPES = ("F32", "BF16", "F16")
 """What weights may be stored as, by safetensors' names: fp32 holds each of these exactly."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+"""Files that hold weights: of these a model's own safetensors alone are read."""
+CONFIG = "config.json"
 
 
 class StoredTensor(NamedTuple):
@@ -126,7 +129,7 @@ def open_model(path: Path) -> OpenModel:
 
     if (path / "recipe.toml").is_file():
         return _open_checkpoint(path, checkpoint_files.choose(path))
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return _open_hf(path)
 
     # One checkpoint of a run, by its folder's name.
@@ -145,19 +148,21 @@ def open_model(path: Path) -> OpenModel:
 
 
 def root_of(path: Path) -> Path:
-    """The folder that holds all of a model: of RUN/checkpoints/NAME the run folder, else the path itself."""
-    return path.parents[1] if path.parent.name == checkpoint_files.CHECKPOINTS else path
+    """The folder that holds all of a model: of RUN/checkpoints/best or .../step-NUMBER that of the run."""
+    is_checkpoint = path.name == "best" or path.name.startswith("step-")
+    return path.parents[1] if is_checkpoint and path.parent.name == checkpoint_files.CHECKPOINTS else path
 
 
-def files_of(path: Path, opened: OpenModel) -> tuple[str, ...]:
+def files_of(path: Path, opened: OpenModel) -> tuple[str, ...] | None:
     """All files that another host needs to open the same model at the same path, relative to `root_of` the path.
 
-    The last one is the sign that the model is whole.
+    The last one is the sign that the model is whole. None for a Hugging Face folder that is named like a checkpoint.
     """
     root, chosen = root_of(path), opened.folder
-    if chosen == path and not (path / checkpoint_files.MANIFEST).is_file():
-        found = [one for one in sorted(path.iterdir()) if one.is_file() and one.name != "config.json"]
-        return (*(one.name for one in found), "config.json")
+    if opened.tokenizer_folder == chosen:  # a Hugging Face folder
+        others = [one for one in sorted(chosen.iterdir()) if one.is_file() and one.suffix not in WEIGHTS]
+        found = [*opened.files, *(one for one in others if one.name != CONFIG), chosen / CONFIG]
+        return tuple(one.name for one in found) if root == path else None
 
     pointers = [chosen.parent / name for name in ("latest", "best")]
     pointers = [one for one in pointers if one.is_file() and one.read_text().strip() == chosen.name]
@@ -174,11 +179,13 @@ def needed_base(path: Path, opened: Callable[[], OpenModel]) -> NeededFolder:
         path: what names it.
         opened: opens it; a host where that fails is sent it, and opens it again.
     """
+    root = root_of(path)
     try:
         files = files_of(path, opened())
     except UserError:  # another host may have it; if none has, opening it says what is wrong
         files = None
-    return NeededFolder(str(path), root_of(path), files)
+    has_one = (root / CONFIG).exists() or bool(checkpoint_files.steps(root))
+    return NeededFolder(str(path), root, files, is_absent=not has_one, lock=root)
 
 
 def open_base(path: Path, recipe: schema.Recipe) -> OpenModel:
@@ -224,11 +231,11 @@ def _open_hf(folder: Path) -> OpenModel:
         raise CheckpointError(problems)
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is no JSON ({error}): get an intact copy.") from error
+        raise CheckpointError(f"{folder / CONFIG} is no JSON ({error}): get an intact copy.") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds no object: get an intact copy.")
+        raise CheckpointError(f"{folder / CONFIG} holds no object: get an intact copy.")
 
     files = weight_files(folder)
     _refuse_other_tokenizer(folder, config.get("tokenizer_sha256"))

@@ -99,7 +99,7 @@ class Inputs:
 
         # Data that another host has are received; what nobody has is prepared on each.
         if not problems and not meeting.world.on_one_host:
-            _attempt(problems, lambda: sharing.share(meeting, task.needs(), task.report))
+            _attempt(problems, lambda: sharing.share(meeting, task.needs(), recipe.identity_sha256(), task.report))
 
         # A base that does not fit is refused before anything is prepared.
         base = _attempt(problems, task.base) if task.base and not problems else None

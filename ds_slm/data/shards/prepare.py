@@ -123,12 +123,15 @@ def needed_folders(
     sources: Mapping[str, Path] | None = None,
     document_format: DocumentFormat = TEXT,
 ) -> list[NeededFolder]:
-    """The folders that `prepare` makes, whole on this host where they are this recipe's and have their manifest."""
+    """The folders that `prepare` makes, whole on this host where they are this recipe's and have their manifest.
+
+    Where a part is another recipe's, or damaged, none is whole and none absent: `prepare` says what is wrong.
+    """
     folder = Path(data_root) / name
     try:
         usable = not conflicts(recipe, folder, sources or {}, document_format.identity)
     except DataError:
-        usable = False  # `prepare` says what is wrong
+        usable = False
 
     found = []
     for part in (TOKENIZER, *(source.name for source in recipe.data.source)):
@@ -137,7 +140,7 @@ def needed_folders(
             shards = [shard["file"] for split in manifest.get("shards", {}).values() for shard in split]
             others = [path.name for path in sorted(place.iterdir()) if path.is_file()] if part == TOKENIZER else shards
             files = (*(one for one in others if one != MANIFEST), MANIFEST)
-        found.append(NeededFolder(f"{name}/{part}", place, files))
+        found.append(NeededFolder(f"{name}/{part}", place, files, is_absent=usable and files is None, lock=folder))
     return found
 
 

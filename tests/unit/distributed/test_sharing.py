@@ -24,7 +24,9 @@ def hosts_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "CHUNK_BYTES", 1000)  # several chunks a file, more than the store holds at once
 
 
-def launch(hosts: Sequence[str], tmp_path: Path, needed: str = "demo/docs") -> list[BaseException | str]:
+def launch(
+    hosts: Sequence[str], tmp_path: Path, needed: str = "demo/docs", recipes: Sequence[str] = ("same",)
+) -> list[BaseException | str]:
     """One rank on each of the hosts named, in turn; what each said, or raised."""
     world, said = World(size=len(hosts), port=runs.free_port()), [[] for _ in hosts]
     raised: dict[int, BaseException] = {}
@@ -35,7 +37,8 @@ def launch(hosts: Sequence[str], tmp_path: Path, needed: str = "demo/docs") -> l
         files = [one for one in sorted(path.rglob("*")) if one.is_file() and one.name != SIGN]
         names = (*(one.relative_to(path).as_posix() for one in files), SIGN) if (path / SIGN).is_file() else None
         try:
-            sharing.share(meetings[rank], [NeededFolder(needed, path, names)], said[rank].append)
+            folder = NeededFolder(needed, path, names, is_absent=not (path / "foreign").exists(), lock=path.parent)
+            sharing.share(meetings[rank], [folder], recipes[rank % len(recipes)], said[rank].append)
         except BaseException as error:
             raised[rank] = error
 
@@ -88,6 +91,24 @@ def test_what_a_killed_preparation_left_is_completed(tmp_path: Path) -> None:
     assert read(place) == {**content, "journal.json": b"{"}
 
 
+def test_what_is_not_this_recipes_is_never_overwritten(tmp_path: Path) -> None:
+    """Oracle: the files there, byte for byte; what is said of them is the preparation's business."""
+    write(tmp_path / "node1" / "demo/docs")
+    foreign = write(tmp_path / "node2" / "demo/docs", seed=1)
+    (tmp_path / "node2" / "demo/docs" / SIGN).unlink()
+    (tmp_path / "node2" / "demo/docs" / "foreign").write_bytes(b"")
+    del foreign[SIGN]
+    assert launch(["node1", "node2"], tmp_path) == ["", ""]
+    assert read(tmp_path / "node2" / "demo/docs") == {**foreign, "foreign": b""}
+
+
+def test_nothing_is_sent_between_hosts_with_other_recipes(tmp_path: Path) -> None:
+    """Oracle: both go on, to be refused where recipes are compared; nothing was written."""
+    write(tmp_path / "node1" / "demo/docs")
+    assert launch(["node1", "node2"], tmp_path, recipes=("one", "another")) == ["", ""]
+    assert read(tmp_path / "node2") == {}
+
+
 def test_a_folder_that_nobody_or_everybody_has_is_left_alone(tmp_path: Path) -> None:
     assert launch(["node1", "node2"], tmp_path) == ["", ""]
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +120,7 @@ def test_a_file_that_changes_while_it_is_sent_leaves_nothing(tmp_path: Path, mon
     chunks = sharing._chunks
     monkeypatch.setattr(sharing, "_chunks", lambda paths: [*chunks(paths)][:-3])
     _, error = launch(["node1", "node2"], tmp_path)
-    assert isinstance(error, DataError) and "shorter while it was sent" in str(error)
+    assert isinstance(error, DataError) and "changed while it was sent" in str(error)
     assert read(tmp_path / "node2") == {}
 
 

@@ -24,6 +24,7 @@ cd "$SLURM_SUBMIT_DIR" || exit 2
 
 # On every node: the hosts of this job as a hostfile, then DeepSpeed's launcher. Told to end, the launcher's runner would
 # die at once and take the ranks along, so it does not listen: the ranks do.
+began=$(mktemp) # signs of an earlier launch are older
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 srun bash -c '
     trap "" TERM
@@ -36,9 +37,9 @@ srun bash -c '
 code=$?
 
 # The run folder says how it ended: finished, stopped with everything saved, or failed.
-if [ -f "$run/done.json" ]; then
+if [ "$code" = 0 ] && [ -f "$run/done.json" ]; then
     exit 0
-elif [ -f "$run/stopped.json" ]; then
+elif [ "$run/stopped.json" -nt "$began" ]; then
     scontrol requeue "$SLURM_JOB_ID" # the same command goes on behind the last step
 else
     exit $((code ? code : 1))

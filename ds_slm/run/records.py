@@ -70,7 +70,7 @@ class Records:
         self._earlier = set(kept.names)
         self._metrics = (folder / METRICS).open("a", buffering=1)
 
-        self._board = Board(folder / "tb", 0 if is_given else first_step)
+        self._board = Board(folder / "tb", -1 if is_given else first_step)
         if is_given:
             for record in map(json.loads, kept.lines):
                 self._board.record(record.pop("kind"), record.pop("step"), record)

@@ -313,8 +313,13 @@ def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
 
 
 def merge_changes(run: Path, everyones: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Give changes.jsonl the lines of all hosts, each once, in the order of launches."""
-    unique = {json.dumps(change): change for changes in everyones for change in changes}
-    merged = sorted(unique.values(), key=lambda change: change["generation"])
+    """Give changes.jsonl the lines of all hosts, in the order of launches.
+
+    Of what several hosts say of the same launch the first one counts: a host that was away compares with an old recipe.
+    """
+    first: dict[tuple[int, str], dict[str, Any]] = {}
+    for change in (change for changes in everyones for change in changes):
+        first.setdefault((change["generation"], ",".join(sorted(change))), change)
+    merged = sorted(first.values(), key=lambda change: change["generation"])
     if merged != read_changes(run):
         replace_text(run / "changes.jsonl", "".join(f"{json.dumps(change)}\n" for change in merged))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ds_slm.distributed.ranks import Control
-from ds_slm.files import replace_text
+from ds_slm.files import replace_text, sha256_of_json
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches
 from ds_slm.run.board import Board
@@ -32,6 +32,8 @@ class _Kept:
     lines: list[str]
     names: list[tuple[str, int]]
     """Kind and step of each."""
+    story_sha256: str
+    """Hash of what is the same on all hosts: kinds, steps and losses, but no time that a host measured."""
     is_all: bool
     """Whether no line is left out."""
 
@@ -115,8 +117,8 @@ class Records:
             self._lost_records = True
 
 
-def share(control: Control, folder: Path, keepers: list[int], step: int, generation: int) -> list[int]:
-    """Give the records up to a step, and all changes, to the keepers that lack some of them. Collective.
+def share(control: Control, folder: Path, keepers: list[int], step: int, generation: int, source: int) -> list[int]:
+    """Give the records up to a step, and all changes, to the keepers that have others. Collective.
 
     Args:
         control: the ranks' connection.
@@ -124,27 +126,29 @@ def share(control: Control, folder: Path, keepers: list[int], step: int, generat
         keepers: the ranks that keep records.
         step: behind which the run goes on.
         generation: of this launch; what is replaced on a host stays beside, under its number.
+        source: the rank whose host has the checkpoint: its records are of these weights. Where it has none, as older
+            versions left a host that was not rank 0's, the keeper with the most records stands in.
 
     Returns:
         The keepers that were given records.
     """
-    keeps = control.rank in keepers
-    changes = control.gather(run_folder.read_changes(folder) if keeps else [])
-    if keeps:
-        run_folder.merge_changes(folder, changes)
+    reads = control.rank == source or control.rank in keepers
+    kept = _kept(folder, step) if reads else _Kept([], [], "", True)
+    everyone = control.gather([len(kept.lines), kept.story_sha256])
+    if not everyone[source][0]:
+        source = max(keepers, key=lambda rank: (everyone[rank][0], -rank))
 
-    kept = _kept(folder, step) if keeps else _Kept([], [], True)
-    names = control.gather(kept.names)
+    changes = control.gather(run_folder.read_changes(folder) if reads else [])
+    if control.rank in keepers:
+        run_folder.merge_changes(folder, [changes[source], *changes])
 
-    # The host that knows the most has the newest story: records are never made later for steps that are over.
-    source = max(keepers, key=lambda rank: (len(names[rank]), -rank))
-    given = [rank for rank in keepers if not set(map(tuple, names[source])) <= set(map(tuple, names[rank]))]
+    given = [rank for rank in keepers if everyone[rank][1] != everyone[source][1]]
     if not given:
         return []
 
     own = "".join(kept.lines).encode()
     size = control.broadcast(len(own), source)
-    is_source = control.rank == source
+    is_source = control.rank == source and own
     text = torch.frombuffer(bytearray(own), dtype=torch.uint8) if is_source else torch.empty(size, dtype=torch.uint8)
     text = control.broadcast_tensor(text, source)
 
@@ -156,19 +160,22 @@ def share(control: Control, folder: Path, keepers: list[int], step: int, generat
 
 def _kept(folder: Path, step: int) -> _Kept:
     try:
-        text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
+        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
-        return _Kept([], [], True)
-    lines = text.splitlines(keepends=True)
+        lines = []
     kept = [line for line in lines if _step_of(line) <= step]
-    names = [(record.get("kind", ""), record["step"]) for record in map(json.loads, kept)]
-    return _Kept(kept, names, len(kept) == len(lines))
+    records = [json.loads(line) for line in kept]
+    story = sha256_of_json([[one["kind"], one["step"], repr(one.get("loss"))] for one in records])
+    return _Kept(kept, [(one["kind"], one["step"]) for one in records], story, len(kept) == len(lines))
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; a line that was cut or damaged belongs to none that is kept."""
+    """The step of a record; a line that was cut, damaged or is no record belongs to none that is kept."""
     try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
         return math.inf
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return math.inf
+    step = record.get("step")
     return step if isinstance(step, int) else math.inf

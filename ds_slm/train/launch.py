@@ -271,7 +271,9 @@ class Launching:
         kept = None
         if keeps and found and found.lost:
             kept = run_folder.keep_records(options.run_dir, launch.generation)
-        given = records.share(control, options.run_dir, keepers, state.step, launch.generation) if found else []
+        given: list[int] = []
+        if found:
+            given = records.share(control, options.run_dir, keepers, state.step, launch.generation, source=found.source)
 
         own = None
         if keeps:

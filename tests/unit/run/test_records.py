@@ -13,10 +13,10 @@ from tests.support import ranks
 HOSTS = ["node1", "node2", "node3"]
 
 
-def write(run: Path, steps: list[int], loss: float) -> None:
-    """What a launch left: losses that this host measured, and a line that a kill cut."""
+def write(run: Path, steps: list[int], loss: float, step_s: float = 1.0) -> None:
+    """What a launch left: the ranks' loss, seconds that this host measured, and a line that a kill cut."""
     run.mkdir()
-    lines = [json.dumps({"kind": "train", "step": step, "loss": loss}) for step in steps]
+    lines = [json.dumps({"kind": "train", "step": step, "loss": loss, "step_s": step_s}) for step in steps]
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
 
 
@@ -33,38 +33,38 @@ def losses_on_board(run: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
-def share(tmp_path: Path, keepers: list[int], step: int) -> list[list[int]]:
+def share(tmp_path: Path, keepers: list[int], step: int, source: int) -> list[list[int]]:
     return ranks.run(
-        HOSTS, lambda control: records.share(control, tmp_path / HOSTS[control.rank], keepers, step, generation=3)
+        HOSTS, lambda control: records.share(control, tmp_path / HOSTS[control.rank], keepers, step, 3, source)
     )
 
 
 def test_a_host_that_was_away_is_given_what_it_missed(tmp_path: Path) -> None:
     """Oracle: node2's own lines up to the step; node1's stay beside, and TensorBoard shows no gap and no step twice."""
-    write(tmp_path / "node1", [1, 2], loss=1.0)
-    write(tmp_path / "node2", [1, 2, 3, 4, 5], loss=2.0)
+    write(tmp_path / "node1", [0, 1, 2], loss=2.0)
+    write(tmp_path / "node2", [0, 1, 2, 3, 4, 5], loss=2.0)
     (tmp_path / "node3").mkdir()
     before = (tmp_path / "node1" / "metrics.jsonl").read_text()
 
-    assert share(tmp_path, keepers=[0, 1], step=4) == [[0], [0], [0]]
-    assert steps_of(tmp_path / "node1") == [1, 2, 3, 4]
+    assert share(tmp_path, keepers=[0, 1], step=4, source=1) == [[0], [0], [0]]
+    assert steps_of(tmp_path / "node1") == [0, 1, 2, 3, 4]
     assert (tmp_path / "node1" / "metrics.before-generation-3.jsonl").read_text() == before
     assert not (tmp_path / "node3" / "metrics.jsonl").exists()
 
     after = Records(tmp_path / "node1", print, first_step=4, is_given=True)
     after.write("train", 5, {"loss": 1.0})
     after.close()
-    assert steps_of(tmp_path / "node1") == [1, 2, 3, 4, 5]
-    assert losses_on_board(tmp_path / "node1") == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 1.0)]
+    assert steps_of(tmp_path / "node1") == [0, 1, 2, 3, 4, 5]
+    assert losses_on_board(tmp_path / "node1") == [*((step, 2.0) for step in range(5)), (5, 1.0)]
 
 
 def test_hosts_that_know_the_same_steps_keep_what_they_measured(tmp_path: Path) -> None:
-    """Oracle: their own files, byte for byte, though their losses differ."""
-    write(tmp_path / "node1", [1, 2, 3], loss=1.0)
-    write(tmp_path / "node2", [1, 2], loss=2.0)
+    """Oracle: their own files, byte for byte, though the seconds in them differ."""
+    write(tmp_path / "node1", [1, 2, 3], loss=1.0, step_s=1.0)
+    write(tmp_path / "node2", [1, 2], loss=1.0, step_s=2.0)
     (tmp_path / "node3").mkdir()
     before = {host: (tmp_path / host / "metrics.jsonl").read_bytes() for host in HOSTS[:2]}
-    assert share(tmp_path, keepers=[0, 1], step=2) == [[], [], []]
+    assert share(tmp_path, keepers=[0, 1], step=2, source=0) == [[], [], []]
     assert {host: (tmp_path / host / "metrics.jsonl").read_bytes() for host in HOSTS[:2]} == before
 
 
@@ -74,7 +74,7 @@ def test_a_host_without_records_gets_them_all(tmp_path: Path, value: float) -> N
     write(tmp_path / "node1", [1, 2, 3], loss=value)
     for host in HOSTS[1:]:
         (tmp_path / host).mkdir()
-    assert share(tmp_path, keepers=[0, 1, 2], step=3) == [[1, 2]] * 3
+    assert share(tmp_path, keepers=[0, 1, 2], step=3, source=0) == [[1, 2]] * 3
     texts = {(tmp_path / host / "metrics.jsonl").read_text() for host in HOSTS[1:]}
     assert texts == {(tmp_path / "node1" / "metrics.jsonl").read_text().rpartition("\n")[0] + "\n"}
 
@@ -86,5 +86,44 @@ def test_every_host_knows_every_change(tmp_path: Path) -> None:
     for host, changes in known.items():
         write(tmp_path / host, [1], loss=1.0)
         (tmp_path / host / "changes.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in changes) + "{")
-    share(tmp_path, keepers=[0, 1, 2], step=1)
+    share(tmp_path, keepers=[0, 1, 2], step=1, source=1)
     assert [folder.read_changes(tmp_path / host) for host in HOSTS] == [[first, second, third]] * 3
+
+
+def test_what_two_hosts_say_of_one_launch_is_told_once(tmp_path: Path) -> None:
+    """Oracle: the line of the host with the checkpoint; the other one compared with the recipe it had long ago."""
+    lines = {"node1": {"train.steps": [20, 60]}, "node2": {"train.steps": [40, 60]}, "node3": {"train.steps": [20, 60]}}
+    for host, changes in lines.items():
+        write(tmp_path / host, [1], loss=1.0)
+        (tmp_path / host / "changes.jsonl").write_text(json.dumps({"generation": 3, "changes": changes}) + "\n")
+    share(tmp_path, keepers=[0, 1, 2], step=1, source=1)
+    expected = [{"generation": 3, "changes": {"train.steps": [40, 60]}}]
+    assert [folder.read_changes(tmp_path / host) for host in HOSTS] == [expected] * 3
+
+
+def test_records_of_steps_that_were_lost_give_way(tmp_path: Path) -> None:
+    """Oracle: the losses of the host with the checkpoint, though another one has more lines, of weights now gone."""
+    write(tmp_path / "node1", [1, 2, 4], loss=5.0)
+    write(tmp_path / "node2", [1, 2, 3, 4], loss=1.0)
+    (tmp_path / "node3").mkdir()
+    assert share(tmp_path, keepers=[0, 1], step=4, source=0) == [[1]] * 3
+    assert steps_of(tmp_path / "node2") == [1, 2, 4]
+    assert {json.loads(line)["loss"] for line in (tmp_path / "node2/metrics.jsonl").read_text().splitlines()} == {5.0}
+
+
+def test_a_host_with_a_checkpoint_and_no_records_takes_those_of_another(tmp_path: Path) -> None:
+    """Older versions recorded on rank 0's host alone. Oracle: its file."""
+    write(tmp_path / "node1", [1, 2, 3], loss=1.0)
+    for host in HOSTS[1:]:
+        (tmp_path / host).mkdir()
+    assert share(tmp_path, keepers=[0, 1], step=3, source=1) == [[1]] * 3
+    assert steps_of(tmp_path / "node2") == [1, 2, 3]
+
+
+def test_a_line_that_is_no_record_is_passed_over(tmp_path: Path) -> None:
+    """Oracle: the records around it."""
+    write(tmp_path / "run", [1, 2], loss=1.0)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([lines[0], '{"step": 1}', "[]", lines[1]]) + "\n")
+    Records(tmp_path / "run", print, first_step=2, is_given=True).close()
+    assert steps_of(tmp_path / "run") == [1, 2]

@@ -160,7 +160,8 @@ def of_data(answers: Answers, name: str) -> list[Finding]:
     nowhere = [host for host, answer in absent.items() if not answer["prepared"]]
     missing = [f"not prepared on {listed(nowhere)}"] if nowhere else []
     if absent:
-        found.append(healthy("data", f"{name}: {'; '.join([*missing, *partly])}: the launch prepares it there"))
+        done = "sends" if there else "prepares"
+        found.append(healthy("data", f"{name}: {'; '.join([*missing, *partly])}: the launch {done} it there"))
     elif there and not found:
         found.append(
             healthy("data", f"{name}: the same {next(iter(there.values()))['sha256'][:10]} on {everywhere(there)}")

@@ -130,7 +130,7 @@ def test_the_probe_reads_as_python_3_8() -> None:
     """Oracle: the parser for the oldest Python that a host may have beside the project's."""
     import ast
 
-    ast.parse(inspect.getsource(probe), feature_version=(3, 8))
+    assert ast.parse(inspect.getsource(probe), feature_version=(3, 8)).body
 
 
 def test_nothing_imports_torch() -> None:

@@ -46,7 +46,7 @@ def installed(**changes: Any) -> dict[str, dict[str, Any]]:
     return {"node1": answer, "node2": {**answer, **changes}}
 
 
-def the_only(found: list[Finding], level: str, *parts: str) -> Finding:
+def assert_only(found: list[Finding], level: str, *parts: str) -> Finding:
     """The one finding, of a level, that says some words; one that is not well says how it is mended."""
     (finding,) = found
     assert finding.level == level, finding
@@ -75,7 +75,7 @@ def the_only(found: list[Finding], level: str, *parts: str) -> Finding:
 )
 def test_each_failure_of_ssh_has_its_own_way_out(said: str, parts: list[str]) -> None:
     """Oracle: OpenSSH's own messages."""
-    the_only([findings.of_ssh("node2", said)], "failure", "node2", *parts)
+    assert_only([findings.of_ssh("node2", said)], "failure", "node2", *parts)
 
 
 def test_the_user_of_a_host_is_not_part_of_its_name() -> None:
@@ -86,8 +86,10 @@ def test_the_user_of_a_host_is_not_part_of_its_name() -> None:
 
 def test_a_missing_program_is_named_with_its_package() -> None:
     packages = {"ssh": "openssh-client", "pdsh": "pdsh"}
-    the_only(findings.of_programs({"ssh": "/usr/bin/ssh", "pdsh": None}, packages), "failure", "apt-get install pdsh")
-    the_only(findings.of_programs(dict.fromkeys(packages, "/usr/bin/x"), packages), "ok")
+    assert_only(
+        findings.of_programs({"ssh": "/usr/bin/ssh", "pdsh": None}, packages), "failure", "apt-get install pdsh"
+    )
+    assert_only(findings.of_programs(dict.fromkeys(packages, "/usr/bin/x"), packages), "ok")
 
 
 @pytest.mark.parametrize(
@@ -104,17 +106,17 @@ def test_a_missing_program_is_named_with_its_package() -> None:
 def test_traps_in_the_file_of_variables(line: str, part: str) -> None:
     """Oracle: what DeepSpeed's launcher makes of the line, `export {LINE}` for the remote shell."""
     found = findings.of_environment_file(".deepspeed_env", f"NCCL_DEBUG=INFO\n{line}\nB=2\n")
-    the_only(found, "failure", "line 2", part)
+    assert_only(found, "failure", "line 2", part)
 
 
 def test_variables_that_reach_the_hosts_are_fine() -> None:
     text = "NCCL_SOCKET_IFNAME==eth0\nA='one two'\nPATH=/opt/bin:$PATH\nB=\n"
-    the_only(findings.of_environment_file(".deepspeed_env", text), "ok")
+    assert_only(findings.of_environment_file(".deepspeed_env", text), "ok")
 
 
 def test_one_machine_under_two_names() -> None:
     assert not findings.of_machines(described())
-    the_only(findings.of_machines(described(identity="boot net")), "failure", "node1, node2 are one machine")
+    assert_only(findings.of_machines(described(identity="boot net")), "failure", "node1, node2 are one machine")
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,8 @@ def test_one_machine_under_two_names() -> None:
     ],
 )
 def test_what_a_launch_starts_is_at_the_same_path(change: dict, parts: list[str]) -> None:
-    the_only(findings.of_installation(described(**change), PYTHON, CHECKOUT, FOLDER), "failure", "node2", *parts)
-    the_only(findings.of_installation(described(), PYTHON, CHECKOUT, FOLDER), "ok", "3.11.7")
+    assert_only(findings.of_installation(described(**change), PYTHON, CHECKOUT, FOLDER), "failure", "node2", *parts)
+    assert_only(findings.of_installation(described(), PYTHON, CHECKOUT, FOLDER), "ok", "3.11.7")
 
 
 @pytest.mark.parametrize(
@@ -141,13 +143,13 @@ def test_what_a_launch_starts_is_at_the_same_path(change: dict, parts: list[str]
 def test_other_code_or_versions(change: dict, level: str, parts: list[str]) -> None:
     """Oracle: run/software.py, which compares them at a launch, too."""
     found = findings.of_software(installed(**change))
-    the_only(found[:1], level, *parts)
-    the_only(findings.of_software(installed()), "ok", "node1, node2")
+    assert_only(found[:1], level, *parts)
+    assert_only(findings.of_software(installed()), "ok", "node1, node2")
 
 
 def test_a_missing_package_is_not_only_another_version() -> None:
     versions = {**installed()["node1"]["versions"], "deepspeed": None}
-    the_only(findings.of_software(installed(versions=versions)), "failure", "node2 lacks deepspeed", "make setup")
+    assert_only(findings.of_software(installed(versions=versions)), "failure", "node2 lacks deepspeed", "make setup")
 
 
 def test_another_build_of_torch_is_noted() -> None:
@@ -172,15 +174,15 @@ CUDA = {"node1": "12.8", "node2": "12.8"}
 def test_slots_against_devices(gpus: int, cuda: dict, slots: int, level: str, parts: list[str]) -> None:
     answers = {host: {**answer, "gpus": gpus} for host, answer in described().items()}
     first = slots if level == "ok" else gpus or 4
-    the_only(findings.of_slots([Host("node1", first), Host("node2", slots)], answers, cuda), level, *parts)
+    assert_only(findings.of_slots([Host("node1", first), Host("node2", slots)], answers, cuda), level, *parts)
 
 
 def test_hosts_with_and_without_gpus() -> None:
-    the_only(findings.of_slots(HOSTS, described(gpus=2), CUDA), "failure", "node1: cpu; node2: cuda")
+    assert_only(findings.of_slots(HOSTS, described(gpus=2), CUDA), "failure", "node1: cpu; node2: cuda")
 
 
 def test_a_torch_without_cuda_where_there_are_gpus() -> None:
-    the_only(findings.of_slots(HOSTS, described(gpus=2), CPU), "warning", "node2 has 2 GPUs", "build of torch")
+    assert_only(findings.of_slots(HOSTS, described(gpus=2), CPU), "warning", "node2 has 2 GPUs", "build of torch")
 
 
 @pytest.mark.parametrize(
@@ -193,16 +195,16 @@ def test_a_torch_without_cuda_where_there_are_gpus() -> None:
 )
 def test_what_compiling_needs(change: dict, software: dict, part: str) -> None:
     """Oracle: engine/compile_probe.py: one host that cannot compile makes all of them eager."""
-    the_only(findings.of_compilers(described(**change), installed(**software), CPU), "warning", "node2", part)
-    the_only(findings.of_compilers(described(), installed(), CPU), "ok")
+    assert_only(findings.of_compilers(described(**change), installed(**software), CPU), "warning", "node2", part)
+    assert_only(findings.of_compilers(described(), installed(), CPU), "ok")
 
 
 def test_an_error_of_a_host_is_told() -> None:
     missing = {"node2": {"error": "ModuleNotFoundError: No module named 'pydantic'"}}
-    the_only(findings.of_errors("versions", missing), "failure", "node2 lacks the package pydantic", "make setup")
+    assert_only(findings.of_errors("versions", missing), "failure", "node2 lacks the package pydantic", "make setup")
     broken = {"node2": {"error": "ImportError: cannot import name 'x' from 'y'"}}
-    the_only(findings.of_errors("versions", broken), "failure", "make setup")
-    the_only(findings.of_errors("names", {"node2": {"error": "OSError: odd"}}), "failure", "node2", "odd")
+    assert_only(findings.of_errors("versions", broken), "failure", "make setup")
+    assert_only(findings.of_errors("names", {"node2": {"error": "OSError: odd"}}), "failure", "node2", "odd")
 
 
 NEEDS = Needs("slm-10m", checkpoint_bytes=GB, checkpoints=4, keepers=2, data_bytes=10 * GB, rank_bytes=3 * GB)
@@ -227,7 +229,7 @@ def test_folders_and_their_space(name: str, change: dict, level: str, parts: lis
     answers["node2"] = {**answers["node2"], "folders": {**folders, name: {**folders[name], **change}}}
     *found, memory = content_findings.of_folders(HOSTS, answers, NEEDS, ["node2"])
     assert memory.level == "ok"
-    the_only([one for one in found if level != "failure" or one.level == level][:1], level, "node2", *parts)
+    assert_only([one for one in found if level != "failure" or one.level == level][:1], level, "node2", *parts)
 
 
 def test_only_hosts_that_keep_checkpoints_or_lack_data_need_their_space() -> None:
@@ -242,23 +244,23 @@ def test_only_hosts_that_keep_checkpoints_or_lack_data_need_their_space() -> Non
 def test_memory_for_the_ranks() -> None:
     """Oracle: two ranks of 1 GB for themselves and 3 GB for the model."""
     *_, memory = content_findings.of_folders(HOSTS, described(memory_bytes=7 * GB), NEEDS, [])
-    the_only([memory], "warning", "node2 has 7.0 GB", "about 8.0 GB")
+    assert_only([memory], "warning", "node2 has 7.0 GB", "about 8.0 GB")
     *_, memory = content_findings.of_folders(HOSTS, described(memory_bytes=9 * GB), NEEDS, [])
-    the_only([memory], "ok")
+    assert_only([memory], "ok")
 
 
 def test_a_live_launch_in_the_run_folder() -> None:
     answers = {"node1": {"alive": []}, "node2": {"alive": ["node2, process 7, since today"]}}
-    the_only(content_findings.of_launches(answers, "runs/demo"), "failure", "node2", "process 7", "--run-dir")
-    the_only(content_findings.of_launches({"node1": {"alive": []}}, "runs/demo"), "ok")
+    assert_only(content_findings.of_launches(answers, "runs/demo"), "failure", "node2", "process 7", "--run-dir")
+    assert_only(content_findings.of_launches({"node1": {"alive": []}}, "runs/demo"), "ok")
 
 
 def test_another_recipe_on_one_host() -> None:
     answers = {"node1": {"sha256": "a" * 64}, "node2": {"sha256": "b" * 64}}
-    the_only(content_findings.of_recipes(answers, "demo"), "failure", "node1: aaaa", "node2: bbbb")
+    assert_only(content_findings.of_recipes(answers, "demo"), "failure", "node1: aaaa", "node2: bbbb")
     answers["node2"] = {"problems": ["recipe 'mine.toml': no such recipe."]}
-    the_only(content_findings.of_recipes(answers, "mine.toml"), "failure", "node2", "no such recipe", "copy")
-    the_only(content_findings.of_recipes({"node1": {"sha256": "a" * 64}}, "demo"), "ok")
+    assert_only(content_findings.of_recipes(answers, "mine.toml"), "failure", "node2", "no such recipe", "copy")
+    assert_only(content_findings.of_recipes({"node1": {"sha256": "a" * 64}}, "demo"), "ok")
 
 
 def read(sha256: str = "a", tokenizer: str = "t") -> dict[str, Any]:
@@ -271,13 +273,23 @@ def read(sha256: str = "a", tokenizer: str = "t") -> dict[str, Any]:
         (read(), "ok", ["the same aaaa", "node1, node2"]),
         (read(sha256="b"), "failure", ["prepared data", "node2: bbbb", "copy"]),
         (read(sha256="b", tokenizer="u"), "failure", ["tokenizer", "node2: uuuu"]),
-        ({"absent": ["tokenizer", "text"], "prepared": [], "is_read": True}, "ok", ["not prepared on node2"]),
+        (
+            {"absent": ["tokenizer", "text"], "prepared": [], "is_read": True},
+            "ok",
+            ["not prepared on node2", "the launch sends it there"],
+        ),
         ({"absent": ["text"], "prepared": ["tokenizer"], "is_read": True}, "ok", ["node2 lacks text"]),
         ({"absent": [], "is_read": False}, "warning", ["node2", "--verify"]),
     ],
 )
 def test_prepared_data(answer: dict, level: str, parts: list[str]) -> None:
-    the_only(content_findings.of_data({"node1": read(), "node2": answer}, "demo"), level, *parts)
+    assert_only(content_findings.of_data({"node1": read(), "node2": answer}, "demo"), level, *parts)
+
+
+def test_data_that_no_host_has() -> None:
+    """Oracle: a launch sends what a host has, and prepares what none has."""
+    absent = {"absent": ["text"], "prepared": [], "is_read": True}
+    assert_only(content_findings.of_data(dict.fromkeys(("node1", "node2"), absent), "demo"), "ok", "prepares it there")
 
 
 def test_a_changed_shard() -> None:
@@ -304,25 +316,25 @@ def test_what_the_others_names_mean(meant: list[str], level: str, parts: list[st
         "node1": {"node1": ["192.0.2.11"], "node2": meant},
         "node2": {"node1": ["192.0.2.11"], "node2": ["192.0.2.12"]},
     }
-    the_only(link_findings.of_names(answers, ADDRESSES), level, *parts)
+    assert_only(link_findings.of_names(answers, ADDRESSES), level, *parts)
 
 
 def test_a_hosts_own_name_that_means_loopback_does_no_harm() -> None:
     answers = {"node1": {"node1": ["127.0.1.1"]}, "node2": {"node1": ["192.0.2.11"], "node2": ["192.0.2.12"]}}
-    the_only(link_findings.of_names(answers, ADDRESSES), "ok", "node1 (127.0.1.1)")
+    assert_only(link_findings.of_names(answers, ADDRESSES), "ok", "node1 (127.0.1.1)")
 
 
 def test_the_port_where_ranks_meet_is_taken() -> None:
-    the_only(link_findings.of_ports("node1", [40000, None], [0, 29500]), "failure", "29500", "--master_port")
+    assert_only(link_findings.of_ports("node1", [40000, None], [0, 29500]), "failure", "29500", "--master_port")
     assert not link_findings.of_ports("node1", [40000, 29500], [0, 29500])
 
 
 def test_the_interface_of_each_host() -> None:
     answers = {"node1": {"address": "192.0.2.11", "interface": "eth0"}, "node2": {"address": None, "interface": None}}
     lost, taken = link_findings.of_routes(answers)
-    the_only([lost], "failure", "node2 has no route")
-    the_only([taken], "ok", "node1 eth0 (192.0.2.11)")
-    the_only([link_findings.without_address("node1")], "failure", "hostname -I")
+    assert_only([lost], "failure", "node2 has no route")
+    assert_only([taken], "ok", "node1 eth0 (192.0.2.11)")
+    assert_only([link_findings.without_address("node1")], "failure", "hostname -I")
 
 
 def link(gbit_per_s: float = 8.0, closed: list | None = None) -> dict[str, Any]:
@@ -333,8 +345,8 @@ def test_a_firewall() -> None:
     closed = {"closed": [[40000, "it does not answer"]]}
     answers = {"node1": {"links": {"node2": link()}}, "node2": {"links": {"node1": closed}}}
     blocked, speed = link_findings.of_links(answers, "node1")
-    the_only([blocked], "failure", "node2 cannot connect to node1 (port 40000: it does not answer)", "--master_addr")
-    the_only([speed], "ok", "0.20 ms", "8.00 Gbit/s")
+    assert_only([blocked], "failure", "node2 cannot connect to node1 (port 40000: it does not answer)", "--master_addr")
+    assert_only([speed], "ok", "0.20 ms", "8.00 Gbit/s")
 
 
 def test_a_slow_link() -> None:
@@ -342,7 +354,7 @@ def test_a_slow_link() -> None:
     answers = {host: {"links": {other: link() for other in names if other != host}} for host in names}
     answers["node3"]["links"]["node1"] = link(0.1)
     slow, _ = link_findings.of_links(answers, "node1")
-    the_only([slow], "warning", "node3 to node1: 0.10 Gbit/s", "8.00 Gbit/s")
+    assert_only([slow], "warning", "node3 to node1: 0.10 Gbit/s", "8.00 Gbit/s")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +370,7 @@ def test_a_slow_link() -> None:
 )
 def test_an_all_reduce(answer: dict, level: str, parts: list[str]) -> None:
     """Oracle: 1 + 2."""
-    the_only(link_findings.of_all_reduce({"node1": {"sum": 3}, "node2": answer}, 12.0), level, *parts)
+    assert_only(link_findings.of_all_reduce({"node1": {"sum": 3}, "node2": answer}, 12.0), level, *parts)
 
 
 @pytest.mark.parametrize(
@@ -370,14 +382,14 @@ def test_an_all_reduce(answer: dict, level: str, parts: list[str]) -> None:
 )
 def test_clocks(offsets: dict, level: str, parts: list[str]) -> None:
     """Hosts are compared with each other, not with the machine where the command was typed."""
-    the_only(link_findings.of_clocks(offsets), level, *parts)
+    assert_only(link_findings.of_clocks(offsets), level, *parts)
 
 
 def test_forwarding_that_the_server_refuses() -> None:
     answers = {"node1": {"works": True}, "node2": {"works": False, "reason": "the server refuses it"}}
-    the_only(link_findings.of_forwarding(answers), "failure", "node2", "AllowTcpForwarding yes")
-    the_only(link_findings.of_forwarding({"node1": {"works": True}}), "ok")
+    assert_only(link_findings.of_forwarding(answers), "failure", "node2", "AllowTcpForwarding yes")
+    assert_only(link_findings.of_forwarding({"node1": {"works": True}}), "ok")
 
 
 def test_a_host_alone_that_is_not_this_machine() -> None:
-    the_only([findings.alone("node2")], "warning", "--force_multi")
+    assert_only([findings.alone("node2")], "warning", "--force_multi")

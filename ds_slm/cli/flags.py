@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ds_slm.cluster.limits import positive
 from ds_slm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -83,13 +84,6 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         "--allow-mixed", action="store_true", help="train together on hosts whose code or libraries differ"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
 
 
 def token_count(text: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from ds_slm.cli.flags import positive, run_dir
+from ds_slm.cli.flags import run_dir
 from ds_slm.cluster import launch, limits, runner_flags
 from ds_slm.cluster.hostfile import Host, is_this_machine
 from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
@@ -55,7 +55,7 @@ def read(
     parser.add_argument("recipe_name", metavar="RECIPE", help="name in the library, or path of a .toml file")
     where = parser.add_argument_group("where it runs")
     where.add_argument("-H", "--hostfile", type=Path, metavar="FILE", help="train on the hosts of this file")
-    where.add_argument("--devices", type=positive, metavar="N", help="train on this many devices of this machine")
+    where.add_argument("--devices", type=limits.positive, metavar="N", help="train on N devices of this machine")
     limits.add_flags(parser)
     runner_flags.add_runner_flags(parser)
     add_own(parser)

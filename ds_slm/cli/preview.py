@@ -3,7 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ds_slm.cli.flags import parse_sources, positive
+from ds_slm.cli.flags import parse_sources
+from ds_slm.cluster.limits import positive
 from ds_slm.errors import ConfigError
 
 

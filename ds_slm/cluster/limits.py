@@ -60,9 +60,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="supervise the run: ranks and hosts that die, hang or return start it again from its newest checkpoint, "
         "at most K times without a new step (default 0: a plain launch)",
     )
-    group.add_argument("--hang-timeout", type=_positive, metavar="S", help="a rank hangs after S seconds (default 300)")
-    group.add_argument("--lease", type=_positive, metavar="S", help="a host is cut off after S seconds (default 15)")
-    group.add_argument("--min-hosts", type=_positive, metavar="N", help="train on no fewer hosts (default 1)")
+    group.add_argument("--hang-timeout", type=positive, metavar="S", help="a rank hangs after S seconds (default 300)")
+    group.add_argument("--lease", type=positive, metavar="S", help="a host is cut off after S seconds (default 15)")
+    group.add_argument("--min-hosts", type=positive, metavar="N", help="train on no fewer hosts (default 1)")
 
 
 def of_flags(args: argparse.Namespace) -> Limits:
@@ -87,7 +87,8 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
-    if _whole(text) < 1:
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)

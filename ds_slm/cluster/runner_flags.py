@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ds_slm.cluster.hostfile import Host, is_this_machine, parse_hostfile
+from ds_slm.cluster.limits import positive
 from ds_slm.errors import ConfigError, HostfileError
 
 SSH_PATIENCE_S = 10
@@ -48,7 +49,7 @@ def add_runner_flags(parser: argparse.ArgumentParser) -> None:
     # Which hosts and slots.
     group.add_argument("-i", "--include", metavar="HOST[:SLOT,...]@...", help="only these hosts and slots")
     group.add_argument("-e", "--exclude", metavar="HOST[:SLOT,...]@...", help="all but these hosts and slots")
-    group.add_argument("--num_nodes", type=_count, metavar="N", help="only the first N hosts of the hostfile")
+    group.add_argument("--num_nodes", type=positive, metavar="N", help="only the first N hosts of the hostfile")
 
     # How the hosts are reached.
     group.add_argument("--force_multi", action="store_true", help="start over ssh, even on a single host")
@@ -259,10 +260,4 @@ def refuse_unreachable(
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: expected 1 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)

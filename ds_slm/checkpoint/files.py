@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync, is_plain_name, read_json, replace_text, write_json, write_point, writer_name
+from ds_slm.files import fsync, is_plain_name, read_json, replace_text, sha256_of, write_json, write_point, writer_name
 
 if TYPE_CHECKING:  # `ds-slm recipes` reads checkpoints' names and manifests, and does not wait for torch
     from torch import Tensor
@@ -309,5 +309,4 @@ def read_model(checkpoint: Path) -> "dict[str, Tensor]":
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -14,7 +14,6 @@ Known gap: one safetensors file, however large.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.chat_template import unmarked
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_CONFIG, IM_END, load_tokenizer
 from ds_slm.errors import CheckpointError, ConfigError
-from ds_slm.files import read_json
+from ds_slm.files import read_json, sha256_of
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.place import appears_whole, free_place
@@ -116,7 +115,7 @@ def export_run(
         "params": sum(tensor.numel() for tensor in state.values()),
         "dtype": name_of(dtype),
         "folder": str(out),
-        "sha256": _sha256(out / WEIGHTS),
+        "sha256": sha256_of(out / WEIGHTS),
     }
     if gguf_file:
         exported["gguf"] = {"file": str(out / gguf_name), "stored": gguf_file.stored}
@@ -258,11 +257,6 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_of(dtype: torch.dtype) -> str:

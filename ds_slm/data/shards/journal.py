@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from ds_slm.errors import DataError
-from ds_slm.files import is_plain_name, read_json, write_json, write_point
+from ds_slm.files import is_plain_name, read_json, sha256_of, write_json, write_point
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -200,9 +200,8 @@ class ShardsInProgress:
 
             # A closed shard must still have the content it was closed with.
             for shard in (shard for shards in journal["closed"].values() for shard in shards):
-                with (self.folder / (shard["file"] + PART)).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                        return False
+                if sha256_of(self.folder / (shard["file"] + PART)) != shard["sha256"]:
+                    return False
 
             # Opening a part cuts it back to what the journal says.
             parts = {

@@ -13,7 +13,6 @@ edited shard is refused; one from another host is checked once, by one process w
 Checking data that are right takes no lock. Where nothing can be written they are checked at every launch, with a note.
 """
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -29,7 +28,7 @@ from ds_slm.data.shards.journal import SPLITS, Split
 from ds_slm.data.shards.writer import decode_documents
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ds_slm.errors import DataError
-from ds_slm.files import locked, read_json, sha256_of_json, write_json
+from ds_slm.files import locked, read_json, sha256_of, sha256_of_json, write_json
 from ds_slm.recipe.schema import Recipe
 
 STAMPS = ".verified.json"
@@ -252,8 +251,7 @@ def _differing(prepared: Prepared, trusted: Mapping[str, Any], report: Callable[
         if trusted.get(name) == found_right[name]:
             continue
 
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != shard["sha256"]:
             del found_right[name]
             problems.append(

@@ -138,3 +138,15 @@ def test_names_outside_the_folder_are_refused(tmp_path: Path, monkeypatch: pytes
     _, error = launch(["node1", "node2"], tmp_path)
     assert isinstance(error, DataError) and "outside its folder" in str(error)
     assert read(tmp_path / "node2") == {}
+
+
+def test_a_host_with_older_code_is_named(tmp_path: Path) -> None:
+    """It comes to the meeting without having looked. Oracle: a sentence instead of a wait without end."""
+    world = World(size=2, port=runs.free_port())
+    new, old = (Rendezvous(replace(world, rank=rank), QUICK) for rank in range(2))
+    threading.Thread(target=lambda: old.arrive({}), daemon=True).start()
+    needed = NeededFolder("demo/docs", tmp_path, None, is_absent=True, lock=tmp_path)
+    with pytest.raises(DataError, match=r"the hosts differ in their code: .* runs an older version"):
+        sharing.share(new, [needed], "same", print)
+    for meeting in (new, old):
+        meeting.close()

@@ -11,7 +11,7 @@ from ds_slm.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
 from ds_slm.publish.export import export
-from ds_slm.publish.models import open_model, refuse_other_base
+from ds_slm.publish.models import needed_base, open_base, open_model, refuse_other_base
 from ds_slm.recipe import schema
 from tests.support import runs
 from tests.support.data_recipes import BPE, prepare, recipe, source, texts, write_jsonl
@@ -49,6 +49,43 @@ def test_places_in_a_run(made: tuple) -> None:
         assert same(found.read(), state)
         assert found.tokenizer_folder == run / "tokenizer"
     assert open_model(run).sha256 != open_model(run / "checkpoints" / "best").sha256
+
+
+def files_needed(path: Path, loaded: schema.Recipe) -> tuple[Path, tuple[str, ...] | None, bool]:
+    found = needed_base(path, lambda: open_base(path, loaded))
+    return found.path, found.files, found.is_absent
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/best"])
+def test_what_another_host_needs_of_a_run(made: tuple, tmp_path: Path, place: str) -> None:
+    """Oracle: with these files alone another folder opens as the same model; the sign of a whole one comes last."""
+    run, loaded, _ = made
+    root, files, is_absent = files_needed(run / place, loaded)
+    assert root == run and files is not None and files[-1].endswith("manifest.json") and not is_absent
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    assert open_model(tmp_path / place).sha256 == open_model(run / place).sha256
+
+
+def test_what_another_host_needs_of_a_hugging_face_folder(made: tuple, tmp_path: Path) -> None:
+    """Oracle: its own files but pickles, under a folder named checkpoints and beside any manifest.json, too."""
+    run, loaded, states = made
+    folder = tmp_path / "checkpoints" / "smol"
+    export(states[0], loaded.model, run / "tokenizer", folder)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    root, files, is_absent = files_needed(folder, loaded)
+    assert root == folder and not is_absent and files is not None and files[-1] == "config.json"
+    assert sorted(files) == sorted({path.name for path in folder.iterdir()} - {"pytorch_model.bin"})
+
+
+def test_a_model_that_does_not_fit_is_not_replaced(made: tuple, tmp_path: Path) -> None:
+    """Oracle: a run of another shape is neither sent nor taken for a gap; what is not there is one."""
+    run, loaded, _ = made
+    other = loaded.model_copy(update={"model": loaded.model.model_copy(update={"num_hidden_layers": 9})})
+    assert files_needed(run, other) == (run, None, False)
+    assert files_needed(tmp_path / "nothing", loaded) == (tmp_path / "nothing", None, True)
 
 
 def test_another_tokenizer_in_a_run_is_refused(made: tuple, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ main.run()
 """
 """The command, whose first answer waits after its first piece: Ctrl-C then comes in the middle."""
 CTRL_C, CTRL_D = b"\x03", b"\x04"
+AGAIN_S = 2.0
+"""After so long without a sign somebody presses a key again."""
 
 
 class Screen:
@@ -49,12 +51,16 @@ class Screen:
         """Press keys."""
         os.write(self._master, keys)
 
-    def until(self, text: str, longest_s: float = 240) -> str:
-        """Wait for a text; returns what was shown from the last one up to it."""
+    def until(self, text: str, longest_s: float = 240, again: bytes = b"") -> str:
+        """Wait for a text; returns what was shown from the last one up to it. Press the keys `again` now and then."""
         end_s = time.monotonic() + longest_s
         while (found := self.text.find(text, self._place)) < 0:
-            ready, _, _ = select.select([self._master], [], [], max(0, end_s - time.monotonic()))
-            assert ready, f"{text!r} did not come: {self.text!r}"
+            left_s = max(0, end_s - time.monotonic())
+            ready, _, _ = select.select([self._master], [], [], min(left_s, AGAIN_S) if again else left_s)
+            assert ready or (again and left_s), f"{text!r} did not come: {self.text!r}"
+            if not ready:
+                self.type(again)
+                continue
             self._bytes += os.read(self._master, 4096)
             self.text = self._bytes.decode(errors="ignore")  # the last character may be half there
         before, self._place = self.text[self._place : found], found + len(text)
@@ -91,9 +97,9 @@ def test_keys_of_a_terminal(screen: Screen) -> None:
     assert "stopped" in screen.until("\n> ").splitlines()[-1]
 
     screen.type(b"half a line")
-    screen.until("half a line")  # it is being read: a signal just before would wait for the next key
-    screen.type(CTRL_C)
-    screen.until("/quit or Ctrl-D ends.")
+    screen.until("half a line")
+    screen.type(CTRL_C)  # Python heeds one that comes between two keys, before it waits again, with the next key
+    screen.until("/quit or Ctrl-D ends.", again=CTRL_C)
     screen.until("> ")
     screen.type(b"/reset\n")
     screen.until("begins anew.")

@@ -161,7 +161,6 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
     # A machine without a GPU trains on its CPU, as without a supervisor.
     cuda = torch.cuda.device_count()
     devices = args.devices or cuda or 1
-    prepared_by = [str(Path(sys.executable).with_name("ds-slm")), "prepare", line.recipe, *_flags_of_prepare(args)]
     return supervise.run(
         supervise.Launch(
             command=[str(script), "--recipe", line.recipe, *line.script],
@@ -170,19 +169,11 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
             devices=devices,
             limits=endured,
             min_hosts=args.min_hosts or 1,
-            prepare=prepared_by if len(hosts) > 1 and script.name == "pretrain.py" and not args.base else None,
             ssh_port=args.ssh_port,
             venv_script=args.venv_script,
             environ=launch.environment(os.environ, None if cuda or others else devices),
         )
     )
-
-
-def _flags_of_prepare(args: argparse.Namespace) -> list[str]:
-    """The flags of a training program that `ds-slm prepare` takes, too."""
-    sources = [piece for source in args.source for piece in ("--source", source)]
-    overrides = [piece for override in args.set for piece in ("--set", override)]
-    return ["--data-root", str(args.data_root), *sources, *overrides]
 
 
 def _content(path: Path) -> bytes | None:

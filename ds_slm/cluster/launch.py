@@ -5,7 +5,7 @@
 The names of DeepSpeed's own flags (`--force_multi`, `--master_port N`) distinguish them from the script's.
 If this machine has no CUDA device and no hostfile names others, the ranks run on its CPU and share its cores.
 
-Known gaps: nothing is restarted, and a run that hangs is waited for.
+Known gaps: nothing is restarted, and a run that hangs is waited for; supervise.py does better.
 """
 
 import contextlib

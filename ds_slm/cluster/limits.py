@@ -11,8 +11,6 @@ NAME = "ds-slm"
 """Of our rendezvous, as `torchrun --rdzv-backend` takes it."""
 END = "ds_slm/end"
 """The store's key for the exit code with which all agents end."""
-PREPARE = "DS_SLM_PREPARE"
-"""The environment variable with what a host runs before it joins the others: a command line in JSON."""
 HEARTBEAT_S = 2
 
 

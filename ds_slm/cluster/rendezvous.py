@@ -17,10 +17,8 @@ Known gap: of torch's privates one is read, `_state_holder.state.participants`; 
 
 import atexit
 import contextlib
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -41,7 +39,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
 
 from ds_slm import pulse
-from ds_slm.cluster.limits import END, HEARTBEAT_S, NAME, PREPARE, Limits
+from ds_slm.cluster.limits import END, HEARTBEAT_S, NAME, Limits
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED
 
 STARTED = "ds_slm/started"
@@ -178,7 +176,6 @@ class Handler(DynamicRendezvousHandler):
             if self._rounds:
                 self._refuse_useless_restart()
             else:
-                self._prepare()
                 self._await_all_hosts()
 
             pulse.forget(self._pulses)
@@ -222,24 +219,6 @@ class Handler(DynamicRendezvousHandler):
 
     def _participants(self) -> frozenset:
         return frozenset(self._state_holder.state.participants)
-
-    def _prepare(self) -> None:
-        """Prepare what the ranks need, so that the other hosts need not wait for it."""
-        if not (command := os.environ.get(PREPARE)):
-            return
-        preparing = subprocess.Popen(json.loads(command), stdout=subprocess.DEVNULL)
-        try:
-            while preparing.poll() is None:
-                self._backend.get_state()
-                time.sleep(LOOK_S)
-        finally:
-            preparing.terminate()
-            code = preparing.wait()
-
-        # At the beginning this host's problem is the run's. Later it would end a run that goes on without this host.
-        if code:
-            super().num_nodes_waiting()  # reads the newest state
-            raise SystemExit(code) if self._participants() else self._ended_run(code)
 
     def _await_all_hosts(self) -> None:
         """Let the first round begin with all hosts, rather than with the fastest one alone."""

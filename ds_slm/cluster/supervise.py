@@ -15,7 +15,6 @@ Known gap: the run does not outlive the machine of this command.
 
 import contextlib
 import fcntl
-import json
 import os
 import random
 import re
@@ -35,7 +34,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from ds_slm.cluster.hostfile import Host, is_this_machine
-from ds_slm.cluster.limits import END, NAME, PREPARE, Limits
+from ds_slm.cluster.limits import END, NAME, Limits
 from ds_slm.cluster.link_findings import MOST_CLOCK_DIFFERENCE_S
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError, HostfileError
 from ds_slm.pulse import FOLDER as PULSES
@@ -73,8 +72,6 @@ class Launch:
     devices: int
     limits: Limits
     min_hosts: int = 1
-    prepare: Sequence[str] | None = None
-    """What a host runs before it joins the others."""
     ssh_port: int | None = None
     venv_script: str | None = None
     """Sourced on every other host first."""
@@ -250,9 +247,7 @@ class Supervisor:
     def _script(self, host: Host, port: int, here: bool) -> str:
         """What the shell of a host runs."""
         launch = self._launch
-        exported = {PREPARE: json.dumps(list(launch.prepare))} if launch.prepare else {}
-        if not here:
-            exported |= exported_to_hosts(launch.environ)
+        exported = {} if here else exported_to_hosts(launch.environ)
 
         agent = [
             *(sys.executable, "-m", "torch.distributed.run"),

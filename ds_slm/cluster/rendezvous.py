@@ -68,9 +68,10 @@ def create(params: RendezvousParameters) -> "Handler":
 
     # Ranks meet at a port of their own in every round: in a store they shared, addresses of the round before remain.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    pulses = Path(os.environ.get(pulse.FOLDER) or tempfile.mkdtemp(prefix="ds-slm-"))
-    os.environ[pulse.FOLDER] = str(pulses)
-    atexit.register(shutil.rmtree, pulses, ignore_errors=True)
+    if not os.environ.get(pulse.FOLDER):
+        os.environ[pulse.FOLDER] = tempfile.mkdtemp(prefix="ds-slm-")
+        atexit.register(shutil.rmtree, os.environ[pulse.FOLDER], ignore_errors=True)
+    pulses = Path(os.environ[pulse.FOLDER])
 
     backend = AnsweringBackend(connect(params.endpoint), params.run_id)
     made = Handler.from_backend(
@@ -261,7 +262,7 @@ class Handler(DynamicRendezvousHandler):
             if time.monotonic() - self._backend.answered_s > self._limits.lease:
                 self._say(f"no answer from the supervisor for {self._limits.lease} s: this host's ranks end")
                 saved = self._stop_ranks(self._limits.grace)
-                shutil.rmtree(self._pulses, ignore_errors=True)
+                shutil.rmtree(self._pulses, ignore_errors=True)  # os._exit leaves it out
                 self._end(EXIT_STOPPED if saved else EXIT_FAILURE)
                 return
             for rank in self._ranks():

@@ -257,17 +257,18 @@ class Supervisor:
             *("--max-restarts", "1000000"),  # the rendezvous counts
         ]
 
-        # Signs of life and torch's own files lie in a folder that the agent removes.
+        # Signs of life and torch's own files lie in a folder that goes with this shell, however the agent ends.
         lines = [
             f"cd {shlex.quote(str(Path.cwd()))}",
             *([f". {shlex.quote(launch.venv_script)}"] if launch.venv_script and not here else []),
             *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
             f"{PULSES}=$(mktemp -d -t ds-slm-XXXXXX)",
+            f"trap 'rm -rf \"${PULSES}\"' EXIT",
             f"export {PULSES}",
         ]
         run = f'{shlex.join(agent)} --log-dir "${PULSES}" {shlex.join(launch.command)}'
         if here:
-            return " && ".join([*lines, f"exec {run}"])
+            return " && ".join([*lines, run])
 
         # Ranks that save must not fail because nobody reads what they print: ssh may be gone.
         output = f'"${PULSES}/output"'

@@ -137,3 +137,24 @@ def test_an_agent_that_can_never_start_is_not_tried_for_ever(
     assert supervise.run(supervise.Launch([], tmp_path / "run", [], 1, Limits(restarts=1))) == 1
     said = capsys.readouterr().out
     assert said.count("/no/such/python") == supervise.GIVE_UP and "this host is left out" in said
+
+
+@pytest.mark.parametrize("hosts", [[], [Host("node2.invalid", 1)]])
+def test_nothing_is_left_of_an_agent_that_was_killed(
+    hosts: list[Host], ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine and on another one, a stand-in of which runs here. Oracle: the empty folder for temporary files.
+
+    The stand-in of the agent writes down that it came to its folder.
+    """
+    ssh.write_text('#!/bin/sh\nfor command; do :; done\nexec sh -c "$command"\n')
+    temporary, agent = tmp_path / "temporary", tmp_path / "agent"
+    temporary.mkdir()
+    agent.write_text(f'#!/bin/sh\ntouch "$DS_SLM_PULSES/47.pulse" && echo came >>{tmp_path}/came\nkill -9 $$\n')
+    agent.chmod(0o755)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(supervise, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(supervise.sys, "executable", str(agent))
+    supervise.run(supervise.Launch([], tmp_path / "run", hosts, 1, Limits(restarts=1)))
+    assert (tmp_path / "came").read_text().count("came") == supervise.GIVE_UP
+    assert not [*temporary.iterdir()]

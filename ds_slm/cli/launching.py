@@ -155,7 +155,6 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
 
     others = [host for host in hosts if not is_this_machine(host.name)]
     if others and not args.no_ssh_check:
-        runner_flags.refuse_unreachable(others, args.ssh_port, programs={"ssh": "openssh-client"})
         supervise.refuse_unfit(others, args.ssh_port)
 
     # A machine without a GPU trains on its CPU, as without a supervisor.

@@ -7,17 +7,15 @@ before the launch: its value, the hosts and slots it names, and whether every ho
 import argparse
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from ds_slm.cluster import asking
 from ds_slm.cluster.hostfile import Host, is_this_machine, parse_hostfile
 from ds_slm.cluster.limits import positive
 from ds_slm.errors import ConfigError, HostfileError
 
-SSH_PATIENCE_S = 10
 INSTEAD = {
     "--num_gpus": "use --devices N on this machine, or slots=N in the hostfile",
     "--num_accelerators": "use --devices N on this machine, or slots=N in the hostfile",
@@ -215,46 +213,23 @@ def refuse_where_supervised(runner: Sequence[str], args: argparse.Namespace) -> 
         raise ConfigError(problems)
 
 
-def refuse_unreachable(
-    hosts: Sequence[Host],
-    ssh_port: int | None,
-    environ: Mapping[str, str] = os.environ,
-    programs: Mapping[str, str] = PROGRAMS,
-) -> None:
-    """Raise HostfileError for every host that does not answer over ssh.
+def refuse_missing(programs: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> None:
+    """Raise HostfileError for a program that starts hosts and is not there; `programs`: names, and Debian packages."""
+    for program, package in programs.items():
+        if shutil.which(program, path=environ.get("PATH")) is None:
+            raise HostfileError(f"there is no {program!r} on this machine, which starts the hosts: install {package}.")
+
+
+def refuse_unreachable(hosts: Sequence[Host], ssh_port: int | None, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise HostfileError for every host that DeepSpeed's launcher would not reach.
 
     Args:
         hosts: to be asked, all at once.
         ssh_port: of every host's ssh.
         environ: where programs are looked for.
-        programs: those that start the hosts, and their Debian packages.
     """
-    for program, package in programs.items():
-        if shutil.which(program, path=environ.get("PATH")) is None:
-            raise HostfileError(f"there is no {program!r} on this machine, which starts the hosts: install {package}.")
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_PATIENCE_S}"]
-    options += ["-p", str(ssh_port)] if ssh_port else []
-
-    def problem_of(host: Host) -> str | None:
-        command = ["ssh", *options, host.name, "true"]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=3 * SSH_PATIENCE_S,
-                stdin=subprocess.DEVNULL, check=False, env=dict(environ),
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"host {host.name} does not answer over ssh within {3 * SSH_PATIENCE_S} s."
-        if done.returncode == 0:
-            return None
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip()
-        return f"host {host.name} does not answer over ssh: {said.rstrip('.')}."
-
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        problems = [problem for problem in pool.map(problem_of, hosts) if problem]
-    if problems:
-        raise HostfileError(
-            [*problems, "`ssh HOST true` must work from here without a password; --no_ssh_check skips this check."]
-        )
+    refuse_missing(PROGRAMS, environ)
+    asking.refuse_hosts(hosts, [*asking.SSH, *asking.port_option(ssh_port)], "true", environ=environ)
 
 
 def _port(text: str) -> int:

@@ -27,22 +27,23 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from ds_slm.cluster import asking
 from ds_slm.cluster.hostfile import Host, is_this_machine
 from ds_slm.cluster.limits import END, NAME, Limits
 from ds_slm.cluster.link_findings import MOST_CLOCK_DIFFERENCE_S
-from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError, HostfileError
+from ds_slm.cluster.runner_flags import PROGRAMS, refuse_missing
+from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError
 from ds_slm.pulse import FOLDER as PULSES
 
-SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", "ConnectTimeout=10"]
-SSH_FAILED = 255
-"""Its exit code where it did not reach the host, or lost it."""
+SSH = [*asking.SSH, "-T", "-o", "ControlPath=none"]
 TUNNEL = ["-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=3"]
+IMPORT_S = 120.0
+"""A host may take so long until torch is imported."""
 PORTS = range(20000, 32000)
 """On other hosts the store is reached at one of these: below those that systems give to clients."""
 PAUSES_S = (1.0, 10.0)
@@ -99,17 +100,16 @@ def run(launch: Launch) -> int:
 
 
 def refuse_unfit(hosts: Sequence[Host], ssh_port: int | None) -> None:
-    """Raise HostfileError for every host, which answers over ssh, whose agent could not start or be understood."""
+    """Raise HostfileError for every host that ssh does not reach, or whose agent could not start or be understood."""
+    refuse_missing({"ssh": PROGRAMS["ssh"]})
     look = "import tempfile, time, torch.distributed.run; tempfile.TemporaryFile(); print(time.time())"
     script = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join([sys.executable, '-c', look])}"
 
-    def problem_of(host: Host) -> str | None:
-        command = [*SSH, *_port_option(ssh_port), host.name, f"sh -c {shlex.quote(script)}"]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    def problem_of(host: Host, done: asking.Answer) -> str | None:
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].rstrip(".")
+            said = asking.last_words(done)
             return f"host {host.name} cannot start an agent: {said}. It needs this folder, and this Python, as here."
-        ahead_s = float(done.stdout) - time.time()
+        ahead_s = float(done.stdout.split()[-1]) - time.time()  # a login may say more
         if abs(ahead_s) > MOST_CLOCK_DIFFERENCE_S:
             return (
                 f"host {host.name}'s clock is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}, expected at "
@@ -117,13 +117,8 @@ def refuse_unfit(hosts: Sequence[Host], ssh_port: int | None) -> None:
             )
         return None
 
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        if problems := [problem for problem in pool.map(problem_of, hosts) if problem]:
-            raise HostfileError(problems)
-
-
-def _port_option(ssh_port: int | None) -> list[str]:
-    return ["-p", str(ssh_port)] if ssh_port else []
+    ssh = [*SSH, *asking.port_option(ssh_port)]
+    asking.refuse_hosts(hosts, ssh, f"sh -c {shlex.quote(script)}", problem_of, IMPORT_S)
 
 
 @contextlib.contextmanager
@@ -215,7 +210,7 @@ class Supervisor:
             # An agent that lived for long is started again at once.
             was_quick = time.monotonic() - began_s < QUICK_S
             pause_s = min(2 * pause_s, PAUSES_S[1]) if was_quick else PAUSES_S[0]
-            failed = failed + 1 if was_quick and code not in (EXIT_OK, SSH_FAILED) else 0
+            failed = failed + 1 if was_quick and code not in (EXIT_OK, asking.SSH_FAILED) else 0
             deadline_s = time.monotonic() + pause_s
             while self._end_code() is None and time.monotonic() < deadline_s:
                 time.sleep(LOOK_S)
@@ -231,7 +226,7 @@ class Supervisor:
             command = ["sh", "-c", self._script(host, self._port, here=True)]
         else:
             port = random.choice(PORTS)
-            to = [*SSH, *TUNNEL, *_port_option(launch.ssh_port)]
+            to = [*SSH, *TUNNEL, *asking.port_option(launch.ssh_port)]
             script = self._script(host, port, here=False)
             command = [*to, "-R", f"127.0.0.1:{port}:127.0.0.1:{self._port}", host.name, f"sh -c {shlex.quote(script)}"]
 

@@ -96,8 +96,23 @@ def test_a_host_that_could_not_take_part_is_named(ssh: Path, answer: str, told: 
 
 
 def test_a_host_whose_clock_is_right_takes_part(ssh: Path) -> None:
-    ssh.write_text("#!/bin/sh\ndate +%s.%N\n")
+    """Whatever its login says before."""
+    ssh.write_text("#!/bin/sh\necho Welcome to node2.\ndate +%s.%N\n")
     supervise.refuse_unfit([Host("node2", 1)], 2222)
+
+
+def test_every_host_is_asked_once_and_all_that_is_wrong_is_told(ssh: Path, tmp_path: Path) -> None:
+    """One cannot be reached, of one the clock is off, one is well. Oracle: the calls that the stand-in notes."""
+    ssh.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *far*) echo "far: no route" >&2; exit 255;; '
+        "*late*) expr $(date +%s) - 60;; *) date +%s;; esac\n"
+    )
+    with pytest.raises(HostfileError) as refused:
+        supervise.refuse_unfit([Host("far", 1), Host("late", 1), Host("well", 1)], None)
+    unreached, late, way_out = refused.value.problems
+    assert unreached == "host far does not answer over ssh: far: no route."
+    assert "host late's clock" in late and "--no_ssh_check" in way_out
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         *flags,
     ]
     shared += [word for key, value in every.items() for word in ("--set", f"run.{key}={value}")]
+    if "--base" not in flags and facts.get("base_folder"):
+        shared += ["--base", facts["base_folder"]]
     ranks = facts["world_size"]
 
     def train(name: str, resume: str = "never", **environment: str) -> int:

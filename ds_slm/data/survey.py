@@ -1,18 +1,20 @@
 """How much text there is, before anything is prepared: bytes, documents, about how many tokens, and what to hold out.
 
-    a source --documents--> counted one by one; the first SAMPLE_BYTES --train_bpe--> bytes a token --> Text
+    a source --documents--> counted one by one; its first SAMPLE_BYTES --tokenizer--> bytes a token --> Text
 
 All of the text is read once, so that a damaged file or a missing column shows here and not in the middle of a run.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 from ds_slm.data.shards.writer import HASHES, hash_position
 from ds_slm.data.sources.documents import documents
 from ds_slm.data.tokenizers.bpe_training import train_bpe
 from ds_slm.data.tokenizers.byte_level import GPT2_PATTERN, bulk_encoder, by_rank
+from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe.own_text import Text
 from ds_slm.recipe.schema import Recipe, Source
@@ -62,7 +64,7 @@ def survey(source: Source, recipe: Recipe) -> Text:
     fraction, share = (HELD_OUT, HELD_OUT) if is_cut or count > FEW_DOCUMENTS else _fraction(positions)
     return Text(
         path=str(source.path), column=source.column, documents=count, text_bytes=text_bytes,
-        **_learn(sample, recipe), val_fraction=fraction, held_out_share=share, beginnings=_beginnings(sample),
+        **_measure(sample, recipe), val_fraction=fraction, held_out_share=share, beginnings=_beginnings(sample),
     )  # fmt: skip
 
 
@@ -88,9 +90,17 @@ def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return fraction, share
 
 
-def _learn(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:
-    """Ids that can be learned from a sample, at most the recipe's; and bytes that one of them stands for."""
+def _measure(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+    """Ids that a sample's vocabulary has, at most the recipe's; and bytes that one of them stands for."""
     section = recipe.tokenizer
+    sample_bytes = sum(len(text.encode()) for text in sample)
+
+    # The tokenizer of a model that is trained further is there.
+    if section.kind == "hf" and section.path and Path(section.path).is_dir():
+        tokens = sum(map(len, load_tokenizer(Path(section.path)).encode_batch(sample)))
+        return {"learnable_ids": section.vocab_size, "bytes_per_token": sample_bytes / tokens}
+
+    # Any other is estimated by one that is learned from the sample.
     size = min(section.vocab_size, SAMPLE_VOCAB) - len(section.special_tokens)
     learned, _ = train_bpe(sample, size, section.min_frequency)
 
@@ -100,7 +110,7 @@ def _learn(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:
     tokens = sum(map(len, encode(sample)))
     return {
         "learnable_ids": len(learned) + len(section.special_tokens),
-        "bytes_per_token": sum(len(text.encode()) for text in sample) / tokens,
+        "bytes_per_token": sample_bytes / tokens,
     }
 
 

@@ -167,7 +167,7 @@ class Launching:
         choices = effective_choices(recipe, options, inputs.engine_config, control)
         facts = {**launch.facts(), **choices, **self.differing, **inputs.identity}
         facts |= {"rows": rows.summary(), "skipped_rows": skip.ranges, "begins_at_step": content.get("step", 0)}
-        facts["replaced_sources"] = corpus.replaced_sources
+        facts |= {"replaced_sources": corpus.replaced_sources, "max_tokens": corpus.max_tokens}
         if base := inputs.base:
             facts |= {"base": base.name, "base_folder": str(base.folder.resolve())}
         facts["warnings"] = [

@@ -48,6 +48,11 @@ class Corpus(Protocol):
         """Sources that were read from other local files than the recipe names."""
         ...
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The --max-tokens that a source was cut at when it was prepared."""
+        ...
+
 
 @dataclass(frozen=True)
 class Options:

@@ -64,6 +64,7 @@ class _Source(BaseModel):
     bytes: dict[Literal["train", "val"], int | None] = Field(min_length=2)
     skipped: dict[str, int]
     whole: bool
+    max_tokens: int | None = None
     left_out: dict[str, list[str]] = {}
     notes: list[str] = []
 

@@ -51,6 +51,8 @@ class Preparation:
     """Local files in place of a source, by its name."""
     limits: Mapping[str, float]
     """Training tokens at which a source may be cut, by its name."""
+    max_tokens: int | None
+    """What the limits were made from, where a user asked for less than the run reads."""
     document_format: DocumentFormat
     report: Callable[[str], None]
 
@@ -154,6 +156,7 @@ class Preparation:
         # Shards without a manifest count as unfinished, so it comes last.
         fsync(target)
         manifest = {"format": FORMAT, **described, "dtype": dtype.name, LEFT_OUT: files.left_out(), **written}
+        manifest["max_tokens"] = self.max_tokens
         stamp_written(self.folder, source.name, manifest)
         write_json(target / MANIFEST, manifest)
         (target / JOURNAL).unlink(missing_ok=True)

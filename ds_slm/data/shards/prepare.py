@@ -96,7 +96,7 @@ def prepare(
                 if document_format.as_json and max_tokens is None:
                     limits = dict.fromkeys(limits, math.inf)  # conversations are few, and an epoch holds all of them
 
-                preparation = Preparation(recipe, folder, replacements, limits, document_format, report)
+                preparation = Preparation(recipe, folder, replacements, limits, max_tokens, document_format, report)
                 tokenizer = preparation.make_tokenizer()
                 refuse(_differs_from_base(recipe, folder, document_format))
                 for source in recipe.data.source:

@@ -125,6 +125,11 @@ class Prepared:
         """Sources that were read from other local files than the recipe names."""
         return [name for name, manifest in self.manifests.items() if manifest["replaced"]]
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The --max-tokens that a source was cut at; None where the run's length alone decided."""
+        return next((cut for manifest in self.manifests.values() if (cut := manifest.get("max_tokens"))), None)
+
     def summary(self) -> dict[str, Any]:
         """What was prepared, for people and --json."""
         names = ("train_tokens", "val_tokens", "val_bytes", "vocab_size", "sha256")

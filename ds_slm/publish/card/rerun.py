@@ -25,8 +25,9 @@ def rerun(facts: RunFacts) -> list[str]:
     recipe = shlex.quote(name if in_library else f"{name}.toml")
     replaced = "".join(f" --source {shlex.quote(one)}=FILES" for one in environment.get("replaced_sources") or ())
     if facts.recipe.sft is None:
+        cut = f" --max-tokens {environment['max_tokens']}" if environment.get("max_tokens") else ""
         commands = [
-            f"ds-slm prepare {recipe}{replaced}",
+            f"ds-slm prepare {recipe}{replaced}{cut}",
             f"deepspeed ds_slm/pretrain.py --recipe {recipe}{' --base BASE' if facts.has_base else ''}{replaced}",
         ]
     else:

@@ -242,6 +242,7 @@ def test_max_tokens(made: Recipe, tmp_path: Path) -> None:
         assert share <= len(array) < share + longest
     assert all(len(array) for array in prepared.tokens("val"))
     assert sum("the run will repeat them" in line for line in lines) == 2
+    assert open_prepared(made, "made", tmp_path / "data").max_tokens == 4_000
 
 
 def test_empty_documents_are_counted(tmp_path: Path) -> None:

@@ -72,3 +72,21 @@ def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "text.jsonl", ["  ", ""])
     with pytest.raises(DataError, match="holds no text"):
         survey(files_source(file), DEMO)
+
+
+def test_a_run_that_goes_on_is_counted_in_its_own_tokenizer(tmp_path: Path) -> None:
+    """Oracle: preparing the new text in the vocabulary of another, which fits it badly."""
+    old = files_source(write_jsonl(tmp_path / "old.jsonl", [words(300, seed) for seed in range(400)]))
+    known, old_recipe = survey(old, DEMO), tmp_path / "old.toml"
+    old_recipe.write_text(own_text.as_toml("old", "demo", DEMO, known, own_text.fit(DEMO, known)), encoding="utf-8")
+    run = prepare(schema.load(str(old_recipe)), tmp_path / "data").folder
+
+    base = own_text.with_tokenizer_of(run, DEMO)
+    new = files_source(write_jsonl(tmp_path / "new.jsonl", [words(300, seed).upper() for seed in range(400)]))
+    found = survey(new, base)
+    assert found.bytes_per_token < 0.7 * survey(new, DEMO).bytes_per_token
+    tables = {**DEMO.model_dump(), "tokenizer": base.tokenizer, "data": {**DEMO.data.model_dump(), "source": [new]}}
+    prepared = prepare(schema.Recipe.model_validate(tables), tmp_path / "more")
+    assert prepared.train_tokens + prepared.val_tokens == pytest.approx(
+        found.text_bytes / found.bytes_per_token, rel=0.01
+    )

@@ -306,6 +306,12 @@ def test_the_librarys_recipe_needs_no_copy(tmp_path: Path, export: Any) -> None:
     assert "deepspeed ds_slm/pretrain.py --recipe demo\n" in text and "toml" not in text
 
 
+def test_data_that_were_cut_are_cut_again(tmp_path: Path, export: Any) -> None:
+    """Oracle: the flags that the data were prepared with, by hand."""
+    run = write_run(tmp_path / "run", recipe_of(), replaced_sources=["b"], max_tokens=4_000)
+    assert re.search(r"ds-slm prepare \S+ --source b=FILES --max-tokens 4000\n", export(run))
+
+
 @pytest.mark.parametrize("name", schema.library_names())
 def test_every_recipe_of_the_library_has_a_card(name: str) -> None:
     """Oracle: the schedule's rates, batch and unstated choices of the recipe stand in it; nothing says None or nan."""

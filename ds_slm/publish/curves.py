@@ -9,10 +9,12 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,8 +118,8 @@ def _draw(
     axes: "Axes", chart: Chart, axis: str, name: str, records: Mapping[str, Sequence[Record]], colour: str
 ) -> None:
     train = records.get("train", ())
-    places = dict(zip((record["step"] for record in train), _axis(train, axis), strict=True))
-    points = [(places[step], value) for step, value in series(train, chart.field)]
+    places = _places(train, axis)
+    points = [(places(step), value) for step, value in series(train, chart.field)]
     if not points:
         return
 
@@ -128,7 +130,7 @@ def _draw(
         ys = smooth(ys, stride)
     axes.plot(xs[::stride], ys[::stride], color=colour, linewidth=1.3, gid=f"train {chart.field} {name}")
 
-    held_out = [(places[step], value) for step, value in series(records.get("val", ()), "loss") if step in places]
+    held_out = [(places(step), value) for step, value in series(records.get("val", ()), "loss")]
     if chart.held_out and held_out:
         columns = zip(*held_out, strict=True)
         axes.plot(
@@ -142,10 +144,14 @@ def _draw(
         )
 
 
-def _axis(train: Sequence[Record], axis: str) -> list[float]:
+def _places(train: Sequence[Record], axis: str) -> Callable[[int], float]:
+    """Where a step stands on an axis; between two steps that were recorded in a line."""
+    steps = [0, *(record["step"] for record in train)]
     if axis == "hours":
-        return [seconds / 3600 for seconds in elapsed_s(train)]
-    return [record.get(axis) or 0 for record in train]
+        places = [0.0, *(seconds / 3600 for seconds in elapsed_s(train))]
+    else:
+        places = [0.0, *(float(record.get(axis) or 0) for record in train)]
+    return lambda step: float(np.interp(step, steps, places))
 
 
 def series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:

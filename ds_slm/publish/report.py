@@ -104,13 +104,15 @@ def _incidents(run: Path, records: Mapping[str, Sequence[Record]]) -> Iterator[I
             record["step"], f"{begins} on {where}, {record.get('precision')}, ZeRO-{record.get('zero_stage')}{base}"
         )
 
+    begins = {record.get("generation"): record["step"] for record in records.get("launch", [])}
     for change in run_folder.read_changes(run):
         changed, skipped = change.get("changes"), change.get("skipped_rows")
         pairs = changed.items() if isinstance(changed, Mapping) else ()
         said = [f"{key}: {' → '.join(map(str, pair))}" for key, pair in pairs if isinstance(pair, list)]
         said += [f"rows left out: {skipped}"] if skipped else []
         if said:
-            yield Incident(change.get("step", 0), f"launch {change.get('generation')}: {'; '.join(said)}")
+            step = change.get("step", begins.get(change["generation"], 0))
+            yield Incident(step, f"launch {change.get('generation')}: {'; '.join(said)}")
 
     for record in records["train"]:
         if spike := record.get("loss_spike"):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +223,10 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
             notes.append(f"{recorded} was damaged: it is written anew, by the same recipe")
     changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()} if old else {}
     if changed:
-        record_change(run, facts["generation"], {"changes": changed})
+        record_change(run, facts, {"changes": changed})
     replace_text(recorded, schema.to_toml(recipe))
     if facts.get("skip_rows"):
-        record_change(run, facts["generation"], {"skipped_rows": facts["skip_rows"]})
+        record_change(run, facts, {"skipped_rows": facts["skip_rows"]})
 
     notes += mend_tokenizer(run, tokenizer)
     if read_json(run / SAVED) is None:
@@ -303,13 +303,14 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def record_change(run: Path, generation: int, what: dict[str, Any]) -> None:
-    """Add a line to changes.jsonl: what a launch does differently from the launches before it."""
+def record_change(run: Path, facts: Mapping[str, Any], what: dict[str, Any]) -> None:
+    """Add a line to changes.jsonl: what a launch of these facts does differently from the launches before it."""
     path = run / "changes.jsonl"
     before = path.read_bytes() if path.is_file() else b""
+    launch = {"generation": facts["generation"], "step": facts.get("begins_at_step", 0)}
     if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own
         before += b"\n"
-    replace_bytes(path, before + json.dumps({"generation": generation, **what}).encode() + b"\n")
+    replace_bytes(path, before + json.dumps({**launch, **what}).encode() + b"\n")
 
 
 def merge_changes(run: Path, everyones: Sequence[Sequence[dict[str, Any]]]) -> None:

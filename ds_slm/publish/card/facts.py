@@ -34,6 +34,7 @@ class RunFacts:
     environment: Record
     """env.json, of the last launch."""
     changes: Sequence[Record]
+    """What launches did differently that took steps of these."""
     records: Mapping[str, Sequence[Record]]
     """Kind -> records of the steps up to this one."""
     done: Record
@@ -95,15 +96,6 @@ class RunFacts:
         value = found.get(field)
         return float(value) if isinstance(value, int | float) else None
 
-    def median(self, field: str) -> float | None:
-        """The median of a field over the records of training steps; None where none holds it."""
-        values = self._values(field)
-        return statistics.median(values) if values else None
-
-    def largest(self, field: str) -> float | None:
-        """The largest value of a field over the records of training steps; None where none holds it."""
-        return max(self._values(field), default=None)
-
     @property
     def device_hours(self) -> float | None:
         """Device hours of the training steps, without evaluations and saves; None where no step was recorded.
@@ -115,10 +107,20 @@ class RunFacts:
         hours = [one["step_s"] * devices / 3600 for one in taken if (devices := self._devices_at(one["step"]))]
         return statistics.fmean(hours) * self.step if hours and len(hours) == len(taken) else None
 
+    def launches(self) -> list[tuple[int, Record]]:
+        """Of each launch that took steps of these, in their order: the step it began behind, and its facts.
+
+        Folders of older versions record no launch: then env.json stands for all.
+        """
+        begun = {0: self.environment}
+        for launch in self.records.get("launch", ()):
+            if launch["step"] < self.step or not self.step:
+                begun[launch["step"]] = {**self.environment, **launch}
+        return sorted(begun.items(), key=lambda one: one[0])
+
     def _devices_at(self, step: int) -> int | None:
         """Devices of the launch that took a step."""
-        before = [one.get("world_size") for one in self.records.get("launch", ()) if one["step"] < step]
-        devices = before[-1] if before else self.environment.get("world_size")
+        devices = [facts.get("world_size") for begin, facts in self.launches() if begin < step][-1]
         return devices if isinstance(devices, int) else None
 
     def rows_drawn(self) -> list[int]:
@@ -134,10 +136,6 @@ class RunFacts:
         for first, end in merged(self.state.get("skipped_rows") or ()):
             drawn -= order.sources_before(min(end, position)) - order.sources_before(min(first, position))
         return [drawn[source] for source in range(len(weights))]
-
-    def _values(self, field: str) -> list[float]:
-        found = (record.get(field) for record in self.records.get("train", ()))
-        return [float(value) for value in found if isinstance(value, int | float)]
 
 
 def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
@@ -159,7 +157,7 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
         weights_sha256=checkpoint_files.model_sha256(checkpoint),
         state=state,
         environment=read_json(run / "env.json") or {},
-        changes=run_folder.read_changes(run),
+        changes=[one for one in run_folder.read_changes(run) if one.get("step", 0) < step],
         records=records,
         done=done if is_of_these else {},
     )

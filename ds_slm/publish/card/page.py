@@ -17,7 +17,7 @@ from typing import Any
 
 from ds_slm.data.tokenizers.tokenizer import IM_END
 from ds_slm.model.hf import hf_config
-from ds_slm.publish.card import plots, training
+from ds_slm.publish.card import devices, plots, training
 from ds_slm.publish.card.facts import RunFacts, read_facts
 from ds_slm.publish.card.header import HubDataset, card_data
 from ds_slm.publish.card.limits import limits
@@ -117,10 +117,9 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         "measured says so."
     )
 
-    held_out, hours = facts.held_out, facts.device_hours
+    held_out = facts.held_out
     losses = {"loss": "{:.4f} nats a token", "perplexity": "perplexity {:.4g}", "bits_per_byte": "{:.4f} bits a byte"}
     told = [form.format(held_out[key]) for key, form in losses.items() if isinstance(held_out.get(key), int | float)]
-    hardware = training.hardware(facts)
     rows = {
         "Parameters": f"{count:,}, stored in {page.dtype}",
         "Context": f"{recipe.model.max_position_embeddings:,} tokens",
@@ -128,7 +127,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
         "Language": ", ".join(map(language_name, recipe.card.language)),
         "Training": f"{facts.step:,} steps, {facts.tokens:,} {'tokens' if recipe.sft is None else 'target tokens'}",
         "Held-out loss": ", ".join(filter(None, [*told, facts.of_held_out if told else ""])),
-        "Hardware": f"{hardware}, {training.duration(hours)}" if hardware and hours is not None else hardware,
+        "Hardware": devices.hardware(facts),
     }
     glance = table(("", ""), [row for row in rows.items() if row[1]])
 

@@ -1,12 +1,12 @@
-"""The parts of a model card that tell how the model came about: its data, its training, its devices."""
+"""The parts of a model card that tell how the model came about: its data and its training."""
 
 from collections.abc import Mapping
 from typing import Any, assert_never
 
+from ds_slm.publish.card import devices
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.header import is_from_hub
 from ds_slm.publish.card.markdown import number, percent, table, times
-from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schema import Recipe, Source, changes_result
 
 OF_TRAINING = ("val", "train")
@@ -93,7 +93,7 @@ def _tokenizer(facts: RunFacts) -> str:
 
 def training(facts: RunFacts) -> list[str]:
     """Settings, devices and speed, losses beside the published ones, and what was not as planned."""
-    return [table(("", ""), _settings(facts.recipe)), *_speed(facts), *_losses(facts), *_incidents(facts)]
+    return [table(("", ""), _settings(facts.recipe)), *devices.speed(facts), *_losses(facts), *_incidents(facts)]
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
@@ -136,58 +136,6 @@ def schedule_in_words(recipe: Recipe) -> str:
         along = "along a cosine" if schedule.decay_shape == "cosine" else "in a line"
         return f"{begin}constant until step {schedule.decay_start_step:,}, then down to {low} at step {end:,} {along}"
     assert_never(schedule.kind)
-
-
-def hardware(facts: RunFacts) -> str:
-    """Devices and hosts of the last launch; empty where the run did not record them."""
-    device, devices = facts.environment.get("device"), facts.environment.get("world_size")
-    if not isinstance(device, str) or not isinstance(devices, int):
-        return ""
-    hosts = len(set(facts.environment.get("hosts") or ["one"]))
-    return f"{devices:,} × {device} on {times(hosts, 'host')}"
-
-
-def duration(hours: float) -> str:
-    """Device hours, as minutes or seconds where there are few."""
-    for size, unit in ((1.0, "device hours"), (1 / 60, "device minutes")):
-        if hours >= size:
-            return f"{hours / size:.3g} {unit}"
-    return f"{hours * 3600:.3g} device seconds"
-
-
-def _speed(facts: RunFacts) -> list[str]:
-    """Where it ran, how fast and how long."""
-    where, environment = hardware(facts), facts.environment
-    if not where:
-        return []
-
-    told = [f"Hardware: {where}"]
-    if (stage := environment.get("zero_stage")) is not None:
-        told.append(f"DeepSpeed ZeRO-{stage}")
-    if isinstance(rows := environment.get("micro_batch_rows"), int):
-        told.append(f"{times(rows, 'row')} in a forward of a device")
-
-    speed, use, memory_gb = facts.median("tokens_per_s"), facts.median("mfu"), facts.largest("peak_memory_gb")
-    measured = []
-    if speed is not None:
-        measured.append(f"{speed:,.0f} tokens a second (median)")
-    if use is not None:
-        measured.append(f"{use:.0%} of the peak FLOP/s")
-    if memory_gb is not None:
-        measured.append(f"{memory_gb:.2f} GB of memory a device")
-    if facts.device_hours is not None:
-        measured.append(f"{duration(facts.device_hours)} of training steps")
-    if facts.recipe.sft is None:  # of a fine-tuning only the targets are counted, not what they cost
-        flops = flops_per_token(facts.recipe.model, facts.recipe.data.seq_len) * facts.tokens
-        measured.append(f"{flops:.2g} floating-point operations in all")
-
-    launches = environment.get("generation")
-    again = (
-        f" The run was launched {launches} times; devices and hours are counted as those of the last launch."
-        if isinstance(launches, int) and launches > 1 and not facts.records.get("launch")
-        else ""
-    )
-    return [f"{', '.join(told)}. {', '.join(measured)}.{again}"]
 
 
 def _losses(facts: RunFacts) -> list[str]:

@@ -73,9 +73,13 @@ def test_of_an_older_versions_best_the_changes_tell(tmp_path: Path, changed: boo
     for host in HOSTS:
         for content in (tmp_path / host).glob("checkpoints/step-*/state.json"):
             content.write_text(json.dumps(json.loads(content.read_text()) | {"best_eval_rows": None}))
-    run_folder.record_change(tmp_path / "host1", 2, {"changes": {"train.steps": [20, 30]}})
+    run_folder.record_change(
+        tmp_path / "host1", {"generation": 2, "begins_at_step": 10}, {"changes": {"train.steps": [20, 30]}}
+    )
     if changed:
-        run_folder.record_change(tmp_path / "host1", 3, {"changes": {"run.eval_rows": [40, 8]}})
+        run_folder.record_change(
+            tmp_path / "host1", {"generation": 3, "begins_at_step": 10}, {"changes": {"run.eval_rows": [40, 8]}}
+        )
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patched:
         patched.setattr(checkpoint_files, "verify", lambda checkpoint, read=True: [])

@@ -38,9 +38,11 @@ def write_run(folder: Path, steps: int = 40, lr: float = 3e-3, **more: list[dict
 
 
 LAUNCHES = [
-    {"step": 0, "hosts": ["a", "a"], "world_size": 2, "device": "cpu", "precision": "bf16", "zero_stage": 1},
-    {"step": 20, "hosts": ["b"], "world_size": 1, "device": "cpu", "precision": "bf16", "zero_stage": 1},
-]
+    {"step": 0, "hosts": ["a", "a"], "world_size": 2, "device": "cpu", "precision": "bf16", "zero_stage": 1,
+     "generation": 1},
+    {"step": 20, "hosts": ["b"], "world_size": 1, "device": "cpu", "precision": "bf16", "zero_stage": 1,
+     "generation": 2},
+]  # fmt: skip
 SAMPLES = [
     {"step": 20, "continuations": {"Once": " upon <b>a time</b>"}},
     {"step": 40, "continuations": {"Once": " & again"}},
@@ -119,7 +121,7 @@ def test_it_tells_what_differs_and_what_happened(page: str) -> None:
 
     incidents = text.split("Incidents")[1]
     said = [
-        "started on 2 x cpu on a, bf16, ZeRO-1", "launch 2: train.steps: 400 → 800", "loss spike", "resumed on 1 x cpu",
+        "started on 2 x cpu on a, bf16, ZeRO-1", "loss spike", "resumed on 1 x cpu", "launch 2: train.steps: 400 → 800",
         "refused: the loss is nan", "stopped by a signal",
     ]  # fmt: skip
     places = [incidents.index(one) for one in said]
@@ -180,6 +182,17 @@ def test_records_that_are_damaged_are_passed_over(tmp_path: Path) -> None:
         file.write('{"kind": "train", "step": 99}\n')
     (run / "changes.jsonl").write_text('{"generation": 2, "changes": [1], "skipped_rows": [[1, 2]]}\n')
     assert "rows left out: [[1, 2]]" in Page(write_page([run])).text
+
+
+def test_held_out_losses_stand_between_the_steps_that_were_recorded() -> None:
+    """By hand: on a line through steps 0, 5 and 10 that took a second each, evaluations at 0, 3 and 10."""
+    train = [{"step": step, "loss": 5.0, "tokens": 100 * step, "step_s": 1.0} for step in (5, 10)]
+    val = [{"step": step, "loss": 5.0} for step in (0, 3, 10)]
+    ((_, pictures), *_) = curves.charts([("run", {"train": train, "val": val})])
+    for picture in pictures.values():
+        dots = picture.split('id="val loss run"')[1].split("</g>\n   </g>")[0]
+        first, second, third = (float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', dots))
+        assert (second - first) / (third - first) == pytest.approx(0.3, abs=1e-3)
 
 
 def test_time_counts_steps_that_were_not_recorded() -> None:

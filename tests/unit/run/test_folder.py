@@ -209,12 +209,12 @@ def test_a_damaged_recipe_is_written_anew_by_the_same_one(tmp_path: Path, prepar
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_changes_after_a_damaged_line_are_whole(tmp_path: Path, damage: str) -> None:
     """Oracle: every line that is recorded afterwards is read back, and what was there is not lost."""
-    run_folder.record_change(tmp_path, 1, {"changes": {"train.steps": [20, 30]}})
+    run_folder.record_change(tmp_path, {"generation": 1, "begins_at_step": 10}, {"changes": {"train.steps": [20, 30]}})
     path = tmp_path / "changes.jsonl"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     before = path.read_bytes()
-    run_folder.record_change(tmp_path, 2, {"skipped_rows": [[0, 7]]})
-    assert run_folder.read_changes(tmp_path)[-1] == {"generation": 2, "skipped_rows": [[0, 7]]}
+    run_folder.record_change(tmp_path, {"generation": 2, "begins_at_step": 10}, {"skipped_rows": [[0, 7]]})
+    assert run_folder.read_changes(tmp_path)[-1] == {"generation": 2, "step": 10, "skipped_rows": [[0, 7]]}
     assert path.read_bytes().startswith(before)
 
 

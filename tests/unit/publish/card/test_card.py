@@ -25,6 +25,7 @@ from ds_slm.run.records import Records
 from ds_slm.run.report import Report
 from tests.golden.facts import MADE
 from tests.support import told_runs
+from tests.support.cards import rows_of, section
 from tests.support.told_runs import recipe_of, sha256_of, task, write_eval, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "offline")
@@ -62,17 +63,6 @@ def published() -> schema.Recipe:
     """The golden recipe with published figures."""
     text = schema.to_toml(recipe_of()).replace("targets = []", "").replace("[unstated]", "")
     return schema.parse(text + TARGETS)
-
-
-def section(card: str, title: str) -> str:
-    """The text under a heading."""
-    return re.split(r"^## ", card, flags=re.M)[[*re.findall(r"^## (.+)$", card, re.M)].index(title) + 1]
-
-
-def rows_of(text: str) -> dict[str, list[str]]:
-    """First cell -> the others, of all tables of a text."""
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
-    return {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in cells}
 
 
 def read_head(card: str) -> dict[str, Any]:
@@ -244,25 +234,6 @@ def test_an_earlier_checkpoint_is_described_as_one(tmp_path: Path, export: Any) 
     assert "6 device seconds" in rows_of(card)["Hardware"][0]
     assert "to 5.9400 nats" in card and "--step 6" in section(card, "Make it again")
     assert "ledger-6" in card and "ledger-12" not in card
-
-
-def test_device_hours_count_steps_that_were_not_recorded(tmp_path: Path) -> None:
-    """Oracle: every fourth of 12 steps was recorded, each of 0.5 s on 2 devices: 12 s."""
-    run = write_run(tmp_path / "run", recipe_of())
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[3:12:4]))
-    facts = read_facts(run, recipe_of(), run / "checkpoints" / "step-00000012")
-    assert facts.device_hours == pytest.approx(12 / 3600)
-
-
-def test_device_hours_count_each_launch_with_its_own_devices(tmp_path: Path) -> None:
-    """Oracle: by hand: 4 of 12 steps of 0.5 s on 8 devices, the rest on 3."""
-    run = write_run(tmp_path / "run", recipe_of())
-    with (run / "metrics.jsonl").open("a") as file:
-        for step, world_size in ((0, 8), (4, 3)):
-            file.write(json.dumps({"kind": "launch", "step": step, "world_size": world_size}) + "\n")
-    facts = read_facts(run, recipe_of(), run / "checkpoints" / "step-00000012")
-    assert facts.device_hours == pytest.approx(0.5 * (4 * 8 + 8 * 3) / 3600)
 
 
 @pytest.mark.parametrize("skipped", [[], [[3, 9]], [[0, 4], [60, 1_000]]])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ds_slm.checkpoint.files import BASE, read_state
 from ds_slm.cli.output import print_json
-from ds_slm.errors import ConfigError
+from ds_slm.errors import ConfigError, DataError
 from ds_slm.evaluate.benchmarks import BENCHMARKS
 from ds_slm.publish import hub, importing
 from ds_slm.publish.card.header import HubDataset
@@ -97,7 +97,11 @@ def run(run_folder: Path, flags: Flags) -> None:
 def _validated(described: dict[str, bytes], flags: Flags) -> dict[str, bytes]:
     """The same files, once the hub has checked the card among them, where that is asked for."""
     if flags.validate or flags.push is not None:
-        hub.validate(described[README].decode())
+        try:
+            card = described[README].decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"the model card, {README}, is not UTF-8 ({error}): the hub takes no other.") from error
+        hub.validate(card)
     return described
 
 

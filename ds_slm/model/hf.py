@@ -90,7 +90,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     """
     model_type, hidden_size = config.get("model_type"), config.get("hidden_size")
     heads = config.get("num_attention_heads") or 1
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers' own order
     rope = dict(found) if isinstance(found, Mapping) else {"rope_type": found}
     layers = config.get("layer_types")
 

@@ -4,7 +4,7 @@
 
     checkpoints/step-00000000/   the weights in fp32, which holds 16-bit ones exactly; no moments: nothing was trained
     tokenizer/                   its files, readable by transformers 4 and 5, and generation_config.json
-    imported/                    its config.json and model card, as they came
+    imported/                    its config.json, model card and licence, as they came
     recipe.toml                  its shape and tokenizer; what a model does not tell is marked [unstated]
 
 Known gaps: a tokenizer without tokenizer.json, and weights of 8 bits or fewer, are refused. The run cannot be resumed:
@@ -37,7 +37,8 @@ from ds_slm.run import software
 IMPORTED = "imported"
 """The folder of what came along; and, in a checkpoint's state.json, where its weights are from."""
 CARD = "README.md"
-CAME_ALONG = ("config.json", CARD, "LICENSE", "LICENSE.txt")
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+CAME_ALONG = ("config.json", CARD, *LICENCES)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", CHAT_TEMPLATE_FILE, GENERATION_CONFIG,
@@ -91,13 +92,15 @@ def is_imported(state: Mapping[str, Any]) -> bool:
 
 
 def describe_imported(run: Path, state: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files that describe an imported model which is exported again: its own model card, or that there is none."""
-    own = run / IMPORTED / CARD
-    if own.is_file():
-        return {CARD: own.read_bytes()}
+    """The files that describe an imported model which is exported again: its own card and licence.
+
+    Where no card came with it the card says so.
+    """
     name = state[IMPORTED]["name"]
     text = f"# {name}\n\nThese weights were imported into ds_slm, and exported again without any training.\n"
-    return {CARD: (text + "Nothing is known here of how they were made: no model card came with them.\n").encode()}
+    card = f"{text}Nothing is known here of how they were made: no model card came with them.\n".encode()
+    came = {one: run / IMPORTED / one for one in (CARD, *LICENCES)}
+    return {CARD: card, **{one: path.read_bytes() for one, path in came.items() if path.is_file()}}
 
 
 def _checked(source: Path) -> tuple[OpenModel, Tokenizer]:

@@ -6,11 +6,14 @@ free_place --> .export.tmp-*/ is filled --> every file fsynced --> renamed to OU
 import contextlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from ds_slm.errors import CheckpointError
-from ds_slm.files import fsync, new_folder, obstacle, refuse_unwritable, writer_name
+from ds_slm.files import fsync, new_folder, obstacle, refuse_unwritable, remove_where_dead, writer_name
+
+TEMPORARY = ".export.tmp"
 
 
 def free_place(out: Path, run: Path | None = None, flag: str = "--out") -> Path:
@@ -50,11 +53,15 @@ def free_place(out: Path, run: Path | None = None, flag: str = "--out") -> Path:
 def appears_whole(out: Path) -> Iterator[Path]:
     """Within it a folder is filled under a temporary name; then it is `out`. A kill leaves nothing half-written there.
 
+    The next call for a folder beside it removes what a kill left.
+
     Args:
         out: a `free_place`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".export.tmp-{writer_name()}")
+    for left in out.parent.glob(f"{TEMPORARY}-{socket.gethostname()}-*"):  # by a process that was killed
+        remove_where_dead(left)
+    folder = out.with_name(f"{TEMPORARY}-{writer_name()}")
     new_folder(folder)
     try:
         yield folder

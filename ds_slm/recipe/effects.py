@@ -6,8 +6,9 @@
 Only keys that were set count, never defaults. A recipe that a run has recorded holds every key: there a key counts
 where its value is not the default. Such a recipe is never refused, so that older runs go on; its mistakes are printed.
 
-A mistake is a place that is never read (a hub's id for local files), or a rate that teaches nothing. Everything else
-may be what is left of another kind after `--set schedule.kind=cosine`, or a short trial of a long recipe.
+A mistake is a place that is never read (a hub's id for local files), a rate that teaches nothing, or a shape whose
+export nothing loads. Everything else may be what is left of another kind after `--set schedule.kind=cosine`, or a short
+trial of a long recipe.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, assert_never
 from ds_slm.recipe.data_sections import Data, Source, Tokenizer
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.section import Section, newer_fields
-from ds_slm.recipe.sections import Optimizer, Schedule, Train
+from ds_slm.recipe.sections import Model, Optimizer, Schedule, Train
 
 if TYPE_CHECKING:
     from ds_slm.recipe.schema import Recipe
@@ -48,6 +49,10 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
             "kind = 'hf'"
         )
 
+    model = sections.get("model")
+    if isinstance(model, Model) and not (model.qk_norm or model.exclusive_attention):
+        problems += _no_llama(model)
+
     # The other mistakes are learning rates of a warm-up.
     if not isinstance(schedule, Schedule) or not schedule.warmup_steps:
         return problems
@@ -63,6 +68,15 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
         )
 
     return problems
+
+
+def _no_llama(model: Model) -> Iterator[str]:
+    """What transformers refuses in a Llama."""
+    if model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.hidden_size = {model.hidden_size} is not a multiple of num_attention_heads = "
+            f"{model.num_attention_heads}: transformers loads no such Llama; make it one, or set qk_norm = true"
+        )
 
 
 def _unread_places(source: Source) -> Iterator[str]:

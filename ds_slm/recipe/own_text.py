@@ -162,6 +162,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit, co
     epochs = f"{chosen.epochs:.1f} times over" if chosen.epochs > 1 else f"{chosen.epochs:.0%} of the text"
     every = max(1, chosen.steps // EVALUATIONS)
     prompts = ", ".join(map(_quoted, text.beginnings))
+    held_out = f"of the documents' hashes: {text.held_out_share:.1%} of the text, never trained on"
 
     lines = [
         f"# {text}. What is not said here is {base_name}'s: `ds-slm plan {name}.toml` lists it.",
@@ -172,7 +173,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit, co
         "",
         *(_same_tokenizer(base, continued) if continued else _special_tokens(base)),
         "[data]",
-        f"val_fraction = {text.val_fraction:g}  # of the documents, never trained on",
+        f"val_fraction = {text.val_fraction:g}  # {held_out}",
         *(['held_out = "hash"'] if base.data.held_out != "hash" else []),
         "[[data.source]]",
         'name = "text"',

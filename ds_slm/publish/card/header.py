@@ -6,15 +6,16 @@ Hub ids stand there only of what is on the hub, and the figures only of whole se
 whose published questions are not known has that word in the name of its metric.
 """
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ds_slm.errors import RecipeError
+from ds_slm.errors import DataError, RecipeError
 from ds_slm.model.hf import hf_config
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.recipe.hub_names import is_repo_id
 from ds_slm.recipe.schema import Source
-from ds_slm.run.scores import DOCUMENTATION, remarks_on
+from ds_slm.run.scores import DOCUMENTATION, EVAL_FILE, remarks_on
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -43,6 +44,7 @@ def card_data(
 
     Raises:
         RecipeError: a source has an id that no dataset of the hub can have, or another licence has no name.
+        DataError: a figure is one that no model can have.
     """
     from huggingface_hub import ModelCardData
 
@@ -102,6 +104,9 @@ def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDatas
     if task["limited"] or task["published"] is False:
         return []
 
+    for metric, figure in task["figures"].items():
+        _refuse_impossible(f"{name}/{metric}", metric, figure["value"])
+
     rows = datasets.get(name, HubDataset(name, None, None))
     remarks = remarks_on(name, task)
     if name == DOCUMENTATION:
@@ -119,6 +124,14 @@ def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDatas
         )
         for metric, figure in task["figures"].items()
     ]
+
+
+def _refuse_impossible(name: str, metric: str, value: float) -> None:
+    """Raise DataError for a figure that no model can have."""
+    most = 100.0 if _metric_type(metric) == "accuracy" else math.inf
+    if not math.isfinite(value) or not 0 <= value <= most:
+        expected = "0 to 100" if most == 100 else "a number of 0 or more"
+        raise DataError(f"{EVAL_FILE}: {name} is {value}, expected {expected}: score the model again.")
 
 
 def _metric_type(metric: str) -> str:

@@ -15,8 +15,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 
 def cell(text: str) -> str:
-    """Text on one line, whose bars are not those of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text on one line, whose bars are not those of a table, nor escaped twice."""
+    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
 
 
 def plain(text: str) -> str:

@@ -298,7 +298,7 @@ def _left_open(facts: RunFacts) -> list[str]:
     """What the published card does not say, and what the recipe chose."""
     if not facts.recipe.unstated:
         return []
-    rows = [(f"`{place}`", choice) for place, choice in facts.recipe.unstated.items()]
+    rows = [(f"`{place}`", plain(choice)) for place, choice in facts.recipe.unstated.items()]
     return ["The published card does not say these; the recipe chose them.", table(("setting", "choice"), rows)]
 
 

@@ -65,7 +65,7 @@ def _proof(facts: RunFacts) -> list[str]:
     """What must be equal for the same rows in the same order, and the versions this was made with."""
     environment = facts.environment
     hashes = {
-        "recipe": facts.recipe.identity_sha256(),
+        "recipe": schema.parse(_shown(facts), recorded=True).identity_sha256(),
         "prepared data": environment.get("data_sha256"),
         "tokenizer": environment.get("tokenizer_sha256"),
         "base": environment.get(BASE),

@@ -73,10 +73,11 @@ def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
 
     seen = facts.tokens / train["tokens"]
     passes = f"{percent(seen)} of them" if seen < 1 else f"{seen:.1f} passes over them"
+    held_out = val.get("tokens", 0)
     return [
         f"The prepared sources hold {train['tokens']:,} tokens to train on; training took {facts.tokens:,}, {passes}. "
-        f"{val.get('tokens', 0):,} tokens of other documents were held out: {percent(recipe.data.val_fraction)} of "
-        "all documents."
+        f"{held_out:,} tokens of other documents were held out: {percent(held_out / (held_out + train['tokens']))} of "
+        "all tokens."
     ]
 
 

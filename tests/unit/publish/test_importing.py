@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from ds_slm.errors import CheckpointError
 from ds_slm.publish.export import export, export_run
@@ -238,6 +239,29 @@ def test_what_the_decoder_cannot_be_is_told_at_once(made: Path, tmp_path: Path) 
     told = str(caught.value)
     assert not [name for name in FOREIGN if SAID_AS.get(name, name) not in told]
     assert "tokenizer.json" in told
+
+
+def test_rope_scaling_counts_as_in_transformers(made: Path, tmp_path: Path) -> None:
+    """Oracle: transformers' configuration of a folder that has both spellings, of which it takes rope_scaling."""
+    shutil.copytree(made, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    assert AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters["rope_type"] == "linear"
+    with pytest.raises(CheckpointError, match="rope_type is 'linear', expected 'default'"):
+        import_model(tmp_path / "hf", tmp_path / "run")
+
+
+def test_its_licence_goes_with_it(made: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
+    """Oracle: the bytes that came; a card that is not UTF-8 is refused before anything is asked of the hub."""
+    shutil.copytree(made, tmp_path / "hf")
+    (tmp_path / "hf" / "LICENSE").write_bytes(b"Do as you like.")
+    (tmp_path / "hf" / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    assert ds_slm("import", tmp_path / "hf", "--run-dir", tmp_path / "run").returncode == 0
+    assert ds_slm("export", tmp_path / "run", "--out", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == b"Do as you like."
+    done = ds_slm("export", tmp_path / "run", "--out", tmp_path / "other", "--validate")
+    assert done.returncode == 2 and "README.md, is not UTF-8" in done.stderr and not (tmp_path / "other").exists()
 
 
 def test_a_run_that_exists_is_left_alone(made: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:

@@ -1,6 +1,9 @@
 """`ds-slm export --out`: what cannot be taken is refused before a weight is read, and nothing is left behind."""
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import CheckpointError
 from ds_slm.files import write_json
 from ds_slm.publish import export as exporting
-from ds_slm.publish.place import free_place
+from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import schema
 from tests.support.runs import TINY
 from tests.unit.data.test_file_systems import mount, read_only  # noqa: F401 - a fixture
@@ -97,3 +100,18 @@ def test_places_that_can(run: Path, tmp_path: Path) -> None:
     assert free_place(tmp_path / "empty", run) == free_place(tmp_path / "link", run) == tmp_path / "empty"
     assert free_place(tmp_path / "a" / "b", run) == tmp_path / "a" / "b"
     assert not (tmp_path / "a").exists() and not list((tmp_path / "empty").iterdir())
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    """Oracle: the folder of a process that has ended goes; one that lives, or of another host, keeps its own."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    host = socket.gethostname()
+    left, alive, elsewhere = (
+        tmp_path / f".export.tmp-{name}" for name in (f"{host}-{ended.pid}", f"{host}-1", f"other-{ended.pid}")
+    )
+    for folder in (left, alive, elsewhere):
+        folder.mkdir()
+    with appears_whole(tmp_path / "out"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}

@@ -54,6 +54,11 @@ MISTAKES = {
     ),
     "a tokenizer's path under bpe": ([], ["tokenizer.path=somewhere"], "tokenizer.path = 'somewhere' is not read"),
     "a warm-up from above": ([], ["schedule.warmup_start_lr=1.0"], "warmup_start_lr = 1.0 exceeds optimizer.lr"),
+    "a Llama of odd heads": (
+        [],
+        ["model.hidden_size=30", "model.num_attention_heads=4", "model.qk_norm=false"],
+        "hidden_size = 30 is not a",
+    ),
     "an end above the peak": ([], ["optimizer.min_lr=1.0"], "min_lr = 1.0 exceeds optimizer.lr"),
 }
 
@@ -63,8 +68,8 @@ def test_what_can_only_be_a_mistake_is_refused(mistake: str) -> None:
     """Oracle: the field, its value and the way out, in the same error as every other problem."""
     changes, overrides, told = MISTAKES[mistake]
     with pytest.raises(RecipeError) as caught:
-        tiny(*changes, overrides=(*overrides, "model.head_dim=x"))
-    assert told in str(caught.value) and "model.head_dim" in str(caught.value)
+        tiny(*changes, overrides=(*overrides, "eval.limit=x"))
+    assert told in str(caught.value) and "eval.limit" in str(caught.value)
 
 
 def test_a_run_that_was_begun_with_a_mistake_goes_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ds_slm.errors import RecipeError
 from ds_slm.recipe import schema
-from ds_slm.recipe.hub_names import is_language, is_repo_id, license_problem
+from ds_slm.recipe.hub_names import LICENSES, is_language, is_repo_id, license_problem
 
 
 @given(st.text(alphabet="aZ9_-./é \n", max_size=12) | st.text(max_size=6))
@@ -45,6 +45,12 @@ def test_a_licence_that_is_misspelt_is_named(name: str, nearest: str) -> None:
     """Oracle: the hub's list holds small letters; a person would have meant this one."""
     assert repr(nearest) in str(license_problem(name))
     assert license_problem(nearest) is None
+
+
+def test_licences_are_whole_names() -> None:
+    """Oracle: the hub's list, where no name begins or ends with a dash, and all versions of a family are there."""
+    assert not [name for name in LICENSES if name.startswith("-") or name.endswith("-") or not name[0].isalpha()]
+    assert {"cc-by-3.0", "cc-by-nc-nd-4.0", "by-3.0", "nc-nd-4.0"} & LICENSES == {"cc-by-3.0", "cc-by-nc-nd-4.0"}
 
 
 def test_a_card_is_refused_with_every_problem_at_once() -> None:

@@ -238,7 +238,7 @@ def test_identity_ignores_what_changes_no_result(override: str) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "model.hidden_size=224",
+        "model.hidden_size=216",
         "model.rope_theta=2500.0",
         "tokenizer.min_frequency=3",
         "data.split_seed=1",

@@ -18,7 +18,6 @@ from ds_slm.files import write_json
 from ds_slm.publish.card import header
 from ds_slm.publish.card.facts import RunFacts, read_facts
 from ds_slm.publish.card.page import Page, write_card
-from ds_slm.publish.card.rerun import rerun
 from ds_slm.recipe import schema
 from ds_slm.run import scores
 from ds_slm.run.records import Records
@@ -55,7 +54,7 @@ published = 9.0
 step = 3
 source = "card"
 [unstated]
-"train.seed" = "5: a choice | of ours"
+"train.seed" = "5: a choice | of <b>ours"
 """
 
 
@@ -173,6 +172,12 @@ def test_figures_of_other_weights_are_not_this_models(tmp_path: Path, export: An
     assert "41.50" in section(export(named), "Results")
 
 
+def test_what_was_left_open_is_no_markup(tmp_path: Path, export: Any) -> None:
+    """Oracle: the recipe's words, with every sign that would be HTML or a table spelled out."""
+    card = export(write_run(tmp_path / "run", published()))
+    assert "| `train.seed` | 5: a choice \\| of \\<b\\>ours |" in card
+
+
 def test_published_losses_stand_beside_those_of_the_same_step(tmp_path: Path, export: Any) -> None:
     """Oracle: the run's losses by hand: 6 - 4 / 100, done.json's 2.5, and a step at which nothing was evaluated."""
     lines = section(export(write_run(tmp_path / "run", published())), "Training").splitlines()
@@ -193,7 +198,7 @@ def test_the_card_is_markdown_with_whole_tables(tmp_path: Path, export: Any) -> 
     for one in tables:
         assert len({len(re.findall(r"<t[hd]", row)) for row in re.findall(r"<tr>.+?</tr>", one, re.S)}) == 1
     assert "<p>|" not in page and page.count("<img") == 3
-    assert "5: a choice | of ours" in page
+    assert "5: a choice | of &lt;b&gt;ours" in page
 
 
 @pytest.mark.parametrize(
@@ -260,29 +265,6 @@ def test_the_card_tells_nothing_of_the_machine(tmp_path: Path, export: Any) -> N
     assert 'path = "corpus.jsonl"' in section(card, "Make it again")
 
 
-def test_a_recipe_in_the_card_can_be_trained_again(tmp_path: Path, export: Any) -> None:
-    """Oracle: the TOML of the card, read back, has the hash that the card states."""
-    recipe = published()
-    text = section(export(write_run(tmp_path / "run", recipe)), "Make it again")
-    (found,) = re.findall(r"```toml\n(.+?)\n```", text, re.S)
-    assert schema.parse(found).identity_sha256() == recipe.identity_sha256()
-    assert recipe.identity_sha256() in text
-
-
-def test_the_librarys_recipe_needs_no_copy(tmp_path: Path, export: Any) -> None:
-    """Oracle: its name in the command, and no TOML."""
-    recipe = schema.load("demo")
-    facts = RunFacts(recipe, 800, "", {}, {"recipe_name": "demo"}, (), {}, {})
-    text = "\n".join(rerun(facts))
-    assert "deepspeed ds_slm/pretrain.py --recipe demo\n" in text and "toml" not in text
-
-
-def test_data_that_were_cut_are_cut_again(tmp_path: Path, export: Any) -> None:
-    """Oracle: the flags that the data were prepared with, by hand."""
-    run = write_run(tmp_path / "run", recipe_of(), replaced_sources=["b"], max_tokens=4_000)
-    assert re.search(r"ds-slm prepare \S+ --source b=FILES --max-tokens 4000\n", export(run))
-
-
 @pytest.mark.parametrize("name", schema.library_names())
 def test_every_recipe_of_the_library_has_a_card(name: str) -> None:
     """Oracle: the schedule's rates, batch and unstated choices of the recipe stand in it; nothing says None or nan."""
@@ -338,6 +320,16 @@ def test_a_damaged_record_of_scores_is_refused(tmp_path: Path, ds_slm: Any) -> N
     (run / scores.EVAL_FILE).write_text("{")
     done = ds_slm("export", run, "--out", tmp_path / "out")
     assert done.returncode == 2 and str(run / scores.EVAL_FILE) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 150.0, -3.0])
+def test_a_figure_that_cannot_be_is_refused(tmp_path: Path, ds_slm: Any, value: float) -> None:
+    """Oracle: exit code 2, the figure's name, and nothing written: the hub would show it as a result."""
+    run = write_run(tmp_path / "run", recipe_of())
+    write_eval(run, sha256_of(run), {"piqa": task(figures={"acc_norm": {**told_runs.FIGURE, "value": value}})})
+    done = ds_slm("export", run, "--out", tmp_path / "out")
+    assert done.returncode == 2 and f"piqa/acc_norm is {value}, expected 0 to 100" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

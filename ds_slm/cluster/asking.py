@@ -5,8 +5,10 @@ hosts --ssh HOST QUESTION--> not reached: what ssh says | reached: what a judge 
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from ds_slm.cluster.hostfile import Host
 from ds_slm.errors import HostfileError
@@ -17,7 +19,21 @@ SSH_FAILED = 255
 """Its exit code where it did not reach the host, or lost it."""
 WAY_OUT = "`ssh HOST true` must work from here without a password; --no_ssh_check skips this check."
 
-Answer = subprocess.CompletedProcess[str]
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of the question on a host that was reached."""
+
+    code: int
+    """The exit code."""
+    output: str
+    last_words: str
+    """What was said last of what went wrong, without its full stop."""
+    asked_s: float
+    answered_s: float
+    """By this machine's clock: what the host printed was printed in between."""
+
+
 Judge = Callable[[Host, Answer], str | None]
 
 
@@ -47,6 +63,7 @@ def refuse_hosts(
     unreached: list[Host] = []
 
     def problem_of(host: Host) -> str | None:
+        asked_s = time.time()
         try:
             done = subprocess.run(
                 [*ssh, host.name, question], capture_output=True, text=True, errors="replace", timeout=patience_s,
@@ -55,19 +72,17 @@ def refuse_hosts(
         except subprocess.TimeoutExpired:
             unreached.append(host)
             return f"host {host.name} does not answer over ssh within {patience_s:.0f} s."
+
+        # Reached, or not.
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip().rstrip(".")
         if judge and done.returncode != SSH_FAILED:
-            return judge(host, done)
+            return judge(host, Answer(done.returncode, done.stdout, said, asked_s, time.time()))
         if done.returncode == 0:
             return None
         unreached.append(host)
-        return f"host {host.name} does not answer over ssh: {last_words(done)}."
+        return f"host {host.name} does not answer over ssh: {said}."
 
     with ThreadPoolExecutor(max_workers=32) as pool:
         problems = [problem for problem in pool.map(problem_of, hosts) if problem]
     if problems:
         raise HostfileError([*problems, *([WAY_OUT] if unreached else [])])
-
-
-def last_words(done: Answer) -> str:
-    """What a command said last, without its full stop."""
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip().rstrip(".")

@@ -102,19 +102,22 @@ def run(launch: Launch) -> int:
 def refuse_unfit(hosts: Sequence[Host], ssh_port: int | None) -> None:
     """Raise HostfileError for every host that ssh does not reach, or whose agent could not start or be understood."""
     refuse_missing({"ssh": PROGRAMS["ssh"]})
-    look = "import tempfile, time, torch.distributed.run; tempfile.TemporaryFile(); print(time.time())"
+    look = "import os, time; first = time.time(); import tempfile, torch.distributed.run; tempfile.TemporaryFile(); "
+    look += "print(first, time.time(), flush=True); os._exit(0)"
     script = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join([sys.executable, '-c', look])}"
 
-    def problem_of(host: Host, done: asking.Answer) -> str | None:
-        if done.returncode:
-            said = asking.last_words(done)
+    def problem_of(host: Host, answer: asking.Answer) -> str | None:
+        if answer.code:
+            said = answer.last_words
             return f"host {host.name} cannot start an agent: {said}. It needs this folder, and this Python, as here."
-        ahead_s = float(done.stdout.split()[-1]) - time.time()  # a login may say more
-        if abs(ahead_s) > MOST_CLOCK_DIFFERENCE_S:
-            return (
-                f"host {host.name}'s clock is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}, expected at "
-                f"most {MOST_CLOCK_DIFFERENCE_S:.0f} s: set the clocks, with ntp, say."
-            )
+
+        # It looked at its clock after it was asked, and before it answered; in between torch was imported.
+        first, *_, last = map(float, answer.output.splitlines()[-1].split())
+        ahead_s, behind_s = last - answer.answered_s, answer.asked_s - first
+        if max(ahead_s, behind_s) > MOST_CLOCK_DIFFERENCE_S:
+            off = f"{ahead_s:.0f} s ahead" if ahead_s > behind_s else f"{behind_s:.0f} s behind"
+            most = f"{MOST_CLOCK_DIFFERENCE_S:.0f} s"
+            return f"host {host.name}'s clock is {off}, expected at most {most}: set the clocks, with ntp, say."
         return None
 
     ssh = [*SSH, *asking.port_option(ssh_port)]

@@ -85,8 +85,8 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("answer", "told"),
     [
         ("echo 'python3: No such file or directory' >&2; exit 127", "cannot start an agent: python3: No such file"),
-        ("expr $(date +%s) + 60", "clock is (59|60) s ahead"),
-        ("expr $(date +%s) - 60", "clock is (60|61) s behind"),
+        ("echo $(($(date +%s) + 60)) $(($(date +%s) + 60))", "clock is (59|60) s ahead"),
+        ("echo $(($(date +%s) - 60)) $(($(date +%s) - 60))", "clock is (60|61) s behind"),
     ],
 )
 def test_a_host_that_could_not_take_part_is_named(ssh: Path, answer: str, told: str) -> None:
@@ -97,15 +97,22 @@ def test_a_host_that_could_not_take_part_is_named(ssh: Path, answer: str, told: 
 
 def test_a_host_whose_clock_is_right_takes_part(ssh: Path) -> None:
     """Whatever its login says before."""
-    ssh.write_text("#!/bin/sh\necho Welcome to node2.\ndate +%s.%N\n")
+    ssh.write_text("#!/bin/sh\necho Welcome to node2.\necho $(date +%s.%N) $(date +%s.%N)\n")
     supervise.refuse_unfit([Host("node2", 1)], 2222)
+
+
+def test_a_host_that_takes_long_to_answer_is_not_late(ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock is right, and each import and goodbye takes longer than clocks may differ. Oracle: no error."""
+    monkeypatch.setattr(supervise, "MOST_CLOCK_DIFFERENCE_S", 0.2)
+    ssh.write_text("#!/bin/sh\nfirst=$(date +%s.%N)\nsleep 0.5\necho $first $(date +%s.%N)\nsleep 0.5\n")
+    supervise.refuse_unfit([Host("node2", 1)], None)
 
 
 def test_every_host_is_asked_once_and_all_that_is_wrong_is_told(ssh: Path, tmp_path: Path) -> None:
     """One cannot be reached, of one the clock is off, one is well. Oracle: the calls that the stand-in notes."""
     ssh.write_text(
         f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *far*) echo "far: no route" >&2; exit 255;; '
-        "*late*) expr $(date +%s) - 60;; *) date +%s;; esac\n"
+        "*late*) echo 60 60;; *) echo $(date +%s) $(date +%s);; esac\n"
     )
     with pytest.raises(HostfileError) as refused:
         supervise.refuse_unfit([Host("far", 1), Host("late", 1), Host("well", 1)], None)

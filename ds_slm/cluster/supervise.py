@@ -41,7 +41,9 @@ from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED,
 from ds_slm.pulse import FOLDER as PULSES
 
 SSH = [*asking.SSH, "-T", "-o", "ControlPath=none"]
-TUNNEL = ["-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=3"]
+ALIVE_S = 1
+"""Between the signs of life that ssh asks for; the first one that is lost delays all that comes behind it."""
+TUNNEL = ["-o", "ExitOnForwardFailure=yes", "-o", f"ServerAliveInterval={ALIVE_S}"]
 IMPORT_S = 120.0
 """A host may take so long until torch is imported."""
 PORTS = range(20000, 32000)
@@ -58,6 +60,8 @@ _TORCH_LINE = re.compile(
     r"(\[rank\d+\]:)?\[?[DIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ .*\]|frame #\d+: |Exception raised from |<omitting python"
 )
 """What torch's agent and store say of themselves."""
+_KILLED = re.compile(r".*\] failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+"""What it says of a rank that a signal ended, which said nothing itself."""
 _TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -229,7 +233,8 @@ class Supervisor:
             command = ["sh", "-c", self._script(host, self._port, here=True)]
         else:
             port = random.choice(PORTS)
-            to = [*SSH, *TUNNEL, *asking.port_option(launch.ssh_port)]
+            patience = f"ServerAliveCountMax={launch.limits.lease // ALIVE_S}"  # as long as the agent's
+            to = [*SSH, *TUNNEL, "-o", patience, *asking.port_option(launch.ssh_port)]
             script = self._script(host, port, here=False)
             command = [*to, "-R", f"127.0.0.1:{port}:127.0.0.1:{self._port}", host.name, f"sh -c {shlex.quote(script)}"]
 
@@ -299,20 +304,31 @@ class Tail:
         self._position = log.stat().st_size
 
     def show(self) -> None:
-        """Print the new lines, but for those of torch's own agent; of a traceback the last line."""
+        """Print the new lines; of torch's own agent only which rank a signal ended, of a traceback the last line."""
         with self._log.open("rb") as file:
             file.seek(self._position)
             added = file.read()
         self._position += len(added)
         *lines, self._rest = (self._rest + added).split(b"\n")
+
         for line in (one.decode(errors="replace") for one in lines):
-            if line == _TRACEBACK:
-                self._in_traceback = True
-            elif self._in_traceback and not line.startswith(" "):
-                self._in_traceback = False
-                print(f"{self._prefix}{line} (traceback: {self._log})", flush=True)
-            elif not self._in_traceback and not _TORCH_LINE.match(line):
-                print(f"{self._prefix}{line}", flush=True)
+            if (shown := self._shown(line)) is not None:
+                print(f"{self._prefix}{shown}", flush=True)
+
+    def _shown(self, line: str) -> str | None:
+        """What is shown of a line; None for nothing."""
+        if killed := _KILLED.match(line):
+            number, rank, pid = killed.groups()
+            return f"rank {rank} of this host (process {pid}) was ended by signal {number}"
+
+        if line == _TRACEBACK:
+            self._in_traceback = True
+        elif self._in_traceback and not line.startswith(" "):
+            self._in_traceback = False
+            return f"{line} (traceback: {self._log})"
+        elif not self._in_traceback and not _TORCH_LINE.match(line):
+            return line
+        return None
 
 
 def exported_to_hosts(environ: Mapping[str, str]) -> dict[str, str]:

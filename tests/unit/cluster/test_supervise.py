@@ -17,6 +17,8 @@ LOG = """\
 W1130 03:57:02.101000 109 torch/distributed/run.py:852] about threads
 [W1130 03:57:02.101021306 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3
 [rank1]:[W1130 04:06:34.143023681 TCPStore.cpp:125] [c10d] recvValue failed
+E1130 09:00:30.678000 33 multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 0 (pid: 36) of binary: python
+E1130 09:00:30.679000 33 multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 1 (pid: 37) of binary: python
 frame #7: c10d::PrefixStore::add(std::string const&, long)
 step 1/40: loss 5.7890
 Traceback (most recent call last):
@@ -28,7 +30,7 @@ half a li"""
 
 
 def test_a_terminal_shows_what_a_user_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a host's log: no lines of torch's agent, of a traceback its last line, whole lines, each once."""
+    """Of a host's log: of torch's agent whom a signal ended, of a traceback its last line, whole lines, each once."""
     log = tmp_path / "node1.log"
     log.write_text("of an earlier launch\n")
     tail = supervise.Tail(log, "node1: ")
@@ -40,6 +42,7 @@ def test_a_terminal_shows_what_a_user_reads(tmp_path: Path, capsys: pytest.Captu
     tail.show()
     tail.show()
     assert capsys.readouterr().out.splitlines() == [
+        "node1: rank 0 of this host (process 36) was ended by signal 9",
         "node1: step 1/40: loss 5.7890",
         f"node1: RuntimeError: Connection closed by peer (traceback: {log})",
         "node1: step 2/40: loss 5.7817",

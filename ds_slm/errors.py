@@ -10,6 +10,9 @@ import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -104,6 +107,22 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, TrainingError):
         return f"stopped: {error}", EXIT_FAILURE
     return None
+
+
+def attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:
+    """The action's result; or None, and its problem, in `place` if the error names no file, added to the problems."""
+    try:
+        return action()
+    except (UserError, OSError) as error:
+        problems += problems_of(error, place)
+    return None
+
+
+def problems_of(error: UserError | OSError, place: str) -> list[str]:
+    """The problems that an error holds; `place` stands in where it names no file."""
+    if isinstance(error, UserError):
+        return error.problems
+    return [f"{error.filename or place}: {error.strerror or error}."]
 
 
 def print_any_name() -> None:

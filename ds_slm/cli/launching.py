@@ -12,9 +12,11 @@ from pathlib import Path
 
 import typer
 
+from ds_slm.cli import mistakes
 from ds_slm.cli.flags import run_dir
 from ds_slm.cluster import launch, limits, runner_flags
 from ds_slm.cluster.hostfile import Host, is_this_machine
+from ds_slm.distributed import world
 from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
 from ds_slm.recipe import schema
 
@@ -101,13 +103,25 @@ def start(script: Path, line: CommandLine) -> None:
     run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
 
     # Mistakes in the recipe, the flags or the hosts are reported before anything starts.
-    schema.load(line.recipe, args.set, run_folder)
+    recipe = schema.load(line.recipe, args.set, run_folder)
     hosts = runner_flags.chosen_hosts(args)
     endured = limits.of_flags(args)
+    mistakes.refuse_recipe(
+        args, recipe, sum(host.slots for host in hosts) or args.devices or 1, script.parent.name == "sft"
+    )
+    if not hosts:  # other hosts may have other files
+        mistakes.refuse_files(args, recipe, run_folder)
+        if args.devices:
+            import torch
+
+            if warning := mistakes.refuse_devices(args.devices, torch.cuda.device_count()):
+                print(f"warning: {warning}", file=sys.stderr)
     if endured.restarts:
         raise typer.Exit(supervised(script, line, hosts, run_folder, endured))
     runner = runner_flags.to_single_host(args, hosts, line.runner)
     runner_flags.refuse_unusable(args, hosts)
+    if args.master_port is None and not runner_flags.over_ssh(args, hosts):
+        runner += ["--master_port", str(world.free_port())]  # so that two launches on a machine are two
     if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
 

@@ -81,8 +81,13 @@ def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str
     found = {**inherited, "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])}
     if cpu_ranks:
         found["DS_ACCELERATOR"] = "cpu"
-        found.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // cpu_ranks, 1)))
+        found.setdefault("OMP_NUM_THREADS", str(max(own_cores() // cpu_ranks, 1)))
     return found
+
+
+def own_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

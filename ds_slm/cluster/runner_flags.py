@@ -41,7 +41,12 @@ SUPERVISED |= {"-q", "--quiet"}
 def add_runner_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that are passed on, for the help and the check of a command line."""
     group = parser.add_argument_group("DeepSpeed's launcher", "passed on to it")
-    group.add_argument("--master_port", type=_port, metavar="PORT", help="where the ranks meet (default 29500)")
+    group.add_argument(
+        "--master_port",
+        type=_port,
+        metavar="PORT",
+        help="where the ranks meet (default 29500; on this machine alone a free one)",
+    )
     group.add_argument("--master_addr", metavar="ADDRESS", help="rank 0's host, as the other hosts reach it")
 
     # Which hosts and slots.

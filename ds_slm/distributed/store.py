@@ -178,8 +178,8 @@ def wait_until(condition: Callable[[], bool], limit_s: float, poll_s: float) -> 
 def taken(world: World) -> str:
     """What to say of a port that somebody else uses."""
     return (
-        f"{world.master} is in use, perhaps by another launch on this machine: give deepspeed another port, "
-        "--master_port 29501 (before the script)."
+        f"{world.master} is in use, perhaps by another launch on this machine: name another port, --master_port 29501 "
+        "(where `deepspeed` is typed, it stands before the script)."
     )
 
 

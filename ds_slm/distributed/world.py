@@ -112,7 +112,7 @@ def read(environ: MutableMapping[str, str] = os.environ) -> World:
     size = _number(environ, "WORLD_SIZE", 1, problems)
     alone = environ.get("WORLD_SIZE") == "1"
     local_rank = _number(environ, "LOCAL_RANK", 0, problems, "0" if alone else None)
-    port = _number(environ, "MASTER_PORT", 1, problems, str(_free_port()) if alone else None)
+    port = _number(environ, "MASTER_PORT", 1, problems, str(free_port()) if alone else None)
 
     # Numbers that are right one by one must also fit together.
     if not problems:
@@ -150,7 +150,7 @@ def _alone(environ: MutableMapping[str, str]) -> World:
     for name in list(environ):
         if name in LEFTOVERS or name.startswith(LEFTOVER_PREFIXES):
             del environ[name]
-    return _export(World(port=_free_port(), local_size=1), environ)
+    return _export(World(port=free_port(), local_size=1), environ)
 
 
 def _export(world: World, environ: MutableMapping[str, str]) -> World:
@@ -178,7 +178,8 @@ def _local_size(environ: MutableMapping[str, str]) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

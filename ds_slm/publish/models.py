@@ -124,27 +124,32 @@ def open_model(path: Path) -> OpenModel:
     Raises:
         CheckpointError: where there is none, it is damaged, or of a shape this decoder cannot have.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: name a run folder, a checkpoint or a Hugging Face folder.")
-
-    if (path / "recipe.toml").is_file():
+    refuse_no_model(path)
+    if (path / schema.RECIPE_FILE).is_file():
         return _open_checkpoint(path, checkpoint_files.choose(path))
     if (path / CONFIG).is_file():
         return _open_hf(path)
 
     # One checkpoint of a run, by its folder's name.
-    run = path.parents[1] if len(path.parents) > 1 else path
-    if path.parent.name == checkpoint_files.CHECKPOINTS and (run / "recipe.toml").is_file():
-        if path.name == "best":
-            return _open_checkpoint(run, checkpoint_files.choose(run, best=True))
-        if path.name.startswith("step-") and path.name.removeprefix("step-").isdecimal():
-            step = int(path.name.removeprefix("step-"))
-            return _open_checkpoint(run, checkpoint_files.choose(run, step=step))
+    run = root_of(path)
+    if path.name == "best":
+        return _open_checkpoint(run, checkpoint_files.choose(run, best=True))
+    return _open_checkpoint(run, checkpoint_files.choose(run, step=int(path.name.removeprefix("step-"))))
 
-    raise CheckpointError(
-        f"{path} is no model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging Face "
-        "folder (with config.json)."
-    )
+
+def refuse_no_model(path: Path) -> None:
+    """Raise CheckpointError where a path can name no model, by the names of its files alone."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: name a run folder, a checkpoint or a Hugging Face folder.")
+
+    run = root_of(path)
+    is_checkpoint = run != path and (path.name == "best" or path.name.removeprefix("step-").isdecimal())
+    is_run = (run / schema.RECIPE_FILE).is_file() and (run == path or is_checkpoint)
+    if not is_run and not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} is not a model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging "
+            "Face folder (with config.json)."
+        )
 
 
 def root_of(path: Path) -> Path:

@@ -6,11 +6,11 @@ Whatever can be wrong on one host only (its data, its run folder) is gathered fr
 left alone would keep the others waiting.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from ds_slm.checkpoint import resume
 from ds_slm.checkpoint.files import BASE
@@ -27,7 +27,14 @@ from ds_slm.engine import compile_probe, devices, micro_batch, process_group
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.profile import Profile
 from ds_slm.engine.row_reader import RowSource
-from ds_slm.errors import RAISED_ON_ALL_RANKS, CheckpointError, ReplacedByNewerLaunch, UserError
+from ds_slm.errors import (
+    RAISED_ON_ALL_RANKS,
+    CheckpointError,
+    ReplacedByNewerLaunch,
+    UserError,
+    attempt,
+    problems_of,
+)
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import ds_config, effects, schema
 from ds_slm.recipe.schema import Recipe
@@ -39,8 +46,6 @@ from ds_slm.run.report import Report, captured_output
 from ds_slm.train import agreement, loop, unused_flags
 from ds_slm.train.choices import announce, effective_choices
 from ds_slm.train.task import Base, Benchmarks, Corpus, Options, Task
-
-Result = TypeVar("Result")
 
 
 def run(recipe: Recipe, options: Options, task: Task) -> None:
@@ -88,27 +93,27 @@ class Inputs:
         world_size = meeting.world.size
 
         # What is asked for, before anything is prepared.
-        _attempt(problems, network.refuse_unknown_interfaces)
+        attempt(problems, network.refuse_unknown_interfaces)
         micro_batch_rows = None if options.micro_batch == "auto" else options.micro_batch
-        engine_config = _attempt(problems, lambda: _join(recipe, options, world_size, micro_batch_rows))
-        _attempt(problems, lambda: unused_flags.refuse(recipe, options))
-        _attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
-        _attempt(
+        engine_config = attempt(problems, lambda: _join(recipe, options, world_size, micro_batch_rows))
+        attempt(problems, lambda: unused_flags.refuse(recipe, options))
+        attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
+        attempt(
             problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
         )
 
         # Data that another host has are received; what nobody has is prepared on each.
         if not problems and not meeting.world.on_one_host:
-            _attempt(problems, lambda: sharing.share(meeting, task.needs(), recipe.identity_sha256(), task.report))
+            attempt(problems, lambda: sharing.share(meeting, task.needs(), recipe.identity_sha256(), task.report))
 
         # A base that does not fit is refused before anything is prepared.
-        base = _attempt(problems, task.base) if task.base and not problems else None
+        base = attempt(problems, task.base) if task.base and not problems else None
         if base:
-            _attempt(problems, lambda: run_folder.refuse_own_base(options.run_dir, base.folder))
+            attempt(problems, lambda: run_folder.refuse_own_base(options.run_dir, base.folder))
 
-        corpus = None if problems else _attempt(problems, task.prepare)
-        rows = _attempt(problems, lambda: task.rows(corpus)) if corpus else None
-        benchmarks = _attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None
+        corpus = None if problems else attempt(problems, task.prepare)
+        rows = attempt(problems, lambda: task.rows(corpus)) if corpus else None
+        benchmarks = attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None
         if problems or engine_config is None or corpus is None or rows is None:
             raise UserError(problems)
         return cls(recipe, options, task, engine_config, corpus, rows, base, benchmarks)
@@ -187,7 +192,7 @@ class Launching:
             except ReplacedByNewerLaunch:
                 newer = str(launches.holder(options.run_dir))
             except (UserError, OSError) as error:
-                problems += _problems_of(error, f"--run-dir {options.run_dir}")
+                problems += problems_of(error, f"--run-dir {options.run_dir}")
         raise_on_all(control, problems)
         if any(control.gather(newer)):
             raise ReplacedByNewerLaunch
@@ -334,7 +339,7 @@ def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
     problems: list[str] = []
     notes = None
     if control.leads_host and run_folder.finished(run):
-        notes = _attempt(problems, lambda: run_folder.mend_tokenizer(run, corpus.tokenizer_folder))
+        notes = attempt(problems, lambda: run_folder.mend_tokenizer(run, corpus.tokenizer_folder))
     for line in dict.fromkeys(line for lines in control.gather([*(notes or []), *problems]) for line in lines):
         if control.rank == 0:
             print(f"warning: {line}", flush=True)
@@ -344,7 +349,7 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
     """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
     problems: list[str] = []
     if control.leads_host:
-        _attempt(problems, lambda: run_folder.refuse_unusable(run))
+        attempt(problems, lambda: run_folder.refuse_unusable(run))
     raise_on_all(control, [f"--run-dir {run}: {problem}" for problem in problems])
 
 
@@ -371,19 +376,3 @@ def _with_fastest_micro_batch(
     trial = micro_batch.Trial(recipe, engine_config, devices.current_device(), devices.DTYPES[recipe.train.precision])
     changed = _join(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
     return replace(changed, compiled=engine_config.compiled, eager_reason=engine_config.eager_reason)
-
-
-def _attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:
-    """The action's result; or None, and its problem, in `place` if the error names no file, added to the problems."""
-    try:
-        return action()
-    except (UserError, OSError) as error:
-        problems += _problems_of(error, place)
-    return None
-
-
-def _problems_of(error: UserError | OSError, place: str) -> list[str]:
-    """The problems that an error holds; `place` stands in where it names no file."""
-    if isinstance(error, UserError):
-        return error.problems
-    return [f"{error.filename or place}: {error.strerror or error}."]

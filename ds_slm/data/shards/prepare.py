@@ -71,15 +71,8 @@ def prepare(
         DataError: with every problem found; nothing that exists is overwritten.
     """
     replacements = {name: Path(path) for name, path in (sources or {}).items()}
-    known = [source.name for source in recipe.data.source]
-    unknown = [name for name in replacements if name not in known]
-    if unknown:
-        there = f"; it has {', '.join(known)}"
-        raise DataError(
-            [f"--source {name}: the recipe has no such source{nearest(name, known) or there}." for name in unknown]
-        )
-
     folder = Path(data_root) / name
+    _refuse_unknown_sources(recipe, replacements)
     if in_the_way := obstacle(folder):
         raise DataError(f"--data-root: {in_the_way}")
 
@@ -90,7 +83,7 @@ def prepare(
             if document_format.tokenizer_folder is None:
                 _drop_lonely_tokenizer(recipe, folder, replacements)
             refuse(conflicts(recipe, folder, replacements, document_format.identity))
-            places = _places(recipe, folder, replacements, report)
+            places = _places(recipe.data.source, folder, replacements, report)
             if _missing(recipe, folder):  # no other process has prepared it meanwhile
                 limits = {source.name: _token_limit(recipe, source, max_tokens) for source in recipe.data.source}
                 if document_format.as_json and max_tokens is None:
@@ -114,6 +107,20 @@ def prepare(
     for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
         report(line)
     return prepared
+
+
+def refuse_wrong_sources(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
+    """Raise DataError where `prepare` would, by the names and sizes of local files; leaves the hub alone.
+
+    Args:
+        recipe: what is to be prepared.
+        folder: where its prepared data lie or go.
+        replacements: a local file or folder in place of a source, by the source's name.
+    """
+    _refuse_unknown_sources(recipe, replacements)
+    if in_the_way := obstacle(folder):
+        raise DataError(f"--data-root: {in_the_way}")
+    _places([one for one in recipe.data.source if one.path or one.name in replacements], folder, replacements)
 
 
 def needed_folders(
@@ -184,12 +191,27 @@ def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[s
         shutil.rmtree(folder / TOKENIZER)
 
 
+def _refuse_unknown_sources(recipe: Recipe, replacements: Mapping[str, Path]) -> None:
+    known = [source.name for source in recipe.data.source]
+    there = f"; it has {', '.join(known)}"
+    refuse(
+        [
+            f"--source {name}: the recipe has no such source{nearest(name, known) or there}."
+            for name in replacements
+            if name not in known
+        ]
+    )
+
+
 def _places(
-    recipe: Recipe, folder: Path, replacements: Mapping[str, Path], report: Callable[[str], None]
+    sources: Collection[Source],
+    folder: Path,
+    replacements: Mapping[str, Path],
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, SourceFiles]:
     """Where to read each source that has no shards yet. Raises DataError with every path that is wrong."""
     places, problems = {}, []
-    for source in recipe.data.source:
+    for source in sources:
         if not (folder / source.name / MANIFEST).exists():
             try:
                 places[source.name] = place = locate(source, replacements.get(source.name), report)
@@ -197,7 +219,7 @@ def _places(
             except DataError as error:
                 problems += error.problems
     refuse(problems)
-    for source in recipe.data.source:
+    for source in sources:
         if (place := places.get(source.name)) and (line := place.tell(source.split)):
             report(f"{source.name}: {line}")
     return places

@@ -122,10 +122,10 @@ def test_odd_configurations(config: object, said: str, made: tuple, tmp_path: Pa
 
 
 def test_a_folder_that_is_called_like_a_checkpoint(made: tuple) -> None:
-    """Oracle: the sentence of a path that is no model."""
+    """Oracle: the sentence of a path that is not a model."""
     backup = made[0] / "checkpoints" / "step-00000005.bak"
     backup.mkdir(exist_ok=True)
-    with pytest.raises(CheckpointError, match="is no model"):
+    with pytest.raises(CheckpointError, match="is not a model"):
         open_model(backup)
     backup.rmdir()
 
@@ -166,7 +166,7 @@ def test_a_base_of_another_shape(made: tuple) -> None:
     ("make", "message"),
     [
         (lambda folder: None, "does not exist"),
-        (lambda folder: folder.mkdir(), "is no model: expected a run folder"),
+        (lambda folder: folder.mkdir(), "is not a model: expected a run folder"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "is no JSON"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "holds no .safetensors file"),
     ],

@@ -11,7 +11,9 @@ import pytest
 
 from ds_slm.cli import flags
 from ds_slm.cluster import launch, runner_flags
+from ds_slm.distributed import world
 from ds_slm.errors import ConfigError, HostfileError
+from ds_slm.recipe import schema
 from tests.support.assistants import ds_slm
 from tests.support.runs import environment
 
@@ -105,7 +107,7 @@ def test_sigterm_ends_the_launcher_below_the_runner(tmp_path: Path) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """Command lines that would have been run, in an empty folder on a machine without a GPU."""
+    """Command lines that would have been run, in a folder with a base `x`, on a machine without a GPU."""
     commands: list[list[str]] = []
 
     def run(command: list[str], environ: dict[str, str], hold_back: bool) -> int:
@@ -115,13 +117,17 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(runner_flags, "refuse_unreachable", lambda hosts, ssh_port: None)
+    monkeypatch.setattr(world, "free_port", lambda: 5)
     monkeypatch.setattr("torch.cuda.is_available", lambda: "GPU" in os.environ)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
     return commands
 
 
 FINE_TUNE = [str(ROOT / "sft" / "train.py"), "--recipe", "demo-instruct", "--base", "x"]
+FREE = ["--master_port", "5"]
 PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
 
 
@@ -130,7 +136,7 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
     [
         (
             ["sft", "demo-instruct", "--base", "x"],
-            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FINE_TUNE],
+            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FREE, *FINE_TUNE],
         ),
         (
             ["sft", "demo-instruct", "--devices", "2", "--base", "x", "--set", "train.seed=2", "--master_port", "9"],
@@ -153,11 +159,22 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
         ),
         (
             ["train", "--max-steps", "1", "demo", "--allow-change"],
-            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *PRETRAIN, "--max-steps", "1", "--allow-change"],
+            [
+                "cpu",
+                "deepspeed",
+                "--num_accelerators",
+                "1",
+                "--quiet",
+                *FREE,
+                *PRETRAIN,
+                "--max-steps",
+                "1",
+                "--allow-change",
+            ],
         ),
         (
             ["train", "--run-dir=r", "-q", "--devices=2", "demo"],
-            ["cpu", "deepspeed", "--num_accelerators", "2", "-q", *PRETRAIN, "--run-dir=r"],
+            ["cpu", "deepspeed", "--num_accelerators", "2", "-q", *FREE, *PRETRAIN, "--run-dir=r"],
         ),
         (
             ["train", "demo", "--hostfile", TWO_NODE, "--include", "node1:0@node2", "--ssh_port", "22"],
@@ -174,10 +191,10 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
                 *PRETRAIN,
             ],
         ),
-        (["train", "demo"], ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *PRETRAIN]),
+        (["train", "demo"], ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FREE, *PRETRAIN]),
         (
             ["train", "demo", "--run-dir", "r"],
-            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *PRETRAIN, "--run-dir", "r"],
+            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FREE, *PRETRAIN, "--run-dir", "r"],
         ),
     ],
 )
@@ -193,7 +210,7 @@ def test_a_gpu_is_left_to_deepspeed(launched: list[list[str]], monkeypatch: pyte
     """Oracle: neither accelerator nor a number of devices is set."""
     monkeypatch.setenv("GPU", "1")
     assert ds_slm("train", "demo", "--max-steps", "1", monkeypatch=monkeypatch) == 0
-    assert launched == [["-", "deepspeed", "--quiet", *PRETRAIN, "--max-steps", "1"]]
+    assert launched == [["-", "deepspeed", "--quiet", *FREE, *PRETRAIN, "--max-steps", "1"]]
 
 
 def test_success_is_done_json(
@@ -203,6 +220,7 @@ def test_success_is_done_json(
     assert ds_slm("train", "demo", "--run-dir", "r", monkeypatch=monkeypatch) == 1
     assert "r has no done.json" in capsys.readouterr().err
     Path("r").mkdir()
+    (Path("r") / "recipe.toml").write_text(schema.to_toml(schema.load("demo")))
     (Path("r") / "done.json").write_text(json.dumps({"step": 1}))
     assert ds_slm("train", "demo", "--run-dir", "r", monkeypatch=monkeypatch) == 0
     monkeypatch.setenv("CODE", "2")

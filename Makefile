@@ -70,7 +70,7 @@ cluster-test: .venv/.installed-dev cluster-tools  ## two hosts in network namesp
 	$(IN_VENV) pytest tests/cluster -m 'not slow'
 
 cluster-faults: .venv/.installed-dev cluster-tools  ## hosts that die, hang, are cut off and come back; how long each costs
-	$(IN_VENV) pytest tests/cluster/test_supervise.py -s
+	$(IN_VENV) pytest tests/cluster/test_supervise.py tests/cluster/test_supervise_ends.py tests/cluster/test_chaos.py -s
 
 cluster-tools:
 	@test "$$(id -u)" = 0 || { echo "make cluster-test makes network namespaces: run it as root" >&2; exit 2; }

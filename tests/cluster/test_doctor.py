@@ -20,6 +20,7 @@ import pydantic
 import pytest
 
 from ds_slm.recipe import schema
+from tests.cluster.commands import mounted, on
 from tests.cluster.hosts import TwoHosts, missing_requirements
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -63,12 +64,6 @@ def failures(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     print(done.stdout)
     return found
-
-
-def on(hosts: TwoHosts, node: str, command: str) -> None:
-    """Run a shell command on a host."""
-    done = hosts.launch(["ssh", node, command], TIMEOUT_S)
-    assert done.returncode == 0, done.stderr
 
 
 def etc(hosts: TwoHosts, node: str, name: str) -> Path:
@@ -121,14 +116,6 @@ def firewall(hosts: TwoHosts, node: str, other: str) -> Iterator[None]:
     on(hosts, node, "; ".join(f"ip rule add {rule}" for rule in rules))
     yield
     on(hosts, node, "ip rule del prio 11; ip rule del prio 10")
-
-
-@contextlib.contextmanager
-def mounted(hosts: TwoHosts, node: str, mount: str, unmount: str) -> Iterator[None]:
-    """A mount on a host, for a time."""
-    on(hosts, node, mount)
-    yield
-    on(hosts, node, unmount)
 
 
 @contextlib.contextmanager

@@ -5,129 +5,34 @@ cost. Oracle: the plain `deepspeed --hostfile` run of the same recipe, bit for b
 of ranks one rank's run, with equal ledgers and losses within the bound for fp32.
 """
 
+import contextlib
 import json
-import re
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.hosts import Hosts, missing_requirements
+from tests.cluster.hosts import Hosts
+from tests.cluster.supervised import (
+    CHECKOUT,
+    PATIENCE_S,
+    STEPS,
+    TOO_LATE_S,
+    Supervised,
+    load,
+    make_hosts,
+    newest,
+    records,
+)
 from tests.support import runs
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 180.0
 LAUNCH_TIMEOUT_S = 240.0
-TOO_LATE_S = 90.0
-"""A fault may cost so much on a machine that does other things, too; without them half of it."""
 LOSS, LOSS_STEPS = 5e-6, 300
 """Relative, over the first steps: at this rate what other numbers of ranks round differently grows with every step."""
-STEPS = ["--set", "train.steps=100000"]
+LOSS_BF16 = 2e-3
 EXACT = ("step", "tokens", "loss", "grad_norm", "ledger")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe and its text, which every host sees at the same path."""
-    path = tmp_path_factory.mktemp("recipe")
-    runs.write_recipe(path)
-    return path
-
-
-def make_hosts(folder: Path, *nodes: str) -> Hosts:
-    if problems := missing_requirements():
-        pytest.fail("hosts cannot be made here. " + " ".join(problems), pytrace=False)
-    return Hosts(CHECKOUT, folder, nodes)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with make_hosts(tmp_path_factory.mktemp("two"), "node1", "node2") as hosts:
-        yield hosts
-
-
-class Supervised:
-    """A supervised run on some hosts, and what it prints."""
-
-    def __init__(self, hosts: Hosts, folder: Path, name: str, trained_on: tuple[str, ...], *flags: str) -> None:
-        self.hosts, self.name, self._output = hosts, name, folder / f"{name}.output"
-        hostfile = folder / f"{name}.hostfile"
-        hostfile.write_text("".join(f"{node} slots=1\n" for node in trained_on))
-        command = ["ds-slm", "train", str(folder / "tiny.toml"), "--hostfile", str(hostfile), "--restarts", "3"]
-        with self._output.open("w") as output:
-            self.process = hosts.start(
-                [*command, "--hang-timeout", "20", "--run-dir", f"runs/{name}", *STEPS, *flags], output, output
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    def supervisor(self) -> psutil.Process:
-        """The process that was typed, within its host."""
-        typed = [one for one in self.hosts.processes(self.hosts.nodes[0]) if "--restarts" in one.cmdline()]
-        return next(one for one in typed if f"runs/{self.name}" in one.cmdline())
-
-    def ranks(self, node: str) -> list[psutil.Process]:
-        """The host's processes of the training program."""
-        found = []
-        for process in self.hosts.processes(node):
-            line = process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
-            if line[2:3] and line[2].endswith("pretrain.py"):
-                found.append(process)
-        return found
-
-    def wait_for(self, what: str, condition: Callable[[], object]) -> float:
-        """How long it took until a condition held."""
-        began_s = time.monotonic()
-        while not condition():
-            waited_s = time.monotonic() - began_s
-            assert self.process.poll() is None, f"ended while waiting for {what}\n{self.output[-6000:]}"
-            assert waited_s < PATIENCE_S, f"waited for {what}\n{self.output[-6000:]}"
-            time.sleep(0.05)
-        return time.monotonic() - began_s
-
-    def await_steps(self, text: str = "", hosts: int | None = None, resumes: bool = False) -> float:
-        """Seconds until a step is taken by a launch that began behind some output, on a number of hosts."""
-        begins = re.compile(rf"tiny on {hosts or '[0-9]+'} x .*, hosts (\w+)")
-
-        def stepped() -> bool:
-            added = self.output[len(text) :]
-            if not (begun := begins.search(added)):
-                return False
-            resumed = re.search(r"resumed at step (\d+)", added[begun.end() :])
-            if resumes and not resumed:
-                return False
-            return newest(self.hosts, begun[1], self.name) > int(resumed[1] if resumed else 0)
-
-        return self.wait_for(f"steps on {hosts or 'any'} hosts", stepped)
-
-    def fault(self, what: str, action: Callable[[], object], hosts: int) -> None:
-        """Do something to the run; it must be training again, on so many hosts, in time."""
-        before = self.output
-        action()
-        took_s = self.await_steps(before, hosts, resumes=True)
-        print(f"{self.name}: {what}: a step again, on {hosts} hosts, after {took_s:.1f} s")
-        assert took_s < TOO_LATE_S
-        time.sleep(1)  # some steps more
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.hosts.end_processes()
-
-
-def records(hosts: Hosts, node: str, run: str) -> list[dict]:
-    return runs.records(hosts.runs(node) / run)
-
-
-def newest(hosts: Hosts, node: str, run: str) -> int:
-    path = hosts.runs(node) / run / "metrics.jsonl"
-    found = re.findall(r'"step": ?(\d+)', path.read_text()[-2000:]) if path.is_file() else []
-    return int(found[-1]) if found else 0
 
 
 def test_a_killed_rank_changes_no_bit(two: Hosts, folder: Path) -> None:
@@ -141,7 +46,7 @@ def test_a_killed_rank_changes_no_bit(two: Hosts, folder: Path) -> None:
 
     run = Supervised(two, folder, "killed", ("node1", "node2"), *last)
     run.wait_for("step 13", lambda: newest(two, "node1", "killed") >= 13)
-    run.fault("a rank is killed", lambda: run.ranks("node2")[0].kill(), hosts=2)
+    run.fault("a rank is killed", lambda: run.ranks("node2")[0].kill(), ranks=2)
     assert run.process.wait(PATIENCE_S) == 0, run.output
     assert "restart 1 of 3" in run.output
     found, expected = (
@@ -167,7 +72,7 @@ def test_hosts_die_hang_are_cut_off_and_come_back(tmp_path: Path, folder: Path) 
     with make_hosts(tmp_path / "hosts", "head", "node1", "node2") as hosts:
         run = Supervised(hosts, folder, "faults", ("node1", "node2"))
         try:
-            run.await_steps(hosts=2)
+            run.await_steps(ranks=2)
             run.wait_for("a checkpoint", lambda: newest(hosts, "node1", "faults") > 12)
             run.fault("rank 0 is killed", lambda: run.ranks("node1")[0].kill(), 2)
             run.fault("node2 is off", lambda: hosts.power_off("node2"), 1)
@@ -182,7 +87,52 @@ def test_hosts_die_hang_are_cut_off_and_come_back(tmp_path: Path, folder: Path) 
         finally:
             print(run.output[-3000:])
             run.end()
-        compare_with_one_rank(hosts, folder)
+        compare_with_one_rank(hosts, folder, "faults")
+
+
+@pytest.mark.slow
+def test_agents_die_and_freeze_and_short_faults_are_survived(tmp_path: Path, folder: Path) -> None:
+    """One run through what happens to agents, to a host's processes, and to the ssh that reaches it."""
+    with make_hosts(tmp_path / "hosts", "head", "node1", "node2") as hosts:
+        run = Supervised(hosts, folder, "agents", ("node1", "node2"))
+        try:
+            run.await_steps(ranks=2)
+            run.wait_for("a checkpoint", lambda: newest(hosts, "node1", "agents") > 12)
+            ridden_out(run, hosts)
+            frozen = run.agents("node2")[0]
+            run.fault("node2's agent freezes", lambda: frozen.send_signal(signal.SIGSTOP), 1)
+            run.fault("it thaws", lambda: frozen.send_signal(signal.SIGCONT), 2)
+            run.fault("node2's agent is killed", lambda: run.agents("node2")[0].kill(), 2)
+            run.fault("node1's agent is told to end", lambda: run.agents("node1")[0].terminate(), 2)
+            run.fault("a rank is told to end", lambda: run.ranks("node2")[0].terminate(), 2)
+            run.fault("all processes of node2 are killed", lambda: kill_all(hosts, "node2"), 2)
+            run.fault("node2's ssh is killed", lambda: run.ssh("node2").kill(), 2)
+            run.supervisor().terminate()
+            assert run.process.wait(PATIENCE_S) == 75, run.output
+            assert not hosts.processes("node1") and not hosts.processes("node2")
+        finally:
+            print(run.output[-3000:])
+            run.end()
+        compare_with_one_rank(hosts, folder, "agents")
+
+
+def ridden_out(run: Supervised, hosts: Hosts) -> None:
+    """A cable that is cut for 5 seconds: the same ranks go on."""
+    before, began_s = run.output, time.monotonic()
+    hosts.cut("node2")
+    time.sleep(5)
+    stood = newest(hosts, "node1", run.name)
+    hosts.mend("node2")
+    run.wait_for("a step behind the cut", lambda: newest(hosts, "node1", run.name) > stood)
+    print(f"{run.name}: node2 is cut off for 5 s: a step after {time.monotonic() - began_s:.1f} s, {load()}")
+    assert "tiny on" not in run.output[len(before) :]
+
+
+def kill_all(hosts: Hosts, node: str) -> None:
+    """Unlike a host without power, its kernel tells the others."""
+    for process in hosts.processes(node):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def cut_off(run: Supervised, hosts: Hosts) -> None:
@@ -193,23 +143,24 @@ def cut_off(run: Supervised, hosts: Hosts) -> None:
     empty_s = run.wait_for("node2 to be empty", lambda: not any(one.is_running() for one in cut))
     assert "tiny on 1 x" not in run.output[len(before) :]
     alone_s = empty_s + run.await_steps(before, 1, resumes=True)
-    print(f"{run.name}: node2 is cut off: empty after {empty_s:.1f} s, node1 alone after {alone_s:.1f} s")
+    print(f"{run.name}: node2 is cut off: empty after {empty_s:.1f} s, node1 alone after {alone_s:.1f} s, {load()}")
 
 
-def compare_with_one_rank(hosts: Hosts, folder: Path) -> None:
-    found = records(hosts, "node1", "faults")
+def compare_with_one_rank(hosts: Hosts, folder: Path, name: str, *flags: str, bound: float = LOSS) -> None:
+    """The records of both hosts against one rank that nothing happened to."""
+    found = records(hosts, "node1", name)
     assert [one["step"] for one in found] == list(range(1, len(found) + 1))
-    assert [one["ledger"] for one in records(hosts, "node2", "faults")] == [one["ledger"] for one in found]
+    assert [one["ledger"] for one in records(hosts, "node2", name)] == [one["ledger"] for one in found]
     rare = ["--set", "run.eval_every_steps=100000", "--set", "run.save_every_steps=100000"]
-    flags = ["--recipe", "tiny.toml", "--run-dir", "whole", *STEPS, *rare, "--max-steps", str(len(found))]
-    done = runs.run(runs.deepspeed_command(1, *flags), folder, timeout_s=900)
+    launch = ["--recipe", "tiny.toml", "--run-dir", f"whole-{name}", *STEPS, *rare, "--max-steps", str(len(found))]
+    done = runs.run(runs.deepspeed_command(1, *launch, *flags), folder, timeout_s=900)
     assert done.returncode == 0, done.stderr
-    whole = runs.records(folder / "whole")
+    whole = runs.records(folder / f"whole-{name}")
     assert [one["ledger"] for one in found] == [one["ledger"] for one in whole]
     apart = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, whole, strict=True)]
     worst = max(apart[:LOSS_STEPS])
-    print(f"faults: {len(found)} steps, ledgers equal; losses within {worst:.1e} of one rank's, {max(apart):.1e} later")
-    assert worst < LOSS
+    print(f"{name}: {len(found)} steps, ledgers equal; losses within {worst:.1e} of one rank's, {max(apart):.1e} later")
+    assert worst < bound
 
 
 @pytest.mark.slow
@@ -217,22 +168,43 @@ def test_when_the_supervisor_is_killed_all_hosts_save_and_end(tmp_path: Path, fo
     """SIGKILL on the launching host. The same command goes on without a lost step."""
     with make_hosts(tmp_path / "hosts", "head", "node1", "node2") as hosts:
         run = Supervised(hosts, folder, "orphans", ("node1", "node2"))
-        run.await_steps(hosts=2)
+        run.await_steps(ranks=2)
         began_s = time.monotonic()
         run.supervisor().kill()
         while hosts.processes("node1") or hosts.processes("node2"):
             assert time.monotonic() - began_s < TOO_LATE_S
             time.sleep(0.05)
-        print(f"the supervisor is killed: no process on any host after {time.monotonic() - began_s:.1f} s")
+        print(f"the supervisor is killed: no process on any host after {time.monotonic() - began_s:.1f} s, {load()}")
         last = newest(hosts, "node1", "orphans")
         for node in ("node1", "node2"):
             assert json.loads((hosts.runs(node) / "orphans" / "saved.json").read_text())["step"] == last
 
         again = Supervised(hosts, folder, "orphans", ("node1", "node2"))
-        again.await_steps(hosts=2, resumes=True)
+        again.await_steps(ranks=2, resumes=True)
         assert f"resumed at step {last}" in again.output
         again.supervisor().terminate()
         assert again.process.wait(PATIENCE_S) == 75, again.output
+
+
+@pytest.mark.slow
+def test_two_ranks_a_host_in_bf16_under_zero_3_are_survived(tmp_path: Path, folder: Path) -> None:
+    """Partitions of weights and 8-bit moments are put together from a checkpoint for two, and for four ranks again."""
+    flags = ["--ds-config", str(CHECKOUT / "ds_configs" / "zero3.json")]
+    flags += ["--set", "train.precision=bf16", "--set", "optimizer.name=adamw8bit"]
+    with make_hosts(tmp_path / "hosts", "head", "node1", "node2") as hosts:
+        run = Supervised(hosts, folder, "zero3", ("node1", "node2"), *flags, slots=2)
+        try:
+            run.await_steps(ranks=4)
+            run.wait_for("a checkpoint", lambda: newest(hosts, "node1", "zero3") > 12)
+            run.fault("one of two ranks is killed", lambda: run.ranks("node2")[1].kill(), 4)
+            run.fault("node1 is off", lambda: hosts.power_off("node1"), 2)
+            run.fault("node1 is on again", lambda: hosts.power_on("node1"), 4)
+            run.supervisor().terminate()
+            assert run.process.wait(PATIENCE_S) == 75, run.output
+        finally:
+            print(run.output[-3000:])
+            run.end()
+        compare_with_one_rank(hosts, folder, "zero3", *flags, bound=LOSS_BF16)
 
 
 @pytest.mark.slow
@@ -242,7 +214,7 @@ def test_rank_0s_host_of_three_dies_and_comes_back(tmp_path: Path, folder: Path)
     with make_hosts(tmp_path / "hosts", "head", *nodes) as hosts:
         run = Supervised(hosts, folder, "three", nodes)
         try:
-            run.await_steps(hosts=3)
+            run.await_steps(ranks=3)
             run.wait_for("a checkpoint", lambda: newest(hosts, "node1", "three") > 12)
             run.fault("node1 of three is off", lambda: hosts.power_off("node1"), 2)
             run.fault("node1 of three is on again", lambda: hosts.power_on("node1"), 3)

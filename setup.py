@@ -40,6 +40,7 @@ setup(
         "bitsandbytes>=0.49,<1",
         "datasets>=4,<6",
         "deepspeed>=0.19.8,<0.20",
+        "gguf>=0.17,<1",  # `ds-slm export --gguf`
         "huggingface-hub>=1,<3",
         "jinja2>=3.1,<4",  # chat templates, and a report's page
         "matplotlib>=3.9,<4",  # the curves beside a model card, and in a report
@@ -65,11 +66,9 @@ setup(
     extras_require={
         "device-map": ["accelerate>=1.10,<2"],  # transformers' device_map="..." needs it
         "eval": ["lm-eval>=0.4.13,<0.5"],
-        "gguf": ["gguf>=0.17,<1"],
         "mlx": ["mlx[cpu]>=0.32,<1", "mlx-lm>=0.32,<1"],  # for a slow test; it has wheels for glibc 2.35 and newer
         "dev": [
             "accelerate>=1.10,<2",  # lm_eval's own scorer, the oracle of ours, needs it
-            "gguf>=0.17,<1",
             "hypothesis>=6.120",
             "lm-eval>=0.4.13,<0.5",
             "pyright[nodejs]>=1.1.400",

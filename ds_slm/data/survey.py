@@ -14,7 +14,7 @@ from ds_slm.data.shards.writer import HASHES, hash_position
 from ds_slm.data.sources.documents import documents
 from ds_slm.data.tokenizers.bpe_training import train_bpe
 from ds_slm.data.tokenizers.byte_level import GPT2_PATTERN, bulk_encoder, by_rank
-from ds_slm.data.tokenizers.tokenizer import load_tokenizer
+from ds_slm.data.tokenizers.tokenizer import build_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe.own_text import Text
 from ds_slm.recipe.schema import Recipe, Source
@@ -97,7 +97,8 @@ def _measure(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:
 
     # The tokenizer of a model that is trained further is there.
     if section.kind == "hf" and section.path and Path(section.path).is_dir():
-        tokens = sum(map(len, load_tokenizer(Path(section.path)).encode_batch(sample)))
+        tokenizer = build_tokenizer(recipe, lambda source: iter(()))
+        tokens = sum(map(len, tokenizer.encode_batch(sample)))
         return {"learnable_ids": section.vocab_size, "bytes_per_token": sample_bytes / tokens}
 
     # Any other is estimated by one that is learned from the sample.

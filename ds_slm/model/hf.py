@@ -33,7 +33,7 @@ MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "ds_slm
 """model_type -> architecture."""
 
 CANNOT_BE = "config.json describes a model this decoder cannot be:"
-QWEN3_HEAD_DIM = 128
+QWEN3_HEAD_DIM, QWEN3_KV_HEADS = 128, 32
 """What transformers takes where a Qwen3's configuration names none."""
 
 
@@ -82,6 +82,11 @@ def generation_config(*, eos_id: int | None, pad_id: int | None = None, bos_id: 
     return {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
 
 
+def _first(*values: Any) -> Any:
+    """The first value that is there."""
+    return next(value for value in values if value is not None)
+
+
 def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     """The shape of a Llama, a Qwen3 or one of our own from the content of its config.json.
 
@@ -114,9 +119,10 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
 
     # Configurations may leave these out; what stands for them is what transformers takes.
     share = hidden_size // heads if isinstance(hidden_size, int) and isinstance(heads, int) else None
+    is_left_out = "num_key_value_heads" not in config  # null means something else
     derived = {
         "head_dim": QWEN3_HEAD_DIM if model_type == "qwen3" else share,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": QWEN3_KV_HEADS if model_type == "qwen3" and is_left_out else heads,
         "tie_word_embeddings": False,
     }
     fields: dict[str, Any] = {
@@ -124,8 +130,8 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     }
     problems += [f"{name} is missing." for name, value in fields.items() if value is None]
     fields |= {
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        "init_std": config.get("initializer_range", 0.02),
+        "rope_theta": _first(rope.get("rope_theta"), config.get("rope_theta"), 10_000.0),
+        "init_std": _first(config.get("initializer_range"), 0.02),
         "qk_norm": model_type == "qwen3" or bool(config.get("qk_norm")),
         "exclusive_attention": model_type == "ds_slm_exclusive",
     }

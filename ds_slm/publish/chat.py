@@ -108,6 +108,8 @@ class Conversation:
         """The last one; None while a question has none yet."""
         self._forgotten = 0
         """Turns at the beginning that are not read any more."""
+        self._forgotten_before: list[int] = []
+        """The same when each question was asked."""
         self._reader = Reader(speaker.model)
         self._unused_ids = speaker.tokenizer.unused_ids(speaker.model.shape.vocab_size)
         self.set(settings)
@@ -138,7 +140,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget every turn; the system prompt stays."""
-        self.turns, self._forgotten = [], 0
+        self.turns, self._forgotten, self._forgotten_before = [], 0, []
 
     def undo(self) -> str | None:
         """Take the last question and its answer back. Returns the question, None where there is none."""
@@ -146,7 +148,7 @@ class Conversation:
             return None
         question = self.turns[-2]["content"]
         del self.turns[-2:]
-        self._forgotten = min(self._forgotten, len(self.turns))
+        self._forgotten = self._forgotten_before.pop()
         return question
 
     def ask(self, question: str) -> Generator[str, None, None]:
@@ -182,6 +184,7 @@ class Conversation:
         finally:
             if new_ids:
                 self.turns.append({"role": "assistant", "content": stream.text})
+                self._forgotten_before.append(before)
                 seconds, forgotten = time.monotonic() - begun_s, self._forgotten - before
                 self.answer = Answer(stream.text, len(prompt), len(new_ids), stopped_by, forgotten, seconds)
             else:

@@ -102,8 +102,8 @@ def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for place, (name, records) in enumerate(runs):
-            _draw(axes, chart, axis, name, records, COLOURS[place % len(COLOURS)])
+        for place, (_, records) in enumerate(runs):
+            _draw(axes, chart, axis, records, place)
         axes.set_xlabel(AXES[axis])
         if chart.log:
             scale_by_logarithm(axes)
@@ -114,9 +114,9 @@ def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
-def _draw(
-    axes: "Axes", chart: Chart, axis: str, name: str, records: Mapping[str, Sequence[Record]], colour: str
-) -> None:
+def _draw(axes: "Axes", chart: Chart, axis: str, records: Mapping[str, Sequence[Record]], place: int) -> None:
+    """The lines of the run that stands at a place among all."""
+    colour = COLOURS[place % len(COLOURS)]
     train = records.get("train", ())
     places = _places(train, axis)
     points = [(places(step), value) for step, value in series(train, chart.field)]
@@ -128,7 +128,7 @@ def _draw(
     stride = math.ceil(len(points) / LONGEST_LINE)
     if chart.smoothed and stride > 1:
         ys = smooth(ys, stride)
-    axes.plot(xs[::stride], ys[::stride], color=colour, linewidth=1.3, gid=f"train {chart.field} {name}")
+    axes.plot(xs[::stride], ys[::stride], color=colour, linewidth=1.3, gid=f"train-{chart.field}-{axis}-{place}")
 
     held_out = [(places(step), value) for step, value in series(records.get("val", ()), "loss")]
     if chart.held_out and held_out:
@@ -140,18 +140,21 @@ def _draw(
             markersize=6,
             markeredgecolor="white",
             linewidth=0,
-            gid=f"val {chart.field} {name}",
+            gid=f"val-{chart.field}-{axis}-{place}",
         )
 
 
 def _places(train: Sequence[Record], axis: str) -> Callable[[int], float]:
-    """Where a step stands on an axis; between two steps that were recorded in a line."""
+    """Where a step stands on an axis: between two that were recorded in a line, and behind them at the mean rate."""
+    if axis == "step":
+        return float
     steps = [0, *(record["step"] for record in train)]
     if axis == "hours":
         places = [0.0, *(seconds / 3600 for seconds in elapsed_s(train))]
     else:
         places = [0.0, *(float(record.get(axis) or 0) for record in train)]
-    return lambda step: float(np.interp(step, steps, places))
+    rate = places[-1] / max(steps[-1], 1)
+    return lambda step: float(np.interp(step, steps, places)) if step <= steps[-1] else step * rate
 
 
 def series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +28,12 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.shards.identity import MANIFEST
 from ds_slm.data.tokenizers.chat_template import unmarked
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_CONFIG, IM_END, load_tokenizer
-from ds_slm.errors import CheckpointError, ConfigError
+from ds_slm.errors import CheckpointError
 from ds_slm.files import read_json, sha256_of
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import schema
-
-if TYPE_CHECKING:
-    from ds_slm.publish.gguf import GgufFile
-
 
 WEIGHTS = "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,7 +94,11 @@ def export_run(
             "restore the tokenizer the run had."
         )
 
-    gguf_file = _gguf_of(recipe, run / "tokenizer", weights.gguf) if weights.gguf else None
+    gguf_file = None
+    if weights.gguf:
+        from ds_slm.publish import gguf  # only few exports need it, and it takes a while to import
+
+        gguf_file = gguf.prepare(recipe.model, run / "tokenizer", recipe.card.name, weights.gguf)
     gguf_name = name_of_gguf(out, weights.gguf) if weights.gguf else ""
     dtype = DTYPES[weights.dtype]
     described = describe(checkpoint)
@@ -125,16 +125,6 @@ def export_run(
 def name_of_gguf(out: Path, precision: str) -> str:
     """The GGUF file's name in an exported folder: that of the folder, since such a file is often alone."""
     return f"{out.resolve().name}-{precision}.gguf"
-
-
-def _gguf_of(recipe: schema.Recipe, tokenizer_folder: Path, precision: str) -> "GgufFile":
-    try:
-        from ds_slm.publish.gguf import prepare
-    except ImportError as error:
-        raise ConfigError(
-            f"the gguf package, which writes this format, is not installed: pip install -e '.[gguf]'. ({error})"
-        ) from error
-    return prepare(recipe.model, tokenizer_folder, recipe.card.name, precision)
 
 
 def export(

@@ -29,7 +29,7 @@ from ds_slm.errors import CheckpointError, DataError, UserError
 from ds_slm.files import read_json, replace_text, write_json
 from ds_slm.publish.models import HEAD, OpenModel, open_model
 from ds_slm.publish.place import appears_whole, free_place
-from ds_slm.recipe import schema
+from ds_slm.recipe import effects, schema
 from ds_slm.recipe.plan import parameters
 from ds_slm.recipe.schema import RECIPE_FILE, Recipe
 from ds_slm.run import software
@@ -120,6 +120,7 @@ def _checked(source: Path) -> tuple[OpenModel, Tokenizer]:
         opened = open_model(source)
         opened.refuse_other_parameters()
         _refuse_other_head(opened)
+        problems += [f"{one}." for one in effects.mistakes({"model": opened.shape})]
     except UserError as error:
         problems += error.problems
     try:

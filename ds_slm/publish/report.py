@@ -7,6 +7,7 @@ was continued; what went wrong. A run may be in progress: whatever its folder ho
 manifests are read: a figure of weights that none of them holds is not the run's.
 """
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,8 @@ def _names(runs: Sequence[Path]) -> list[str]:
 def _read(run: Path, name: str) -> Story:
     recipe = schema.load_recorded(run)
     records = run_folder.read_records(run)
-    records["train"] = [one for one in records.get("train", []) if isinstance(one.get("loss"), int | float)]
+    for kind in ("train", "val"):
+        records[kind] = [one for one in records.get(kind, []) if isinstance(one.get("loss"), int | float)]
 
     found, remarks = scores.newest(run, checkpoint_files.model_sha256s(run), recipe.train.steps)
     rows = scores.rows_of(found, recipe) if found else []
@@ -104,15 +106,13 @@ def _incidents(run: Path, records: Mapping[str, Sequence[Record]]) -> Iterator[I
             record["step"], f"{begins} on {where}, {record.get('precision')}, ZeRO-{record.get('zero_stage')}{base}"
         )
 
-    begins = {record.get("generation"): record["step"] for record in records.get("launch", [])}
-    for change in run_folder.read_changes(run):
+    for change in run_folder.changes_by_step(run, records.get("launch", [])):
         changed, skipped = change.get("changes"), change.get("skipped_rows")
         pairs = changed.items() if isinstance(changed, Mapping) else ()
         said = [f"{key}: {' → '.join(map(str, pair))}" for key, pair in pairs if isinstance(pair, list)]
         said += [f"rows left out: {skipped}"] if skipped else []
         if said:
-            step = change.get("step", begins.get(change["generation"], 0))
-            yield Incident(step, f"launch {change.get('generation')}: {'; '.join(said)}")
+            yield Incident(change["step"], f"launch {change.get('generation')}: {'; '.join(said)}")
 
     for record in records["train"]:
         if spike := record.get("loss_spike"):
@@ -145,22 +145,25 @@ def _facts(story: Story) -> dict[str, str]:
     train, recipe = story.of("train"), story.recipe
     last, steps = train[-1], recipe.train.steps
     seconds = curves.elapsed_s(train)[-1]
+    speeds = [value for _, value in curves.series(train, "tokens_per_s")]
 
     base = next((str(one["base"]) for one in story.of("launch") if one.get("base")), "")
     facts = {
         **({"base": base} if base else {}),
         "parameters": f"{plan.parameters(recipe.model):,}",
         "steps": f"{story.last_step:,} of {steps:,}",
-        "tokens": f"{last.get('tokens', 0):,}",
+        "tokens" if recipe.sft is None else "target tokens": f"{last.get('tokens') or 0:,}",
         "time of all steps": f"{seconds / 3600:.2f} h",
-        "tokens per second": f"{last.get('tokens', 0) / seconds:,.0f}" if seconds else "",
+        "tokens per second (median)": f"{statistics.median(speeds):,.0f}" if speeds else "",
         "last training loss": f"{last['loss']:.4f}",
     }
     if val := story.of("val"):
         facts["last held-out loss"] = f"{val[-1]['loss']:.4f}"
     names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits per byte"}
     facts |= {
-        f"all held-out rows: {name}": f"{story.done[key]:.4f}" for key, name in names.items() if key in story.done
+        f"all held-out rows: {name}": f"{story.done[key]:.4f}"
+        for key, name in names.items()
+        if isinstance(story.done.get(key), int | float)
     }
     return facts
 
@@ -175,9 +178,13 @@ def _differences(stories: Sequence[Story]) -> dict[str, list[str]]:
 
 
 def _shown(value: Any) -> str:
-    """A value of a recipe; of sources the names and weights."""
+    """A value of a recipe; of sources the names, where they are from, and weights."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return ", ".join(f"{source.get('name')} ({source.get('weight')})" for source in value)
+        places = [source.get("id") or Path(source.get("path") or "").name for source in value]
+        named = [
+            " of ".join(filter(None, [source.get("name"), place])) for source, place in zip(value, places, strict=True)
+        ]
+        return ", ".join(f"{name} ({source.get('weight')})" for name, source in zip(named, value, strict=True))
     return "" if value is None else str(value)
 
 

@@ -27,7 +27,8 @@ te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh
 LICENSES, LANGUAGES = frozenset(_LICENSES.split()), frozenset(_LANGUAGES.split())
 NAMES = {
     "ar": "Arabic", "code": "code", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
-    "it": "Italian", "ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "zh": "Chinese",
+    "it": "Italian", "ja": "Japanese", "ko": "Korean", "multilingual": "many",
+    "pt": "Portuguese", "ru": "Russian", "zh": "Chinese",
 }  # fmt: skip
 """English names of the most used languages."""
 OTHER_LANGUAGES = ("code", "multilingual")
@@ -50,8 +51,8 @@ def is_language(code: str) -> bool:
 
 
 def language_name(code: str) -> str:
-    """The language's English name; of a rarer one its code."""
-    return NAMES.get(code, code)
+    """The language's English name; of a rarer one its code, marked as one."""
+    return NAMES.get(code, f"`{code}`")
 
 
 def is_repo_id(name: str) -> bool:

@@ -8,6 +8,7 @@ The typed sections are in sections.py and data_sections.py, and can be imported 
 """
 
 import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -231,6 +232,22 @@ def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     before, after = _flat(old), _flat(new)
     places = sorted(before.keys() | after.keys())
     return {place: (before.get(place), after.get(place)) for place in places if before.get(place) != after.get(place)}
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A recorded recipe with other values in some places of `changes`; None takes a place out.
+
+    Raises:
+        RecipeError: they are no recipe together.
+    """
+    tables = recipe.model_dump(mode="json", exclude_none=True)
+    for place, value in values.items():
+        section, _, key = place.partition(".")
+        table, name = (tables.setdefault(section, {}), key) if key else (tables, section)
+        table.pop(name, None)
+        if value is not None:
+            table[name] = value
+    return _checked(tables, [], "recipe", recorded=True)
 
 
 def refused_changes(old: Recipe, new: Recipe, allow_change: bool) -> list[str]:

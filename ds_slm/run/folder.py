@@ -290,6 +290,15 @@ def read_changes(run: Path) -> list[dict[str, Any]]:
     return [one for one in _json_lines(run / "changes.jsonl") if isinstance(one.get("generation"), int)]
 
 
+def changes_by_step(run: Path, launches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the step behind which each begins; where an older version left it out, that of its launch record.
+
+    Where neither says it the step is 0.
+    """
+    begins = {record.get("generation"): record["step"] for record in launches}
+    return [{"step": begins.get(one["generation"], 0), **one} for one in read_changes(run)]
+
+
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file with one a line; damaged lines, and a file that cannot be read, are passed over."""
     try:

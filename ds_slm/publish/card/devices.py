@@ -95,8 +95,8 @@ def duration(hours: float) -> str:
 
 def speed(facts: RunFacts) -> list[str]:
     """Where it ran, how fast and how long."""
-    recorded = [one for one in setups(facts) if one.devices]
-    if not recorded:
+    found = setups(facts)
+    if not any(one.devices for one in found):
         return []
 
     whole = []
@@ -106,16 +106,17 @@ def speed(facts: RunFacts) -> list[str]:
         flops = flops_per_token(facts.recipe.model, facts.recipe.data.seq_len) * facts.tokens
         whole.append(f"{flops:.2g} floating-point operations in all")
 
-    if len(recorded) == 1:
-        (one,) = recorded
+    if len(found) == 1:
+        (one,) = found
         told = ", ".join(filter(None, [one.devices, one.details]))
         return [f"Hardware: {told}. {', '.join([*one.measured(), *whole])}.{_unrecorded_launches(facts)}"]
 
     lines = [
-        f"- {times(one.steps, 'step')} on {', '.join(filter(None, [one.devices, one.details, *one.measured()]))}"
-        for one in recorded
+        f"- {times(one.steps, 'step')} on "
+        + ", ".join(filter(None, [one.devices or "devices that were not recorded", one.details, *one.measured()]))
+        for one in found
     ]
-    return ["Hardware:", "\n".join(lines), f"Together {', '.join(whole)}."] if whole else ["Hardware:", *lines]
+    return ["Hardware:", "\n".join(lines), *([f"Together {', '.join(whole)}."] if whole else [])]
 
 
 def _unrecorded_launches(facts: RunFacts) -> str:

@@ -15,6 +15,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.order import Order
 from ds_slm.data.skipping import merged
 from ds_slm.files import read_json
+from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder as run_folder
 
@@ -110,10 +111,12 @@ class RunFacts:
     def launches(self) -> list[tuple[int, Record]]:
         """Of each launch that took steps of these, in their order: the step it began behind, and its facts.
 
-        Folders of older versions record no launch: then env.json stands for all.
+        Folders of older versions record no launch: then env.json stands for all. Of one that this version took over,
+        nothing is known of the first launches.
         """
-        begun = {0: self.environment}
-        for launch in self.records.get("launch", ()):
+        recorded = self.records.get("launch", ())
+        begun: dict[int, Record] = {0: {} if recorded else self.environment}
+        for launch in recorded:
             if launch["step"] < self.step or not self.step:
                 begun[launch["step"]] = {**self.environment, **launch}
         return sorted(begun.items(), key=lambda one: one[0])
@@ -138,16 +141,26 @@ class RunFacts:
         return [drawn[source] for source in range(len(weights))]
 
 
+def _before(recipe: Recipe, changes: Any) -> Recipe:
+    """The recipe as it was before a launch changed its result."""
+    pairs = changes.items() if isinstance(changes, Mapping) else ()
+    was = {place: pair[0] for place, pair in pairs if schema.changes_result(place) and isinstance(pair, list)}
+    return schema.with_values(recipe, was) if was else recipe
+
+
 def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
     """Everything that the run folder tells of a verified checkpoint."""
     state = checkpoint_files.read_state(checkpoint)
     step = state["step"]
 
     # The records of later steps are not of these weights.
-    records = {
-        kind: [record for record in of_kind if record["step"] <= step]
-        for kind, of_kind in run_folder.read_records(run).items()
-    }
+    recorded = run_folder.read_records(run)
+    records = {kind: [record for record in of_kind if record["step"] <= step] for kind, of_kind in recorded.items()}
+
+    # A launch behind this step may have changed the recipe: these weights know nothing of that.
+    changes = run_folder.changes_by_step(run, recorded.get("launch", []))
+    for change in reversed([one for one in changes if one["step"] >= step]):
+        recipe = _before(recipe, change.get("changes"))
 
     done = run_folder.finished(run)
     is_of_these = done.get("step") == step and done.get("recipe_sha256") == recipe.identity_sha256()
@@ -157,7 +170,7 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
         weights_sha256=checkpoint_files.model_sha256(checkpoint),
         state=state,
         environment=read_json(run / "env.json") or {},
-        changes=[one for one in run_folder.read_changes(run) if one.get("step", 0) < step],
+        changes=[one for one in changes if one["step"] < step],
         records=records,
         done=done if is_of_these else {},
     )

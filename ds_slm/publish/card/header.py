@@ -127,10 +127,12 @@ def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDatas
 
 
 def _refuse_impossible(name: str, metric: str, value: float) -> None:
-    """Raise DataError for a figure that no model can have."""
-    most = 100.0 if _metric_type(metric) == "accuracy" else math.inf
-    if not math.isfinite(value) or not 0 <= value <= most:
-        expected = "0 to 100" if most == 100 else "a number of 0 or more"
+    """Raise DataError for a figure that no model can have. Of other metrics the range is not known."""
+    kind = _metric_type(metric)
+    least = 0.0 if kind in ("accuracy", "perplexity") else -math.inf
+    most = 100.0 if kind == "accuracy" else math.inf
+    if not math.isfinite(value) or not least <= value <= most:
+        expected = {"accuracy": "0 to 100", "perplexity": "a number of 0 or more"}.get(kind, "a number")
         raise DataError(f"{EVAL_FILE}: {name} is {value}, expected {expected}: score the model again.")
 
 

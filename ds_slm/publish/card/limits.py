@@ -48,7 +48,7 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append("Use: this fine-tuning taught it answers by examples alone, without anybody's preferences.")
-    if languages and languages != ["multilingual"]:
+    if languages and "multilingual" not in languages:
         named = ", ".join(map(language_name, languages))
         lines.append(f"Language: text in other languages than {named} is not what it was trained on.")
 

@@ -21,7 +21,7 @@ from ds_slm.publish.card import devices, plots, training
 from ds_slm.publish.card.facts import RunFacts, read_facts
 from ds_slm.publish.card.header import HubDataset, card_data
 from ds_slm.publish.card.limits import limits
-from ds_slm.publish.card.markdown import code, code_block, in_words, number, plain, table, times
+from ds_slm.publish.card.markdown import code, code_block, in_words, is_number, number, plain, table, times
 from ds_slm.publish.card.rerun import rerun
 from ds_slm.publish.card.training import OF_TRAINING
 from ds_slm.recipe.hub_names import language_name
@@ -118,8 +118,8 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
     )
 
     held_out = facts.held_out
-    losses = {"loss": "{:.4f} nats a token", "perplexity": "perplexity {:.4g}", "bits_per_byte": "{:.4f} bits a byte"}
-    told = [form.format(held_out[key]) for key, form in losses.items() if isinstance(held_out.get(key), int | float)]
+    losses = {"loss": "{:.4f} nats a token", "perplexity": "perplexity {:.4g}", "bits_per_byte": "{:.4f} bits per byte"}
+    told = [form.format(held_out[key]) for key, form in losses.items() if is_number(held_out.get(key))]
     rows = {
         "Parameters": f"{count:,}, stored in {page.dtype}",
         "Context": f"{recipe.model.max_position_embeddings:,} tokens",
@@ -143,7 +143,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
 def _use(facts: RunFacts, page: Page) -> list[str]:
     """A snippet that runs as it stands."""
     recipe = facts.recipe
-    prompt = recipe.eval.prompts[0] if recipe.eval.prompts else "Once upon a time"
+    prompt = next((one for one in recipe.eval.prompts if one.strip()), "Once upon a time")
     most = min(NEW_TOKENS, recipe.model.max_position_embeddings // 2)
     remote = ", trust_remote_code=True" if recipe.model.exclusive_attention else ""
     as_stored = ', dtype="auto"' if page.dtype != "float32" else ""
@@ -227,7 +227,7 @@ def _results(facts: RunFacts, page: Page) -> list[str]:
     for target in missing:
         task, _, metric = target.metric.partition("/")
         cells.append([task, metric, _figure(target.published), "not evaluated", "", "", "", "", ""])
-    header = ("benchmark", "metric", "published", "this model", "±", "chance", "bits a byte", "items", "")
+    header = ("benchmark", "metric", "published", "this model", "±", "chance", "bits per byte", "items", "")
     notes = [_how_scored(page, rows)] if rows else ["None of these was scored with this model."]
     return [table(header, cells, right=range(2, 8)), *notes]
 
@@ -246,7 +246,7 @@ def _figure(value: float | None) -> str:
 def _how_scored(page: Page, rows: list[Row]) -> str:
     text = (
         f"Accuracies in percent. ± is {CONFIDENCE} standard errors of this model's figure, chance is what guessing "
-        "gives, and bits a byte is what the right answers cost this model, in bits for each byte of their text."
+        "gives, and bits per byte is what the right answers cost this model, in bits for each byte of their text."
     )
 
     text += " Scored in float32, without examples in the prompt"

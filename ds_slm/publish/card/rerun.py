@@ -8,6 +8,7 @@ from typing import Any
 import tomli_w
 
 from ds_slm.checkpoint.files import BASE
+from ds_slm.data.skipping import merged
 from ds_slm.errors import RecipeError
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.markdown import code, code_block, table
@@ -24,16 +25,19 @@ def rerun(facts: RunFacts) -> list[str]:
     in_library = _library_has(facts)
     recipe = shlex.quote(name if in_library else f"{name}.toml")
     replaced = "".join(f" --source {shlex.quote(one)}=FILES" for one in environment.get("replaced_sources") or ())
+    skipped = "".join(f" --skip-rows {first}:{end}" for first, end in merged(facts.state.get("skipped_rows") or ()))
+    base = " --base BASE" if facts.has_base else ""
+    cut_short = "" if facts.is_finished else f" --max-steps {facts.step}"
+    flags = f"{base}{replaced}{skipped}{cut_short}"
     if facts.recipe.sft is None:
         cut = f" --max-tokens {environment['max_tokens']}" if environment.get("max_tokens") else ""
         commands = [
             f"ds-slm prepare {recipe}{replaced}{cut}",
-            f"deepspeed ds_slm/pretrain.py --recipe {recipe}{' --base BASE' if facts.has_base else ''}{replaced}",
+            f"deepspeed ds_slm/pretrain.py --recipe {recipe}{flags}",
         ]
     else:
-        commands = [f"deepspeed sft/train.py --recipe {recipe} --base BASE{replaced}"]
-    step = "" if facts.is_finished else f" --step {facts.step}"
-    commands.append(f"ds-slm export {shlex.quote(f'runs/{name}')} --out {shlex.quote(name)}{step}")
+        commands = [f"deepspeed sft/train.py --recipe {recipe}{flags}"]
+    commands.append(f"ds-slm export {shlex.quote(f'runs/{name}')} --out {shlex.quote(name)}")
 
     text = (
         "In a checkout of ds_slm:" if in_library else f"In a checkout of ds_slm, with the recipe below as `{recipe}`:"
@@ -45,6 +49,8 @@ def rerun(facts: RunFacts) -> list[str]:
         told.append("FILES are the local files that were read in place of a source.")
     told += _proof(facts)
     if not in_library:
+        if _has_local_path(facts.recipe):
+            told.append("Of local paths the recipe shows the last part alone: put in your own.")
         told.append(
             f"<details><summary>{html.escape(recipe)}</summary>\n\n{code_block(_shown(facts), 'toml')}\n\n</details>"
         )
@@ -83,10 +89,15 @@ def _proof(facts: RunFacts) -> list[str]:
     return [*told, f"Versions: {', '.join(listed)}."] if listed else told
 
 
+def _has_local_path(recipe: schema.Recipe) -> bool:
+    tokenizer = recipe.tokenizer.path
+    return any(one.path for one in recipe.data.source) or (tokenizer is not None and not is_repo_id(tokenizer))
+
+
 def _shown(facts: RunFacts) -> str:
-    """The resolved recipe as TOML, without what is private: a local path keeps its last part alone."""
+    """The resolved recipe as TOML, without what is private: of a local path only the last part."""
     tables: dict[str, Any] = facts.recipe.model_dump(mode="json", exclude_none=True, exclude=set(HIDDEN))
     for table_ in (tables["tokenizer"], *tables["data"]["source"]):
         if (path := table_.get("path")) and not (table_ is tables["tokenizer"] and is_repo_id(path)):
-            table_["path"] = Path(path).name
+            table_["path"] = Path(path).name or "FILES"
     return tomli_w.dumps(tables)

@@ -6,7 +6,7 @@ from typing import Any, assert_never
 from ds_slm.publish.card import devices
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.header import is_from_hub
-from ds_slm.publish.card.markdown import number, percent, table, times
+from ds_slm.publish.card.markdown import is_number, number, percent, table, times
 from ds_slm.recipe.schema import Recipe, Source, changes_result
 
 OF_TRAINING = ("val", "train")
@@ -76,7 +76,7 @@ def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
     held_out = val.get("tokens", 0)
     return [
         f"The prepared sources hold {train['tokens']:,} tokens to train on; training took {facts.tokens:,}, {passes}. "
-        f"{held_out:,} tokens of other documents were held out: {percent(held_out / (held_out + train['tokens']))} of "
+        f"{held_out:,} tokens were held out: {percent(held_out / (held_out + train['tokens']))} of "
         "all tokens."
     ]
 
@@ -94,10 +94,11 @@ def _tokenizer(facts: RunFacts) -> str:
 
 def training(facts: RunFacts) -> list[str]:
     """Settings, devices and speed, losses beside the published ones, and what was not as planned."""
-    return [table(("", ""), _settings(facts.recipe)), *devices.speed(facts), *_losses(facts), *_incidents(facts)]
+    return [table(("", ""), _settings(facts)), *devices.speed(facts), *_losses(facts), *_incidents(facts)]
 
 
-def _settings(recipe: Recipe) -> list[tuple[str, str]]:
+def _settings(facts: RunFacts) -> list[tuple[str, str]]:
+    recipe = facts.recipe
     optimizer, train, sft = recipe.optimizer, recipe.train, recipe.sft
     clip = f", gradients clipped to a norm of {number(optimizer.grad_clip)}" if optimizer.grad_clip else ""
     rows = [
@@ -111,7 +112,7 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
             "Batch",
             f"{train.global_batch_tokens:,} tokens: {times(recipe.rows_per_step, 'row')} of {recipe.data.seq_len:,}",
         ),
-        ("Steps", f"{train.steps:,}"),
+        ("Steps", f"{train.steps:,}" + (f", of which these weights have {facts.step:,}" * (not facts.is_finished))),
         ("Precision", PRECISIONS[train.precision]),
         ("Seed", str(train.seed)),
     ]
@@ -153,11 +154,11 @@ def _losses(facts: RunFacts) -> list[str]:
             rows.append([target.metric, f"{step:,}", f"{target.published:g}", told, mark])
     found = [table(("figure", "after step", "published", "this run", ""), rows, right=(1, 2, 3))] if rows else []
 
-    losses = [one["loss"] for one in facts.records.get("train", ()) if isinstance(one.get("loss"), int | float)]
+    losses = [one["loss"] for one in facts.records.get("train", ()) if is_number(one.get("loss"))]
     if losses:
         held_out = facts.held_out.get("loss")
         rows_told = facts.of_held_out or "on held-out rows"
-        end = f", {rows_told} {held_out:.4f}" if isinstance(held_out, int | float) else ""
+        end = f", {rows_told} {held_out:.4f}" if is_number(held_out) else ""
         found.append(f"The training loss went from {losses[0]:.4f} to {losses[-1]:.4f} nats a token{end}.")
     return found
 

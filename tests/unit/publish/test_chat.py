@@ -190,6 +190,22 @@ def test_undo_and_reset_leave_nothing(speaker: Speaker) -> None:
     assert answer(conversation, QUESTIONS[0]) == first
 
 
+LONG = "cat " * 36
+"""Fills most of the context."""
+
+
+def test_undo_brings_back_what_was_forgotten_for_it(speaker: Speaker) -> None:
+    """Oracle: the length of the prompt, and the answer, in a conversation that never heard the long question."""
+    conversation, other = Conversation(speaker, LIKELIEST), Conversation(speaker, LIKELIEST)
+    for one in (conversation, other):
+        answer(one, QUESTIONS[0])
+    answer(conversation, LONG)
+    assert conversation.answer is not None and conversation.answer.forgotten_turns == 2
+    conversation.undo()
+    assert answer(conversation, QUESTIONS[1]) == answer(other, QUESTIONS[1])
+    assert other.answer is not None and conversation.answer.prompt_tokens == other.answer.prompt_tokens
+
+
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(speaker: Speaker) -> None:
     """Oracle: a conversation with that turn in it."""
     conversation = Conversation(speaker, LIKELIEST)

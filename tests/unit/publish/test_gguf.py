@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +281,7 @@ REFUSED = {
     "layers": (["model.num_hidden_layers=513"], "f16", "513 layers"),
     "precision": ([], "q4_k_m", "expected one of f16, q8_0"),
     "no blocks": (
-        ["model.hidden_size=33", "model.intermediate_size=33", "model.head_dim=10"],
+        ["model.hidden_size=36", "model.intermediate_size=33", "model.head_dim=10"],
         "q8_0",
         "use --gguf f16",
     ),
@@ -337,14 +336,5 @@ def test_values_beyond_float16_are_refused(chat_tokenizer: Path, tmp_path: Path)
 def test_an_export_whose_gguf_file_fails_leaves_nothing(chat_tokenizer: Path, tmp_path: Path) -> None:
     """Oracle: the run folder alone, after a full disk."""
     with fail_at("syncing", "*.gguf"), pytest.raises(OSError, match="No space"):
-        exported(tmp_path, chat_tokenizer)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_missing_package_is_told(chat_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the way out, in the error."""
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "ds_slm.publish.gguf")
-    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]'"):
         exported(tmp_path, chat_tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

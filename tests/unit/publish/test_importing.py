@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ds_slm.errors import CheckpointError
+from ds_slm.model.decoder import build
 from ds_slm.publish.export import export, export_run
 from ds_slm.publish.importing import import_model, readable_by_both
 from ds_slm.publish.models import INDEX, open_model, refuse_other_base
@@ -22,6 +23,7 @@ from tests.support.assistants import small_talk, write_base, write_sft
 from tests.support.data_recipes import texts
 from tests.support.faults import fail_at
 from tests.support.public_models import KINDS, save_model
+from tests.support.runs import TINY
 from tests.support.scored_models import with_bos, write_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -249,6 +251,16 @@ def test_rope_scaling_counts_as_in_transformers(made: Path, tmp_path: Path) -> N
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
     assert AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters["rope_type"] == "linear"
     with pytest.raises(CheckpointError, match="rope_type is 'linear', expected 'default'"):
+        import_model(tmp_path / "hf", tmp_path / "run")
+
+
+def test_a_llama_that_transformers_refuses_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Oracle: the sentence that refuses such a recipe: 32 components do not divide among 3 heads."""
+    shape = schema.parse(TINY, ["model.qk_norm=false"]).model.model_copy(
+        update={"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 32, "vocab_size": 512}
+    )
+    export(dict(build(shape, 0).state_dict()), shape, tokenizer_folder, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="hidden_size = 32 is not a multiple of num_attention_heads = 3"):
         import_model(tmp_path / "hf", tmp_path / "run")
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,17 +101,18 @@ def test_the_page_loads_nothing(page: str) -> None:
 
 def test_every_chart_has_every_axis_and_run(page: str) -> None:
     """Lines are found by their ids; the held-out losses stand in the first chart alone."""
-    for name in ("first", "second"):
-        for field in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            assert len(re.findall(f'id="train {field} {name}"', page)) == len(curves.AXES)
-        assert len(re.findall(f'id="val loss {name}"', page)) == len(curves.AXES)
+    for axis in curves.AXES:
+        for place in (0, 1):
+            for field in ("loss", "lr", "grad_norm", "tokens_per_s"):
+                assert page.count(f'id="train-{field}-{axis}-{place}"') == 1
+            assert page.count(f'id="val-loss-{axis}-{place}"') == 1
     assert page.count("<svg") == 4 * len(curves.AXES)
 
 
 def test_no_two_pictures_share_an_id(page: str) -> None:
-    """A clip path of one would cut the lines of another."""
-    clips = re.findall(r'<clipPath id="(.+?)"', page)
-    assert len(clips) == len(set(clips)) > 0
+    """A clip path of one would cut the lines of another. What matplotlib calls axes and ticks, nothing refers to."""
+    used = re.findall(r'<clipPath id="(.+?)"', page) + re.findall(r'id="((?:train|val)-.+?)"', page)
+    assert len(used) == len(set(used)) > 0 and not [one for one in used if " " in one]
 
 
 def test_it_tells_what_differs_and_what_happened(page: str) -> None:
@@ -185,14 +187,36 @@ def test_records_that_are_damaged_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_held_out_losses_stand_between_the_steps_that_were_recorded() -> None:
-    """By hand: on a line through steps 0, 5 and 10 that took a second each, evaluations at 0, 3 and 10."""
+    """By hand: on a line through steps 0, 5 and 10 that took a second each, evaluations at 0, 3, 10 and behind them."""
     train = [{"step": step, "loss": 5.0, "tokens": 100 * step, "step_s": 1.0} for step in (5, 10)]
-    val = [{"step": step, "loss": 5.0} for step in (0, 3, 10)]
+    val = [{"step": step, "loss": 5.0} for step in (0, 3, 10, 12)]
     ((_, pictures), *_) = curves.charts([("run", {"train": train, "val": val})])
-    for picture in pictures.values():
-        dots = picture.split('id="val loss run"')[1].split("</g>\n   </g>")[0]
-        first, second, third = (float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', dots))
-        assert (second - first) / (third - first) == pytest.approx(0.3, abs=1e-3)
+    for axis, picture in pictures.items():
+        dots = picture.split(f'id="val-loss-{axis}-0"')[1].split("</g>\n   </g>")[0]
+        first, *others = (float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', dots))
+        places = [(one - first) / (others[1] - first) for one in others]
+        assert places == pytest.approx([0.3, 1.0, 1.2], abs=1e-3)
+
+
+def test_what_two_texts_differ_in_is_named(tmp_path: Path) -> None:
+    """Oracle: the files; both sources have the same name and weight."""
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        text = f'name = "text"\nkind = "files"\npath = "/data/{run.name}.jsonl"'
+        recipe = schema.parse((run / "recipe.toml").read_text(), recorded=True)
+        tables = recipe.model_dump(mode="json", exclude_none=True)
+        tables["data"]["source"] = [tomllib.loads(text)]
+        (run / "recipe.toml").write_text(schema.to_toml(schema.Recipe.model_validate(tables)))
+    assert "text of one.jsonl (1)\ntext of two.jsonl (1)" in Page(write_page(runs)).text
+
+
+def test_numbers_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    """Oracle: a page; JSON allows null wherever a number stands."""
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 401, "loss": 1.0, "tokens": null}\n{"kind": "val", "step": 401}\n')
+    (run / "done.json").write_text('{"step": 401, "val_loss": null, "val_perplexity": 2.0}')
+    assert "all held-out rows: perplexity" in Page(write_page([run])).text
 
 
 def test_time_counts_steps_that_were_not_recorded() -> None:

@@ -237,7 +237,7 @@ def test_an_earlier_checkpoint_is_described_as_one(tmp_path: Path, export: Any) 
     assert "after step 6; the recipe takes 12" in card
     assert rows_of(card)["Training"] == ["6 steps, 1,344 tokens"]
     assert "6 device seconds" in rows_of(card)["Hardware"][0]
-    assert "to 5.9400 nats" in card and "--step 6" in section(card, "Make it again")
+    assert "to 5.9400 nats" in card and "--max-steps 6" in section(card, "Make it again")
     assert "ledger-6" in card and "ledger-12" not in card
 
 
@@ -321,6 +321,15 @@ def test_a_damaged_record_of_scores_is_refused(tmp_path: Path, ds_slm: Any) -> N
     done = ds_slm("export", run, "--out", tmp_path / "out")
     assert done.returncode == 2 and str(run / scores.EVAL_FILE) in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_may_be_negative_where_its_range_is_not_known(tmp_path: Path, export: Any) -> None:
+    """Oracle: the figure in the head: a correlation goes from -1 to 1."""
+    run = write_run(tmp_path / "run", recipe_of())
+    write_eval(
+        run, sha256_of(run), {"cola": task(published=None, figures={"mcc": {**told_runs.FIGURE, "value": -0.2}})}
+    )
+    assert read_head(export(run))["model-index"][0]["results"][0]["metrics"][0]["value"] == -0.2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 150.0, -3.0])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ds_slm.publish.card.facts import read_facts
+from ds_slm.recipe import schema
 from ds_slm.run import folder as run_folder
 from tests.support import told_runs
 from tests.support.cards import rows_of, section
@@ -40,6 +41,7 @@ def moved(tmp_path: Path) -> Path:
     run = write_run(tmp_path / "run", recipe_of(), **then)
     told_runs.add_checkpoint(run, recipe_of(), 6)
     run_folder.record_change(run, {"generation": 2, "begins_at_step": 6}, {"changes": {"optimizer.lr": [0.01, 0.5]}})
+    (run / "recipe.toml").write_text(schema.to_toml(recipe_of("optimizer.lr=0.5")))
 
     records = run_folder.read_records(run)
     launches = [{"kind": "launch", "step": 0, **first}, {"kind": "launch", "step": 6, **then}]
@@ -55,6 +57,20 @@ def test_an_earlier_checkpoint_knows_nothing_of_later_launches(moved: Path, expo
     assert rows_of(card)["Hardware"] == ["1 × Abacus on 1 host, 3 device seconds"]
     assert "DeepSpeed ZeRO-0" in card and "100 tokens a second" in card
     assert "H100" not in card and "Launch 2" not in card
+    assert "up to 0.01" in section(card, "Training") and "lr = 0.01" in card
+
+
+def test_what_an_older_version_recorded_is_told_as_far_as_it_goes(moved: Path, export: Any) -> None:
+    """Oracle: by hand: its changes have no step, which the launch records tell; its first launch has no record."""
+    path = moved / "changes.jsonl"
+    path.write_text(path.read_text().replace(', "step": 6', ""))
+    assert "Launch 2" not in export(moved, "--step", "6")
+
+    lines = (moved / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (moved / "metrics.jsonl").write_text("".join(lines[1:]))
+    card = export(moved.rename(moved.with_name("renamed")))
+    assert "- 6 steps on devices that were not recorded" in card and "- 6 steps on 16 × H100" in card
+    assert rows_of(card)["Hardware"] == ["16 × H100 on 2 hosts"]
 
 
 def test_each_kind_of_launch_has_its_own_speed(moved: Path, export: Any) -> None:

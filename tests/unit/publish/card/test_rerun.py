@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.rerun import rerun
 from ds_slm.recipe import schema
@@ -31,3 +33,19 @@ def test_data_that_were_cut_are_cut_again(tmp_path: Path, export: Any) -> None:
     """Oracle: the flags that the data were prepared with, by hand."""
     run = write_run(tmp_path / "run", recipe_of(), replaced_sources=["b"], max_tokens=4_000)
     assert re.search(r"ds-slm prepare \S+ --source b=FILES --max-tokens 4000\n", export(run))
+
+
+@pytest.mark.parametrize("path", [".", "/", "texts"])
+def test_any_path_of_a_source_leaves_a_recipe(tmp_path: Path, export: Any, path: str) -> None:
+    """Oracle: the TOML of the card is a recipe, and the reader is told to put in a path."""
+    recipe = recipe_of(f"data.source.1.path={path}")
+    text = section(export(write_run(tmp_path / "run", recipe)), "Make it again")
+    (found,) = re.findall(r"```toml\n(.+?)\n```", text, re.S)
+    assert schema.parse(found).data.source[1].path in ("FILES", "texts") and "put in your own" in text
+
+
+def test_rows_that_were_left_out_are_left_out_again() -> None:
+    """Oracle: the flags of the launch, by hand."""
+    state = {"skipped_rows": [[3, 9], [9, 12], [60, 64]]}
+    facts = RunFacts(schema.load("demo"), 800, "", state, {"recipe_name": "demo"}, (), {}, {})
+    assert "--recipe demo --skip-rows 3:12 --skip-rows 60:64\n" in "\n".join(rerun(facts))

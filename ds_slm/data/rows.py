@@ -99,8 +99,10 @@ class PretrainRows:
     """Ways of counting the held-out loss: prefix of a value's name -> what `read` calls it."""
 
     def summary(self) -> dict[str, Any]:
-        """Tokens of both splits."""
-        return {"train": {"tokens": self._prepared.train_tokens}, "val": {"tokens": self._prepared.val_tokens}}
+        """Tokens of both splits, and how many rows each source has to train on."""
+        rows = {name: self._order.rows_of(place) for place, name in enumerate(self._prepared.manifests)}
+        train = {"tokens": self._prepared.train_tokens, "rows": rows}
+        return {"train": train, "val": {"tokens": self._prepared.val_tokens}}
 
     def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
         """Nothing: rows of pretraining are full."""

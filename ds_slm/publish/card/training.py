@@ -33,15 +33,17 @@ def data(facts: RunFacts) -> list[str]:
     drawn = facts.rows_drawn() if mixed else []
     weights = sum(source.weight for source in recipe.data.source)
 
+    summary = facts.environment.get("rows") or {}
+    there = (summary.get("train") or {}).get("rows") or {}
     rows = []
     for place, source in enumerate(recipe.data.source):
         cells = [source.name, _origin(source, facts), percent(source.weight / weights)]
         if mixed:
-            cells += [percent(drawn[place] / max(sum(drawn), 1)), f"{drawn[place]:,}"]
+            passes = f"{drawn[place] / there[source.name]:.3g}" if there.get(source.name) else ""
+            cells += [percent(drawn[place] / max(sum(drawn), 1)), f"{drawn[place]:,}", passes]
         rows.append(cells)
-    header = ("source", "where from", "share asked for", *(("share drawn", "rows drawn") if mixed else ()))
-    counts = _counts(facts, facts.environment.get("rows") or {})
-    return [table(header, rows, right=range(2, 5)), *counts, _tokenizer(facts)]
+    header = ("source", "where from", "share asked for", *(("share drawn", "rows drawn", "passes") if mixed else ()))
+    return [table(header, rows, right=range(2, 6)), *_counts(facts, summary), _tokenizer(facts)]
 
 
 def _origin(source: Source, facts: RunFacts) -> str:

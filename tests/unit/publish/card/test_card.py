@@ -256,6 +256,17 @@ def test_the_mix_is_the_one_that_was_drawn(tmp_path: Path, skipped: list[list[in
     assert facts.rows_drawn() == [drawn.count(source) for source in range(2)]
 
 
+def test_each_source_tells_how_often_it_was_read(tmp_path: Path, export: Any) -> None:
+    """Oracle: by hand, of the rows drawn from each source; one of them is small, and comes again and again."""
+    recipe = recipe_of()
+    first, second = (source.name for source in recipe.data.source)
+    rows = {"train": {"tokens": 10_000, "rows": {first: 7, second: 1_000}}, "val": {"tokens": 77}}
+    found = rows_of(section(export(write_run(tmp_path / "run", recipe, rows=rows)), "Data"))
+    for name, there in ((first, 7), (second, 1_000)):
+        *_, drawn, passes = found[name]
+        assert float(passes) == pytest.approx(int(drawn) / there, rel=5e-3)
+
+
 def test_the_card_tells_nothing_of_the_machine(tmp_path: Path, export: Any) -> None:
     """Oracle: no path, host or folder that the run's files hold; the recipe below keeps the files' name alone."""
     recipe = recipe_of("data.source.1.path=/secret/place/corpus.jsonl", "eval.bench_dir=/secret/benchmarks")

@@ -1,19 +1,24 @@
 """`ds-slm init`: the text surveyed, a recipe of a dozen lines written, the commands that follow said."""
 
+import contextlib
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from ds_slm.cli.output import print_json, report_to
-from ds_slm.data.sources.readers import is_unicode
+from ds_slm.data.sources.documents import locate
+from ds_slm.data.sources.readers import ColumnError, SourceError, is_unicode
 from ds_slm.data.survey import survey
-from ds_slm.errors import ConfigError, RecipeError
+from ds_slm.errors import ConfigError, DataError, RecipeError
 from ds_slm.files import obstacle, printable, replace_text
-from ds_slm.recipe import own_text, schema
-from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER
+from ds_slm.recipe import own_text, plan, schema
+from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER, Fit, Text, TooLittleText
 from ds_slm.recipe.schema import RECIPE_FILE, Source
 
+MUCH_HELD_OUT = 0.2
+"""Share of the text."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -23,6 +28,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     Raises UserError where the name is taken, the base fine-tunes, or the text does not do.
     """
     report = report_to(as_json)
+    name = name.removesuffix(".toml")
     out = Path(f"{name}.toml")
     run_folder = Path(base_name) if (Path(base_name) / RECIPE_FILE).is_file() else None
     if run_folder:
@@ -34,9 +40,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     _refuse_own_run(name, run_folder)
 
     source = Source.model_validate({"name": "text", "kind": "files", "path": str(text), "column": column})
-    report(f"{text}: reading all of it")
-    found = survey(source, base)
-    chosen = own_text.fit(base, found, tokens)
+    found, chosen = _survey(source, base_name, base, tokens, report)
     replace_text(out, own_text.as_toml(name, base_name, base, found, chosen, run_folder))
     try:
         schema.load(str(out))
@@ -48,6 +52,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
         print_json({"recipe": str(out), **asdict(found), "train_tokens": found.train_tokens, **asdict(chosen)})
         return
     print(f"{text}: {found}")
+    print(_held_out(found))
     print(f"{out}: {chosen.steps:,} steps of {chosen.rows} rows, {chosen.tokens_per_parameter:.1f} tokens a parameter")
     if chosen.tokens_per_parameter < ENOUGH_TOKENS_PER_PARAMETER and not run_folder:
         print(f"warning: {ENOUGH_TOKENS_PER_PARAMETER} tokens a parameter are usual. {own_text.what_fits(found)}")
@@ -57,6 +62,50 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     print(f"  ds-slm plan {out}")
     print(f"  ds-slm train {out} --devices N" + (f" --base {shlex.quote(str(run_folder))}" if run_folder else ""))
     print(f"  ds-slm export runs/{name} --out exports/{name}")
+
+
+def _survey(
+    source: Source, base_name: str, base: schema.Recipe, tokens: int | None, report: Callable[[str], None]
+) -> tuple[Text, Fit]:
+    """What the text holds, and the run that follows. Raises UserError with this verb's flags as the ways out."""
+    try:
+        place = locate(source)
+        report(f"{source.path}: {'reading all of it' if place.is_one_file else place.tell(source.split)}")
+        found = survey(source, base)
+    except ColumnError as error:
+        raise DataError(f"{error.problem}; name one of them with --column.") from error
+    except SourceError as error:
+        raise DataError(f"{error.problem}; name another file or folder with --text.") from error
+
+    try:
+        return found, own_text.fit(base, found, tokens)
+    except TooLittleText as error:
+        raise DataError([*error.problems, _who_takes(source, base_name)]) from error
+
+
+def _who_takes(source: Source, refused: str) -> str:
+    """A sentence on the smallest other recipe that takes this little text: surveyed and fitted as it will be."""
+    recipes = {name: recipe for name in schema.library_names() if not (recipe := schema.load(name)).sft}
+    for name in sorted(recipes, key=lambda name: plan.parameters(recipes[name].model)):
+        with contextlib.suppress(TooLittleText):
+            if name != refused:
+                chosen = own_text.fit(recipes[name], survey(source, recipes[name]))
+                return (
+                    f"--from {name} takes it: {chosen.steps:,} steps, {chosen.tokens_per_parameter:.1f} tokens a "
+                    f"parameter ({ENOUGH_TOKENS_PER_PARAMETER} are usual)."
+                )
+    return "No recipe of the library takes so little: add text."
+
+
+def _held_out(found: Text) -> str:
+    """A line on the text that losses are measured on; a warning where it is much of all text."""
+    share = f"{found.held_out_share:.1%}"
+    if not found.held_out_documents:
+        return f"held out: the last {share} of the only document; text in more files is held out in whole documents"
+    line = f"held out: {found.held_out_documents:,} of {found.documents:,} documents, {share} of the text"
+    if found.held_out_share > MUCH_HELD_OUT:
+        return f"warning: {line}, which nothing is trained on: cut the text into more files to hold out less"
+    return line
 
 
 def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Path, column: str) -> None:

@@ -61,15 +61,19 @@ def survey(source: Source, recipe: Recipe) -> Text:
     if not count:
         raise DataError(f"{source.path} holds no text: every document is empty.")
     is_cut = count == 1 and not empty  # one document alone is cut in two
-    fraction, share = (HELD_OUT, HELD_OUT) if is_cut or count > FEW_DOCUMENTS else _fraction(positions)
+    if is_cut or count > FEW_DOCUMENTS:
+        fraction, share, held_out = HELD_OUT, HELD_OUT, 0 if is_cut else round(HELD_OUT * count)
+    else:
+        fraction, share, held_out = _fraction(positions)
     return Text(
         path=str(source.path), column=source.column, documents=count, text_bytes=text_bytes,
         **_measure(sample, recipe), val_fraction=fraction, held_out_share=share, beginnings=_beginnings(sample),
+        held_out_documents=held_out,
     )  # fmt: skip
 
 
-def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """The `val_fraction` whose held-out documents come nearest to HELD_OUT of the bytes, and their share of them."""
+def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float, int]:
+    """The `val_fraction` that holds out nearest to HELD_OUT of the bytes, the share of them, and how many documents."""
     ordered = sorted(positions)
     whole = sum(size_bytes for _, size_bytes in ordered)
     shares = [held / whole for held in accumulate(size_bytes for _, size_bytes in ordered)]
@@ -77,8 +81,10 @@ def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
     # Somewhere between two documents' positions, so that no rounding moves one across.
     borders = [(one + other) / 2 for (one, _), (other, _) in pairwise(ordered)]
     choices = [
-        (abs(share - HELD_OUT), round(border, FRACTION_DIGITS), share)
-        for border, share, ((one, _), (other, _)) in zip(borders, shares, pairwise(ordered), strict=False)
+        (abs(share - HELD_OUT), round(border, FRACTION_DIGITS), share, number)
+        for number, (border, share, ((one, _), (other, _))) in enumerate(
+            zip(borders, shares, pairwise(ordered), strict=False), start=1
+        )
         if one < round(border, FRACTION_DIGITS) <= other and LEAST_HELD_OUT <= share <= MOST_HELD_OUT
     ]
     if not choices:
@@ -86,8 +92,8 @@ def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float]:
             f"{len(ordered):,} documents cannot be parted into some to train on and some to hold out: one of them is "
             "most of the text, or they are the same. Cut it into smaller files, each of which is one document."
         )
-    _, fraction, share = min(choices)
-    return fraction, share
+    _, fraction, share, held_out = min(choices)
+    return fraction, share, held_out
 
 
 def _measure(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:

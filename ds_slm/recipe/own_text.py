@@ -25,6 +25,10 @@ EVALUATIONS = 20
 """Held-out evaluations of a run, and twice as many as its checkpoints."""
 
 
+class TooLittleText(DataError):
+    """A base asks for more text than there is."""
+
+
 @dataclass(frozen=True)
 class Text:
     """What there is to train on (`data.survey` reads it)."""
@@ -45,6 +49,8 @@ class Text:
     """The share of the bytes that is then held out."""
     beginnings: tuple[str, ...]
     """The first words of some documents."""
+    held_out_documents: int = 0
+    """How many; 0 where the end of the only document is held out."""
 
     @property
     def train_tokens(self) -> int:
@@ -80,8 +86,10 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
         tokens: how many to train on; None takes the base's, but reads no text more than four times.
 
     Raises:
-        DataError: there is too little text; says what would fit.
+        TooLittleText: for this base.
+        DataError: `tokens` are too few for a run.
     """
+    asked_for = tokens
     wanted = base.train.steps * base.train.global_batch_tokens
     tokens = tokens or min(wanted, EPOCHS * text.train_tokens)
 
@@ -99,12 +107,12 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
             "for: add text, or take a base with fewer."
         )
     if steps < LEAST_STEPS:
-        problems.append(
-            f"{tokens:,} tokens are {steps:,} steps of {rows} rows of {base.data.seq_len:,}: expected {LEAST_STEPS} or "
-            "more."
-        )
+        cut = f"{tokens:,} tokens are {steps:,} steps of {rows} rows of {base.data.seq_len:,}"
+        if asked_for and not problems:
+            raise DataError(f"--tokens: {cut}: ask for {LEAST_STEPS} steps or more, or leave it out.")
+        problems.append(f"{cut}: expected {LEAST_STEPS} or more.")
     if problems:
-        raise DataError([f"{text.path}: {text}: too little text.", *problems, what_fits(text)])
+        raise TooLittleText([f"{text.path}: {text}: too little text.", *problems])
 
     share = rows / base.rows_per_step
     per_parameter = tokens / plan.parameters(base.model)

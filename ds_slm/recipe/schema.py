@@ -151,6 +151,8 @@ def recipe_path(name_or_path: str, folder: Path = Path()) -> Path:
     for path in (LIBRARY / f"{name_or_path}.toml", SFT_LIBRARY / f"{name_or_path}.toml", folder / name_or_path):
         if path.suffix == ".toml" and path.is_file():
             return path
+    if (folder / f"{name_or_path}.toml").is_file():
+        raise RecipeError(f"recipe {name_or_path!r}: no such recipe, but a file {name_or_path}.toml: name that one.")
     raise RecipeError(
         f"recipe {name_or_path!r}: no such recipe and no such .toml file{nearest(name_or_path, library_names())} "
         f"(the library has {', '.join(library_names())})."

@@ -24,7 +24,15 @@ from typing import Any, Literal, assert_never
 
 from ds_slm.data.sources.builtin import builtin_documents
 from ds_slm.data.sources.hub import Hub, Report, way_out
-from ds_slm.data.sources.readers import READERS, START, Cursor, TextFile, read_documents, suffix_of
+from ds_slm.data.sources.readers import (
+    READERS,
+    START,
+    Cursor,
+    SourceError,
+    TextFile,
+    read_documents,
+    suffix_of,
+)
 from ds_slm.data.sources.splits import ALL, TRAIN, UnclearSplit, canonical, choose, looks_held_out
 from ds_slm.data.sources.stand_ins import HEAD_BYTES, stand_in_at
 from ds_slm.errors import DataError
@@ -54,6 +62,11 @@ class SourceFiles:
     """Left out: files of no known kind."""
     root: Path = Path()
     """What was named: the folder, or the one file."""
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether a file was named, not a folder."""
+        return self.files == (self.root,)
 
     @property
     def ignored(self) -> tuple[Path, ...]:
@@ -121,14 +134,13 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
     who = f"source {source.name!r}"
     if not root.exists():
         state = "is a link to nothing" if root.is_symlink() else "does not exist"
-        raise DataError(f"{who}: {root} {state}; {way_out(source)}.")
+        raise SourceError(f"{who}: {root} {state}", way_out(source))
 
     try:
         candidates = _files_under(root)
     except OSError as error:
-        raise DataError(
-            f"{who}: {error.filename or root} cannot be read ({error.strerror}); {way_out(source)}."
-        ) from error
+        problem = f"{who}: {error.filename or root} cannot be read ({error.strerror})"
+        raise SourceError(problem, way_out(source)) from error
 
     text = tuple(path for path in candidates if suffix_of(path.name))
     tokens = tuple(path for path in candidates if path.name.lower().endswith(TOKENS_SUFFIX))
@@ -137,7 +149,7 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
 
     known = ", ".join([*READERS, TOKENS_SUFFIX])
     if not text and not tokens:
-        raise DataError(f"{who}: {root} holds no file of a known kind ({known}); {way_out(source)}.")
+        raise SourceError(f"{who}: {root} holds no file of a known kind ({known})", way_out(source))
     if text and tokens:
         raise DataError(f"{who}: {root} holds both text ({text[0].name}) and token ids ({tokens[0].name}): part them.")
 
@@ -150,9 +162,10 @@ def locate(source: Source, replacement: Path | None = None, report: Report = _qu
     try:
         choice = choose([_without_suffix(path.relative_to(root)) for path in known_kind], source.split)
     except UnclearSplit as reason:
-        raise DataError(
-            f"{who}: {root}: {reason}; name the file or folder to read with --source {source.name}=PATH, rename the "
-            f"files, or read all of them with data.source.split = {ALL!r}."
+        raise SourceError(
+            f"{who}: {root}: {reason}",
+            f"name the file or folder to read with --source {source.name}=PATH, rename the files, or read all of them "
+            f"with data.source.split = {ALL!r}",
         ) from reason
 
     groups = ([known_kind[place] for place in places] for places in (choice.read, choice.other_split, choice.beside))

@@ -59,6 +59,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """Byte order marks, longer ones first, because one begins with another."""
+LATIN_1 = "; if it is Latin-1, convert it with iconv -f ISO-8859-1 -t UTF-8"
+"""Nothing marks it: any bytes can be read as Latin-1."""
 BYTE_ORDER_MARK = "\ufeff"
 """UTF-8's, as a character."""
 _MARK_AT_LINE = re.compile(rf"(?<=\n){BYTE_ORDER_MARK}+")
@@ -71,6 +73,19 @@ SHOWN_BYTES = 32
 Cursor = tuple[int, int]
 START: Cursor = (0, 0)
 Documents = Iterator[tuple[str, Cursor]]
+
+
+class SourceError(DataError):
+    """A source that cannot be read from where it is said to be; another command names another flag as the way out."""
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        """The problem without a full stop, and what to do about it where `ds-slm train` or `prepare` was typed."""
+        super().__init__(f"{problem}; {way_out}.")
+        self.problem = problem
+
+
+class ColumnError(SourceError):
+    """A file lacks the column, and has others."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ def _txt(file: io.BufferedIOBase, name: str, column: Column, cursor: Cursor) -> 
         try:
             text = block.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"byte {begin + error.start} is no UTF-8: {error.reason}") from error
+            raise ValueError(f"byte {begin + error.start} is no UTF-8: {error.reason}{LATIN_1}") from error
 
         yield _without_marks(text), (begin + len(block), piece + 1)
         begin, piece = begin + len(block), piece + 1
@@ -263,13 +278,13 @@ def _cell(line: bytes, number: int, name: str, column: Column) -> Any:
         row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())  # files joined by cat have marks inside
     except UnicodeDecodeError as error:
         encoding = _marked_encoding(line) if number == 1 else None
-        hint = f"; it is {encoding}: convert it with iconv -f {encoding} -t UTF-8" if encoding else ""
+        hint = f"; it is {encoding}: convert it with iconv -f {encoding} -t UTF-8" if encoding else LATIN_1
         raise ValueError(f"line {number} is no UTF-8 at its byte {error.start}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not JSON: {error}") from error
     key = column.found_in(row) if isinstance(row, dict) else None
     if key is None:
-        raise DataError(_no_column(f"{name}, line {number}", column.name, row if isinstance(row, dict) else ()))
+        raise _no_column(f"{name}, line {number}", column.name, row if isinstance(row, dict) else ())
     return row[key]
 
 
@@ -334,7 +349,7 @@ def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> str:
 
     key = column.found_in(schema.names)
     if key is None:
-        raise DataError(_no_column(name, column.name, schema.names))
+        raise _no_column(name, column.name, schema.names)
 
     places = schema.get_all_field_indices(key)
     if len(places) > 1:
@@ -386,13 +401,13 @@ def _string(value: "pyarrow.Scalar") -> str:
         return ""
 
 
-def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
+def _no_column(place: str, column: str, columns: Iterable[str]) -> DataError:
     names = ", ".join(repr(name) for name in columns)
     if not names:
-        return f"{place}: no column {column!r}, nor any other: each line must be an object that has it."
-    return (
-        f"{place}: no column {column!r}; the columns there are: {names}. Name one of them, for the first source with "
-        "--set data.source.0.column=..."
+        return DataError(f"{place}: no column {column!r}, nor any other: each line must be an object that has it.")
+    return ColumnError(
+        f"{place}: no column {column!r}; the columns there are: {names}",
+        "name one of them, for the first source with --set data.source.0.column=NAME",
     )
 
 

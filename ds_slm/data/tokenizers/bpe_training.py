@@ -71,9 +71,10 @@ class LongRuns:
         if not self.count:
             return ""
         left_out = f", {self.left_out_bytes:,} bytes of them left out" if self.left_out_bytes else ""
+        runs, were = (f"{self.count:,} runs", "were") if self.count > 1 else ("1 run", "was")
         return (
-            f"{self.count:,} runs of more than {self._longest} letters, digits or signs without a break were cut while "
-            f"the tokenizer learned{left_out}"
+            f"{runs} of more than {self._longest} letters, digits or signs without a break {were} cut while the "
+            f"tokenizer learned{left_out}"
         )
 
 

@@ -1,6 +1,7 @@
 """`ds-slm init`: a recipe for one's own text."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,79 @@ def test_a_run_is_not_continued_into_itself(
     write_run(Path("runs/mine"), schema.to_toml(schema.load("demo")))
     assert "choose another" in refused(["init", "mine", "--from", "runs/mine", "--text", "texts"], monkeypatch, capsys)
     assert not Path("mine.toml").exists()
+
+
+def refused_late(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a text that was read first: stdout has a line of progress by then."""
+    from ds_slm.cli import main
+
+    monkeypatch.setattr("sys.argv", ["ds-slm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_text_in_the_wrong_place_names_the_flags_of_init(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each way out is a flag that `ds-slm init --help` lists, never one of `train` or `prepare`."""
+    Path("empty").mkdir()
+    Path("rows.jsonl").write_text('{"body": "some text"}\n', encoding="utf-8")
+    no_file = refused_late(["init", "mine", "--text", "empty"], monkeypatch, capsys)
+    no_column = refused_late(["init", "mine", "--text", "rows.jsonl"], monkeypatch, capsys)
+
+    assert "no file of a known kind" in no_file and "with --text" in no_file
+    assert "'body'; name one of them with --column" in no_column
+    assert "--source" not in no_file + no_column and "--set" not in no_file + no_column
+
+
+def test_what_is_left_out_of_a_folder_is_said(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As preparing says it."""
+    (texts / "notes.pdf").write_text("not read", encoding="utf-8")
+    run(["init", "mine", "--text", "texts"], monkeypatch)
+    assert "1 of no known kind: notes.pdf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("refused_base", ["slm-10m", "gpt-s-1.4m"])
+def test_text_that_is_too_little_for_a_base_names_one_that_takes_it(
+    texts: Path, refused_base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the same command with the recipe that is named writes the recipe."""
+    said = refused_late(["init", "mine", "--from", refused_base, "--text", "texts"], monkeypatch, capsys)
+    named = re.search(r"--from (\S+) takes it: ([\d,]+) steps", said)
+    assert named and named[1] != refused_base
+    run(["init", "mine", "--from", named[1], "--text", "texts"], monkeypatch)
+    assert f"{schema.load('mine.toml').train.steps:,}" == named[2]
+
+
+def test_hardly_any_text_names_no_recipe(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None would take it."""
+    Path("note.txt").write_text(words(300), encoding="utf-8")
+    said = refused_late(["init", "mine", "--text", "note.txt"], monkeypatch, capsys)
+    assert "takes so little: add text" in said and "--from" not in said
+
+
+def test_how_much_is_held_out_is_said(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole documents, a third of the text where there are three, is worth a warning; one document is cut."""
+    run(["init", "mine", "--text", "texts"], monkeypatch)
+    assert "warning: held out: 1 of 3 documents, 33." in capsys.readouterr().out
+    Path("single.txt").write_text(words(100_000), encoding="utf-8")
+    run(["init", "single", "--text", "single.txt"], monkeypatch)
+    assert "held out: the last 2.0% of the only document" in capsys.readouterr().out
+
+
+def test_a_name_may_be_typed_with_its_suffix(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`init mine.toml` writes mine.toml; `mine` alone is not a recipe, and the file beside it is named."""
+    run(["init", "mine.toml", "--text", "texts"], monkeypatch)
+    capsys.readouterr()
+    assert Path("mine.toml").is_file() and schema.load("mine.toml").card.name == "mine"
+    assert "a file mine.toml: name that one" in refused(["plan", "mine"], monkeypatch, capsys)

@@ -235,6 +235,8 @@ def parquet(*columns: object, **options: object) -> bytes:
         ("a.jsonl.zst", b"", "empty, 0 bytes"),
         ("a.parquet", b"", "empty, 0 bytes"),
         ("a.txt", b"good \xff\xfe", "byte 5 is no UTF-8"),
+        ("a.txt", "füllen".encode("latin-1"), "byte 1 is no UTF-8.*iconv -f ISO-8859-1 -t UTF-8"),
+        ("a.jsonl", '{"text": "ü"}'.encode("latin-1"), "line 1 is no UTF-8 at its byte 10.*iconv -f ISO-8859-1"),
         ("a.jsonl.gz", b"no gzip at all", "gzip"),
         ("a.jsonl.zst", b"no zstd at all", "ZSTD"),
         ("a.jsonl.gz", zstd(jsonl(MADE)), "gzip"),

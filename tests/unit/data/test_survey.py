@@ -1,5 +1,6 @@
 """What a text holds, before it is prepared. The oracle is preparing it."""
 
+import json
 import random
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def test_counts_are_those_of_the_prepared_data(documents: int, words_each: int, 
     assert prepared.train_tokens == pytest.approx(found.train_tokens, rel=0.03)
     share = prepared.val_tokens / (prepared.val_tokens + prepared.train_tokens)
     assert share == pytest.approx(found.held_out_share, rel=0.05)
+    if documents > 1:
+        held_out = json.loads((prepared.folder / "text" / "manifest.json").read_text())["documents"]["val"]
+        assert found.held_out_documents == held_out
+    else:
+        assert found.held_out_documents == 0
 
 
 def test_many_documents_are_held_out_by_share_alone(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from ds_slm.errors import DataError
 from ds_slm.recipe import own_text, plan, schema
-from ds_slm.recipe.own_text import Text, as_toml, fit
+from ds_slm.recipe.own_text import Text, TooLittleText, as_toml, fit
 from ds_slm.recipe.schedule import learning_rate
 
 PRETRAINING = [name for name in schema.library_names() if schema.load(name).sft is None]
@@ -68,14 +68,20 @@ def test_tokens_that_are_asked_for_are_taken(tmp_path: Path) -> None:
     assert recipe.train.steps * recipe.train.global_batch_tokens == pytest.approx(10_000_000, rel=0.01)
 
 
-def test_too_little_text_is_refused_with_what_would_fit() -> None:
+def test_too_little_text_is_refused_with_all_that_is_missing() -> None:
     """A vocabulary that cannot be learned, and hardly a step; every problem at once."""
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(TooLittleText) as refused:
         fit(schema.load("slm-10m"), text(5_000, ids=700))
     problems = "\n".join(refused.value.problems)
     assert "700 ids, and 8,192" in problems
     assert "1 steps of 16 rows" in problems
-    assert "--from gpt-s-1.4m" in problems
+
+
+def test_too_few_tokens_that_were_asked_for_are_no_lack_of_text() -> None:
+    """The text would do: it is --tokens that is too small."""
+    with pytest.raises(DataError, match="leave it out") as refused:
+        fit(schema.load("demo"), text(1_000_000), 1_000)
+    assert not isinstance(refused.value, TooLittleText) and "too little" not in str(refused.value)
 
 
 def test_hardly_any_text_is_refused_in_a_sentence() -> None:

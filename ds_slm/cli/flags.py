@@ -46,7 +46,13 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         help="begin with its weights: run folder, RUN/checkpoints/best, or Hugging Face folder",
     )
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
-    parser.add_argument("--ds-config", type=Path, default=CHECKOUT / "ds_configs" / "zero1.json")
+    parser.add_argument(
+        "--ds-config",
+        type=Path,
+        default=CHECKOUT / "ds_configs" / "zero1.json",
+        metavar="FILE",
+        help="what only changes memory and speed (default ds_configs/zero1.json)",
+    )
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where prepared data lies or goes")
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME=PATH", help="replace a source by local files"
@@ -54,7 +60,13 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
 
     # How far, and how.
-    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "must", "never"),
+        default="auto",
+        help="auto: go on from the newest checkpoint, if there is one; must: refuse to begin anew; never: refuse a "
+        "folder that holds anything (default auto)",
+    )
     parser.add_argument(
         "--max-steps", type=positive, metavar="N", help="stop after this step; the schedule keeps the recipe's length"
     )

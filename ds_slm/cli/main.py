@@ -52,7 +52,10 @@ def recipes(
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the run folders lie.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """The table of recipes: parameters, tokens, published, and what the runs there are say."""
+    """The recipes: parameters, tokens, published figures and ours.
+
+    Ours are what the runs there are say.
+    """
     from ds_slm.cli import library
 
     library.run(runs, as_json)
@@ -177,7 +180,10 @@ def doctor(
     run_dir: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder.  [default: runs/RECIPE]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every host before a run: what would break it, and how to mend that. Exit code 2 if anything would."""
+    """Check every host before a run, and say how to mend it.
+
+    Exit code 2 if anything would break the run.
+    """
     from ds_slm.cli import doctoring
 
     doctoring.run(hostfile, recipe, data_root, run_dir, as_json)
@@ -282,7 +288,10 @@ def import_folder(
     run_dir: Annotated[Path, typer.Option(metavar="RUN", help="The run folder to make.")],
     as_json: AsJson = False,
 ) -> None:
-    """A run folder from a Hugging Face folder: to be trained further, fine-tuned, evaluated, exported, talked to."""
+    """A run folder from a Hugging Face folder.
+
+    It can be trained further, fine-tuned, evaluated, exported and talked to.
+    """
     from ds_slm.publish.importing import import_model
 
     text = "{folder}: {params:,} parameters of {name}, a {model_type}\nnow:\n"
@@ -296,7 +305,10 @@ def report(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
-    """One HTML file of curves, differences, benchmarks, samples and incidents of some runs."""
+    """One HTML file that compares runs.
+
+    It holds their curves, differences, benchmarks, samples and incidents.
+    """
     from ds_slm.files import replace_text
     from ds_slm.publish.report import write_page
 
@@ -328,7 +340,7 @@ def evaluate(
     devices: Annotated[int, typer.Option(min=1, metavar="N", help="On so many GPUs, or processes on the CPU.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Benchmarks: the published figure, ours, its error, and what chance gives."""
+    """Benchmarks: published, ours, its error, and chance."""
     from ds_slm.cli import evaluation
 
     evaluation.run(model, evaluation.Flags(tasks, bench_dir, limit, name, against, devices, as_json))

@@ -69,7 +69,7 @@ def add_runner_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save_pid", action="store_true", help="leave the launcher's process id in /tmp")
     levels = ("debug", "info", "warning", "error", "critical")
     group.add_argument("--log_level", choices=levels, help="what the launcher says (default error)")
-    group.add_argument("-q", "--quiet", action="store_true", help="the default")
+    group.add_argument("-q", "--quiet", action="store_true", help="as --log_level error, the default")
 
 
 def refuse_others(arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from ds_slm.cli import flags, launching, main, preview
+from ds_slm.cluster import limits, runner_flags
 from ds_slm.recipe import schema
 
 VERBS = list(typer.main.get_group(main.app).commands)
@@ -48,3 +49,18 @@ def test_a_wrong_example_would_be_found(verb: str, example: str) -> None:
     """A mutation: a flag that does not exist, and a recipe that is missing."""
     with pytest.raises(Exception, match=r"no-such-flag|required: RECIPE|(?i:missing)"):
         recipe_of(verb, example.split())
+
+
+def test_no_description_is_cut_or_missing_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the lists of verbs and of flags as a terminal of 80 columns shows them; an ellipsis ends a cut one."""
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = CliRunner().invoke(main.app, ["--help"], terminal_width=80).output
+    verbs = listed.partition("Commands:")[2].splitlines()
+    assert len(verbs) >= len(VERBS) and [line for line in verbs if line.endswith("...")] == []
+
+    for parser in (flags.of_pretraining(), flags.of_fine_tuning()):
+        runner_flags.add_runner_flags(parser)
+        limits.add_flags(parser)
+        assert [action.option_strings for action in parser._actions if not action.help] == []
+    for verb, command in typer.main.get_group(main.app).commands.items():
+        assert [(verb, one.name) for one in command.params if not getattr(one, "help", None)] == []

@@ -122,13 +122,11 @@ def plan_recipe(
         world_size = host_count * (gpus_per_node or 1)
 
     found = plan.plan(recipe, name, read_ds_config(ds_config), world_size, host_count, network)
-    inherited = schema.inherited(name)
-
     if as_json:
         memory = {**asdict(found.memory), "device_bytes": found.memory.device_bytes}
-        print_json({**asdict(found), "memory": memory, "inherited": inherited})
+        print_json({**asdict(found), "memory": memory, "inherited": schema.inherited(name)})
     else:
-        tables.show_plan(found, inherited)
+        tables.show_plan(found, schema.inherited_toml(name), tables.cpu_has_amx())
 
 
 @app.command(epilog=examples.epilog("prepare"))

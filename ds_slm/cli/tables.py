@@ -1,6 +1,7 @@
 """Tables for people: what the verbs print without --json."""
 
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,11 +24,17 @@ def show_recipes(rows: list[dict[str, Any]]) -> None:
     _console().print(table, highlight=False)
 
 
-def show_plan(plan: Plan, inherited: list[str]) -> None:
-    """The plan's figures, the time on each kind of device, and what both rest on; first what the recipe inherits."""
-    print(f"{plan.recipe}: {plan.reproduces}\n")
+def show_plan(plan: Plan, inherited: str, has_amx: bool) -> None:
+    """The plan's figures, the time on each kind of device, and what both rest on; first what the recipe inherits.
+
+    Args:
+        plan: all figures.
+        inherited: TOML.
+        has_amx: whether the first kind of device is this machine's.
+    """
+    print(f"{plan.recipe}: {plan.reproduces}\n" if plan.reproduces else f"{plan.recipe}\n")
     if inherited:
-        print(textwrap.fill("From its base: " + "; ".join(inherited) + ".", width=100) + "\n")
+        print(f"# from its base:\n{inherited}")
     for name, value in _facts(plan).items():
         print(f"{name:18}{value}")
     print()
@@ -37,11 +44,24 @@ def show_plan(plan: Plan, inherited: list[str]) -> None:
         duration = _duration(time.step_s), _duration(time.run_s)
         table.add_row(time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no")
     _console().print(table, highlight=False)
+    if not has_amx:
+        print(
+            "This machine's CPU has no AMX: no rate is known for it, the first row is not its own. Each step's line of "
+            "`ds-slm train` tells its tokens/s."
+        )
 
     print()
     print(textwrap.fill("Assumed: " + "; ".join(plan.assumptions) + ".", width=100))
     for warning in plan.warnings:
         print(f"warning: {warning}")
+
+
+def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU multiplies bf16 in tiles, as the plan's CPU core does."""
+    try:
+        return "amx_bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:  # not Linux
+        return False
 
 
 def show_evaluation(rows: list[Row]) -> None:

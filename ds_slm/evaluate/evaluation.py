@@ -17,6 +17,7 @@ from ds_slm.evaluate.own_sets import OPERATORS, OWN_SETS, Answering, questions_o
 from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
 from ds_slm.evaluate.scoring import Counts
 from ds_slm.evaluate.text import TextEncoder
+from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run.scores import ARITHMARK, LEADERBOARD_METRICS
 
@@ -108,7 +109,7 @@ def _tasks_of(name: str, bench_dir: Path | None) -> Iterable[Task]:
         yield Task(name, questions_of(found), found.place, OWN_SETS[name].version, rows=found.rows)
         return
 
-    harness = _harness()
+    harness = _harness(name)
     for benchmark in MMLU if name == MMLU_NAME else [BENCHMARKS.get(name) or harness.benchmark_of(name)]:
         found, config = find_rows(benchmark, bench_dir), Path(benchmark.config)
         examples = harness.fewshot_split_of(config)
@@ -117,11 +118,14 @@ def _tasks_of(name: str, bench_dir: Path | None) -> Iterable[Task]:
         yield Task(benchmark.name, harness.questions_of(task), found.place, harness.version_of(task), task)
 
 
-def _harness() -> Any:
+def _harness(*names: str) -> Any:
+    """The module that answers these tasks. Raises ConfigError where its library is missing: a name may be a slip."""
     try:
         from ds_slm.evaluate import harness
     except ImportError as error:
-        raise ConfigError(f"{NO_HARNESS} ({error})") from error
+        unknown = [name for name in names if name not in (*ALL_TASKS, *BENCHMARKS)]
+        slips = [f"task {name!r} is not built in{nearest(name, OWN_SETS)}." for name in unknown]
+        raise ConfigError([*slips, f"{NO_HARNESS} ({error})"]) from error
     return harness
 
 
@@ -148,7 +152,7 @@ def evaluate(
 
     # The harness's own, all together: batches are fuller.
     if of_harness := {task.name: task.of_harness for task in tasks if task.of_harness is not None}:
-        harness = _harness()
+        harness = _harness(*of_harness)
         model = harness.HarnessModel(opened.scorer, encoder, report)
         items |= harness.run(of_harness, model, limit)
         counts |= model.counts

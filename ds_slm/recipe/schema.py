@@ -44,6 +44,7 @@ __all__ = [
     "changes",
     "field_names",
     "inherited",
+    "inherited_toml",
     "library_names",
     "load",
     "load_recorded",
@@ -179,6 +180,13 @@ def load(name_or_path: str, overrides: list[str] | None = None, run: Path | None
 def inherited(name_or_path: str) -> list[str]:
     """`section.key = value` of all that a recipe takes from its base. Raises RecipeError where one cannot be read."""
     return list(inherited_places(with_base(recipe_path(name_or_path), name_or_path, recipe_path)[1]))
+
+
+def inherited_toml(name_or_path: str) -> str:
+    """The same as TOML, in sections. Raises RecipeError where a recipe cannot be read."""
+    import tomli_w
+
+    return tomli_w.dumps(with_base(recipe_path(name_or_path), name_or_path, recipe_path)[1])
 
 
 def load_recorded(run: Path) -> Recipe:

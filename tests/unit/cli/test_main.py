@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ds_slm.cli import main
+from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
 from ds_slm.publish.export import WeightFormat
 from ds_slm.recipe import plan, schema
@@ -112,6 +112,29 @@ def test_plan_table() -> None:
     assert "9,902,336 (published: 9,902,464)" in output
     assert "16 on 2 hosts, ZeRO-1" in output
     assert "Assumed: " in output
+
+
+def test_plan_prints_what_is_inherited_as_toml(tmp_path: Path) -> None:
+    """Oracle: what stands between the two marks, with the recipe's own text behind it, is the whole recipe again."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('base = "demo"\n[card]\nname = "mine"\n')
+    output = CliRunner().invoke(app, ["plan", str(recipe)]).stdout
+    first, _, rest = output.partition("# from its base:\n")
+    assert first == f"{recipe}\n\n"
+    inherited = rest.partition("\nparameters ")[0]
+    assert schema.parse('[card]\nname = "mine"\n' + inherited) == schema.load(str(recipe))
+
+
+@pytest.mark.parametrize(("flags", "is_said"), [("flags : fpu avx2 avx512_bf16", True), ("flags : amx_bf16", False)])
+def test_plan_says_where_its_cpu_is_another(
+    flags: str, is_said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of a CPU core was measured with AMX: a machine without it must not be taken for one."""
+    (tmp_path / "cpuinfo").write_text(flags)
+    has_amx = tables.cpu_has_amx(tmp_path / "cpuinfo")
+    monkeypatch.setattr(tables, "cpu_has_amx", lambda: has_amx)
+    output = CliRunner().invoke(app, ["plan", "demo"]).stdout
+    assert ("This machine's CPU has no AMX" in output) == is_said
 
 
 def test_plan_of_a_file(tmp_path: Path) -> None:

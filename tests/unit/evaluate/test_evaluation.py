@@ -1,11 +1,13 @@
 """Tasks by name, and what is asked of them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
+from ds_slm import evaluate as package
 from ds_slm.errors import DataError
 from ds_slm.evaluate import evaluation
 from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
@@ -90,3 +92,14 @@ def test_parquet_of_other_configurations_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "lambada_openai" / "default").rename(tmp_path / "lambada_openai" / "en")
     with pytest.raises(DataError, match="several folders could hold it"):
         find_rows(BENCHMARKS["lambada_openai"], tmp_path)
+
+
+def test_a_slip_in_a_built_in_task_is_told_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own tasks need no library: whoever misspells one must not be sent to install it."""
+    monkeypatch.setitem(sys.modules, "ds_slm.evaluate.harness", None)
+    monkeypatch.delattr(package, "harness", raising=False)
+    with pytest.raises(DataError, match="'documentaton' is not built in; the nearest is 'documentation'"):
+        evaluation.prepare(["documentaton"], None, print)
+    with pytest.raises(DataError) as refused:
+        evaluation.prepare(["piqa"], None, print)
+    assert "is not built in" not in str(refused.value) and "not installed" in str(refused.value)

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= 2
+CUDA_TORCH ?= 2.14.1
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # What pip would do on one core. Packages hold files that are meant not to compile.
 COMPILE := @.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
@@ -17,7 +18,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults demo sft-380m bench-gpu clean
+.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults demo sft-380m fake-gpu bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -93,8 +94,14 @@ demo: .venv/.installed  ## an empty machine -> data, a trained model, an assista
 sft-380m: .venv/.installed  ## one step of the 380M fine-tuning recipe on a CPU: CONVERSATIONS=file.jsonl RANKS=cl100k_base.tiktoken
 	$(IN_VENV) python benchmarks/sft_380m.py $(CONVERSATIONS) --ranks $(RANKS)
 
+fake-gpu:  ## every forward path on a GPU that is not there, with the CUDA build of PyTorch (5.5 GB in .venv-cuda)
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install --quiet --no-compile torch==$(CUDA_TORCH)
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --editable . pytest hypothesis
+	.venv-cuda/bin/python -m pytest tests/fake_gpu
+
 bench-gpu: .venv/.installed  ## speed and memory on one GPU beside what was promised, numerics first
 	$(IN_VENV) python benchmarks/gpu.py
 
 clean:  ## remove .venv and caches; data, runs and exports stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

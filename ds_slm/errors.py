@@ -20,7 +20,7 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 MOST_TOLD = 20
-INTERRUPTED = "interrupted: the same command goes on from what was saved last."
+INTERRUPTED = "interrupted: the same command goes on from what was saved last, if anything was."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

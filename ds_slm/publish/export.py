@@ -80,7 +80,8 @@ def export_run(
             too large for its type.
     """
     if not (run / "recipe.toml").is_file():
-        raise CheckpointError(f"{run} is no run folder: it holds no recipe.toml.")
+        reason = "it holds no recipe.toml" if run.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{run} is not a run folder: {reason}.")
     free_place(out, run)
 
     recipe = schema.load_recorded(run)

@@ -215,7 +215,10 @@ def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
         if ours[field] != theirs[field]
     ]
     if problems:
-        raise CheckpointError(["--base is no model of this recipe:", *problems])
+        own = root_of(base.folder) / schema.RECIPE_FILE
+        taken = f"`base = {json.dumps(str(own))}`" if own.is_file() else "the recipe.toml of its import as `base`"
+        way_out = f"A recipe with {taken} at its head takes the model's shape (docs/fine-tuning.md); or name another."
+        raise CheckpointError(["--base is not a model of this recipe:", *problems, way_out])
 
 
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:

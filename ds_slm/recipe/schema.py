@@ -264,11 +264,18 @@ def refused_changes(old: Recipe, new: Recipe, allow_change: bool) -> list[str]:
     """A problem for each difference that a resumed run may not have."""
     free = FREE_ON_RESUME + (FREE_WITH_PERMISSION if allow_change else ())
     return [
-        f"{place} was {was!r} and is now {now!r}"
+        f"{place} was {_told(was)} and is now {_told(now)}"
         + (" (--allow-change permits it)." if place in FREE_WITH_PERMISSION else ".")
         for place, (was, now) in changes(old, new).items()
         if place not in free and place.partition(".")[0] not in free
     ]
+
+
+def _told(value: Any) -> str:
+    """A value as a message shows it; of a list's tables only what is set."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = [{key: item for key, item in one.items() if item is not None} for one in value]
+    return repr(value)
 
 
 @cache

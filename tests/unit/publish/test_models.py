@@ -10,7 +10,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
-from ds_slm.publish.export import export
+from ds_slm.publish.export import export, export_run
 from ds_slm.publish.models import needed_base, open_base, open_model, refuse_other_base
 from ds_slm.recipe import schema
 from tests.support import runs
@@ -158,7 +158,8 @@ def test_a_base_of_another_shape(made: tuple) -> None:
     other = loaded.model_copy(update={"model": loaded.model.model_copy(update={"rope_theta": 5.0, "qk_norm": False})})
     with pytest.raises(CheckpointError) as caught:
         refuse_other_base(other, open_model(run))
-    assert len(caught.value.problems) == 3
+    assert len(caught.value.problems) == 4
+    assert f'`base = "{run}/recipe.toml"`' in caught.value.problems[-1]
     assert "model.rope_theta is 5.0 in the recipe and 10000.0" in str(caught.value)
 
 
@@ -203,3 +204,11 @@ def test_an_index_names_the_files_that_are_read(made: tuple, tmp_path: Path) -> 
         index.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
             open_model(folder)
+
+
+def test_a_run_that_is_not_there_is_told_from_a_folder_that_is_none(tmp_path: Path) -> None:
+    """One mistake is a slip in a path, the other a wrong folder."""
+    with pytest.raises(CheckpointError, match="none is not a run folder: there is no such folder"):
+        export_run(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is not a run folder: it holds no recipe"):
+        export_run(tmp_path, tmp_path / "out")

@@ -270,6 +270,7 @@ def test_changes_on_resume() -> None:
     permitted = "\n".join(schema.refused_changes(old, new, allow_change=True))
     assert "optimizer.lr" not in permitted
     assert "train.seed" in permitted
+    assert "data.source was [{'name': " in refused and "'id': None" not in refused
     assert "data.source" in permitted
 
 

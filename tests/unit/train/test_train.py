@@ -223,7 +223,7 @@ def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema
     folder.refuse_foreign(tmp_path / "run", longer, "auto", allow_change=False)
     folder.describe(tmp_path / "run", longer, {}, {"generation": 2}, tmp_path / "tokenizer")
     recorded = json.loads((tmp_path / "run" / "changes.jsonl").read_text())
-    assert recorded == {"generation": 2, "changes": {"train.steps": [20, 30]}}
+    assert recorded == {"generation": 2, "step": 0, "changes": {"train.steps": [20, 30]}}
 
 
 def test_rows_of_weight_zero_change_nothing(recipe: schema.Recipe) -> None:

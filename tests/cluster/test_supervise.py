@@ -29,9 +29,10 @@ from tests.cluster.supervised import (
 from tests.support import runs
 
 LAUNCH_TIMEOUT_S = 240.0
-LOSS, LOSS_STEPS = 5e-6, 300
+LOSS = 5e-6, 300
 """Relative, over the first steps: at this rate what other numbers of ranks round differently grows with every step."""
-LOSS_BF16 = 2e-3
+LOSS_BF16 = 2e-3, 30
+"""Undisturbed runs of plain DeepSpeed on 1, 2 and 4 ranks: 6.4e-4 apart over 30 steps, 1.8e-3 over 50, in ZeRO-3."""
 EXACT = ("step", "tokens", "loss", "grad_norm", "ledger")
 
 
@@ -146,7 +147,7 @@ def cut_off(run: Supervised, hosts: Hosts) -> None:
     print(f"{run.name}: node2 is cut off: empty after {empty_s:.1f} s, node1 alone after {alone_s:.1f} s, {load()}")
 
 
-def compare_with_one_rank(hosts: Hosts, folder: Path, name: str, *flags: str, bound: float = LOSS) -> None:
+def compare_with_one_rank(hosts: Hosts, folder: Path, name: str, *flags: str, bound: tuple[float, int] = LOSS) -> None:
     """The records of both hosts against one rank that nothing happened to."""
     found = records(hosts, "node1", name)
     assert [one["step"] for one in found] == list(range(1, len(found) + 1))
@@ -158,9 +159,10 @@ def compare_with_one_rank(hosts: Hosts, folder: Path, name: str, *flags: str, bo
     whole = runs.records(folder / f"whole-{name}")
     assert [one["ledger"] for one in found] == [one["ledger"] for one in whole]
     apart = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, whole, strict=True)]
-    worst = max(apart[:LOSS_STEPS])
+    most, steps = bound
+    worst = max(apart[:steps])
     print(f"{name}: {len(found)} steps, ledgers equal; losses within {worst:.1e} of one rank's, {max(apart):.1e} later")
-    assert worst < bound
+    assert worst < most
 
 
 @pytest.mark.slow

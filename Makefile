@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= 2
 CUDA_TORCH ?= 2.14.1
+TORCH ?= 2.11.0
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # What pip would do on one core. Packages hold files that are meant not to compile.
 COMPILE := @.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
@@ -18,7 +19,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults demo sft-380m fake-gpu bench-gpu clean
+.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults other-torch demo sft-380m fake-gpu bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -73,6 +74,10 @@ cluster-test: .venv/.installed-dev cluster-tools  ## two hosts in network namesp
 cluster-faults: .venv/.installed-dev cluster-tools  ## hosts that die, hang, are cut off and come back; how long each costs
 	$(IN_VENV) pytest tests/cluster/test_supervise.py tests/cluster/test_supervise_ends.py tests/cluster/test_chaos.py -s
 
+other-torch: .venv/.installed-dev  ## what a supervised run needs of PyTorch's inner parts, under another version: TORCH=2.11.0
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --target .torch-$(TORCH) torch==$(TORCH)
+	$(IN_VENV) env PYTHONPATH=$(CURDIR)/.torch-$(TORCH) pytest tests/unit/cluster/test_rendezvous_plugin.py
+
 cluster-tools:
 	@test "$$(id -u)" = 0 || { echo "make cluster-test makes network namespaces: run it as root" >&2; exit 2; }
 	@for tool in $(CLUSTER_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
@@ -104,4 +109,4 @@ bench-gpu: .venv/.installed  ## speed and memory on one GPU beside what was prom
 	$(IN_VENV) python benchmarks/gpu.py
 
 clean:  ## remove .venv and caches; data, runs and exports stay
-	rm -rf .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-cuda .torch-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

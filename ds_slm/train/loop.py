@@ -68,6 +68,8 @@ def run_steps(run: Run) -> None:
     if run.state.step >= last_step:
         finish(run)
     save_before_exit(run)
+    if run.state.step < last_step:
+        run.report.say(f"step {run.state.step} of {last_step} is saved: the same command without --max-steps goes on")
 
 
 def after_step(run: Run) -> None:

@@ -38,6 +38,7 @@ class Supervised:
         trained_on: tuple[str, ...],
         *flags: str,
         slots: int = 1,
+        verb: str = "train",
         **env: str,
     ) -> None:
         """Type the command on the first host.
@@ -49,12 +50,15 @@ class Supervised:
             trained_on: the hosts of the hostfile.
             flags: further ones.
             slots: ranks a host.
+            verb: `train` takes tiny.toml, `sft` chatty.toml.
             env: more environment, for the ranks of all hosts, too.
         """
+        self.recipe = {"train": "tiny", "sft": "chatty"}[verb]
         self.hosts, self.name, self._output = hosts, name, folder / f"{name}.output"
         self.hostfile = folder / f"{name}.hostfile"
         self.hostfile.write_text("".join(f"{node} slots={slots}\n" for node in trained_on))
-        command = ["ds-slm", "train", str(folder / "tiny.toml"), "--hostfile", str(self.hostfile), "--restarts", "3"]
+        recipe = str(folder / f"{self.recipe}.toml")
+        command = ["ds-slm", verb, recipe, "--hostfile", str(self.hostfile), "--restarts", "3"]
         command += ["--hang-timeout", "20", "--run-dir", f"runs/{name}", *flags]
         command += [] if any("train.steps=" in flag for flag in flags) else STEPS
         with self._output.open("w") as output:
@@ -72,7 +76,7 @@ class Supervised:
 
     def ranks(self, node: str) -> list[psutil.Process]:
         """The host's processes of the training program."""
-        return self._processes(node, lambda line: line[2:3] and line[2].endswith("pretrain.py"))
+        return self._processes(node, lambda line: line[2:3] and line[2].endswith("train.py"))
 
     def agents(self, node: str) -> list[psutil.Process]:
         """The process that starts the host's ranks, if there is one."""
@@ -108,7 +112,7 @@ class Supervised:
 
     def await_steps(self, text: str = "", ranks: int | None = None, resumes: bool = False) -> float:
         """Seconds until a step is taken by a launch that began behind some output, on a number of ranks."""
-        begins = re.compile(rf"tiny on {ranks or '[0-9]+'} x .*, hosts (\w+)")
+        begins = re.compile(rf"{self.recipe} on {ranks or '[0-9]+'} x .*, hosts (\w+)")
 
         def stepped() -> bool:
             added = self.output[len(text) :]

@@ -7,6 +7,7 @@ of ranks one rank's run, with equal ledgers and losses within the bound for fp32
 
 import contextlib
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.cluster.supervised import (
     records,
 )
 from tests.support import runs
+from tests.support.assistants import small_talk, write_base, write_sft
 
 LAUNCH_TIMEOUT_S = 240.0
 LOSS = 5e-6, 300
@@ -65,6 +67,30 @@ def test_a_mistake_on_one_host_ends_all_in_its_own_words(two: Hosts, folder: Pat
     assert run.output.count("not a run folder") == 1
     assert "Traceback" not in run.output and "restart" not in run.output
     assert not two.processes("node1") and not two.processes("node2")
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_goes_on_too(two: Hosts, folder: Path) -> None:
+    """SIGKILL to node2's rank; node2 is sent the base. Oracle: the plain fine-tuning on the same hosts, bit for bit."""
+    base, recipe = two.runs("node1") / "base", write_sft(folder, small_talk())
+    shutil.copytree(write_base(folder), base)
+    hostfile = folder / "plain.hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    flags = ["--base", "runs/base", "--max-steps", "30", *STEPS]
+    plain = ["deepspeed", "--hostfile", str(hostfile), "sft/train.py", "--recipe", str(recipe)]
+    done = two.launch([*plain, "--run-dir", "runs/plain-sft", *flags], LAUNCH_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-6000:]
+    shutil.rmtree(two.runs("node2") / "base")
+
+    run = Supervised(two, folder, "sft", ("node1", "node2"), *flags, verb="sft")
+    run.wait_for("step 13", lambda: newest(two, "node1", "sft") >= 13)
+    run.fault("a rank of a fine-tuning is killed", lambda: run.ranks("node2")[0].kill(), ranks=2)
+    assert run.process.wait(PATIENCE_S) == 0, run.output
+    assert (two.runs("node2") / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    found, expected = (
+        [[one[key] for key in EXACT] for one in records(two, "node1", name)] for name in ("sft", "plain-sft")
+    )
+    assert found == expected
 
 
 @pytest.mark.slow

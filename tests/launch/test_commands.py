@@ -18,6 +18,7 @@ def test_other_data_give_another_ledger(tmp_path: Path) -> None:
         recipe = runs.write_recipe(folder)
         done = runs.run(runs.deepspeed_command(1, "--recipe", recipe, "--run-dir", "run", "--max-steps", 2), folder)
         assert done.returncode == 0, done.stderr
+        assert "step 2 of 20 is saved: the same command without --max-steps goes on" in done.stdout
         ledgers.append([record["ledger"] for record in runs.records(folder / "run")])
     assert ledgers[0] == ledgers[2]
     assert not set(ledgers[0]) & set(ledgers[1])

@@ -39,11 +39,12 @@ class Setup:
         return [float(value) for value in found if isinstance(value, int | float)]
 
     def measured(self) -> list[str]:
-        """Speed and memory."""
+        """Speed and memory. A CPU's peak is not its datasheet's: the run measures a product when it starts."""
         speed, use, memory_gb = self.median("tokens_per_s"), self.median("mfu"), self.largest("peak_memory_gb")
+        peak = "the FLOP/s of one matrix product" if "(cpu)" in self.devices else "the peak FLOP/s"
         return [
             *([f"{speed:,.0f} tokens a second (median)"] if speed is not None else []),
-            *([f"{use:.0%} of the peak FLOP/s"] if use is not None else []),
+            *([f"{use:.0%} of {peak}"] if use is not None else []),
             *([f"{memory_gb:.2f} GB of memory a device"] if memory_gb is not None else []),
         ]
 

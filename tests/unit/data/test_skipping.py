@@ -182,7 +182,7 @@ def test_a_change_says_what_this_launch_added(tmp_path: Path) -> None:
     folder.describe(tmp_path / "run", recipe, {}, facts, tmp_path / "tokenizer")
     folder.describe(tmp_path / "run", recipe, {}, {**facts, "skip_rows": []}, tmp_path / "tokenizer")
     lines = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"generation": 2, "skipped_rows": [[28, 35]]}]
+    assert [json.loads(line) for line in lines] == [{"generation": 2, "step": 0, "skipped_rows": [[28, 35]]}]
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "7:5", "-1:5", "a:b", "1:2:3", "", "NONE"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ds_slm.publish.card.devices import Setup
 from ds_slm.publish.card.facts import read_facts
 from ds_slm.recipe import schema
 from ds_slm.run import folder as run_folder
@@ -83,3 +84,10 @@ def test_each_kind_of_launch_has_its_own_speed(moved: Path, export: Any) -> None
     )
     assert "- 6 steps on 16 × H100 on 2 hosts, DeepSpeed ZeRO-3, 2 rows in a forward of a device, 5,000,000" in training
     assert "Launch 2 changed optimizer.lr from 0.01 to 0.5" in training
+
+
+@pytest.mark.parametrize(("device", "told"), [("H100", "the peak FLOP/s"), ("EPYC (cpu)", "one matrix product")])
+def test_what_a_share_of_is_said(device: str, told: str) -> None:
+    """Oracle: by hand: a GPU's peak is its datasheet's, a CPU's is measured."""
+    setup = Setup(f"2 × {device} on 1 host", "", 1, [{"step": 1, "mfu": 0.25}])
+    assert setup.measured() == [f"25% of {'the FLOP/s of ' if 'cpu' in device else ''}{told}"]

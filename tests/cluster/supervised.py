@@ -53,11 +53,10 @@ class Supervised:
             verb: `train` takes tiny.toml, `sft` chatty.toml.
             env: more environment, for the ranks of all hosts, too.
         """
-        self.recipe = {"train": "tiny", "sft": "chatty"}[verb]
         self.hosts, self.name, self._output = hosts, name, folder / f"{name}.output"
         self.hostfile = folder / f"{name}.hostfile"
         self.hostfile.write_text("".join(f"{node} slots={slots}\n" for node in trained_on))
-        recipe = str(folder / f"{self.recipe}.toml")
+        recipe = str(folder / {"train": "tiny.toml", "sft": "chatty.toml"}[verb])  # both call their model tiny
         command = ["ds-slm", verb, recipe, "--hostfile", str(self.hostfile), "--restarts", "3"]
         command += ["--hang-timeout", "20", "--run-dir", f"runs/{name}", *flags]
         command += [] if any("train.steps=" in flag for flag in flags) else STEPS
@@ -112,7 +111,7 @@ class Supervised:
 
     def await_steps(self, text: str = "", ranks: int | None = None, resumes: bool = False) -> float:
         """Seconds until a step is taken by a launch that began behind some output, on a number of ranks."""
-        begins = re.compile(rf"{self.recipe} on {ranks or '[0-9]+'} x .*, hosts (\w+)")
+        begins = re.compile(rf"tiny on {ranks or '[0-9]+'} x .*, hosts (\w+)")
 
         def stepped() -> bool:
             added = self.output[len(text) :]

@@ -158,7 +158,7 @@ def obstacle(folder: Path) -> str | None:
             return None
         if place.is_symlink():
             return f"{folder}: {place} is a link to nothing: mend or remove it."
-        if place.exists():
+        if place.exists() and not place.is_dir():  # another rank may have made it just now
             return f"{folder}: {place} is a file, expected a folder: name another place."
     return None
 

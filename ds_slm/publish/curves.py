@@ -159,8 +159,9 @@ def _places(train: Sequence[Record], axis: str) -> Callable[[int], float]:
 
 def series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:
     """Step and value of the records that hold a finite number there."""
-    return [
-        (record["step"], float(record[field]))
-        for record in records
-        if isinstance(record.get(field), int | float) and math.isfinite(record[field])
-    ]
+    return [(record["step"], float(record[field])) for record in records if is_number(record.get(field))]
+
+
+def is_number(value: Any) -> bool:
+    """Whether this can be shown as a figure."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -163,7 +163,7 @@ def _facts(story: Story) -> dict[str, str]:
     facts |= {
         f"all held-out rows: {name}": f"{story.done[key]:.4f}"
         for key, name in names.items()
-        if isinstance(story.done.get(key), int | float)
+        if curves.is_number(story.done.get(key))
     }
     return facts
 

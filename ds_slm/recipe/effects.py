@@ -51,7 +51,7 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
 
     model = sections.get("model")
     if isinstance(model, Model) and not (model.qk_norm or model.exclusive_attention):
-        problems += _no_llama(model)
+        problems += _refused_as_llama(model)
 
     # The other mistakes are learning rates of a warm-up.
     if not isinstance(schedule, Schedule) or not schedule.warmup_steps:
@@ -70,7 +70,7 @@ def mistakes(sections: Mapping[str, Section]) -> list[str]:
     return problems
 
 
-def _no_llama(model: Model) -> Iterator[str]:
+def _refused_as_llama(model: Model) -> Iterator[str]:
     """What transformers refuses in a Llama."""
     if model.hidden_size % model.num_attention_heads:
         yield (

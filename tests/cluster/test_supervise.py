@@ -38,24 +38,36 @@ LOSS_BF16 = 2e-3, 30
 EXACT = ("step", "tokens", "loss", "grad_norm", "ledger")
 
 
+def plain_steps(hosts: Hosts, folder: Path, program: str, recipe: str, *flags: str) -> list[list]:
+    """The steps of a run by plain `deepspeed --hostfile`, with nothing to disturb it."""
+    name, hostfile = f"plain-{Path(recipe).stem}", folder / "plain.hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    command = ["deepspeed", "--hostfile", str(hostfile), program, "--recipe", str(folder / recipe)]
+    done = hosts.launch([*command, "--run-dir", f"runs/{name}", *STEPS, *flags], LAUNCH_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return steps_of(hosts, name)
+
+
+def steps_of(hosts: Hosts, name: str) -> list[list]:
+    """What must be equal of a run's steps, to the bit."""
+    return [[one[key] for key in EXACT] for one in records(hosts, "node1", name)]
+
+
+def kill_a_rank(run: Supervised) -> None:
+    """SIGKILL to node2's rank behind the first checkpoint; the run goes on, to its end."""
+    run.wait_for("step 13", lambda: newest(run.hosts, "node1", run.name) >= 13)
+    run.fault("a rank is killed", lambda: run.ranks("node2")[0].kill(), ranks=2)
+    assert run.process.wait(PATIENCE_S) == 0, run.output
+
+
 def test_a_killed_rank_changes_no_bit(two: Hosts, folder: Path) -> None:
     """SIGKILL to node2's rank behind the first checkpoint. Oracle: the plain run on the same hosts."""
     last = ["--max-steps", "40"]
-    hostfile = folder / "plain.hostfile"
-    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    plain = ["deepspeed", "--hostfile", str(hostfile), "ds_slm/pretrain.py", "--recipe", str(folder / "tiny.toml")]
-    done = two.launch([*plain, "--run-dir", "runs/plain", *STEPS, *last], LAUNCH_TIMEOUT_S)
-    assert done.returncode == 0, done.stderr[-6000:]
-
+    expected = plain_steps(two, folder, "ds_slm/pretrain.py", "tiny.toml", *last)
     run = Supervised(two, folder, "killed", ("node1", "node2"), *last)
-    run.wait_for("step 13", lambda: newest(two, "node1", "killed") >= 13)
-    run.fault("a rank is killed", lambda: run.ranks("node2")[0].kill(), ranks=2)
-    assert run.process.wait(PATIENCE_S) == 0, run.output
+    kill_a_rank(run)
     assert "restart 1 of 3" in run.output
-    found, expected = (
-        [[one[key] for key in EXACT] for one in records(two, "node1", name)] for name in ("killed", "plain")
-    )
-    assert found == expected
+    assert steps_of(two, "killed") == expected
 
 
 def test_a_mistake_on_one_host_ends_all_in_its_own_words(two: Hosts, folder: Path) -> None:
@@ -74,23 +86,14 @@ def test_a_fine_tuning_goes_on_too(two: Hosts, folder: Path) -> None:
     """SIGKILL to node2's rank; node2 is sent the base. Oracle: the plain fine-tuning on the same hosts, bit for bit."""
     base, recipe = two.runs("node1") / "base", write_sft(folder, small_talk())
     shutil.copytree(write_base(folder), base)
-    hostfile = folder / "plain.hostfile"
-    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    flags = ["--base", "runs/base", "--max-steps", "30", *STEPS]
-    plain = ["deepspeed", "--hostfile", str(hostfile), "sft/train.py", "--recipe", str(recipe)]
-    done = two.launch([*plain, "--run-dir", "runs/plain-sft", *flags], LAUNCH_TIMEOUT_S)
-    assert done.returncode == 0, done.stderr[-6000:]
+    flags = ["--base", "runs/base", "--max-steps", "30"]
+    expected = plain_steps(two, folder, "sft/train.py", recipe.name, *flags)
     shutil.rmtree(two.runs("node2") / "base")
 
     run = Supervised(two, folder, "sft", ("node1", "node2"), *flags, verb="sft")
-    run.wait_for("step 13", lambda: newest(two, "node1", "sft") >= 13)
-    run.fault("a rank of a fine-tuning is killed", lambda: run.ranks("node2")[0].kill(), ranks=2)
-    assert run.process.wait(PATIENCE_S) == 0, run.output
+    kill_a_rank(run)
     assert (two.runs("node2") / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    found, expected = (
-        [[one[key] for key in EXACT] for one in records(two, "node1", name)] for name in ("sft", "plain-sft")
-    )
-    assert found == expected
+    assert steps_of(two, "sft") == expected
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ SITE = Path(safetensors.__file__).parents[1]
 PAIR = ("node1", "node2")
 
 
-def refused(run: Supervised, *words: str) -> None:
+def assert_refused(run: Supervised, *words: str) -> None:
     """The run ends with a user's mistake, in words that stand once on the terminal, and nothing goes on."""
     began_s = time.monotonic()
     assert run.process.wait(PATIENCE_S) == 2, run.output
@@ -55,7 +55,7 @@ def test_hosts_with_another_version_end_the_run_in_one_paragraph(two: Hosts, fol
         replaced(two, folder, metadata, lambda text: text.replace("\nVersion: ", "\nVersion: 9", 1)),
     ):
         run = Supervised(two, folder, "versions", PAIR)
-        refused(run, "the hosts differ in the source files of ds_slm", "the hosts differ in safetensors")
+        assert_refused(run, "the hosts differ in the source files of ds_slm", "the hosts differ in safetensors")
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_shard_that_was_changed_on_one_host_ends_the_run_in_one_paragraph(two:
     content = shard.read_bytes()
     shard.write_bytes(b"\x11\x00" + content[2:])
     try:
-        refused(Supervised(two, folder, "changed", PAIR), shard.name)
+        assert_refused(Supervised(two, folder, "changed", PAIR), shard.name)
     finally:
         shard.write_bytes(content)
 
@@ -78,7 +78,7 @@ def test_a_host_whose_clock_is_off_is_refused(two: Hosts, folder: Path) -> None:
     ahead = "import time; time.time = lambda time=time: time.clock_gettime(time.CLOCK_REALTIME) + 30"
     with replaced(two, folder, startup, lambda text: f"{text}\n{ahead}\n"):
         run = Supervised(two, folder, "clock", PAIR)
-        refused(run, "host node2's clock is", "s ahead, expected at most 5 s")
+        assert_refused(run, "host node2's clock is", "s ahead, expected at most 5 s")
         assert re.search("is (29|30) s", run.output), run.output
 
 

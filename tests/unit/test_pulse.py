@@ -38,3 +38,4 @@ def test_nothing_is_written_where_nobody_watches(tmp_path: Path, monkeypatch: py
 def test_a_folder_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pulse.FOLDER, str(tmp_path / "gone"))
     pulse.beat(1)
+    assert not list(tmp_path.iterdir())

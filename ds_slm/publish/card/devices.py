@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_slm.publish.card.facts import Record, RunFacts
 from ds_slm.publish.card.markdown import times
+from ds_slm.publish.curves import series
 from ds_slm.recipe.plan import flops_per_token
 
 
@@ -35,8 +36,7 @@ class Setup:
         return max(self._values(field), default=None)
 
     def _values(self, field: str) -> list[float]:
-        found = (record.get(field) for record in self.records)
-        return [float(value) for value in found if isinstance(value, int | float)]
+        return [value for _, value in series(self.records, field)]
 
     def measured(self) -> list[str]:
         """Speed and memory. A CPU's peak is not its datasheet's: the run measures a product when it starts."""

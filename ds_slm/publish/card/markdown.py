@@ -1,9 +1,7 @@
 """Markdown as the hub renders it: tables whose cells hold any text, and numbers for people."""
 
-import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 SIZES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
@@ -37,11 +35,6 @@ def code_block(text: str, language: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text.strip()}\n{fence}"
-
-
-def is_number(value: Any) -> bool:
-    """Whether this can be shown as a figure."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def number(value: float) -> str:

@@ -21,9 +21,10 @@ from ds_slm.publish.card import devices, plots, training
 from ds_slm.publish.card.facts import RunFacts, read_facts
 from ds_slm.publish.card.header import HubDataset, card_data
 from ds_slm.publish.card.limits import limits
-from ds_slm.publish.card.markdown import code, code_block, in_words, is_number, number, plain, table, times
+from ds_slm.publish.card.markdown import code, code_block, in_words, number, plain, table, times
 from ds_slm.publish.card.rerun import rerun
 from ds_slm.publish.card.training import OF_TRAINING
+from ds_slm.publish.curves import is_number
 from ds_slm.recipe.hub_names import language_name
 from ds_slm.recipe.plan import parameter_counts, parameters
 from ds_slm.recipe.schema import Recipe

@@ -6,7 +6,8 @@ from typing import Any, assert_never
 from ds_slm.publish.card import devices
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.header import is_from_hub
-from ds_slm.publish.card.markdown import is_number, number, percent, table, times
+from ds_slm.publish.card.markdown import number, percent, table, times
+from ds_slm.publish.curves import is_number
 from ds_slm.recipe.schema import Recipe, Source, changes_result
 
 OF_TRAINING = ("val", "train")

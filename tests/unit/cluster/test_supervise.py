@@ -100,15 +100,19 @@ def test_a_host_that_could_not_take_part_is_named(ssh: Path, answer: str, told: 
 
 def test_a_host_whose_clock_is_right_takes_part(ssh: Path) -> None:
     """Whatever its login says before."""
-    ssh.write_text("#!/bin/sh\necho Welcome to node2.\necho $(date +%s.%N) $(date +%s.%N)\n")
+    answer = "echo Welcome to node2.\necho $(date +%s.%N) $(date +%s.%N)\n"
+    ssh.write_text(f'#!/bin/sh\necho "$@" >>{ssh.parent}/calls\n{answer}')
     supervise.refuse_unfit([Host("node2", 1)], 2222)
+    assert "-p 2222 node2" in (ssh.parent / "calls").read_text()
 
 
 def test_a_host_that_takes_long_to_answer_is_not_late(ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock is right, and each import and goodbye takes longer than clocks may differ. Oracle: no error."""
     monkeypatch.setattr(supervise, "MOST_CLOCK_DIFFERENCE_S", 0.2)
-    ssh.write_text("#!/bin/sh\nfirst=$(date +%s.%N)\nsleep 0.5\necho $first $(date +%s.%N)\nsleep 0.5\n")
+    answer = "first=$(date +%s.%N)\nsleep 0.5\necho $first $(date +%s.%N)\nsleep 0.5\n"
+    ssh.write_text(f"#!/bin/sh\n{answer}touch {ssh.parent}/answered\n")
     supervise.refuse_unfit([Host("node2", 1)], None)
+    assert (ssh.parent / "answered").exists()
 
 
 def test_every_host_is_asked_once_and_all_that_is_wrong_is_told(ssh: Path, tmp_path: Path) -> None:

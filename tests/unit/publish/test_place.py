@@ -11,7 +11,7 @@ import pytest
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import CheckpointError
-from ds_slm.files import write_json
+from ds_slm.files import obstacle, write_json
 from ds_slm.publish import export as exporting
 from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import schema
@@ -115,3 +115,22 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     with appears_whole(tmp_path / "out"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}
+
+
+def test_a_folder_that_another_rank_makes_meanwhile_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made between two questions about it. Oracle: none, where a file in its place is one."""
+    place = tmp_path / "run"
+
+    def make_it(path: Path) -> bool:
+        if path == place:
+            place.mkdir()
+        return False
+
+    monkeypatch.setattr(Path, "is_symlink", make_it)
+    assert obstacle(place) is None
+    place.rmdir()
+    monkeypatch.setattr(Path, "is_symlink", lambda path: False)
+    place.touch()
+    assert "is a file" in str(obstacle(place))

@@ -65,7 +65,7 @@ def main() -> int:
 
     # The baselines learn from the training tokens, and are measured on the same held-out bytes as the model.
     recipe = schema.load(str(args.run / "recipe.toml"))
-    data = prepared.open_prepared(recipe, args.run.name, args.data_root)
+    data = prepared.open_prepared(recipe, args.data_root / args.run.name)
     train_ids, held_out_ids = np.asarray(data.tokens("train")[0]), np.asarray(data.tokens("val")[0])
     unigram, bigram = baselines.ngram_bits_per_byte(
         train_ids, held_out_ids, data.vocab_size, data.eos_id, data.val_bytes

@@ -179,7 +179,7 @@ def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
                 print(f"Qwen3 step {record['step']}/{recipe.train.steps}, {record['kind']} loss {record['loss']:.4f}")
 
         torch.set_num_threads(CPU_CORES)
-        train_qwen3(recipe, open_prepared(recipe, "slm-10m", out / "data"), "cuda" if on_gpu else "cpu", report)
+        train_qwen3(recipe, open_prepared(recipe, out / "data" / "slm-10m"), "cuda" if on_gpu else "cpu", report)
     return records
 
 
@@ -188,7 +188,7 @@ def loading_s(recipe: Recipe, out: Path) -> float:
     from ds_slm.data.rows import PretrainRows
     from ds_slm.data.shards.prepared import open_prepared
 
-    rows, position = PretrainRows(recipe, open_prepared(recipe, "slm-10m", out / "data")), 0
+    rows, position = PretrainRows(recipe, open_prepared(recipe, out / "data" / "slm-10m")), 0
     begin_s = time.perf_counter()
     for _ in range(recipe.train.steps):
         rows.read(rows.row_ids(position))

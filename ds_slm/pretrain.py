@@ -63,12 +63,12 @@ def main() -> None:
 
     def needs() -> list[NeededFolder]:
         """The shards and, where there is one, the base."""
-        shards = needed_folders(recipe, name, args.data_root, sources)
+        shards = needed_folders(recipe, args.data_root / name, sources)
         return [*shards, needed_base(args.base, base)] if base else shards
 
     def corpus() -> Prepared:
         document_format = DocumentFormat(tokenizer_of_base=base().tokenizer_folder) if base else TEXT
-        return prepare(recipe, name, args.data_root, sources, report=report, document_format=document_format)
+        return prepare(recipe, args.data_root / name, sources, report=report, document_format=document_format)
 
     task = Task(
         needs=needs,

@@ -21,8 +21,7 @@ from sft.older import refuse_older_ids
 
 def prepare_conversations(
     recipe: Recipe,
-    name: str,
-    data_root: Path,
+    folder: Path,
     tokenizer_folder: Path | None,
     sources: Mapping[str, Path] | None = None,
     report: Callable[[str], None] = print,
@@ -35,11 +34,13 @@ def prepare_conversations(
     Raises:
         DataError: with every problem found, a base with another tokenizer than the data were made with among them.
     """
-    if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (data_root / name / TOKENIZER).exists():
-        raise DataError(f"recipe {name!r} has a tokenizer that is trained with its base: name that one, --base MODEL.")
+    if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (folder / TOKENIZER).exists():
+        raise DataError(
+            f"recipe {folder.name!r} has a tokenizer that is trained with its base: name that one, --base MODEL."
+        )
 
     document_format = conversation_format(recipe, tokenizer_folder)
-    prepared = prepare(recipe, name, data_root, sources, report=report, document_format=document_format)
+    prepared = prepare(recipe, folder, sources, report=report, document_format=document_format)
 
     refuse_older_ids(prepared)
 

@@ -63,12 +63,12 @@ def main() -> None:
 
     def needs() -> list[NeededFolder]:
         """The conversations' shards, and the base."""
-        shards = needed_folders(recipe, name, args.data_root, sources, conversation_format(recipe))
+        shards = needed_folders(recipe, args.data_root / name, sources, conversation_format(recipe))
         return [*shards, needed_base(args.base, base)]
 
     task = Task(
         needs=needs,
-        prepare=lambda: prepare_conversations(recipe, name, args.data_root, base().tokenizer_folder, sources, report),
+        prepare=lambda: prepare_conversations(recipe, args.data_root / name, base().tokenizer_folder, sources, report),
         report=report,
         rows=rows,
         sample=lambda corpus: sampler(

@@ -158,11 +158,11 @@ def prepare(
 
     sources = parse_sources(source)
     if verify:
-        prepared = open_prepared(recipe, stem, data_root)
+        prepared = open_prepared(recipe, data_root / stem)
         verify_shards(prepared)
         report_to(as_json)("every byte of every shard is as its manifest says")
     else:
-        prepared = prepare_data(recipe, stem, data_root, sources, max_tokens, report_to(as_json))
+        prepared = prepare_data(recipe, data_root / stem, sources, max_tokens, report_to(as_json))
 
     text = "{folder}: {train_tokens:,} training and {val_tokens:,} held-out tokens, sha256 {sha256}"
     print_either({**prepared.summary(), "verified": verify}, text, as_json)

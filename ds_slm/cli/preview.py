@@ -38,7 +38,7 @@ def show(name: str, args: Namespace) -> None:
     tokenizer_folder = None
     if base is not None:
         tokenizer_folder = open_base(base, recipe).tokenizer_folder
-    prepared = prepare_conversations(recipe, stem, args.data_root, tokenizer_folder, sources)
+    prepared = prepare_conversations(recipe, args.data_root / stem, tokenizer_folder, sources)
     shown, summary = preview.read_shown(recipe, prepared, args.preview)
 
     # The terminal shows masks in colours, or by marks if it has no colours.

@@ -139,7 +139,7 @@ def _read_data(name, data_root, found):
         if absent:
             found.update(absent=absent, prepared=[part for part in parts if part not in absent])
         else:
-            opened = prepared.open_prepared(loaded, stem, data_root)
+            opened = prepared.open_prepared(loaded, data_root / stem)
             found.update(sha256=opened.sha256, tokenizer_sha256=opened.tokenizer_sha256)
     except importlib.import_module("ds_slm.errors").UserError as error:
         found["problems"] = error.problems

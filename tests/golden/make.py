@@ -161,9 +161,9 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
     text = replace(TEXT, builtin=lambda: texts, tokenizer_folder=tokenizer)
     chat = replace(conversation_format(tuning, tokenizer), builtin=lambda: talks)
     build_tokenizer(recipe, lambda source: iter(texts)).save(tokenizer)
-    prepared = prepare(recipe, facts.PRETRAINING, root, document_format=text)
-    prepare(tuning, facts.FINE_TUNING, root, document_format=chat)
-    chats = prepare_conversations(tuning, facts.FINE_TUNING, root, tokenizer)
+    prepared = prepare(recipe, root / facts.PRETRAINING, document_format=text)
+    prepare(tuning, root / facts.FINE_TUNING, document_format=chat)
+    chats = prepare_conversations(tuning, root / facts.FINE_TUNING, tokenizer)
 
     # Launched twice: only the first launch is told which rows to leave out, and only env.json knows of the second.
     run, whole = folder / facts.RUN, scratch / "whole"

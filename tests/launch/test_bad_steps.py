@@ -59,7 +59,7 @@ def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
     folder.mkdir()
     copy = runs.write_recipe(folder)
     loaded = schema.load(str(copy))
-    data = prepare(loaded, copy.stem, folder / "data", report=lambda line: None)
+    data = prepare(loaded, folder / "data" / copy.stem, report=lambda line: None)
     shard, _ = data.tokens("train")[0].place(0)
     content = bytearray(shard.read_bytes())
     rows = PretrainRows(loaded, data)

@@ -101,7 +101,7 @@ def train(public: Public, *flags: object, base: str = "runs/imported") -> None:
 def test_begins_with_the_weights_of_a_public_model(continued: Public) -> None:
     """Oracle: transformers' loss of the model it had saved, on the rows of step 1 and on all that are held out."""
     recipe = schema.load_recorded(continued.folder / "runs" / "mine")
-    rows = PretrainRows(recipe, open_prepared(recipe, "mine", continued.folder / "data"))
+    rows = PretrainRows(recipe, open_prepared(recipe, continued.folder / "data" / "mine"))
     first = runs.records(continued.folder / "runs" / "mine")[0]
     before = runs.records(continued.folder / "runs" / "mine", "val")[0]
 
@@ -192,7 +192,7 @@ packing = false
     run = public.folder / "runs" / "chatty"
     recorded = schema.load_recorded(run)
     folder = public.folder / "runs" / "imported" / "tokenizer"
-    prepared = prepare_conversations(recorded, "chatty", public.folder / "data", folder, report=lambda line: None)
+    prepared = prepare_conversations(recorded, public.folder / "data" / "chatty", folder, report=lambda line: None)
     rows = ConversationRows(recorded, prepared)
     assert np.sum(rows.read(rows.row_ids(0)).weights > 0) > 50
     assert runs.records(run)[0]["loss"] == pytest.approx(public.loss(rows, rows.row_ids(0)), rel=1e-5)

@@ -46,7 +46,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(recipe_path: Path) -> list[dict]:
     """Loss and gradient norm of each step in a plain PyTorch loop."""
     recipe = schema.load(str(recipe_path))
-    data = prepare(recipe, recipe_path.stem, recipe_path.parent / "data", report=lambda line: None)
+    data = prepare(recipe, recipe_path.parent / "data" / recipe_path.stem, report=lambda line: None)
     rows, model = PretrainRows(recipe, data), decoder.build(recipe.model, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)
     position, records = 0, []

@@ -51,8 +51,8 @@ def ds_slm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def open_data(name: str, recipe: Recipe, said: list[str]) -> Prepared:
     """What a launch does with the data of a recipe, which are there already."""
     if name == facts.FINE_TUNING:
-        return prepare_conversations(recipe, name, Path(facts.DATA), Path(facts.RUN, "tokenizer"), report=said.append)
-    return prepare(recipe, name, Path(facts.DATA), report=said.append)
+        return prepare_conversations(recipe, Path(facts.DATA) / name, Path(facts.RUN, "tokenizer"), report=said.append)
+    return prepare(recipe, Path(facts.DATA) / name, report=said.append)
 
 
 def states_of_files(folder: Path) -> dict[Path, tuple[int, int, bytes]]:

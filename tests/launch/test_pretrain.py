@@ -111,7 +111,7 @@ def test_bits_per_byte_counts_every_held_out_token(finished: Path, recipe: Path)
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(out)
     loaded = schema.load(str(recipe))
-    data = prepared.open_prepared(loaded, "tiny", finished.parents[1] / "data")
+    data = prepared.open_prepared(loaded, finished.parents[1] / "data" / "tiny")
     rows, nll, tokens = PretrainRows(loaded, data), 0.0, 0
     for row_id in rows.val_row_ids(None):
         row = rows.read([row_id], "val")

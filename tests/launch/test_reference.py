@@ -66,7 +66,7 @@ def test_nanogpts_loss_is_reproduced(test_data: Path, trained: Path) -> None:
     """
     published = json.loads((test_data / "reference_curves" / "nanogpt_char.json").read_text())
     run, counts = trained / "runs" / "nanogpt_char", published["data"]
-    data = prepared.open_prepared(schema.load(str(run / "recipe.toml")), "nanogpt_char", trained / "data")
+    data = prepared.open_prepared(schema.load(str(run / "recipe.toml")), trained / "data" / "nanogpt_char")
     assert data.vocab_size == counts["vocab"]
     assert (data.train_tokens, data.val_tokens) == (counts["train_chars"] + 1, counts["val_chars"] + 1)
     assert len(runs.records(run)) == published["cpu"]["train"]["max_iters"]

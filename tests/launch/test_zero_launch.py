@@ -122,7 +122,7 @@ def test_the_saved_weights_have_the_loss_of_the_run(folder: Path, name: str) -> 
     """Oracle: the run's own loss on all held-out rows. The file's weights alone, in one process, must give it."""
     run = folder / f"whole-{name}"
     recipe = schema.load(str(run / "recipe.toml"))
-    rows = PretrainRows(recipe, prepared.open_prepared(recipe, "tiny", folder / "data"))
+    rows = PretrainRows(recipe, prepared.open_prepared(recipe, folder / "data" / "tiny"))
     batch = rows.read(rows.val_row_ids(None), "val")
     model = decoder.build(recipe.model, seed=99)
     model.load_state_dict(checkpoint_files.read_model(checkpoint_of(run)), strict=False)

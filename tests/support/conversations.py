@@ -106,7 +106,7 @@ def prepare(recipe: schema.Recipe, folder: Path, sources: dict[str, Path] | None
     """Prepare in silence, with a tokenizer of our own as the base's."""
     if not (folder / "base").exists():
         tokenizer().save(folder / "base")
-    return prepare_conversations(recipe, "tiny", folder / "data", folder / "base", sources, lambda line: None)
+    return prepare_conversations(recipe, folder / "data" / "tiny", folder / "base", sources, lambda line: None)
 
 
 def rows(path: Path, root: Path, *overrides: str) -> ConversationRows:

@@ -113,7 +113,7 @@ def cl100k(ranks: Path) -> tokenizer.Tokenizer:
 def prepare(made: schema.Recipe, root: Path, **options: object) -> prepared.Prepared:
     """Prepare in silence."""
     report: Callable[[str], None] = lambda line: None  # noqa: E731
-    return prepare_data(made, "made", root, **{"report": report, **options})  # type: ignore[arg-type]
+    return prepare_data(made, root / "made", **{"report": report, **options})  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

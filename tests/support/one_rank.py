@@ -55,7 +55,7 @@ def tiny_run(folder: Path, control: Control, micro_batch: int = 1, *overrides: s
     """A run of the tiny recipe in `folder`, that saves nothing."""
     path = runs.write_recipe(folder)
     recipe = schema.load(str(path), list(overrides))
-    rows = PretrainRows(recipe, prepare(recipe, path.stem, folder / "data", report=lambda line: None))
+    rows = PretrainRows(recipe, prepare(recipe, folder / "data" / path.stem, report=lambda line: None))
     engine_config = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 1, "cpu", micro_batch)
     model = decoder.build(recipe.model, recipe.train.seed)
     engine = engines.Engine(recipe, engine_config, model, control, Interrupt(control, grace_s=60))

@@ -49,19 +49,17 @@ MARGIN = 1.01
 
 def prepare(
     recipe: Recipe,
-    name: str,
-    data_root: Path,
+    folder: Path,
     sources: Mapping[str, Path] | None = None,
     max_tokens: int | None = None,
     report: Callable[[str], None] = print,
     document_format: DocumentFormat = TEXT,
 ) -> Prepared:
-    """Make whatever is missing of a recipe's tokenizer and shards in `data_root/name`, and open them.
+    """Make whatever is missing of a recipe's tokenizer and shards in a folder, and open them.
 
     Args:
         recipe: what to prepare.
-        name: the folder's name, usually the recipe's.
-        data_root: where prepared data live.
+        folder: where its prepared data lie or go, usually DATA_ROOT/RECIPE.
         sources: a local file or folder in place of a source, by the source's name.
         max_tokens: training tokens of all sources together, to try things out; None prepares what the run needs.
         report: takes lines of progress.
@@ -71,7 +69,6 @@ def prepare(
         DataError: with every problem found; nothing that exists is overwritten.
     """
     replacements = {name: Path(path) for name, path in (sources or {}).items()}
-    folder = Path(data_root) / name
     _refuse_unknown_sources(recipe, replacements)
     if in_the_way := obstacle(folder):
         raise DataError(f"--data-root: {in_the_way}")
@@ -102,7 +99,7 @@ def prepare(
         with suppress(OSError):  # a kill came right after the manifest; of no use, and no harm on a read-only mount
             (folder / source.name / JOURNAL).unlink(missing_ok=True)
 
-    prepared = open_prepared(recipe, name, data_root, document_format.identity, report)
+    prepared = open_prepared(recipe, folder, document_format.identity, report)
     refuse(_differs_from_base(recipe, folder, document_format))
     for line in _notes(recipe, prepared, replacements, max_tokens, told=places.keys()):
         report(line)
@@ -125,8 +122,7 @@ def refuse_wrong_sources(recipe: Recipe, folder: Path, replacements: Mapping[str
 
 def needed_folders(
     recipe: Recipe,
-    name: str,
-    data_root: Path,
+    folder: Path,
     sources: Mapping[str, Path] | None = None,
     document_format: DocumentFormat = TEXT,
 ) -> list[NeededFolder]:
@@ -134,7 +130,6 @@ def needed_folders(
 
     Where a part is another recipe's, or damaged, none is whole and none absent: `prepare` says what is wrong.
     """
-    folder = Path(data_root) / name
     try:
         usable = not conflicts(recipe, folder, sources or {}, document_format.identity)
     except DataError:
@@ -147,7 +142,9 @@ def needed_folders(
             shards = [shard["file"] for split in manifest.get("shards", {}).values() for shard in split]
             others = [path.name for path in sorted(place.iterdir()) if path.is_file()] if part == TOKENIZER else shards
             files = (*(one for one in others if one != MANIFEST), MANIFEST)
-        found.append(NeededFolder(f"{name}/{part}", place, files, is_absent=usable and files is None, lock=folder))
+        found.append(
+            NeededFolder(f"{folder.name}/{part}", place, files, is_absent=usable and files is None, lock=folder)
+        )
     return found
 
 

@@ -190,8 +190,7 @@ def _quiet(line: str) -> None:
 
 def open_prepared(
     recipe: Recipe,
-    name: str,
-    data_root: Path,
+    folder: Path,
     encoding: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = _quiet,
 ) -> Prepared:
@@ -199,19 +198,17 @@ def open_prepared(
 
     Args:
         recipe: what was prepared.
-        name: of the folder in `data_root`.
-        data_root: where prepared data live.
+        folder: where its prepared data lie.
         encoding: what decided the encoding beside the recipe.
         report: takes a line where shards are checked at every launch.
 
     Raises:
         DataError: where data are missing, cut short, of another recipe or another tokenizer.
     """
-    folder = Path(data_root) / name
     expected = [TOKENIZER, *(source.name for source in recipe.data.source)]
     manifests = {part: manifest for part in expected if (manifest := read_manifest(folder / part))}
     if missing := [part for part in expected if part not in manifests]:
-        raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {name}.")
+        raise DataError(f"{folder} lacks {', '.join(missing)}: run ds-slm prepare {folder.name}.")
     refuse(conflicts(recipe, folder, {}, encoding or {}))
 
     tokenizer_manifest, tokenizer = manifests.pop(TOKENIZER), load_tokenizer(folder / TOKENIZER)

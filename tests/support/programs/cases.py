@@ -49,7 +49,7 @@ AGREE = engine.Engine.agree
 def task(recipe: schema.Recipe, name: str, data_root: Path) -> Task:
     """Pretraining on prepared shards, as ds_slm/pretrain.py sets it up."""
     return Task(
-        prepare=lambda: prepare(recipe, name, data_root, report=lambda line: None),
+        prepare=lambda: prepare(recipe, data_root / name, report=lambda line: None),
         rows=lambda corpus: PretrainRows(recipe, corpus),
         sample=lambda corpus: sampler(corpus.tokenizer_folder, recipe.eval.prompts, max_new_tokens=4),
         val_tokens_per_byte=lambda corpus: corpus.val_tokens / corpus.val_bytes,

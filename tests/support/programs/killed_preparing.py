@@ -44,7 +44,7 @@ def in_child(recipe: schema.Recipe, data_root: Path, kill_at: int | None) -> int
         try:
             if kill_at is not None:
                 arm(kill_at)
-            prepare.prepare(recipe, "made", data_root, report=lambda line: None)
+            prepare.prepare(recipe, data_root / "made", report=lambda line: None)
             os._exit(0)
         except BaseException as error:
             print(error, file=sys.stderr, flush=True)

@@ -32,14 +32,14 @@ def of_folder(folder: Path) -> str:
 
 def prepare_for(recipe: Recipe, data_root: Path, base: Path) -> Prepared:
     return prepare(
-        recipe, "a", data_root, report=lambda line: None, document_format=DocumentFormat(tokenizer_of_base=base)
+        recipe, data_root / "a", report=lambda line: None, document_format=DocumentFormat(tokenizer_of_base=base)
     )
 
 
 def test_a_tokenizer_of_the_same_ids_is_accepted(base: Path, tmp_path: Path) -> None:
     """Oracle: the ids of the base's tokenizer without its BOS, whether or not the data were there before."""
     ours = recipe_of(tmp_path, of_folder(base))
-    earlier = prepare(ours, "a", tmp_path / "earlier", report=lambda line: None)
+    earlier = prepare(ours, tmp_path / "earlier" / "a", report=lambda line: None)
     assert earlier.sha256 == prepare_for(ours, tmp_path / "earlier", base).sha256
     prepared = prepare_for(ours, tmp_path / "data", base)
     assert prepared.sha256 == earlier.sha256
@@ -55,7 +55,7 @@ def test_a_tokenizer_of_other_ids_is_refused_before_its_shards_are_made(when: st
     """Oracle: the keys of the recipe that would do, and no shard unless there were some."""
     ours = recipe_of(tmp_path, BPE)
     if when == "prepared before":
-        prepare(ours, "a", tmp_path / "data", report=lambda line: None)
+        prepare(ours, tmp_path / "data" / "a", report=lambda line: None)
     with pytest.raises(DataError) as caught:
         prepare_for(ours, tmp_path / "data", base)
     said = str(caught.value)

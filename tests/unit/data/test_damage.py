@@ -62,7 +62,7 @@ def test_damaged_folders_are_refused(
     damage(folder)
     before = contents(folder)
     with pytest.raises(DataError, match=f"{message}.*remove .* and prepare again"):
-        open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, tmp_path / "data" / "made")
     with pytest.raises(DataError, match=message):
         prepare(made, tmp_path / "data")
     assert contents(folder) == before
@@ -86,7 +86,7 @@ def test_verify_finds_one_changed_bit(made: Recipe, tmp_path: Path, monkeypatch:
         stamps = _read_stamps(prepared.folder)
         before = {prepared.folder / name: stamp for name, stamp in stamps.items()}
         patched.setattr("ds_slm.data.shards.prepared._stamp", lambda path, sha256: before[path])
-        open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, tmp_path / "data" / "made")
     with pytest.raises(DataError, match=r"train-00000.bin was changed: sha256 .* prepare again") as caught:
         verify(prepared)
     assert len(caught.value.problems) == 2
@@ -96,11 +96,11 @@ def test_an_edited_shard_is_refused_when_opened(made: Recipe, tmp_path: Path) ->
     """Oracle: the shard whose time of change differs is read and named; a whole copy with other times is accepted."""
     prepared = prepare(made, tmp_path / "data")
     shutil.copytree(prepared.folder, tmp_path / "copy" / "made", copy_function=shutil.copyfile)
-    assert open_prepared(made, "made", tmp_path / "copy").sha256 == prepared.sha256
+    assert open_prepared(made, tmp_path / "copy" / "made").sha256 == prepared.sha256
     flip_bit(prepared.folder / "first" / "val-00000.bin")
     for _ in range(2):
         with pytest.raises(DataError, match=r"first/val-00000.bin was changed") as caught:
-            open_prepared(made, "made", tmp_path / "data")
+            open_prepared(made, tmp_path / "data" / "made")
         assert len(caught.value.problems) == 1
 
 
@@ -111,7 +111,7 @@ def test_a_copy_that_keeps_every_time_is_read(made: Recipe, tmp_path: Path) -> N
     assert (tmp_path / "copy" / "made" / STAMPS).is_file()
     flip_bit(tmp_path / "copy" / "made" / "second" / "train-00000.bin")
     with pytest.raises(DataError, match=r"second/train-00000.bin was changed"):
-        open_prepared(made, "made", tmp_path / "copy")
+        open_prepared(made, tmp_path / "copy" / "made")
 
 
 def test_an_edited_source_is_warned_of(made: Recipe, tmp_path: Path) -> None:
@@ -184,12 +184,12 @@ def test_opening_reads_no_shard_twice(made: Recipe, tmp_path: Path, monkeypatch:
     hashed = []
     work = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (hashed.append(file.name), work(file, name))[1])
-    open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, tmp_path / "data" / "made")
     assert not hashed
     os.utime(prepared.folder / "first" / "train-00000.bin")
-    open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, tmp_path / "data" / "made")
     assert [Path(name).parent.name for name in hashed] == ["first"]
-    open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, tmp_path / "data" / "made")
     assert len(hashed) == 1
 
 
@@ -200,4 +200,4 @@ def test_manifests_of_another_format_are_refused(made: Recipe, tmp_path: Path) -
     with pytest.raises(
         DataError, match=rf"has format 1, this version reads {identity.FORMAT}: remove .*first and prepare again"
     ):
-        open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, tmp_path / "data" / "made")

@@ -270,7 +270,7 @@ def test_a_manifest_names_files_beside_it_alone(made: Recipe, tmp_path: Path, na
     manifest["shards"]["val"][0]["file"] = name
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"first/manifest.json is damaged"):
-        open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, tmp_path / "data" / "made")
 
 
 def test_a_shard_that_is_a_link_is_refused(made: Recipe, tmp_path: Path) -> None:
@@ -278,11 +278,11 @@ def test_a_shard_that_is_a_link_is_refused(made: Recipe, tmp_path: Path) -> None
     folder = prepare(made, tmp_path / "data").folder
     (folder / "first").rename(tmp_path / "first")
     (folder / "first").symlink_to(tmp_path / "first")
-    open_prepared(made, "made", tmp_path / "data")
+    open_prepared(made, tmp_path / "data" / "made")
     (tmp_path / "first" / "val-00000.bin").rename(tmp_path / "val.bin")
     (tmp_path / "first" / "val-00000.bin").symlink_to(tmp_path / "val.bin")
     with pytest.raises(DataError, match=r"val-00000.bin is a link, expected the shard itself"):
-        open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, tmp_path / "data" / "made")
 
 
 HALVES: dict[str, Callable[[bytes], bytes]] = {
@@ -302,7 +302,7 @@ def test_damaged_manifests_are_told(made: Recipe, tmp_path: Path, damage: str, p
     path = prepare(made, tmp_path / "data").folder / part / "manifest.json"
     path.write_bytes(HALVES[damage](path.read_bytes()))
     for opened in (
-        lambda: open_prepared(made, "made", tmp_path / "data"),
+        lambda: open_prepared(made, tmp_path / "data" / "made"),
         lambda: prepare(made, tmp_path / "data"),
     ):
         with pytest.raises(DataError, match=rf"{part}/manifest.json (is damaged|has format None).*prepare again"):

@@ -183,7 +183,7 @@ def test_opening_ten_billion_tokens_reads_nothing_of_them(tmp_path: Path) -> Non
     write_json(manifest_path, manifest)
     stamp_written(prepared.folder, "first", manifest)
     before = _read_bytes(), _resident_bytes()
-    opened = open_prepared(made, "made", tmp_path / "data")
+    opened = open_prepared(made, tmp_path / "data" / "made")
     array = opened.tokens("train")[0]
     assert len(array) == opened.train_tokens == tokens
     assert not array[tokens - 1_025 :].any()
@@ -268,7 +268,7 @@ from ds_slm.data.shards import prepare, writer
 from ds_slm.recipe import schema
 writer.BATCH_CHARACTERS = 200_000
 for name in sys.argv[2:]:
-    prepare.prepare(schema.load(name), Path(name).stem, Path(sys.argv[1]), report=lambda line: None)
+    prepare.prepare(schema.load(name), Path(sys.argv[1]) / Path(name).stem, report=lambda line: None)
     peak_kb = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(1024 * int(peak_kb))
 """

@@ -16,13 +16,13 @@ def made(tmp_path: Path) -> Recipe:
 
 def test_what_is_whole_and_what_is_not_there(made: Recipe, tmp_path: Path) -> None:
     """Oracle: the files of the folder itself, its manifest last; nothing before it is prepared."""
-    before = needed_folders(made, "mine", tmp_path / "data")
+    before = needed_folders(made, tmp_path / "data" / "mine")
     assert [(one.name, one.files, one.is_absent) for one in before] == [
         ("mine/tokenizer", None, True), ("mine/a", None, True),
     ]  # fmt: skip
 
     folder = prepare(made, tmp_path / "data").folder
-    for one in needed_folders(made, folder.name, tmp_path / "data"):
+    for one in needed_folders(made, tmp_path / "data" / folder.name):
         assert one.files is not None and one.files[-1] == "manifest.json" and not one.is_absent
         assert set(one.files) == {path.name for path in one.path.iterdir()}
 
@@ -36,5 +36,5 @@ def test_what_something_else_made_is_neither_sent_nor_replaced(made: Recipe, tmp
         asked = made.model_copy(update={"data": made.data.model_copy(update={"val_fraction": 0.5})})
     else:
         (folder / "a" / "manifest.json").write_text("{")
-    found = needed_folders(asked, folder.name, tmp_path / "data")
+    found = needed_folders(asked, tmp_path / "data" / folder.name)
     assert [(one.files, one.is_absent) for one in found] == [(None, False)] * 2

@@ -96,7 +96,7 @@ def test_preparing_again_changes_nothing(made: Recipe, tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.name != ".lock"}
     (tmp_path / "one.jsonl").rename(tmp_path / "elsewhere.jsonl")
     assert prepare(made, tmp_path / "data").sha256 == first.sha256
-    assert open_prepared(made, "made", tmp_path / "data").sha256 == first.sha256
+    assert open_prepared(made, tmp_path / "data" / "made").sha256 == first.sha256
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
@@ -111,7 +111,7 @@ def test_data_hash_is_the_same_on_every_host(made: Recipe, tmp_path: Path) -> No
 
 PREPARE = (
     "import sys; from pathlib import Path; from ds_slm.data.shards import prepare; from ds_slm.recipe import schema\n"
-    + ("prepare.prepare(schema.load(sys.argv[1]), 'made', Path(sys.argv[2]))")
+    + ("prepare.prepare(schema.load(sys.argv[1]), Path(sys.argv[2]) / 'made')")
 )
 
 
@@ -157,7 +157,7 @@ def test_killed_while_preparing(stall: str, reached: str, made: Recipe, tmp_path
     process.communicate()
     assert contents(folder).keys() != whole.keys()
     with pytest.raises(DataError, match=r"lacks .*second: run ds-slm prepare made"):
-        open_prepared(made, "made", tmp_path / "data")
+        open_prepared(made, tmp_path / "data" / "made")
     prepare(made, tmp_path / "data")
     assert contents(folder) == whole
 
@@ -184,7 +184,7 @@ def test_another_recipes_folder_is_refused(made: Recipe, tmp_path: Path) -> None
     )
     for refused in (
         lambda: prepare(other, tmp_path / "data"),
-        lambda: open_prepared(other, "made", folder.parent),
+        lambda: open_prepared(other, folder.parent / "made"),
     ):
         with pytest.raises(
             DataError, match=r"data\.split_seed was 0, is 9, tokenizer\.vocab_size was 300, is 310"
@@ -242,7 +242,7 @@ def test_max_tokens(made: Recipe, tmp_path: Path) -> None:
         assert share <= len(array) < share + longest
     assert all(len(array) for array in prepared.tokens("val"))
     assert sum("the run will repeat them" in line for line in lines) == 2
-    assert open_prepared(made, "made", tmp_path / "data").max_tokens == 4_000
+    assert open_prepared(made, tmp_path / "data" / "made").max_tokens == 4_000
 
 
 def test_empty_documents_are_counted(tmp_path: Path) -> None:

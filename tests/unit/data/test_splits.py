@@ -335,7 +335,7 @@ def test_file_names_of_any_bytes_are_told(tmp_path: Path) -> None:
         assert all(line.encode().isascii() and line.isprintable() for line in told)
         assert any(r"caf\xe9.jsonl" in line and r"red\x1b[31m\n.jsonl" in line for line in told)
         assert any(r"1 of another split: \xff-test.jsonl" in line for line in told)
-    assert open_prepared(recipe, "made", tmp_path / "data").train_tokens
+    assert open_prepared(recipe, tmp_path / "data" / "made").train_tokens
 
 
 def test_any_name_can_be_printed_whatever_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

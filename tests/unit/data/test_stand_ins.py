@@ -305,7 +305,7 @@ def test_data_of_an_older_version_whose_held_out_part_is_no_text(tmp_path: Path)
     manifest["bytes"]["val"] = 0
     (folder / "ids" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"{folder}: what is held out holds no text"):
-        _ = open_prepared(made, "made", tmp_path / "data").val_bytes
+        _ = open_prepared(made, tmp_path / "data" / "made").val_bytes
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

@@ -328,7 +328,7 @@ def test_an_imported_base_is_prepared_for_fine_tuning(tmp_path: Path) -> None:
     refuse_other_base(recipe, opened)
     opened.refuse_other_parameters()
     ours, theirs = (
-        prepare_conversations(recipe, "chatty", tmp_path / name, folder, report=lambda line: None)
+        prepare_conversations(recipe, tmp_path / name / "chatty", folder, report=lambda line: None)
         for name, folder in (("ours", opened.tokenizer_folder), ("theirs", base))
     )
     assert ours.sha256 == theirs.sha256

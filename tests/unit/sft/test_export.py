@@ -27,7 +27,7 @@ def assistant_tokenizer(folder: Path, section: str, base_tokenizer: Path) -> Pat
     (folder / "talks.jsonl").write_text(lines)
     made = recipe(source("talks", path=folder / "talks.jsonl", column="messages"), tokenizer=section, seq_len=512)
     made = made.model_copy(update={"sft": schema.Sft()})
-    prepared = prepare_conversations(made, "talks", folder / "data", base_tokenizer, report=lambda line: None)
+    prepared = prepare_conversations(made, folder / "data" / "talks", base_tokenizer, report=lambda line: None)
     return prepared.tokenizer_folder
 
 

@@ -91,7 +91,7 @@ def prepare(path: Path, folder: Path, told: list[str], *overrides: str) -> Prepa
     """Conversations of a file, with a tokenizer of our own."""
     conversations.tokenizer().save(folder / "base")
     recipe = conversations.recipe(path, *overrides)
-    return prepare_conversations(recipe, "made", folder / "data", folder / "base", report=told.append)
+    return prepare_conversations(recipe, folder / "data" / "made", folder / "base", report=told.append)
 
 
 def all_of(prepared: Prepared) -> list[list[int]]:

@@ -57,7 +57,7 @@ def prepared_by_an_older_version(
     recipe = schema.parse(text)
 
     def open_data() -> Prepared:
-        return prepare_conversations(recipe, "old", folder / "data", folder / "tokenizer", report=lambda line: None)
+        return prepare_conversations(recipe, folder / "data" / "old", folder / "tokenizer", report=lambda line: None)
 
     def alone(self: ChatML, found: Sequence[assistants.Messages], mask: str) -> list[Encoded]:
         ids = [np.array(_encoded_alone(self, turns)) for turns in found]

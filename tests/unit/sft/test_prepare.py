@@ -39,4 +39,4 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     conversations.tokenizer(seed=1).save(tmp_path / "other")
     other = load_tokenizer(tmp_path / "other").sha256
     with pytest.raises(DataError, match=f"has {other}: name the base it was made for"):
-        prepare_conversations(recipe, "tiny", tmp_path / "data", tmp_path / "other", report=lambda line: None)
+        prepare_conversations(recipe, tmp_path / "data" / "tiny", tmp_path / "other", report=lambda line: None)

@@ -11,6 +11,7 @@ import re
 import socket
 import tempfile
 from collections.abc import MutableMapping, Sequence
+from types import ModuleType
 
 import psutil
 
@@ -22,11 +23,28 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 def reserve_variables(environ: MutableMapping[str, str] = os.environ) -> None:
     """Give variables that are set later a place in the environment, before there is a second thread.
 
-    A C library may crash where one thread reads the environment while it grows; values of names that are there change
-    without harm. gloo takes an empty name for none. torch's compiler sets its cache folder itself, to this one.
+    A process may crash where one thread reads the environment, as each look-up of a host's name does, while it grows
+    in another; values of names that are there change without harm. To be called once torch is imported: its OpenMP
+    has read OMP_NUM_THREADS by then.
     """
-    environ.setdefault(GLOO, "")
+    # Chosen later; until then an empty value is none.
+    for name in (GLOO, NCCL, "OMP_NUM_THREADS"):
+        environ.setdefault(name, "")
+
+    # Set by torch's compiler and by DeepSpeed themselves, to just this.
     environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}"))
+    environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def choose_accelerator(build: ModuleType, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Name the CPU to DeepSpeed where torch is built for nothing else: it would search, and warn that it found none.
+
+    Args:
+        build: torch.version.
+        environ: where the variable goes.
+    """
+    if not (build.cuda or build.hip):
+        environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _user() -> str:
@@ -112,5 +130,5 @@ def choose(
     if found is not None:
         environ[GLOO] = environ.get(GLOO) or found
         if is_cuda and others:
-            environ.setdefault(NCCL, f"={found}")
+            environ[NCCL] = environ.get(NCCL) or f"={found}"
     return environ.get(GLOO) or None

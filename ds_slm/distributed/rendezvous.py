@@ -15,6 +15,7 @@ holds Python's lock for longer than `silent_s` passes for a dead rank.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -77,9 +78,10 @@ class Rendezvous:
     def open(self) -> None:
         """Begin to connect. Several calls are one; a launch of one rank needs none."""
         if self.world.size > 1 and self._thread is None:
-            import torch.distributed  # noqa: F401 - an import that fails is the main thread's
+            import torch.distributed  # an import that fails is the main thread's
 
             network.reserve_variables()
+            network.choose_accelerator(torch.version)
             self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
             self._thread.start()
 
@@ -372,6 +374,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
 
     If this rank fails alone, or may have failed alone, it prints its error and the process ends at once.
     """
+    faulthandler.enable()  # a crash inside a library says where
     print_any_name()
     worlds.die_with_torchrun()
     note = worlds.ignored()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ds_slm.distributed import network
 from ds_slm.distributed.ranks import Control
 from ds_slm.errors import DeviceError
 from ds_slm.model import kernels
@@ -27,8 +28,7 @@ def current_device() -> torch.device:
 
 def accelerator() -> Any:
     """DeepSpeed's accelerator."""
-    if not (torch.version.cuda or torch.version.hip):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches, and warns that it found none
+    network.choose_accelerator(torch.version)
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()
@@ -69,8 +69,8 @@ def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
     machine = control.leaders_of_ranks[control.rank]
     everyone = control.gather([machine, cores])
     offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if "OMP_NUM_THREADS" not in os.environ and (device_type() == "cpu" or offloads):
-        threads = max(torch.get_num_threads() // everyone.count([machine, cores]), 1)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # bitsandbytes has an OpenMP of its own, loaded later
+    if not os.environ.get("OMP_NUM_THREADS"):
+        if device_type() == "cpu" or offloads:
+            torch.set_num_threads(max(torch.get_num_threads() // everyone.count([machine, cores]), 1))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for bitsandbytes' own OpenMP, loaded later
     return torch.get_num_threads()

@@ -42,6 +42,33 @@ def test_a_crash_on_one_rank_ends_those_inside_a_collective(tmp_path: Path) -> N
     assert "Traceback" not in outputs[0]
 
 
+WATCH = """
+import os, sys, threading
+def watch(event, details):
+    if event == "os.putenv" and threading.active_count() > 1 and os.fsdecode(details[0]) not in os.environ:
+        with open({file!r}, "a") as file:
+            print(os.fsdecode(details[0]), file=file)
+sys.addaudithook(watch)
+"""
+
+
+def test_the_environment_grows_before_there_is_a_second_thread(tmp_path: Path) -> None:
+    """A whole launch on two ranks, watched by Python's audit. Oracle: no name is new once a thread may read them.
+
+    Where the environment grows while a thread looks up rank 0's name, that rank now and then ends by SIGSEGV.
+    """
+    added = tmp_path / "added"
+    (tmp_path / "sitecustomize.py").write_text(WATCH.format(file=str(added)))
+    runs.write_corpus(tmp_path / "corpus.jsonl")
+    recipe = runs.write_recipe(tmp_path, text=runs.TINY.replace("steps = 20", "steps = 2"))
+
+    command = runs.deepspeed_command(2, "--recipe", recipe, "--run-dir", tmp_path / "run", "--data-root", tmp_path)
+    done = runs.run(command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not added.exists(), added.read_text()
+    assert "libgomp" not in done.stdout + done.stderr
+
+
 def test_an_interruption_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the shell's own code for it, and no traceback."""
 

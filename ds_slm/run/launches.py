@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,29 @@ def begin(control: "Control", run: Path) -> Launch:
 
 
 def holder(run: Path) -> Launch:
-    """The launch that holds a run folder; generation 0 where none does, or its env.json cannot be read."""
-    environment = read_json(run / "env.json") or {}
+    """The launch that holds a run folder; generation 0 where none does, or its env.json cannot be read.
+
+    Every step asks this: env.json is read again only when it is another file than before.
+    """
+    path = run / "env.json"
+    try:
+        # A shared disk asks its server when a file is opened; what it says of a closed one may be a minute old.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        return _holder_in(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    except OSError:
+        return Launch()
+
+
+@lru_cache(maxsize=1)
+def _holder_in(path: Path, stamp: tuple[int, ...]) -> Launch:
+    """The launch that a file names; `stamp` changes with the file. Raises OSError where it cannot be read just now."""
+    environment = read_json(path)
+    if environment is None:
+        raise OSError(f"{path} cannot be read.")
     generation, described = environment.get("generation"), environment.get("launch")
     if not isinstance(generation, int):
         return Launch()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ds_slm import files
 from ds_slm.errors import ReplacedByNewerLaunch
 from ds_slm.run import launches
 from ds_slm.run.launches import Launch
@@ -20,7 +21,7 @@ def claim(run: Path, launch: Launch) -> bool:
     """Whether it gets the folder, by what env.json says."""
     try:
         with launches.claiming(run, launch):
-            (run / "env.json").write_text(json.dumps(launch.facts()))
+            files.write_json(run / "env.json", launch.facts())
     except ReplacedByNewerLaunch:
         return False
     return True
@@ -65,6 +66,30 @@ def test_a_folder_that_cannot_be_read_belongs_to_nobody_else(tmp_path: Path) -> 
     facts = launch.facts()
     (tmp_path / "env.json").write_text(json.dumps({**facts, "launch": {**facts["launch"], "later": 1}}))
     assert launches.holder(tmp_path) == launch
+
+
+def test_a_folder_that_did_not_change_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a count of what is read: once, again for another launch's file, each time where reading fails."""
+    reads: list[Path] = []
+    working, refuses = files.read_json, False
+
+    def read(path: Path) -> dict[str, Any] | None:
+        reads.append(path)
+        return None if refuses else working(path)
+
+    monkeypatch.setattr(launches, "read_json", read)
+    first, second = Launch(1, "a"), Launch(2, "b")
+
+    claim(tmp_path, first)
+    assert [launches.holder(tmp_path) for _ in range(3)] == [first] * 3
+    begun = len(reads)
+    assert not launches.is_replaced(tmp_path, first) and len(reads) == begun
+
+    files.write_json(tmp_path / "env.json", second.facts())
+    refuses = True
+    assert not any(launches.is_replaced(tmp_path, first) for _ in range(2)) and len(reads) == begun + 2
+    refuses = False
+    assert all(launches.is_replaced(tmp_path, first) for _ in range(2)) and len(reads) == begun + 3
 
 
 LIVES = """

@@ -72,7 +72,7 @@ class Board:
         self._writer.add_custom_scalars(CHARTS)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """The scalars of one record, or the texts of samples; of other kinds nothing."""
+        """The scalars of one record, in one event, or the texts of samples; of other kinds nothing."""
         if kind == "samples":
             for prompt, continuation in values["continuations"].items():
                 self.text(f"samples/{prompt}", continuation, step)
@@ -81,9 +81,16 @@ class Board:
         tags = TAGS.get(kind, {})
         if kind in PREFIXES:
             tags = {field: f"{PREFIXES[kind]}/{field}" for field in values}
-        for field, tag in tags.items():
-            if values.get(field) is not None:
-                self._writer.add_scalar(tag, values[field], step)
+        scalars = {tag: values[field] for field, tag in tags.items() if values.get(field) is not None}
+        if scalars:
+            self._scalars(scalars, step)
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Values by tag in one event: one of each by itself would cost a tiny model's step several times as much."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        values_by_tag = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._writer._get_file_writer().add_summary(Summary(value=values_by_tag), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text, in Markdown."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -43,6 +44,20 @@ def test_a_resumed_run_leaves_neither_overlap_nor_gap(events: EventAccumulator) 
     """Steps 5 and 6 were taken twice: the later ones stand."""
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert found == [*((step, step) for step in range(1, 5)), *((step, 40.0 + step) for step in range(5, 9))]
+
+
+def test_a_record_is_one_event(tmp_path: Path) -> None:
+    """Oracle: the events of the file as TensorBoard loads them: one with every value of the record, none missing."""
+    values = {"loss": 1.5, "lr": 0.25, "grad_norm": 2.0, "mfu": None}
+    made = Board(tmp_path, 0)
+    made.record("train", 7, values)
+    made.close()
+
+    [path] = tmp_path.iterdir()
+    events = [event for event in EventFileLoader(str(path)).Load() if event.step == 7 and event.summary.value]
+    assert [[value.tag for value in event.summary.value] for event in events] == [
+        ["train/loss", "train/lr", "train/grad_norm"]
+    ]
 
 
 def test_the_first_chart_holds_training_and_held_out_loss(events: EventAccumulator) -> None:

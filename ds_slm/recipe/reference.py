@@ -3,8 +3,11 @@
 sections.py, data_sections.py: fields, types, defaults and the strings below them --tables--> a table for each section
 """
 
+import ast
+import inspect
 import types
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -43,11 +46,25 @@ def _table(heading: str, section: type[Section]) -> Iterator[str]:
     yield ""
     yield "| key | what it takes | default | meaning |"
     yield "|---|---|---|---|"
+    meanings = _meanings(section)
     for key, field in section.model_fields.items():
         if not _within(field.annotation):
-            cells = f"`{key}`", _kind(field.annotation), _default(field), " ".join((field.description or "").split())
+            cells = f"`{key}`", _kind(field.annotation), _default(field), meanings.get(key, "")
             yield "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
     yield ""
+
+
+def _meanings(section: type[Section]) -> dict[str, str]:
+    """The string below each field. pydantic could read them too, at every start of every program."""
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+
+    meanings = {}
+    for field, below in pairwise(definition.body):
+        match field, below:
+            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                meanings[name] = " ".join(text.split())
+    return meanings
 
 
 def _kind(annotation: Any) -> str:

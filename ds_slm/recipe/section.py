@@ -36,9 +36,7 @@ def raise_together(problems: list[str]) -> None:
 class Section(BaseModel):
     """A table of the recipe: immutable, no unknown keys, no conversion of types."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -1,11 +1,10 @@
-"""Tables for people: what the verbs print without --json."""
+"""Tables for people: what the verbs print without --json. Plain text: rich takes as long to import as Python itself."""
 
+import shutil
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
 
 from ds_slm.recipe.plan import Plan
 from ds_slm.run.scores import CONFIDENCE, Row
@@ -14,14 +13,23 @@ if TYPE_CHECKING:
     from ds_slm.evaluate.comparison import Difference
     from ds_slm.evaluate.ranking import Ranked
 
+WORDS = ("published", "ours")
+"""Columns whose cells begin at the left, as those of a table's first column do."""
+GAP = "  "
+WIDTH = 140
+"""Of a table that is not printed on a terminal, at most."""
+LEAST_WIDTH = 20
+"""Of a last column that is wrapped."""
+
 
 def show_recipes(rows: list[dict[str, Any]]) -> None:
     """One line per recipe."""
-    table = _table("recipe", "parameters", "tokens", "published", "ours")
+    table: list[Sequence[str]] = [("recipe", "parameters", "tokens", "published", "ours")]
     for row in rows:
         published = f"{row['metric']} {row['published']:g}" if row["metric"] else "-"
-        table.add_row(row["name"], f"{row['params']:,}", _count(row["tokens"]), published, row["ours"] or "not yet run")
-    _console().print(table, highlight=False)
+        ours = row["ours"] or "not yet run"
+        table.append((row["name"], f"{row['params']:,}", _count(row["tokens"]), published, ours))
+    _print_table(table)
 
 
 def show_plan(plan: Plan, inherited: str, has_amx: bool) -> None:
@@ -39,11 +47,11 @@ def show_plan(plan: Plan, inherited: str, has_amx: bool) -> None:
         print(f"{name:18}{value}")
     print()
 
-    table = _table("if every device is a", "tokens/s", "step", "run", "fits")
+    table: list[Sequence[str]] = [("if every device is a", "tokens/s", "step", "run", "fits")]
     for time in plan.times:
         duration = _duration(time.step_s), _duration(time.run_s)
-        table.add_row(time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no")
-    _console().print(table, highlight=False)
+        table.append((time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no"))
+    _print_table(table)
     if not has_amx:
         print(
             "This machine's CPU has no AMX: no rate is known for it, the first row is not its own. Each step's line of "
@@ -66,35 +74,39 @@ def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def show_evaluation(rows: list[Row]) -> None:
     """Published beside ours."""
-    table = _table("task", "metric", "published", "ours", "±", "chance", "commonest", "bits/byte", "items", "what")
+    table: list[Sequence[str]] = [
+        ("task", "metric", "published", "ours", "±", "chance", "commonest", "bits/byte", "items", "what")
+    ]
     for row in rows:
         figures = (row.published, row.ours, row.plus_minus, row.chance, row.commonest)
         cells = ["" if one is None else _figure(one) for one in figures]
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
         items = "" if row.items is None else f"{row.items:,}"
-        table.add_row(row.task, row.metric, *cells, bits, items, row.what)
-    _console().print(table, highlight=False)
+        table.append((row.task, row.metric, *cells, bits, items, row.what))
+    _print_table(table)
 
 
 def show_differences(differences: "list[Difference]") -> None:
     """Two models on the same items."""
-    table = _table("task", "metric", "ours", "theirs", "difference", "±", "only ours", "only theirs", "p", "items")
+    table: list[Sequence[str]] = [
+        ("task", "metric", "ours", "theirs", "difference", "±", "only ours", "only theirs", "p", "items")
+    ]
     for one in differences:
         plus_minus = "" if one.stderr is None else f"{CONFIDENCE * one.stderr:.3f}"
         only = ["" if count is None else f"{count:,}" for count in (one.only_ours, one.only_theirs)]
         chance = "" if one.probability is None else f"{one.probability:.2g}"
         figures = f"{one.ours:.3f}", f"{one.theirs:.3f}", f"{one.difference:+.3f}"
-        table.add_row(one.task, one.metric, *figures, plus_minus, *only, chance, f"{one.items:,}")
-    _console().print(table, highlight=False)
+        table.append((one.task, one.metric, *figures, plus_minus, *only, chance, f"{one.items:,}"))
+    _print_table(table)
 
 
 def show_ranking(context: str, choices: "list[Ranked]") -> None:
     """The choices of one context, the likeliest first."""
     print(context)
-    table = _table("sum", "mean", "tokens", "choice")
+    table: list[Sequence[str]] = [("sum", "mean", "tokens", "choice")]
     for one in choices:
-        table.add_row(f"{one.log_probability:.4f}", f"{one.mean_log_probability:.4f}", str(one.tokens), one.choice)
-    _console().print(table, highlight=False, markup=False)
+        table.append((f"{one.log_probability:.4f}", f"{one.mean_log_probability:.4f}", str(one.tokens), one.choice))
+    _print_table(table)
 
 
 def _figure(value: float) -> str:
@@ -152,15 +164,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="left" if name in ("published", "ours") else "right", no_wrap=name != "ours")
-    return table
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns, named by the first row. A last cell that is too long for the terminal goes on below itself."""
+    names = rows[0]
+    *widths, last = (max(map(len, column)) for column in zip(*rows, strict=True))
+    margin = sum(widths) + len(GAP) * len(widths)
+    last = min(last, max(LEAST_WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns - margin))
 
-
-def _console() -> Console:
-    """As wide as the terminal; where there is none, wide enough for every table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    for row in rows:
+        end, *more = textwrap.wrap(row[-1], last) or [""]
+        cells = zip(names, [*row[:-1], end], [*widths, last], strict=True)
+        line = [cell.ljust(width) if name in (names[0], *WORDS) else cell.rjust(width) for name, cell, width in cells]
+        print(GAP.join(line).rstrip())
+        for rest in more:
+            print(" " * margin + rest)

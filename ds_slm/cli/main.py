@@ -7,6 +7,7 @@ Each verb imports what it needs itself, so that `--help`, `recipes` and `plan` s
 code 2.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,12 @@ from typing import Annotated
 import typer
 
 from ds_slm.cli import examples
-from ds_slm.cli.output import print_either, print_json, report_to
+from ds_slm.cli.output import print_either, print_json, print_version, report_to
 from ds_slm.errors import ConfigError, DataError, run_program
 from ds_slm.publish.sampling import Settings
 
 app = typer.Typer(
     name="ds-slm",
-    help="Train small language models with DeepSpeed, from raw text to a published model card.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +44,17 @@ PASS_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def run() -> None:
     """The `ds-slm` command."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
     sys.exit(run_program(app))
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Train small language models with DeepSpeed, from raw text to a published model card."""
 
 
 @app.command(epilog=examples.epilog("recipes"))

@@ -5,6 +5,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import typer
+
+from ds_slm import __version__
+
 
 def report_to(as_json: bool) -> Callable[[str], None]:
     """Where progress is printed: stdout belongs to the JSON object if one is printed."""
@@ -22,3 +26,10 @@ def print_either(content: Mapping[str, Any], text: str, as_json: bool) -> None:
 def print_json(content: Any) -> None:
     """The one object on stdout."""
     print(json.dumps(content, indent=2, default=str))
+
+
+def print_version(asked: bool) -> None:
+    """`--version`: print it, and end."""
+    if asked:
+        print(f"ds-slm {__version__}")
+        raise typer.Exit

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ds_slm import __version__
 from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
 from ds_slm.publish.export import WeightFormat
@@ -63,18 +64,43 @@ def test_help_lists_the_verbs_that_exist() -> None:
 
 
 def test_light_verbs_import_nothing_heavy() -> None:
-    """Oracle: sys.modules after the verbs have run."""
+    """Oracle: sys.modules after the verbs have run, one after another; each takes as long as Python itself."""
     script = (
         "import sys\n"
         "from ds_slm.cli.main import app\n"
-        "for line in ('--help', 'plan --help', 'recipes', 'plan axiom-380m', 'plan demo --json'):\n"
+        "def run(line, heavy):\n"
         "    app(line.split(), standalone_mode=False)\n"
-        "    heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'datasets', 'bitsandbytes'} & set(sys.modules)\n"
-        "    assert not heavy, (line, heavy)\n"
+        "    assert not heavy & set(sys.modules), (line, heavy & set(sys.modules))\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'datasets', 'bitsandbytes', 'rich'}\n"
+        "for line in ('--help', '--version'):\n"
+        "    run(line, heavy | {'pydantic', 'ds_slm.recipe.schema'})\n"
+        "for line in ('plan --help', 'recipes', 'plan axiom-380m', 'plan demo --json'):\n"
+        "    run(line, heavy)\n"
+        "from ds_slm.recipe.section import Section\n"
+        "assert not Section.model_config.get('use_attribute_docstrings'), 'parses the source at each start'\n"
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_version() -> None:
+    """Oracle: the package's own."""
+    assert ds_slm("--version").stdout == f"ds-slm {__version__}\n"
+
+
+def test_a_long_last_cell_goes_on_below_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the words of the cell in their order, all in the last column, within the terminal."""
+    row = {"name": "mine", "params": 12, "tokens": 34, "metric": None, "ours": " ".join(f"word{n}" for n in range(20))}
+    monkeypatch.setenv("COLUMNS", "80")
+    tables.show_recipes([row])
+
+    header, *lines = capsys.readouterr().out.splitlines()
+    begin = header.index("ours")
+    assert " ".join(line[begin:] for line in lines) == row["ours"]
+    assert max(map(len, lines)) <= 80 and not any(line[:begin].strip() for line in lines[1:])
 
 
 def test_recipes() -> None:

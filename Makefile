@@ -6,6 +6,9 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 CUDA_TORCH ?= 2.14.1
 TORCH ?= 2.11.0
+GPU_PYTHON ?= 3.12
+HAS ?=
+GPU_FLAGS ?=
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # What pip would do on one core. Packages hold files that are meant not to compile.
 COMPILE := @.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
@@ -19,7 +22,7 @@ CLUSTER_TOOLS := pdsh ssh sshd ip unshare
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults other-torch demo sft-380m fake-gpu bench-gpu clean
+.PHONY: cluster-tools help setup check format test-unit test slow-test faults cluster-test cluster-faults other-torch demo sft-380m fake-gpu wheels bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -105,8 +108,11 @@ fake-gpu:  ## every forward path on a GPU that is not there, with the CUDA build
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --editable . pytest hypothesis
 	.venv-cuda/bin/python -m pytest tests/fake_gpu
 
-bench-gpu: .venv/.installed  ## speed and memory on one GPU beside what was promised, numerics first
-	$(IN_VENV) python benchmarks/gpu.py
+wheels: .venv/.installed  ## what a GPU machine without a network lacks, in .whl/: GPU_PYTHON=3.12 HAS="numpy pandas"
+	$(IN_VENV) python benchmarks/wheels.py --python $(GPU_PYTHON) --has $(HAS)
+
+bench-gpu: $(if $(wildcard .whl),,.venv/.installed)  ## one GPU in eight minutes, the most valuable first; with .whl/ also without a network
+	$(if $(wildcard .whl),benchmarks/bare_gpu.sh,$(IN_VENV) python benchmarks/gpu.py) $(GPU_FLAGS)
 
 clean:  ## remove .venv and caches; data, runs and exports stay
 	rm -rf .venv .venv-cuda .torch-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

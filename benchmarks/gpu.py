@@ -1,20 +1,24 @@
-"""What only a GPU can show: numerics against fp32 first, then speed and memory beside what was promised.
+"""What only a GPU can show, the most valuable first, in the minutes for which such a machine may be lent.
 
-    every case: its model in fp32, eager --> the same in the case's precision, compiled: loss, direction of the gradient
-                one that differs --> nothing is timed, exit code 2
-    every case: micro-batches tried --> the best, ROUNDS times (benchmarks/train.py) --> OUT/result.json and a table
+    each check --> a process of its own, with a limit (benchmarks/gpu_checks.py) --> OUT/NAME/result.json, OUT/NAME.log
+               --> OUT/result.json, written anew after each check, and a table
 
-python benchmarks/gpu.py [--cases NAME...] [--rounds 3] [--rehearse]
+python benchmarks/gpu.py [--only NAME...] [--seconds 480] [--rounds 1] [--rehearse]
 
-One GPU. Without one it measures nothing and says so; `--rehearse` goes through every step on a CPU with tiny shapes, so
-that the program is right before it first meets a GPU; its figures mean nothing.
+A check that fails, hangs or finds no time left costs no other one its figures. Without a GPU nothing is measured;
+`--rehearse` goes through every check on a CPU with tiny shapes, so that the program is right before it first meets a
+GPU; its figures mean nothing.
 """
 
 import argparse
-import dataclasses
+import datetime
 import json
-import statistics
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,190 +30,141 @@ from rich.table import Table
 if __name__ == "__main__":  # the folder of this file has a train.py, too
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import train as bench_train
-from ds_slm.engine.devices import DTYPES
-from ds_slm.errors import DataError, DeviceError, run_program
-from ds_slm.model import decoder, kernels
-from ds_slm.recipe import plan, schema
-from ds_slm.recipe.schema import Recipe
+from ds_slm.errors import EXIT_FAILURE, DeviceError, run_program
 from ds_slm.run import measure
 
-LOSS_TOLERANCE = 2e-3
-"""Relative, of a fresh model's loss."""
-COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999}
-"""Least cosine of the whole gradient with fp32's."""
-SCALE = 256.0
-"""Of the objective in the numerics' backward pass, as fp16's scaler has it."""
-TINY = [
-    "model.hidden_size=64", "model.intermediate_size=96", "model.num_hidden_layers=2", "model.num_attention_heads=4",
-    "model.num_key_value_heads=2", "model.head_dim=16", "data.seq_len=64", "train.precision=bf16",
-]  # fmt: skip
-"""A rehearsal's overrides. A CPU refuses fp16."""
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = "result.json"
+LEAST_S = 15
+"""No check is begun with less time than this."""
+REHEARSED_TIMES = 4
+"""A check may take so many times its limit on a CPU."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row of the table."""
+class Check:
+    """One of the checks of benchmarks/gpu_checks.py."""
 
     name: str
-    recipe: str
-    settings: tuple[str, ...]
-    micro_batches: tuple[int, ...]
-    promised: str
-    """What the row is held against."""
-    tokens_per_s: float | None = None
-    """At least so many."""
-    peak_gb: float | None = None
-    """At most so many."""
+    most_s: int
+    """It is ended after this time."""
 
 
-FREE = ("train.gradient_checkpointing=false", "optimizer.name=adamw", "train.precision=bf16")
-CASES = [
-    Case("380m", "axiom-380m", FREE, (8, 16, 32), "at least 165,000 tokens/s, aim 190,000", tokens_per_s=165_000),
-    Case("380m-card", "axiom-380m", (), (16, 32, 64), "at least 140,000 tokens/s", tokens_per_s=140_000),
-    Case("380m-sft", "axiom-380m", (), (1,), "the card's SFT shape: at most 5.0 GB (card: 5.32)", peak_gb=5.0),
-    Case("slm-10m", "slm-10m", ("train.precision=fp16",), (16, 32, 64), "reported"),
-    Case("gpt-s-1.4m", "gpt-s-1.4m", ("train.precision=fp16",), (64, 128, 256), "reported"),
-    Case("ant-10m", "ant-10m", ("train.precision=fp16",), (16, 32, 64), "83,000 tokens/s on a T4 (card)"),
+CHECKS = [
+    Check("demo", 120),
+    Check("380m", 150),
+    Check("resume", 90),
+    Check("380m-card", 100),
+    Check("380m-sft", 80),
+    Check("slm-10m", 80),
+    Check("gpt-s-1.4m", 80),
+    Check("ant-10m", 80),
+    Check("auto", 60),
 ]
+"""The most valuable first: does it train; the speed that was promised; is a resumed run the same; then the rest."""
 
 
-@dataclass(frozen=True)
-class Numerics:
-    """A case's model in its own precision beside fp32."""
+def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict[str, Any]:
+    """Run one check in a process group of its own; how it ended, how long it took, and its rows."""
+    folder = out / check.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
-    loss_fp32: float
-    loss: float
-    cosine: float
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", check.name, "--out", str(folder), *flags]
+    begin_s = time.monotonic()
+    with (out / f"{check.name}.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait(timeout=limit_s)
+            ended = "done" if code == 0 else f"failed, exit code {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"ended after {limit_s:.0f} s"
+        finally:
+            _end_group(process)
 
-    def is_right(self, precision: str) -> bool:
-        """Whether it is as near as the precision lets it be."""
-        near = abs(self.loss / self.loss_fp32 - 1) <= LOSS_TOLERANCE
-        return near and self.cosine >= COSINE[precision]
-
-
-def numerics(recipe: Recipe, device: torch.device, rows: int = 2) -> Numerics:
-    """Loss and gradient of a fresh model, in fp32 eager and in the recipe's precision compiled, on the same tokens."""
-    kernels.fix_sums(deterministic=False)  # as a run does
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.data.seq_len + 1), generator=generator).to(device)
-
-    # First the reference, eager; then the model to be judged, compiled.
-    losses, gradients = [], []
-    for dtype in (torch.float32, DTYPES[recipe.train.precision]):
-        model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing).to(device, dtype)
-        if gradients:
-            model.compile_parts()
-        sums = model(ids[:, :-1], ids[:, 1:], z_scale=recipe.train.z_loss)
-        (sums.objective * (SCALE / sums.weight)).backward()
-        losses.append((sums.nll / sums.weight).item())
-        gradients.append(torch.cat([one.grad.float().flatten() for one in model.parameters() if one.grad is not None]))
-        del model, sums
-
-    ours, reference = gradients[1].double(), gradients[0].double()
-    cosine = (ours @ reference / (ours.norm() * reference.norm())).item()
-    return Numerics(losses[0], losses[1], cosine)
+    # What was measured before a failure counts.
+    found = folder / RESULT
+    rows = json.loads(found.read_text()) if found.exists() else []
+    return {"ended": ended, "seconds": round(time.monotonic() - begin_s, 1), "rows": rows}
 
 
-def load(case: Case, rehearsing: bool) -> tuple[Recipe, list[str]]:
-    """A case's recipe, and the overrides that make it."""
-    settings = [*case.settings, *(TINY if rehearsing else [])]
-    return schema.load(case.recipe, settings), settings
-
-
-def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_train.Round]:
-    """The case's rounds at its best micro-batch."""
-    recipe, settings = load(case, rehearsing)
-    out = out / case.name
-    bench = bench_train.Bench(
-        case.recipe, recipe, [*settings, *bench_train.lay_out(recipe, out)], out, devices=1, on_gpu=not rehearsing
-    )
-    chosen = bench_train.best_micro_batch(bench, "ours", case.micro_batches[:1] if rehearsing else case.micro_batches)
-    return [bench_train.measure(bench, "ours", chosen) for _ in range(rounds)]
-
-
-def table(found: dict[str, list[bench_train.Round]], device: str, peak_flops: float | None, rehearsing: bool) -> Table:
-    """A row for each case."""
-    grid = Table(title=f"{device}, one device, torch {torch.__version__}")
-    for name in ("case", "precision", "micro-batch", "tokens/s", "spread", "MFU", "peak GB", "promised", "kept"):
-        grid.add_column(name, justify="left" if name in ("case", "promised") else "right")
-
-    for case in CASES:
-        recipe, _ = load(case, rehearsing)
-        rounds = found.get(case.name)
-        if not rounds:
-            grid.add_row(case.name, recipe.train.precision, "-", "not yet run", "-", "-", "-", case.promised, "-")
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a check's process and whatever it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=5)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
 
-        speeds = [one.tokens_per_s for one in rounds]
-        median, peak_gb = statistics.median(speeds), max(one.peak_gb for one in rounds)
-        flops = plan.flops_per_token(recipe.model, recipe.data.seq_len) * median
-        grid.add_row(
-            case.name,
-            recipe.train.precision,
-            str(rounds[0].micro_batch),
-            f"{median:,.0f}",
-            f"{(max(speeds) - min(speeds)) / median:.1%}",
-            f"{flops / peak_flops:.1%}" if peak_flops else "-",
-            f"{peak_gb:.2f}",
-            case.promised,
-            "rehearsal" if rehearsing else kept(case, median, peak_gb),
-        )
+
+def table(result: dict[str, Any]) -> Table:
+    """A row for each figure; one for each check that has none."""
+    grid = Table(title=f"{result['device']}, torch {result['torch']}, {result['date']}")
+    for name in ("check", "what", "measured", "promised", "kept"):
+        grid.add_column(name)
+
+    for check in CHECKS:
+        seen = result["checks"].get(check.name, {"ended": "not yet run", "rows": []})
+        for row in seen["rows"]:
+            kept = "-" if row["kept"] is None else "yes" if row["kept"] else "no"
+            kept = "rehearsal" if result["rehearsal"] else kept
+            grid.add_row(check.name, row["what"], row["measured"], row["promised"], kept)
+        if seen["ended"] != "done":
+            grid.add_row(check.name, "", seen["ended"], "", "-")
     return grid
 
 
-def kept(case: Case, tokens_per_s: float, peak_gb: float) -> str:
-    """Whether the figures keep what was promised."""
-    if case.tokens_per_s is None and case.peak_gb is None:
-        return "-"
-    fast = case.tokens_per_s is None or tokens_per_s >= case.tokens_per_s
-    small = case.peak_gb is None or peak_gb <= case.peak_gb
-    return "yes" if fast and small else "no"
+def describe_machine(rehearsing: bool) -> dict[str, Any]:
+    """Device, driver, versions and date: what every figure goes home with."""
+    device = torch.device("cpu" if rehearsing else "cuda")
+    found = {"device": measure.device_name(device), "torch": torch.__version__, "rehearsal": rehearsing}
+    if not rehearsing and (program := shutil.which("nvidia-smi")):
+        query = [program, "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return found | {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "checks": {}}
 
 
 def main() -> int:
     """Check, measure, tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [case.name for case in CASES]
-    parser.add_argument("--cases", nargs="+", choices=names, default=names)
-    parser.add_argument("--rounds", type=int, default=3)
+    names = [check.name for check in CHECKS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these checks alone")
+    parser.add_argument("--seconds", type=float, default=480, help="the time for all of them")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each speed is measured")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "gpu")
-    parser.add_argument("--rehearse", action="store_true", help="every step on a CPU, with tiny shapes")
+    parser.add_argument("--rehearse", action="store_true", help="every check on a CPU, with tiny shapes")
     args = parser.parse_args()
 
     if not (args.rehearse or torch.cuda.is_available()):
         raise DeviceError("no GPU: nothing measured. --rehearse goes through it on a CPU with tiny shapes.")
 
-    device = torch.device("cpu" if args.rehearse else "cuda")
-    cases = [case for case in CASES if case.name in args.cases]
-    result: dict[str, Any] = {"device": measure.device_name(device), "torch": torch.__version__, "cases": {}}
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    result, end_s = describe_machine(args.rehearse), time.monotonic() + args.seconds
+    flags = ["--rounds", str(args.rounds), *(["--rehearse"] if args.rehearse else [])]
 
-    # Numerics of all cases first: the speed of a wrong model is worth nothing.
-    wrong = []
-    for case in cases:
-        recipe, _ = load(case, args.rehearse)
-        seen = numerics(recipe, device)
-        right = seen.is_right(recipe.train.precision)
-        told = f"{case.name}: loss {seen.loss:.5f}, in fp32 {seen.loss_fp32:.5f}; gradients' cosine {seen.cosine:.6f}"
-        print(f"{told} {'' if right else 'WRONG'}", flush=True)
-        wrong += [] if right else [told]
-        result["cases"][case.name] = {"numerics": dataclasses.asdict(seen)}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for check in CHECKS:
+        left_s = end_s - time.monotonic()
+        if check.name not in args.only:
+            continue
+        if left_s < LEAST_S:
+            result["checks"][check.name] = {"ended": "no time left", "seconds": 0, "rows": []}
+            continue
 
-    if wrong:
-        raise DataError([*wrong, "Nothing was timed."])
+        # Written at once: the machine may go back at any moment.
+        limit_s = check.most_s * (REHEARSED_TIMES if args.rehearse else 1)
+        seen = run_check(check, out, min(limit_s, left_s), flags)
+        result["checks"][check.name] = seen
+        (out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{check.name}: {seen['ended']}, {seen['seconds']:.0f} s", flush=True)
+        for row in seen["rows"]:
+            print(f"  {row['what']}: {row['measured']} (promised: {row['promised'] or '-'})", flush=True)
 
-    out, found = args.out.resolve(), {}
-    for case in cases:
-        found[case.name] = speed(case, out, args.rounds, args.rehearse)
-        result["cases"][case.name]["rounds"] = [dataclasses.asdict(one) for one in found[case.name]]
-        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")  # a machine may be lent for minutes only
-
-    peak = None if args.rehearse else measure.peak_flops(device, torch.bfloat16)
-    Console(width=bench_train.TABLE_WIDTH).print(table(found, result["device"], peak, args.rehearse))
-    print(f"written: {out / 'result.json'}")
-    return 0
+    Console(width=130).print(table(result))
+    print(f"written: {out / RESULT}; what each check said: {out}/NAME.log")
+    is_right = all(seen["ended"] == "done" for seen in result["checks"].values())
+    return 0 if is_right else EXIT_FAILURE
 
 
 if __name__ == "__main__":

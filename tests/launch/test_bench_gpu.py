@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_cases, gpu_checks, wheels
 from benchmarks import train as bench_train
 from ds_slm.model import kernels, loss
 from tests.support import runs
 
 CPU = torch.device("cpu")
-CARD = gpu.CASES[1]
+CARD = gpu_cases.CASES[1]
 
 
-@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
-def test_every_case_is_a_recipe(case: gpu.Case) -> None:
+@pytest.mark.parametrize("case", gpu_cases.CASES, ids=lambda case: case.name)
+def test_every_case_is_a_recipe(case: gpu_cases.Case) -> None:
     """Oracle: the recipe's own parser; what the card trains with stays as it is where nothing else is said."""
-    recipe, _ = gpu.load(case, rehearsing=False)
-    assert recipe.train.precision in gpu.COSINE
+    recipe, _ = gpu_cases.load(case, rehearsing=False)
+    assert recipe.train.precision in gpu_cases.COSINE
     if not case.settings:
         assert (recipe.optimizer.name, recipe.optimizer.embedding_bits) == ("adamw8bit", 8)
         assert recipe.train.gradient_checkpointing
@@ -32,8 +32,8 @@ def test_numerics_pass_where_they_are_right_and_fail_where_not(monkeypatch: pyte
     bf16 products as a GPU has them, whatever this CPU has.
     """
     monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "native")
-    recipe, _ = gpu.load(CARD, rehearsing=True)
-    assert gpu.numerics(recipe, CPU).is_right("bf16")
+    recipe, _ = gpu_cases.load(CARD, rehearsing=True)
+    assert gpu_cases.numerics(recipe, CPU).is_right("bf16")
     original = loss._from_logits
 
     def without_target(logits_CV: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -43,17 +43,68 @@ def test_numerics_pass_where_they_are_right_and_fail_where_not(monkeypatch: pyte
 
     monkeypatch.setattr(loss, "_from_logits", without_target)
     monkeypatch.setattr(loss, "_compiled", lambda: without_target)
-    assert not gpu.numerics(recipe, CPU).is_right("bf16")
+    assert not gpu_cases.numerics(recipe, CPU).is_right("bf16")
 
 
-def test_the_table_says_what_was_kept_and_what_never_ran() -> None:
-    """Oracle: by hand: 170,000 and 130,000 tokens/s against 165,000 and 140,000; 5.1 GB against 5.0."""
-    rounds = {"380m": (170_000, 60.0), "380m-card": (130_000, 20.0), "380m-sft": (9_000, 5.1), "slm-10m": (1e6, 2.0)}
-    found = {name: [bench_train.Round(8, 0.1, 0.1, *figures, 9.0)] for name, figures in rounds.items()}
-    cells = [list(column.cells) for column in gpu.table(found, "a GPU", 1e15, rehearsing=False).columns]
-    rows = {row[0]: row for row in zip(*cells, strict=True)}
-    assert [rows[name][-1] for name in rounds] == ["yes", "no", "no", "-"]
-    assert rows["ant-10m"][3] == "not yet run" and rows["ant-10m"][-1] == "-"
+def test_figures_say_what_was_kept() -> None:
+    """Oracle: by hand: 170,000 and 130,000 tokens/s against 165,000 and 140,000; 5.4 GB against 5.3."""
+    found = {"380m": (170_000, 60.0), "380m-card": (130_000, 20.0), "380m-sft": (9_000, 5.4), "ant-10m": (1e6, 2.0)}
+    kept = {}
+    for case in gpu_cases.CASES:
+        if case.name in found:
+            recipe, _ = gpu_cases.load(case, rehearsing=True)
+            rounds = [bench_train.Round(8, 0.1, 0.1, *found[case.name], 9.0)]
+            kept[case.name] = [row[-1] for row in gpu_cases.figures(case, recipe, rounds, rehearsing=True)]
+    assert kept == {"380m": [True, None], "380m-card": [False, None], "380m-sft": [None, False], "ant-10m": [None] * 2}
+
+
+STUB = """
+import json, pathlib, sys, time
+name, folder = sys.argv[1], pathlib.Path(sys.argv[3])
+row = {"what": "loss", "measured": "2.5", "promised": "", "kept": None}
+(folder / "result.json").write_text(json.dumps([row]))
+if name == "hangs":
+    time.sleep(600)
+sys.exit(1 if name == "fails" else 0)
+"""
+
+
+def test_a_check_that_fails_or_hangs_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the checks. Oracle: how each ends is told, and the row that each wrote first is there."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_checks.py").write_text(STUB)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    seen = {name: gpu.run_check(gpu.Check(name, 9), tmp_path, 3.0, []) for name in ("works", "fails", "hangs")}
+    ended = {name: one["ended"] for name, one in seen.items()}
+    assert ended == {"works": "done", "fails": "failed, exit code 1", "hangs": "ended after 3 s"}
+    assert all(one["rows"][0]["measured"] == "2.5" for one in seen.values())
+
+
+def test_the_table_says_what_never_ran() -> None:
+    """Oracle: by hand: one check with a promise kept and one broken, one that hung, and all others."""
+    rows = [
+        {"what": what, "measured": "1", "promised": "2", "kept": kept} for what, kept in (("a", True), ("b", False))
+    ]
+    checks = {"demo": {"ended": "done", "rows": rows}, "380m": {"ended": "ended after 9 s", "rows": []}}
+    machine = {"device": "a GPU", "torch": "2", "date": "2026-11-30", "rehearsal": False}
+    cells = [list(column.cells) for column in gpu.table({**machine, "checks": checks}).columns]
+    lines = list(zip(*cells, strict=True))
+    assert lines[:2] == [("demo", "a", "1", "2", "yes"), ("demo", "b", "1", "2", "no")]
+    assert lines[2] == ("380m", "", "ended after 9 s", "", "-")
+    assert {line[2] for line in lines[3:]} == {"not yet run"} and len(lines) == 1 + len(gpu.CHECKS)
+
+
+def test_every_check_can_be_run() -> None:
+    """Oracle: the program that runs them knows each name, and no other."""
+    assert sorted(gpu_checks.NAMES) == sorted(check.name for check in gpu.CHECKS)
+
+
+def test_wheels_are_those_that_a_machine_with_torch_lacks() -> None:
+    """Oracle: what DeepSpeed, datasets and pydantic are known to need; torch's own needs and our tools stay out."""
+    found = wheels.needed(wheels.PROJECT, frozenset({*wheels.THERE, "numpy", "pyarrow"}))
+    assert {"deepspeed", "hjson", "datasets", "dill", "pydantic", "pydantic-core", "bitsandbytes"} <= set(found)
+    assert not {"torch", "numpy", "pyarrow", "pytest", "ruff", "ds-slm"} & set(found)
+    assert not [name for name in found if name.startswith("nvidia")]
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
@@ -66,11 +117,12 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rehearsal_goes_through_every_case(tmp_path: Path) -> None:
+def test_a_rehearsal_goes_through_every_check(tmp_path: Path) -> None:
     """Oracle: exit code 0, figures for all, and a table that calls itself a rehearsal."""
-    command = [str(runs.BIN / "python"), str(runs.ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--rounds", "1"]
-    done = runs.run([*command, "--out", str(tmp_path)], cwd=tmp_path, timeout_s=1200)
+    command = [str(runs.BIN / "python"), str(runs.ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--seconds", "3000"]
+    done = runs.run([*command, "--out", str(tmp_path)], cwd=tmp_path, timeout_s=3100)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
-    assert all(len(result["cases"][case.name]["rounds"]) == 1 for case in gpu.CASES)
-    assert done.stdout.count("rehearsal") == len(gpu.CASES)
+    assert {name: one["ended"] for name, one in result["checks"].items()} == {one.name: "done" for one in gpu.CHECKS}
+    assert all(one["rows"] for one in result["checks"].values())
+    assert "rehearsal" in done.stdout

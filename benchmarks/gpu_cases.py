@@ -1,0 +1,139 @@
+"""The cases of benchmarks/gpu.py that have a speed: which recipe, in which precision, held against which promise.
+
+a model in fp32, eager --> the same in the case's precision, compiled: loss, direction of the gradient
+micro-batches tried --> the best, some rounds (benchmarks/train.py) --> tokens/s, peak memory
+"""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import train as bench_train
+from ds_slm.engine.devices import DTYPES
+from ds_slm.model import decoder, kernels
+from ds_slm.recipe import plan, schema
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run import measure
+
+LOSS_TOLERANCE = 2e-3
+"""Relative, of a fresh model's loss."""
+COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999}
+"""Least cosine of the whole gradient with fp32's."""
+SCALE = 256.0
+"""Of the objective in the numerics' backward pass, as fp16's scaler has it."""
+TINY = [
+    "model.hidden_size=64", "model.intermediate_size=96", "model.num_hidden_layers=2", "model.num_attention_heads=4",
+    "model.num_key_value_heads=2", "model.head_dim=16", "data.seq_len=64", "train.precision=bf16",
+]  # fmt: skip
+"""A rehearsal's overrides. A CPU refuses fp16."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    recipe: str
+    settings: tuple[str, ...]
+    micro_batches: tuple[int, ...]
+    promised: str
+    """What the row is held against."""
+    tokens_per_s: float | None = None
+    """At least so many."""
+    peak_gb: float | None = None
+    """At most so many."""
+
+
+FREE = ("train.gradient_checkpointing=false", "optimizer.name=adamw", "train.precision=bf16")
+CASES = [
+    Case("380m", "axiom-380m", FREE, (16, 32), "at least 165,000 tokens/s, aim 190,000", tokens_per_s=165_000),
+    Case("380m-card", "axiom-380m", (), (32,), "at least 140,000 tokens/s", tokens_per_s=140_000),
+    Case("380m-sft", "axiom-380m", (), (1,), "at most 5.3 GB (card: 5.32)", peak_gb=5.3),
+    Case("slm-10m", "slm-10m", ("train.precision=fp16",), (32, 64), ""),
+    Case("gpt-s-1.4m", "gpt-s-1.4m", ("train.precision=fp16",), (128, 256), ""),
+    Case("ant-10m", "ant-10m", ("train.precision=fp16",), (32, 64), "83,000 tokens/s on a T4 (card)"),
+]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """A case's model in its own precision beside fp32."""
+
+    loss_fp32: float
+    loss: float
+    cosine: float
+
+    def is_right(self, precision: str) -> bool:
+        """Whether it is as near as the precision lets it be."""
+        near = abs(self.loss / self.loss_fp32 - 1) <= LOSS_TOLERANCE
+        return near and self.cosine >= COSINE[precision]
+
+
+def numerics(recipe: Recipe, where: torch.device, rows: int = 2) -> Numerics:
+    """Loss and gradient of a fresh model, in fp32 eager and in the recipe's precision compiled, on the same tokens."""
+    kernels.fix_sums(deterministic=False)  # as a run does
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.data.seq_len + 1), generator=generator).to(where)
+
+    # First the reference, eager; then the model to be judged, compiled.
+    losses, gradients = [], []
+    for dtype in (torch.float32, DTYPES[recipe.train.precision]):
+        model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing).to(where, dtype)
+        if gradients:
+            model.compile_parts()
+        sums = model(ids[:, :-1], ids[:, 1:], z_scale=recipe.train.z_loss)
+        (sums.objective * (SCALE / sums.weight)).backward()
+        losses.append((sums.nll / sums.weight).item())
+        gradients.append(torch.cat([one.grad.float().flatten() for one in model.parameters() if one.grad is not None]))
+        del model, sums
+
+    ours, reference = gradients[1].double(), gradients[0].double()
+    cosine = (ours @ reference / (ours.norm() * reference.norm())).item()
+    return Numerics(losses[0], losses[1], cosine)
+
+
+def load(case: Case, rehearsing: bool) -> tuple[Recipe, list[str]]:
+    """A case's recipe, and the overrides that make it."""
+    tiny = TINY if rehearsing else []
+    replaced = {one.partition("=")[0] for one in tiny}
+    settings = [*(one for one in case.settings if one.partition("=")[0] not in replaced), *tiny]
+    return schema.load(case.recipe, settings), settings
+
+
+def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_train.Round]:
+    """The case's rounds at its best micro-batch."""
+    recipe, settings = load(case, rehearsing)
+    out = out / case.name
+    bench = bench_train.Bench(
+        case.recipe, recipe, [*settings, *bench_train.lay_out(recipe, out)], out, devices=1, on_gpu=not rehearsing
+    )
+    chosen = bench_train.best_micro_batch(bench, "ours", case.micro_batches[:1] if rehearsing else case.micro_batches)
+    return [bench_train.measure(bench, "ours", chosen) for _ in range(rounds)]
+
+
+def device(rehearsing: bool) -> torch.device:
+    """Where a case is run."""
+    return torch.device("cpu" if rehearsing else "cuda")
+
+
+def figures(
+    case: Case, recipe: Recipe, rounds: list[bench_train.Round], rehearsing: bool
+) -> list[tuple[str, str, str, bool | None]]:
+    """What was measured, the figure, what was promised, and whether it was kept: of speed and of memory."""
+    speeds = [one.tokens_per_s for one in rounds]
+    median, peak_gb = statistics.median(speeds), max(one.peak_gb for one in rounds)
+    spread = f", spread {(max(speeds) - min(speeds)) / median:.1%}" if len(rounds) > 1 else ""
+
+    peak_flops = None if rehearsing else measure.peak_flops(device(rehearsing), torch.bfloat16)
+    flops = plan.flops_per_token(recipe.model, recipe.data.seq_len) * median
+    used = f", {flops / peak_flops:.1%} of the peak" if peak_flops else ""
+
+    fast = None if case.tokens_per_s is None else median >= case.tokens_per_s
+    small = None if case.peak_gb is None else peak_gb <= case.peak_gb
+    speed_promised, memory_promised = ("", case.promised) if case.peak_gb else (case.promised, "")
+    return [
+        (f"speed, micro-batch {rounds[0].micro_batch}", f"{median:,.0f} tokens/s{spread}{used}", speed_promised, fast),
+        ("peak memory", f"{peak_gb:.2f} GB", memory_promised, small),
+    ]

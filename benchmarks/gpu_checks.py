@@ -1,0 +1,167 @@
+"""The checks of benchmarks/gpu.py, each run as `python -m benchmarks.gpu_checks NAME --out FOLDER`.
+
+    demo       the demo recipe's first steps, profiled; their losses beside a CPU's
+    resume     a killed and resumed run beside one that was not, with deterministic algorithms: bit for bit
+    auto       the micro-batch that is found by measuring
+    the rest   a case of benchmarks/gpu_cases.py: numerics against fp32 first, then speed and memory
+
+Each writes rows into FOLDER/result.json as soon as it has them: what was measured, beside what was promised.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_cases
+from benchmarks.tiny_runs import free_port
+from ds_slm.errors import DataError, run_program
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = Path(sys.executable).parent
+DEMO = "demo"
+LOSS_TOLERANCE = 5e-3
+"""Relative, of the first steps' losses on a GPU and on a CPU, both in bf16."""
+STEPS, PROFILED, REHEARSED_STEPS = 60, "40:50", 4
+COMPARED_STEPS = 3
+
+
+@dataclass
+class Rows:
+    """What a check found, written whenever there is more of it."""
+
+    folder: Path
+    rehearsing: bool
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, measured: str, promised: str = "", kept: bool | None = None) -> None:
+        """One figure."""
+        self.found.append({"what": what, "measured": measured, "promised": promised, "kept": kept})
+        (self.folder / "result.json").write_text(json.dumps(self.found, indent=2) + "\n")
+
+
+def environment(on_cpu: bool) -> dict[str, str]:
+    """What a launch finds in its environment: no GPU, where it is to compute on the CPU."""
+    return os.environ | ({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {})
+
+
+def pretrain(rows: Rows, name: str, steps: int, *flags: str, on_cpu: bool = False) -> list[dict[str, Any]]:
+    """Train the demo recipe for some steps on one device; the records of its steps.
+
+    The run lies beside the check's folder, where the next checks find it.
+
+    Raises:
+        DataError: the launch failed; what it said is in the log.
+    """
+    run_dir = rows.folder.parent / "runs" / name
+    command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", "1", "--master_port", str(free_port())]
+    command += [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", DEMO, "--run-dir", str(run_dir)]
+    command += ["--data-root", str(rows.folder.parent / "data"), "--max-steps", str(steps)]
+    command += ["--set", "run.log_every_steps=1", *flags]
+
+    done = subprocess.run(command, env=environment(on_cpu or rows.rehearsing), check=False)
+    if done.returncode:
+        raise DataError(f"{name}: the launch ended with {done.returncode}.")
+
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "train"]
+
+
+def demo(rows: Rows) -> None:
+    """Does it train at all, and as on a CPU?"""
+    steps = REHEARSED_STEPS if rows.rehearsing else STEPS
+    profiled = () if rows.rehearsing else ("--profile", PROFILED)
+    records = pretrain(rows, "demo", steps, *profiled)
+    losses = [record["loss"] for record in records]
+    learns = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    rows.add(f"loss of steps 1 and {steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}", "finite, falling", learns)
+    rows.add("demo, tokens/s of the last step", f"{records[-1]['tokens_per_s']:,.0f}")
+    rows.add("demo, peak memory", f"{records[-1]['peak_memory_gb']:.2f} GB")
+
+    # The same rows and weights on this machine's CPU.
+    on_cpu = [record["loss"] for record in pretrain(rows, "on-cpu", COMPARED_STEPS, on_cpu=True)]
+    differs = max(abs(ours / cpu - 1) for ours, cpu in zip(losses, on_cpu, strict=False))
+    rows.add(
+        f"losses of {len(on_cpu)} steps beside a CPU's",
+        f"differ by {differs:.1e} at most",
+        f"{LOSS_TOLERANCE:.0e}",
+        differs <= LOSS_TOLERANCE,
+    )
+
+
+def resume(rows: Rows) -> None:
+    """Is a killed and resumed run bit for bit the one that was not?"""
+    pretrain(rows, "resumed", 2)
+    config = rows.folder / "ds_config.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}, "deterministic": True}))
+
+    run_dir = rows.folder.parent / "runs" / "resumed"
+    command = [str(PROGRAMS / "ds-slm"), "verify", str(run_dir), "--resume", "--ds-config", str(config)]
+    command += ["--data-root", str(rows.folder.parent / "data")]
+    done = subprocess.run(command, env=environment(rows.rehearsing), check=False)
+    same = done.returncode == 0
+    rows.add("killed and resumed, deterministic", "the same bits" if same else "differs", "the same bits", same)
+
+
+def auto(rows: Rows) -> None:
+    """Which micro-batch does `--micro-batch auto` choose, and how fast is it?"""
+    steps = REHEARSED_STEPS if rows.rehearsing else 20
+    records = pretrain(rows, "auto", steps, "--micro-batch", "auto")
+    config = json.loads((rows.folder.parent / "runs" / "auto" / "ds_config.json").read_text())
+    chosen = config["train_micro_batch_size_per_gpu"]
+    rows.add("demo, micro-batch chosen", f"{chosen} rows, {records[-1]['tokens_per_s']:,.0f} tokens/s")
+
+
+def case(name: str, rows: Rows, rounds: int) -> None:
+    """Numerics, then speed and memory; nothing is timed where the numerics are wrong."""
+    (chosen,) = (one for one in gpu_cases.CASES if one.name == name)
+    recipe, _ = gpu_cases.load(chosen, rows.rehearsing)
+    seen = gpu_cases.numerics(recipe, gpu_cases.device(rows.rehearsing))
+    right = seen.is_right(recipe.train.precision)
+    rows.add(
+        f"{recipe.train.precision} beside fp32",
+        f"loss {seen.loss:.5f}, {seen.loss_fp32:.5f}; gradients' cosine {seen.cosine:.6f}",
+        f"loss within {gpu_cases.LOSS_TOLERANCE:.0e}, cosine {gpu_cases.COSINE[recipe.train.precision]}",
+        right,
+    )
+    if not right:
+        raise DataError(f"{name}: the numerics are wrong, so nothing was timed.")
+
+    measured = gpu_cases.speed(chosen, rows.folder, rounds, rows.rehearsing)
+    (rows.folder / "rounds.json").write_text(json.dumps([asdict(one) for one in measured], indent=2) + "\n")
+    for row in gpu_cases.figures(chosen, recipe, measured, rows.rehearsing):
+        rows.add(*row)
+
+
+OWN = {"demo": demo, "resume": resume, "auto": auto}
+NAMES = (*OWN, *(one.name for one in gpu_cases.CASES))
+
+
+def main() -> int:
+    """Run one check."""
+    parser = argparse.ArgumentParser(description="One check of benchmarks/gpu.py.")
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+
+    rows = Rows(args.out.resolve(), args.rehearse)
+    if args.name in OWN:
+        OWN[args.name](rows)
+    else:
+        case(args.name, rows, args.rounds)
+
+    wrong = [row for row in rows.found if row["kept"] is False]
+    if wrong and not args.rehearse:
+        raise DataError([f"{row['what']}: {row['measured']}, promised: {row['promised']}." for row in wrong])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -49,6 +49,13 @@ class Rows:
         """int64 [B, T]: the token after each input."""
         return self.token_ids[:, 1:]
 
+    @property
+    def document_count(self) -> int | None:
+        """Documents of all rows, runs of equal ids; None where the rows are not packed."""
+        if self.document_ids is None:
+            return None
+        return len(self.document_ids) + int(np.count_nonzero(np.diff(self.document_ids)))
+
 
 class PretrainRows:
     """Rows of prepared token shards, in the recipe's order."""

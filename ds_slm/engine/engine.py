@@ -142,7 +142,7 @@ class Engine:
         for index, rows in enumerate(micro_batches):
             if index:
                 self.deepspeed.step()  # between micro-batches it only counts
-            sums = self.deepspeed(*self._on_device(rows), z_scale)
+            sums = self.deepspeed(*self._on_device(rows), z_scale, document_count=rows.document_count)
             vote = self._start_vote(index, micro_batches, totals)  # its messages travel behind the backward pass
             self.deepspeed.backward(sums.objective * objective_scale)
             vote.wait()
@@ -199,7 +199,7 @@ class Engine:
         self.deepspeed.eval()
         own = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
-            sums = self.deepspeed(*self._on_device(rows), 0.0)
+            sums = self.deepspeed(*self._on_device(rows), 0.0, document_count=rows.document_count)
             own += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
             self._start_vote(index, micro_batches, totals).wait()
             pulse.beat()

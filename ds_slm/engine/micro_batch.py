@@ -38,7 +38,7 @@ MINIMAL_GAIN = 1.02
 REPEATS = 3
 FREE_SHARE = 0.9
 """The share of a device's free memory that may be used."""
-METHOD = 2
+METHOD = 3
 """Version of the measurement: results of an older one are not used."""
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "triton")
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")

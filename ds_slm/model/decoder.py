@@ -13,7 +13,7 @@ embedding.
 Shapes: B rows, T tokens of a row, S keys in sight (cached ones and T new ones), D hidden size, H query heads, K key and
 value heads, G = H / K, E head dimension, F feed-forward size, V vocabulary, N = B * T.
 
-Known gaps: no dropout, no sliding window, no RoPE scaling; packed rows use a mask over T x T, not a varlen kernel.
+Known gaps: no dropout, no sliding window, no RoPE scaling.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_slm.model import kernels
+from ds_slm.model import documents, kernels
 from ds_slm.model.kernels import attention, embed, product
 from ds_slm.model.loss import LossSums, TokenScores, chunked_loss, score_tokens
 from ds_slm.recipe import schema
@@ -79,8 +79,11 @@ class Positions(NamedTuple):
     """Cosines of the rotation, fp32 [..., T, E / 2]."""
     sin: Tensor
     mask_BTS: Tensor | None
-    """True where a token may look. None: at all S keys, or where `causal` at those up to its own."""
+    """True where a token may look. None: at all S keys, or as the next two say."""
     causal: bool
+    """Only at keys up to the token's own."""
+    offsets_C: Tensor | None = None
+    """Where documents begin (`documents.offsets_of`): only at keys up to the token's own in its document."""
 
 
 class Continuations(NamedTuple):
@@ -134,7 +137,7 @@ class Attention(nn.Module):
         k_BKTE = rotate(self.k_norm(self._heads(self.k_proj(x_BTD))).transpose(1, 2), positions)
         v_BKTE = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
         k_BKSE, v_BKSE = (k_BKTE, v_BKTE) if cache is None else cache.extend(layer, k_BKTE, v_BKTE)
-        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, positions.mask_BTS, positions.causal)
+        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, positions.mask_BTS, positions.causal, positions.offsets_C)
         if self.exclusive:
             y_BHTE = exclude_own_value(y_BHTE, v_BKTE)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
@@ -238,11 +241,25 @@ class Backbone(nn.Module):
         mask_TS = torch.ones(T, seen + T, dtype=torch.bool, device=ids_BT.device).tril(seen)
         return Positions(cos, sin, mask_TS.expand(len(ids_BT), -1, -1), causal=False)
 
-    def positions_of(self, positions_BT: Tensor, mask_BTT: Tensor) -> Positions:
+    def positions_of(self, positions_BT: Tensor, mask_BTT: Tensor | None, offsets_C: Tensor | None = None) -> Positions:
         """The same for rows whose tokens do not simply follow each other: packed documents, branches."""
         limit = self.shape.max_position_embeddings
         cos, sin = rotary_tables(self.shape.head_dim, self.shape.rope_theta, limit, positions_BT.device)
-        return Positions(cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1), mask_BTT, causal=False)
+        cos, sin = cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1)
+        return Positions(cos, sin, mask_BTT, causal=False, offsets_C=offsets_C)
+
+    def packed_positions(self, document_ids_BT: Tensor, count: int | None) -> Positions:
+        """The same for packed rows, of `count` documents; None asks the device, which the host then waits for."""
+        B, T = document_ids_BT.shape
+        starts_BT = documents.starts_of(document_ids_BT)
+        form = kernels.packed_form(document_ids_BT.device, self.embed_tokens.weight.dtype, self.shape.head_dim).name
+        if form == "mask":
+            return self.positions_of(*packed(document_ids_BT))
+
+        count = int(starts_BT.sum()) if count is None else count
+        if form == "each" and kernels.SHORT_DOCUMENTS * count > B * T * T:
+            return self.positions_of(*packed(document_ids_BT))
+        return self.positions_of(documents.positions_of(starts_BT), None, documents.offsets_of(starts_BT, count))
 
 
 def packed(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,12 +268,10 @@ def packed(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         positions_BT and mask_BTT.
     """
-    starts_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
-    index_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
-    first_BT = torch.where(starts_BT, index_T, 0).cummax(1).values
+    positions_BT = documents.positions_of(documents.starts_of(document_ids_BT))
+    first_BT = torch.arange(positions_BT.shape[1], device=positions_BT.device) - positions_BT
     same_BTT = first_BT.unsqueeze(2) == first_BT.unsqueeze(1)
-    return index_T - first_BT, same_BTT.tril()
+    return positions_BT, same_BTT.tril()
 
 
 def branched(branch_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,6 +337,7 @@ class Decoder(nn.Module):
         z_scale: float | Tensor = 0.0,
         cache: KVCache | None = None,
         continuations: Continuations | None = None,
+        document_count: int | None = None,
     ) -> LossSums | TokenScores | Tensor:
         """Loss sums where there are targets, scores where there are continuations, otherwise logits.
 
@@ -333,13 +349,14 @@ class Decoder(nn.Module):
             z_scale: factor of the sum of squared logsumexps in the objective.
             cache: tokens seen before; extended by these.
             continuations: which tokens are scored, and how rows are made of a context and its continuations.
+            document_count: runs of equal document ids in all rows; None counts them, and waits for a GPU to do so.
 
         Returns:
             `LossSums`, `TokenScores`, or logits_BTV in the model's dtype; with a cache the last token's, logits_B1V.
         """
         if document_ids_BT is not None:
             assert cache is None, "decoding of packed rows is not supported"
-            positions = self.model.positions_of(*packed(document_ids_BT))
+            positions = self.model.packed_positions(document_ids_BT, document_count)
         elif continuations is not None and continuations.branch_ids_BT is not None:
             positions = self.model.positions_of(*branched(continuations.branch_ids_BT))
         else:

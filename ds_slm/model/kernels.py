@@ -10,10 +10,11 @@ for the backward pass stays in half precision.
 Known gaps: torch's CPU attention keeps its upcast operands until the backward pass.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_slm.errors import ConfigError
+from ds_slm.model.documents import attend_each, attend_varlen
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
 """Environment variable: how a CPU multiplies half-precision tensors, `native` or `upcast`; unset, as is fastest on it.
 Either form runs on every CPU, so the arithmetic of another kind of CPU can be tried here; `native` without the
 instructions takes torch's reference loops."""
+
+SHORT_DOCUMENTS = 3_072
+"""On a CPU: tokens of a row times tokens of its mean document. Below, a mask is faster than a call a document: at 256
+tokens a row, documents of fewer than 12."""
 
 
 def multiplies(device_type: str, dtype: torch.dtype) -> bool:
@@ -83,10 +89,48 @@ def fix_sums(deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bool = False) -> dict[str, str]:
+class PackedForm(NamedTuple):
+    """How documents of packed rows are kept from seeing each other."""
+
+    name: Literal["varlen", "each", "mask"]
+    """`varlen`: all at once, by a GPU's variable-length kernel. `each`: one by one. `mask`: a mask over T x T."""
+    why: str = ""
+    """Why it must be a mask."""
+
+
+def packed_form(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> PackedForm:
+    """The fastest form that the device, this PyTorch and the model allow; on a CPU, but for SHORT_DOCUMENTS."""
+    device_type = torch.device(device).type
+    if device_type == "cpu":
+        return PackedForm("each")
+    if device_type != "cuda" or dtype not in HALF or not _is_ampere_or_newer():
+        return PackedForm("mask", "the flash kernel needs bf16 or fp16 and a GPU from Ampere on")
+    if head_dim % 8 or head_dim > 256:
+        return PackedForm("mask", f"the flash kernel takes no head_dim of {head_dim}: a multiple of 8, at most 256")
+    if not _varlen_takes_groups():
+        return PackedForm("mask", f"torch {torch.__version__} has no varlen_attn for grouped queries: 2.12 has it")
+    return PackedForm("varlen")
+
+
+@lru_cache
+def _varlen_takes_groups() -> bool:
+    """Whether torch's variable-length attention is there, with a causal window and grouped queries."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def effective_kernels(
+    device: torch.device | str, dtype: torch.dtype, packed_head_dim: int | None = None
+) -> dict[str, str]:
     """How the model computes on this device in this dtype, for the report at the start of a run.
 
-    Packed rows take a dense mask of T x T, which keeps torch from its flash kernel: that is said, too.
+    Args:
+        device: where it computes.
+        dtype: its weights' and activations'.
+        packed_head_dim: the head dimension where rows are packed; None where they are not.
     """
     device_type, name = torch.device(device).type, str(dtype).removeprefix("torch.")
     native = multiplies(device_type, dtype)
@@ -97,11 +141,22 @@ def effective_kernels(device: torch.device | str, dtype: torch.dtype, packed: bo
     fixed = torch.are_deterministic_algorithms_enabled()
     return {
         "products": how,
-        "attention": f"scaled_dot_product_attention{', dense mask of packed rows' if packed else ''}, {how}",
+        "attention": f"{_attention_name(device, dtype, packed_head_dim)}, {how}",
         "embedding_gradient": "fp32 sums per token id" if fp32_sums else f"torch, {name}",
         "norm": "F.rms_norm, fp32 inside",
         "sums": "fp32, in a fixed order (deterministic)" if fixed or device_type == "cpu" else "fp32, in any order",
     }
+
+
+def _attention_name(device: torch.device | str, dtype: torch.dtype, packed_head_dim: int | None) -> str:
+    if packed_head_dim is None:
+        return "scaled_dot_product_attention"
+    form = packed_form(device, dtype, packed_head_dim)
+    return {
+        "varlen": "varlen_attn of all documents in packed rows",
+        "each": "scaled_dot_product_attention of each document in packed rows",
+        "mask": f"scaled_dot_product_attention, dense mask of packed rows ({form.why})",
+    }[form.name]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -131,20 +186,41 @@ class _UpcastProduct(torch.autograd.Function):
         return d_x, d_weight.to(weight.dtype)
 
 
-def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BTS: Tensor | None, causal: bool) -> Tensor:
-    """Softmax attention with grouped keys and values; `mask_BTS` is True where a query may look.
+def attention(
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    mask_BTS: Tensor | None,
+    causal: bool,
+    offsets_C: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention with grouped keys and values.
+
+    Args:
+        q_BHTE: queries.
+        k_BKSE: keys.
+        v_BKSE: values.
+        mask_BTS: True where a query may look; None: everywhere.
+        causal: only at keys up to its own.
+        offsets_C: only at keys up to its own in its document; `documents.offsets_of` makes them.
 
     Returns:
         y_BHTE in the dtype of q_BHTE.
     """
+    if offsets_C is not None and q_BHTE.device.type == "cuda":
+        return attend_varlen(q_BHTE, k_BKSE, v_BKSE, offsets_C)
+
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)
-    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
     queries_per_key = q_BHTE.shape[1] // k_BKSE.shape[1]
     if queries_per_key > 1 and q_BHTE.device.type == "cuda" and not _flash_attends(q_BHTE, mask):
         # torch's memory-efficient kernel takes no grouped queries; the fallback would hold all T x S scores
         k_BKSE, v_BKSE = (x.repeat_interleave(queries_per_key, dim=1) for x in (k_BKSE, v_BKSE))
         queries_per_key = 1
-    options = {"attn_mask": mask, "is_causal": causal, "enable_gqa": queries_per_key > 1}
+
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": queries_per_key > 1}
+    if offsets_C is not None:
+        attend, options = attend_each, {"offsets_C": offsets_C}
     if multiplies(q_BHTE.device.type, q_BHTE.dtype):
         return attend(q_BHTE, k_BKSE, v_BKSE, **options)
     return attend(q_BHTE.float(), k_BKSE.float(), v_BKSE.float(), **options).to(q_BHTE.dtype)

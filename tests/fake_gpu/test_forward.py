@@ -61,7 +61,8 @@ def test_the_loss_and_its_gradient_stay_on_the_device(name: str, dtype: torch.dt
     """Oracle: fake tensors, which refuse two devices in one operation and any value that is asked for."""
     model = model_of(name, dtype)
     weights_BT = torch.ones(ROWS, TOKENS, device="cuda")
-    sums = model(ids_BT(), ids_BT(), weights_BT, document_ids_BT=ids_BT() if packed else None, z_scale=1e-4)
+    documents = {"document_ids_BT": ids_BT(), "document_count": ROWS} if packed else {}
+    sums = model(ids_BT(), ids_BT(), weights_BT, z_scale=1e-4, **documents)
     assert on_gpu(*sums) and sums.objective.requires_grad  # the loss forms its gradient in the forward pass
 
 
@@ -87,7 +88,8 @@ def test_a_block_is_one_graph(name: str, packed: bool) -> None:
     model = model_of(name, torch.bfloat16)
     kernels.make_device_checks_constant()
     x_BTD = model.model.embed_tokens(ids_BT())
-    of_rows = model.model.positions_of(*decoder.packed(ids_BT())) if packed else model.model.positions(ids_BT(), None)
+    of_rows = model.model.packed_positions(ids_BT(), ROWS) if packed else model.model.positions(ids_BT(), None)
+    assert not packed or of_rows.mask_BTS is None  # the variable-length kernel's rows
     compiled = torch.compile(model.model.layers[0], backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         assert on_gpu(compiled(x_BTD, of_rows))

@@ -1,5 +1,6 @@
 """Rows: what a step trains on, on which rank, and that every held-out token counts exactly once."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_slm.data.order import RowId
-from ds_slm.data.rows import PretrainRows, share
+from ds_slm.data.rows import PretrainRows, Rows, share
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
@@ -36,6 +37,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Prepared
 @pytest.fixture(scope="module")
 def rows(prepared: tuple[Recipe, Prepared]) -> PretrainRows:
     return PretrainRows(*prepared)
+
+
+@given(st.lists(st.lists(st.integers(-1, 1), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_documents_are_counted_as_runs_of_ids(ids: list[list[int]]) -> None:
+    """Oracle: itertools.groupby over each row; rows that are not packed have none."""
+    found = Rows(np.zeros((len(ids), 7), np.int64), np.zeros((len(ids), 6), np.float32), np.array(ids, np.int32))
+    assert found.document_count == sum(1 for row in ids for _ in itertools.groupby(row))
+    assert Rows(found.token_ids, found.weights).document_count is None
 
 
 def test_a_training_row_is_a_slice(rows: PretrainRows, prepared: tuple[Recipe, Prepared]) -> None:

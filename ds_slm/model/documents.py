@@ -1,0 +1,152 @@
+"""Packed rows: where their documents begin, and attention within each document without a mask over T x T.
+
+    document_ids_BT --> starts_BT --> positions that restart, and the documents' offsets in all B x T tokens
+    offsets, q, k, v --> a GPU: torch's variable-length flash attention, all documents at once
+                     --> a CPU: torch's flash attention, one document after another, as one operator
+
+`kernels.packed_form` says which form a device takes; a mask of all before in the same document is the third.
+
+The offsets' length has no effect on the host or the graph: it is padded with empty documents to one of few sizes
+(`padded_count`), a function of the batch alone. A GPU's kernel starts a block of threads for each empty document, too,
+and its deterministic backward pass adds in an order that depends on their number.
+
+Known gaps: on a CPU a document's heads and blocks are the only parallel work, so dozens of threads idle on short ones.
+
+Shapes: B rows, T tokens of a row, N = B * T, H query heads, K key and value heads, E head dimension, C documents with
+the empty ones.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LEAST_PER_ROW = 8
+"""Documents of a row that the offsets always have a place for, so that most batches have one shape."""
+
+
+def starts_of(document_ids_BT: Tensor) -> Tensor:
+    """True where a run of equal document ids begins; a row's first token always begins one."""
+    starts_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    return starts_BT
+
+
+def positions_of(starts_BT: Tensor) -> Tensor:
+    """Positions that restart with each document, positions_BT."""
+    index_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return index_T - torch.where(starts_BT, index_T, 0).cummax(1).values
+
+
+def padded_count(count: int, rows: int) -> int:
+    """Documents with the empty ones: for each row the next power of two of their mean number, or LEAST_PER_ROW."""
+    per_row = -(-count // rows)
+    return rows * max(LEAST_PER_ROW, 1 << (per_row - 1).bit_length())
+
+
+def offsets_of(starts_BT: Tensor, count: int) -> Tensor:
+    """Where each document begins among all B x T tokens, then N for each empty one: int32 [C + 1], on the device.
+
+    Args:
+        starts_BT: where documents begin.
+        count: documents in all rows; the device is not asked, for that would keep the host waiting.
+    """
+    size = padded_count(count, len(starts_BT)) + 1
+    number_N = starts_BT.flatten().cumsum(0)  # of each token's document, from 1
+    wanted_C = torch.arange(1, size + 1, device=starts_BT.device)
+    return torch.searchsorted(number_N, wanted_C, out_int32=True)
+
+
+def attend_varlen(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Tensor) -> Tensor:
+    """Causal attention within documents on a GPU, y_BHTE; half precision only."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
+
+    B, _, T, _ = q_BHTE.shape
+    q_NHE, k_NKE, v_NKE = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q_BHTE, k_BKTE, v_BKTE))
+    y_NHE = varlen_attn(
+        q_NHE, k_NKE, v_NKE, offsets_C, offsets_C, T, T,
+        window_size=(-1, 0), enable_gqa=q_NHE.shape[1] != k_NKE.shape[1],
+    )  # fmt: skip
+    assert isinstance(y_NHE, Tensor)
+    return y_NHE.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def attend_each(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Tensor) -> Tensor:
+    """Causal attention within documents on a CPU, y_BHTE; one node of a compiled graph, whatever the offsets."""
+    return torch.ops.ds_slm.attend_each(q_BHTE, k_BKTE, v_BKTE, offsets_C)[0]
+
+
+def _places(offsets_C: Tensor, T: int) -> Iterator[tuple[slice, slice, slice]]:
+    """The place of each document in a tensor [B, heads, T, ...]."""
+    for begin, end in pairwise(offsets_C.tolist()):
+        if end > begin:
+            row, first = divmod(begin, T)
+            yield slice(row, row + 1), slice(None), slice(first, first + end - begin)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    y, logsumexp = _empty_results(q, k, v, offsets)
+    for at in _places(offsets, q.shape[2]):
+        y[at], logsumexp[at] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[at], k[at], v[at], 0.0, is_causal=True
+        )
+    return y, logsumexp
+
+
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _backward(
+    grad: Tensor, operands: list[Tensor], y: Tensor, logsumexp: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(grad, operands, y, logsumexp, offsets)
+    for at in _places(offsets, y.shape[2]):
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[at], *(one[at] for one in operands), y[at], logsumexp[at], 0.0, is_causal=True
+        )
+        for whole, part in zip(gradients, parts, strict=True):
+            whole[at] = part
+    return gradients
+
+
+def _empty_gradients(
+    grad: Tensor, operands: list[Tensor], y: Tensor, logsumexp: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = operands
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _AttendEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, logsumexp = torch.ops.ds_slm.attend_each(q, k, v, offsets)
+        ctx.save_for_backward(q, k, v, offsets, y, logsumexp)
+        ctx.mark_non_differentiable(logsumexp)
+        return y, logsumexp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, offsets, y, logsumexp = ctx.saved_tensors
+        return *torch.ops.ds_slm.attend_each_backward(grad, [q, k, v], y, logsumexp, offsets), None
+
+
+# Operators of their own: the compiler sees no loop. `torch.library.custom_op` would import it in every process.
+_LIBRARY = torch.library.Library("ds_slm", "DEF")
+_LIBRARY.define("attend_each(Tensor q, Tensor k, Tensor v, Tensor offsets) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "attend_each_backward(Tensor grad, Tensor[] operands, Tensor y, Tensor logsumexp, Tensor offsets)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+for _name, _computes, _shapes in (
+    ("attend_each", _forward, _empty_results),
+    ("attend_each_backward", _backward, _empty_gradients),
+):
+    _LIBRARY.impl(_name, _computes, "CPU")
+    _LIBRARY.impl(_name, _shapes, "Meta")
+_LIBRARY.impl("attend_each", _AttendEach.apply, "AutogradCPU")

@@ -1,0 +1,139 @@
+"""Packed rows beside plain ones: tokens a second of one forward and backward pass, in the same model and batch.
+
+    conversations of 100 to 600 tokens --sft/packing.py--> rows --> each side in turn, ROUNDS times --> a table
+    sides: plain rows (pretraining); packed, as a run computes them; packed, with a mask over T x T
+
+python benchmarks/packed.py [--recipe slm-10m] [--rows 4] [--rounds 5] [--lengths 100 600] [--compiled] [--threads 1]
+
+On a GPU where there is one, in the recipe's precision; else on a CPU in fp32, in seconds of its processor divided by
+the threads, so that other programs on the machine count less. Sides take turns, and a round's are compared.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_slm.data.rows import Rows
+from ds_slm.engine.devices import DTYPES
+from ds_slm.errors import run_program
+from ds_slm.model import decoder, kernels
+from ds_slm.recipe import schema
+from ds_slm.recipe.schema import Recipe
+from ds_slm.run import measure
+from sft.packing import rows_of_epoch
+
+WARM_ROUNDS = 1
+SIDES = ("plain rows", "packed", "packed, mask")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, and how long its passes take."""
+
+    model: decoder.Decoder
+    device: torch.device
+    ids_BT: Tensor
+    rows: Rows
+
+    def pass_s(self, side: str) -> float:
+        """Seconds of one forward and backward pass."""
+        packed: dict[str, Any] = {}
+        if side != "plain rows" and self.rows.document_ids is not None:
+            ids_BT = torch.from_numpy(self.rows.document_ids).to(self.device)
+            packed = {"document_ids_BT": ids_BT, "document_count": self.rows.document_count}
+        mask = patch.object(kernels, "packed_form", lambda *_: kernels.PackedForm("mask"))
+
+        begin_s = self._now_s()
+        with mask if side == "packed, mask" else nullcontext():
+            sums = self.model(self.ids_BT[:, :-1], self.ids_BT[:, 1:], **packed)
+        sums.objective.backward()
+        self.model.zero_grad()
+        return self._now_s() - begin_s
+
+    def _now_s(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()
+
+
+def packed_rows(recipe: Recipe, rows: int, lengths: tuple[int, int]) -> Rows:
+    """Rows full of documents whose lengths are drawn evenly, packed as fine-tuning packs them."""
+    T = recipe.data.seq_len
+    drawn = np.random.default_rng(0).integers(lengths[0], lengths[1] + 1, size=64 * rows * T // sum(lengths))
+    document_ids = np.full((rows, T + 1), -1, dtype=np.int32)
+    for row, items in zip(document_ids, rows_of_epoch(drawn, T + 1, seed=0, epoch=0), strict=False):
+        names = np.repeat(np.arange(len(items)), drawn[items])
+        row[: len(names)] = names
+    token_ids = np.random.default_rng(1).integers(recipe.model.vocab_size, size=(rows, T + 1))
+    return Rows(token_ids, np.ones((rows, T), np.float32), np.ascontiguousarray(document_ids[:, :-1]))
+
+
+def measure_sides(one_pass_s: Callable[[str], float], rounds: int) -> dict[str, list[float]]:
+    """Side -> seconds of each round; who begins changes from round to round."""
+    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    for number in range(WARM_ROUNDS + rounds):
+        for side in SIDES[:: -1 if number % 2 else 1]:
+            seconds = one_pass_s(side)
+            if number >= WARM_ROUNDS:
+                found[side].append(seconds)
+    return found
+
+
+def main() -> int:
+    """Measure and tell."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default="slm-10m")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(100, 600))
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = schema.load(args.recipe)
+    dtype = DTYPES[recipe.train.precision] if device.type == "cuda" else torch.float32
+    model = decoder.build(recipe.model, 0).to(device, dtype).train()
+    if args.compiled:
+        model.compile_parts()
+
+    rows = packed_rows(recipe, args.rows, tuple(args.lengths))
+    bench = Bench(model, device, torch.from_numpy(rows.token_ids).to(device), rows)
+    found = measure_sides(bench.pass_s, args.rounds)
+
+    tokens = rows.weights.size
+    how = kernels.effective_kernels(device, dtype, recipe.model.head_dim)["attention"]
+    print(
+        f"{recipe.card.name}, {args.rows} rows of {recipe.data.seq_len} tokens, {rows.document_count} documents, "
+        f"{'compiled' if args.compiled else 'eager'}, {args.threads} threads, {measure.device_name(device)}, "
+        f"torch {torch.__version__}, {datetime.date.today()}\npacked: {how}\n"
+        f"{'side':<14}{'tokens/s':>10}{'of plain rows':>15}{'least':>8}{'most':>8}"
+    )
+    for side, seconds in found.items():
+        ratios = [plain / own for plain, own in zip(found["plain rows"], seconds, strict=True)]
+        speed, ratio = tokens / statistics.median(seconds), statistics.median(ratios)
+        print(f"{side:<14}{speed:>10,.0f}{ratio:>15.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}")
+    print(json.dumps({side: [round(one, 4) for one in seconds] for side, seconds in found.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,6 +1,8 @@
 """Packed rows beside plain ones: tokens a second of one forward and backward pass, in the same model and batch.
 
-    conversations of 100 to 600 tokens --sft/packing.py--> rows --> each side in turn, ROUNDS times --> a table
+    conversations of 100 to 600 tokens --sft/packing.py--> rows
+    --> packed with and without a mask: the same gradient? no: nothing is timed, exit code 2
+    --> each side in turn, ROUNDS times --> a table
     sides: plain rows (pretraining); packed, as a run computes them; packed, with a mask over T x T
 
 python benchmarks/packed.py [--recipe slm-10m] [--rows 4] [--rounds 5] [--lengths 100 600] [--compiled] [--threads 1]
@@ -31,7 +33,7 @@ if __name__ == "__main__":
 
 from ds_slm.data.rows import Rows
 from ds_slm.engine.devices import DTYPES
-from ds_slm.errors import run_program
+from ds_slm.errors import DeviceError, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
@@ -39,6 +41,8 @@ from ds_slm.run import measure
 from sft.packing import rows_of_epoch
 
 WARM_ROUNDS = 1
+LEAST_COSINE = {torch.float32: 0.999999, torch.bfloat16: 0.995, torch.float16: 0.999}
+"""Of the whole gradient with and without a mask."""
 SIDES = ("plain rows", "packed", "packed, mask")
 
 
@@ -52,7 +56,8 @@ class Bench:
     rows: Rows
 
     def pass_s(self, side: str) -> float:
-        """Seconds of one forward and backward pass."""
+        """Seconds of one forward and backward pass, which leaves its gradients."""
+        self.model.zero_grad()
         packed: dict[str, Any] = {}
         if side != "plain rows" and self.rows.document_ids is not None:
             ids_BT = torch.from_numpy(self.rows.document_ids).to(self.device)
@@ -62,9 +67,17 @@ class Bench:
         begin_s = self._now_s()
         with mask if side == "packed, mask" else nullcontext():
             sums = self.model(self.ids_BT[:, :-1], self.ids_BT[:, 1:], **packed)
-        sums.objective.backward()
-        self.model.zero_grad()
+        (sums.objective / self.rows.weights.size).backward()
         return self._now_s() - begin_s
+
+    def cosine(self) -> float:
+        """Of the whole gradient of packed rows with and without a mask."""
+        found = []
+        for side in SIDES[1:]:
+            self.pass_s(side)
+            parts = [one.grad.flatten().float() for one in self.model.parameters() if one.grad is not None]
+            found.append(torch.cat(parts))
+        return torch.cosine_similarity(*found, dim=0).item()
 
     def _now_s(self) -> float:
         if self.device.type == "cuda":
@@ -117,6 +130,12 @@ def main() -> int:
 
     rows = packed_rows(recipe, args.rows, tuple(args.lengths))
     bench = Bench(model, device, torch.from_numpy(rows.token_ids).to(device), rows)
+    cosine = bench.cosine()
+    if cosine < LEAST_COSINE[dtype]:
+        raise DeviceError(
+            f"the gradient with and without a mask has a cosine of {cosine:.7f}; expected {LEAST_COSINE[dtype]}: the "
+            "attention of packed rows is wrong on this device, and nothing was timed."
+        )
     found = measure_sides(bench.pass_s, args.rounds)
 
     tokens = rows.weights.size
@@ -124,7 +143,8 @@ def main() -> int:
     print(
         f"{recipe.card.name}, {args.rows} rows of {recipe.data.seq_len} tokens, {rows.document_count} documents, "
         f"{'compiled' if args.compiled else 'eager'}, {args.threads} threads, {measure.device_name(device)}, "
-        f"torch {torch.__version__}, {datetime.date.today()}\npacked: {how}\n"
+        f"torch {torch.__version__}, {datetime.date.today()}\n"
+        f"packed: {how}; cosine with the mask's gradient {cosine:.7f}\n"
         f"{'side':<14}{'tokens/s':>10}{'of plain rows':>15}{'least':>8}{'most':>8}"
     )
     for side, seconds in found.items():

@@ -88,6 +88,7 @@ def _places(offsets_C: Tensor, T: int) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    assert offsets[-1] == q.shape[0] * q.shape[2], "more documents than were counted"
     y, logsumexp = _empty_results(q, k, v, offsets)
     for at in _places(offsets, q.shape[2]):
         y[at], logsumexp[at] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -93,13 +93,15 @@ class Engine:
 
         self.recipe, self.engine_config, self.control, self.interrupt = recipe, engine_config, control, interrupt
 
-        # The process group is there already: process_group.connect() made it.
-        self.deepspeed: Any = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, recipe.optimizer),
-            config=engine_config.deepspeed,
-            dist_init_required=False,
-        )[0]
+        # The process group is there already: process_group.connect() made it. DeepSpeed would send rank 0's weights to
+        # all ranks, but these have no values yet: checkpoint/resume.py gives every rank its own, and checks them.
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda engine: None):
+            self.deepspeed: Any = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, recipe.optimizer),
+                config=engine_config.deepspeed,
+                dist_init_required=False,
+            )[0]
         self._layers = LayerNorms(self.deepspeed) if recipe.run.layers_every_steps else None
         if engine_config.compiled:
             model.compile_parts()

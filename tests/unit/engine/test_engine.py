@@ -1,6 +1,7 @@
 """What a step asks of its device and of the other ranks, with a real engine of one rank in this process."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_a_step_waits_for_its_device_once(run: loop.Run, monkeypatch: pytest.Mon
     monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: calls.append("waited"))
     loop.take_step(run)
     assert len(calls) == 1
+
+
+def test_making_an_engine_sends_no_weights(control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: DeepSpeed's own broadcasts. Weights have no values yet, and every rank makes its own afterwards."""
+    sent = []
+    monkeypatch.setattr("deepspeed.comm.broadcast", lambda tensor, *args, **options: sent.append(tensor.numel()))
+    one_rank.tiny_run(tmp_path, control).reader.close()
+    assert sent == []
 
 
 class Ranks:

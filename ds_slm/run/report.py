@@ -17,7 +17,7 @@ from ds_slm.run.records import Records
 
 SHOWN_FACTS = (
     "hosts", "world_size", "device", "backend", "precision", "zero_stage", "optimizer", "rows_per_step",
-    "accumulation_steps", "micro_batch_rows", "kernels", "generation", "begins_at_step", "base", "warnings",
+    "accumulation_steps", "micro_batch_rows", "kernels", "generation", "begins_at_step", "base", "start_s", "warnings",
 )  # fmt: skip
 """Of env.json, in TensorBoard."""
 LONGEST_SILENCE_S = 60.0

@@ -43,6 +43,7 @@ from ds_slm.run import launches, measure, records, skipped_rows
 from ds_slm.run.launches import Launch
 from ds_slm.run.records import Records
 from ds_slm.run.report import Report, captured_output
+from ds_slm.run.start_clock import StartClock
 from ds_slm.train import agreement, loop, unused_flags
 from ds_slm.train.choices import announce, effective_choices
 from ds_slm.train.task import Base, Benchmarks, Corpus, Options, Task
@@ -54,11 +55,16 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     Raises:
         UserError: on all ranks alike, with every host's problems, before anything is written but prepared data.
     """
-    meeting = rendezvous.current()
+    clock, meeting = StartClock(), rendezvous.current()
     meeting.open()
+    devices.accelerator()  # imports DeepSpeed
+    clock.lap("imports")
+
     inputs = Inputs.checked(recipe, options, task, meeting)
+    clock.lap("data")
     differing = agreement.meet(meeting, options.allow_mixed)
     with process_group.connected() as control:
+        clock.lap("meeting")
         devices.share_cores(control, inputs.engine_config.deepspeed["zero_optimization"])
 
         # Before any rank acts on its recipe or ds_config: ranks that differ would wait for different messages.
@@ -66,7 +72,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
         if not _is_finished(inputs, control):
             resume_point = _resume_point(inputs, control)
             inputs = replace(inputs, engine_config=_compiled_and_batched(inputs, control))
-            Launching(inputs, control, resume_point, differing).run()
+            Launching(inputs, control, resume_point, differing, clock).run()
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class Launching:
     resume_point: resume.ResumePoint | None
     differing: Mapping[str, list[str]]
     """In what hosts differ, where that is allowed."""
+    clock: StartClock
 
     def run(self) -> None:
         """Take the run folder, and train until the end or a signal. Raises ReplacedByNewerLaunch, naming that one."""
@@ -212,7 +219,9 @@ class Launching:
         recipe, options, task = inputs.recipe, inputs.options, inputs.task
         interrupt.mark_stopped = lambda: found is not None  # nothing was applied since
 
+        self.clock.lap("run folder")
         engine, state = self._engine(interrupt)
+        self.clock.lap("weights")
         if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
             raise ReplacedByNewerLaunch
         stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
@@ -220,6 +229,8 @@ class Launching:
 
         background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)
         checkpoints = Checkpoints(background, inputs.identity)
+        self.clock.lap("records")
+        facts |= {"start_s": self.clock.parts_s}
         report.describe(recipe.model_dump(mode="json"), schema.to_toml(recipe), facts)
         state = replace(state, skipped_rows=facts["skipped_rows"])
         if found:
@@ -248,6 +259,9 @@ class Launching:
             checkpoints.close()
 
         interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
+        self.clock.lap("records")
+        if state.step < stop_at_step:
+            report.say(self.clock.told(compiled=inputs.engine_config.compiled))
         try:
             loop.train(run)
         except RAISED_ON_ALL_RANKS:
@@ -263,6 +277,7 @@ class Launching:
         recipe, base = self.inputs.recipe, self.inputs.base
         model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
         engine = Engine(recipe, self.inputs.engine_config, model, self.control, interrupt)
+        self.clock.lap("engine")
         if self.resume_point:
             return engine, resume.load(engine, self.resume_point)
         resume.begin(engine, base.tensors() if base else None)

@@ -1,0 +1,49 @@
+"""How long a launch takes to its first forward, and what for: a line on the terminal, and in the record of the launch.
+
+    `deepspeed` begins --launcher--> this process begins --imports--> lap --data--> lap ... --> told, just before it
+
+Times are this rank's. Known gap: where pdsh started this host's ranks, the launcher's time begins on this host.
+"""
+
+import contextlib
+import time
+
+import psutil
+
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch")
+"""The programs, or modules, that stand between what a user types and a rank."""
+
+
+class StartClock:
+    """Splits the time since the launch was typed."""
+
+    def __init__(self) -> None:
+        own = psutil.Process()
+        began_s = own.create_time()
+        self._last_s = _launch_began_s(own)
+        self.parts_s = {"launcher": began_s - self._last_s}
+        """Seconds by what they were for, in their order."""
+        self._last_s = began_s
+
+    def lap(self, what: str) -> None:
+        """All since the last call was for this."""
+        now_s = time.time()
+        self.parts_s[what] = self.parts_s.get(what, 0.0) + now_s - self._last_s
+        self._last_s = now_s
+
+    def told(self, compiled: bool) -> str:
+        """The line. Where blocks are compiled, the pause that follows is told beforehand."""
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self.parts_s.items())
+        pause = "; it compiles the blocks, unless torch's cache holds them: that takes minutes" if compiled else ""
+        return f"{sum(self.parts_s.values()):.1f} s to the first forward: {parts}{pause}"
+
+
+def _launch_began_s(rank: psutil.Process) -> float:
+    """When the outermost launcher of a rank began; the rank itself where nothing launched it."""
+    began_s = rank.create_time()
+    with contextlib.suppress(psutil.Error):  # a parent that has just ended, or is another user's
+        for parent in rank.parents():
+            if not any(word.rpartition("/")[2] in LAUNCHERS for word in parent.cmdline()[:4]):
+                break
+            began_s = parent.create_time()
+    return began_s

@@ -21,7 +21,6 @@ Memory is the kernel's peak of rank 0 on a CPU (what its imports hold included),
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ds_slm.distributed import world
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import ds_config, plan, schema
 from ds_slm.recipe.schema import Recipe
@@ -138,29 +138,42 @@ def write_ds_config(bench: Bench, folder: Path) -> Path:
     return path
 
 
+def under_deepspeed(ranks: int) -> list[str]:
+    """The beginning of a command that DeepSpeed launches."""
+    port = str(world.free_port())
+    return [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
+
+
+def shared_flags(bench: Bench, ranks: int, micro_batch: int, accumulation: int) -> list[str]:
+    """What each side is told of the recipe and its batch."""
+    settings = [f"train.global_batch_tokens={ranks * micro_batch * accumulation * bench.recipe.data.seq_len}"]
+    flags = [word for pair in [*bench.overrides, *settings] for word in ("--set", pair)]
+    return [*flags, "--recipe", bench.name, "--micro-batch", str(micro_batch)]
+
+
+def our_command(bench: Bench, folder: Path, micro_batch: int, accumulation: int, steps: int) -> list[str]:
+    """The real program, whose run goes into `folder`."""
+    flags = shared_flags(bench, bench.devices, micro_batch, accumulation)
+    for source in bench.recipe.data.source:
+        flags += ["--source", f"{source.name}={bench.out}/ids.bin"]
+    flags += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data"), "--max-steps", str(steps)]
+    flags += ["--ds-config", str(write_ds_config(bench, folder))]
+    return [*under_deepspeed(bench.devices), str(ROOT / "ds_slm" / "pretrain.py"), *flags]
+
+
 def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:
     """Start one side and wait for its end. Raises DataError, with what it said, where it fails."""
     ranks = bench.ranks(side)
     folder = bench.out / "launches" / f"{side}-{micro_batch}-{accumulation}-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
 
-    settings = [f"train.global_batch_tokens={ranks * micro_batch * accumulation * bench.recipe.data.seq_len}"]
-    flags = [word for pair in [*bench.overrides, *settings] for word in ("--set", pair)]
-    flags += ["--recipe", bench.name, "--micro-batch", str(micro_batch)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-
-    command = [str(PROGRAMS / "deepspeed"), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
     if side == "ours":
-        sources = [word for one in bench.recipe.data.source for word in ("--source", f"{one.name}={bench.out}/ids.bin")]
-        command += [str(ROOT / "ds_slm" / "pretrain.py"), *flags, *sources, "--max-steps", str(bench.steps + 1)]
-        command += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data")]
-        command += ["--ds-config", str(write_ds_config(bench, folder))]
+        command = our_command(bench, folder, micro_batch, accumulation, bench.steps + 1)
     else:
         kind, _, under = side.partition("-")
-        command = [sys.executable] if side == "trainer" else command
-        command += [str(ROOT / "benchmarks" / "rivals.py"), kind, *flags, "--ids", str(bench.out / "ids.bin")]
+        command = [sys.executable] if side == "trainer" else under_deepspeed(ranks)
+        command += [str(ROOT / "benchmarks" / "rivals.py"), kind]
+        command += [*shared_flags(bench, ranks, micro_batch, accumulation), "--ids", str(bench.out / "ids.bin")]
         command += [
             "--accumulation",
             str(accumulation),

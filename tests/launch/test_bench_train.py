@@ -94,3 +94,17 @@ def test_every_side_runs(tmp_path: Path) -> None:
         assert found["tokens_per_s"] > 0 and 0.1 < found["peak_gb"] < 10
     assert result["rounds"]["ours"][0]["start_s"] > 0
     assert "tokens/s" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_seconds_of_a_start(tmp_path: Path) -> None:
+    """Oracle: the parts of the real program's own clock; they add up to the time of the first forward."""
+    command = [str(runs.BIN / "python"), str(runs.ROOT / "benchmarks" / "startup.py"), "demo", "--rounds", "1"]
+    flags = ["--set", "model.num_hidden_layers=2", "--set", "train.steps=100", "--json", "--out", str(tmp_path)]
+    done = runs.run([*command, *flags], cwd=tmp_path, timeout_s=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(done.stdout)["warm_s"]
+    whole_s, step_s = parts.pop("first forward after"), parts.pop("first step")
+    assert {"launcher", "imports", "data", "meeting", "run folder", "engine", "weights", "records"} == parts.keys()
+    assert sum(parts.values()) == pytest.approx(whole_s) and step_s > 0
+    assert parts["launcher"] > parts["meeting"]  # two programs that import torch, beside two ranks that meet

@@ -1,0 +1,109 @@
+"""What the seconds from the command to the first step are for: the real program, with what is cached and without.
+
+    random ids, made-up tokenizer --> one launch that fills the caches --> ROUNDS launches --> medians, and a table
+
+python benchmarks/startup.py RECIPE [--rounds 3] [--set SECTION.KEY=VALUE] [--json]
+
+The parts are what `ds_slm.run.start_clock` tells of rank 0, as the run's record of its launch holds them. `first step`
+is the step itself: where blocks are compiled, the pause in which torch takes them from its cache.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import train
+from ds_slm.errors import DataError, run_program
+from ds_slm.recipe import schema
+
+FIRST_STEP = "first step"
+
+
+def start(bench: train.Bench) -> dict[str, float]:
+    """One launch of one step: its seconds by what they were for. Raises DataError, with what it said, if it fails."""
+    folder = bench.out / "launches" / f"start-{time.monotonic_ns()}"
+    folder.mkdir(parents=True)
+    command = train.our_command(bench, folder, micro_batch=1, accumulation=1, steps=1)
+    environment = bench.environment("ours")
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise DataError(f"the launch failed ({done.returncode}):\n{done.stdout[-4000:]}")
+
+    records: dict[str, Any] = {}
+    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        records[record["kind"]] = record
+    return {**records["launch"]["start_s"], FIRST_STEP: records["train"]["step_s"]}
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of each part, and of the time to the first forward, over the rounds."""
+    parts = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+    first_forward = [sum(seconds for what, seconds in one.items() if what != FIRST_STEP) for one in rounds]
+    return {**parts, "first forward after": statistics.median(first_forward)}
+
+
+def table(title: str, columns: dict[str, dict[str, float]]) -> Table:
+    """A row for each part; the sum stands at the end."""
+    grid = Table(title=title)
+    grid.add_column("seconds for")
+    for name in columns:
+        grid.add_column(name, justify="right")
+    for what in next(iter(columns.values())):
+        grid.add_row(what, *(f"{parts[what]:.2f}" for parts in columns.values()))
+    return grid
+
+
+def main() -> int:
+    """Launch, and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+
+    import torch
+
+    from ds_slm.run import measure
+
+    on_gpu = torch.cuda.is_available()
+    recipe = schema.load(args.recipe, args.set)
+    out = args.out.resolve() / schema.recipe_path(args.recipe).stem
+    overrides = [*args.set, *train.lay_out(recipe, out)]
+    devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    bench = train.Bench(args.recipe, recipe, overrides, out, devices, on_gpu)
+
+    first = start(bench)  # prepares the data, and compiles where torch's cache does not hold the blocks
+    warm = medians([start(bench) for _ in range(args.rounds)])
+
+    device = measure.device_name(torch.device("cuda" if on_gpu else "cpu"))
+    facts = {"recipe": args.recipe, "overrides": args.set, "device": device, "ranks": devices}
+    facts |= {"torch": torch.__version__, "date": str(date.today()), "load": os.getloadavg()[0]}
+    columns = {"first launch": medians([first]), f"median of {args.rounds}": warm}
+    if args.json:
+        print(json.dumps({**facts, "first_launch_s": columns["first launch"], "warm_s": warm}, indent=2))
+    else:
+        title = f"{args.recipe}, {devices} ranks, {device}, {facts['date']}, load {facts['load']:.1f}"
+        Console(width=train.TABLE_WIDTH).print(table(title, columns))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -56,6 +56,7 @@ CHECKS = [
     Check("resume", 90),
     Check("380m-card", 100),
     Check("380m-sft", 80),
+    Check("packed", 90),
     Check("slm-10m", 80),
     Check("gpt-s-1.4m", 80),
     Check("ant-10m", 80),

@@ -3,6 +3,7 @@
     demo       the demo recipe's first steps, profiled; their losses beside a CPU's
     resume     a killed and resumed run beside one that was not, with deterministic algorithms: bit for bit
     auto       the micro-batch that is found by measuring
+    packed     fine-tuning's packed rows beside plain ones, with and without a mask (benchmarks/packed.py)
     the rest   a case of benchmarks/gpu_cases.py: numerics against fp32 first, then speed and memory
 
 Each writes rows into FOLDER/result.json as soon as it has them: what was measured, beside what was promised.
@@ -12,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -29,6 +31,8 @@ LOSS_TOLERANCE = 5e-3
 """Relative, of the first steps' losses on a GPU and on a CPU, both in bf16."""
 STEPS, PROFILED, REHEARSED_STEPS = 60, "40:50", 4
 COMPARED_STEPS = 3
+PACKED_SHARE = 0.9
+"""Of the speed of plain rows."""
 
 
 @dataclass
@@ -117,6 +121,22 @@ def auto(rows: Rows) -> None:
     rows.add("demo, micro-batch chosen", f"{chosen} rows, {records[-1]['tokens_per_s']:,.0f} tokens/s")
 
 
+def packed(rows: Rows) -> None:
+    """How fast are fine-tuning's packed rows beside plain ones?"""
+    few = ["--rows", "2", "--rounds", "1"] if rows.rehearsing else ["--rows", "32", "--compiled"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "packed.py"), *few]
+    done = subprocess.run(command, env=environment(rows.rehearsing), stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise DataError(f"packed rows: exit code {done.returncode}.")
+
+    seconds = {side: statistics.median(found) for side, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    for side in ("packed", "packed, mask"):
+        ratio = seconds["plain rows"] / seconds[side]
+        promised, kept = (f"at least {PACKED_SHARE}", ratio >= PACKED_SHARE) if side == "packed" else ("", None)
+        rows.add(f"slm-10m, {side}", f"{ratio:.2f} of plain rows' speed", promised, kept)
+
+
 def case(name: str, rows: Rows, rounds: int) -> None:
     """Numerics, then speed and memory; nothing is timed where the numerics are wrong."""
     (chosen,) = (one for one in gpu_cases.CASES if one.name == name)
@@ -138,7 +158,7 @@ def case(name: str, rows: Rows, rounds: int) -> None:
         rows.add(*row)
 
 
-OWN = {"demo": demo, "resume": resume, "auto": auto}
+OWN = {"demo": demo, "resume": resume, "auto": auto, "packed": packed}
 NAMES = (*OWN, *(one.name for one in gpu_cases.CASES))
 
 

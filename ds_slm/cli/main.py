@@ -113,7 +113,7 @@ def plan_recipe(
     from dataclasses import asdict
 
     from ds_slm.cli import tables
-    from ds_slm.recipe import plan, schema
+    from ds_slm.recipe import plan, rates, schema
     from ds_slm.recipe.ds_config import read as read_ds_config
 
     recipe = schema.load(name, overrides)
@@ -133,10 +133,12 @@ def plan_recipe(
 
     found = plan.plan(recipe, name, read_ds_config(ds_config), world_size, host_count, network)
     if as_json:
-        memory = {**asdict(found.memory), "device_bytes": found.memory.device_bytes}
-        print_json({**asdict(found), "memory": memory, "inherited": schema.inherited(name)})
+        memory, cpu_memory = (
+            {**asdict(one), "device_bytes": one.device_bytes} for one in (found.memory, found.cpu_memory)
+        )
+        print_json({**asdict(found), "memory": memory, "cpu_memory": cpu_memory, "inherited": schema.inherited(name)})
     else:
-        tables.show_plan(found, schema.inherited_toml(name), tables.cpu_has_amx())
+        tables.show_plan(found, schema.inherited_toml(name), rates.own_cpu())
 
 
 @app.command(epilog=examples.epilog("prepare"))

@@ -3,10 +3,11 @@
 import shutil
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_slm.recipe.budget import Memory
 from ds_slm.recipe.plan import Plan
+from ds_slm.recipe.rates import OwnCpu
 from ds_slm.run.scores import CONFIDENCE, Row
 
 if TYPE_CHECKING:
@@ -32,31 +33,42 @@ def show_recipes(rows: list[dict[str, Any]]) -> None:
     _print_table(table)
 
 
-def show_plan(plan: Plan, inherited: str, has_amx: bool) -> None:
+def show_plan(plan: Plan, inherited: str, own: OwnCpu) -> None:
     """The plan's figures, the time on each kind of device, and what both rest on; first what the recipe inherits.
 
     Args:
         plan: all figures.
         inherited: TOML.
-        has_amx: whether the first kind of device is this machine's.
+        own: which kind of device this machine's CPU is.
     """
     print(f"{plan.recipe}: {plan.reproduces}\n" if plan.reproduces else f"{plan.recipe}\n")
     if inherited:
         print(f"# from its base:\n{inherited}")
     for name, value in _facts(plan).items():
         print(f"{name:18}{value}")
-    print()
 
-    table: list[Sequence[str]] = [("if every device is a", "tokens/s", "step", "run", "fits")]
+    print("\nPredicted, on GPUs, with one setting turned over:")
+    table: list[Sequence[str]] = [("", "memory per GPU", "host memory per GPU", "computing time of a step")]
+    for one in plan.alternatives:
+        ratio = "not measured" if one.step_ratio is None else f"x {one.step_ratio:.2f}"
+        table.append((one.name, _gigabytes(one.device_bytes), _gigabytes(one.host_bytes), ratio))
+    _print_table(table)
+
+    print("\nPredicted, not measured:")
+    table = [("if every device is a", "tokens/s", "step", "run", "fits")]
     for time in plan.times:
         duration = _duration(time.step_s), _duration(time.run_s)
         table.append((time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no"))
     _print_table(table)
-    if not has_amx:
-        print(
-            "This machine's CPU has no AMX: no rate is known for it, the first row is not its own. Each step's line of "
-            "`ds-slm train` tells its tokens/s."
-        )
+    for line in _scaling_lines(plan):
+        print(line)
+
+    row = (
+        f"Of these, {own.device.name} is nearest to this machine's CPU"
+        if own.device
+        else "No row is this machine's CPU"
+    )
+    print(textwrap.fill(f"{row}: {own.basis}. Each step's line of `ds-slm train` tells its tokens/s.", width=100))
 
     print()
     print(textwrap.fill("Assumed: " + "; ".join(plan.assumptions) + ".", width=100))
@@ -64,12 +76,22 @@ def show_plan(plan: Plan, inherited: str, has_amx: bool) -> None:
         print(f"warning: {warning}")
 
 
-def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's CPU multiplies bf16 in tiles, as the plan's CPU core does."""
-    try:
-        return "amx_bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace").split()
-    except OSError:  # not Linux
-        return False
+def _scaling_lines(plan: Plan) -> list[str]:
+    """Where more devices stop helping, and why; nothing for one device."""
+    scaling = plan.scaling
+    if plan.world_size == 1:
+        return []
+    lines = [
+        f"Scaling, predicted: a step has {scaling.most_devices:,} rows, so more than {scaling.most_devices:,} devices "
+        f"bring nothing; of the rows that these {plan.world_size:,} compute, {scaling.busy_share:.0%} count."
+    ]
+    if scaling.network_shares:
+        shares = (
+            f"{name} {share:.0%} (half at {scaling.balanced_hosts[name]:,.0f} hosts)"
+            for name, share in scaling.network_shares.items()
+        )
+        lines.append(f"The network's share of a step: {', '.join(shares)}.")
+    return [textwrap.fill(line, width=100) for line in lines]
 
 
 def show_evaluation(rows: list[Row]) -> None:
@@ -114,18 +136,9 @@ def _figure(value: float) -> str:
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    parts, batch, memory = plan.parameters, plan.batch, plan.memory
+    parts, batch, memory, cpu = plan.parameters, plan.batch, plan.memory, plan.cpu_memory
     published = "" if plan.published_params in (None, plan.params) else f" (published: {plan.published_params:,})"
     named = {"embedding": parts.embedding, "head": parts.head, "attention": parts.attention, "MLP": parts.mlp}
-    bytes_of = {
-        "weights": memory.weights_bytes,
-        "gradients": memory.gradients_bytes,
-        "buffers": memory.buffers_bytes,
-        "masters": memory.masters_bytes,
-        "moments": memory.moments_bytes,
-        "activations": memory.activations_bytes,
-        "loss": memory.loss_bytes,
-    }
     filler = f", {batch.filler_rows} of them filler" if batch.filler_rows else ""
 
     # A blank key continues the line above: "" and " ", since keys must differ.
@@ -139,13 +152,27 @@ def _facts(plan: Plan) -> dict[str, str]:
         "devices": f"{plan.world_size} on {plan.nodes} host{'s' * (plan.nodes > 1)}, ZeRO-{plan.zero_stage}",
         "a step": f"{batch.micro_batch} rows x {batch.accumulation_steps} forwards x {plan.world_size} devices = "
         f"{batch.rows_per_step + batch.filler_rows:,} rows{filler}",
-        "memory per device": f"{memory.device_bytes / 1e9:.2f} GB",
-        " ": ", ".join(f"{name} {part / 1e9:.2f}" for name, part in bytes_of.items() if part),
+        "memory per GPU": f"{_gigabytes(memory.device_bytes)}, predicted",
+        " ": _parts(memory),
+        "or per CPU rank": f"{_gigabytes(cpu.device_bytes)}, predicted, at {plan.cpu_batch.micro_batch} rows a forward",
+        "  ": _parts(cpu),
+        "a save": f"{_gigabytes(plan.save_bytes)} more of the host's memory, on a rank that writes it",
     }
 
     if memory.host_bytes:
-        facts["offloaded"] = f"{memory.host_bytes / 1e9:.2f} GB of the host's memory for each device"
+        facts["offloaded"] = f"{_gigabytes(memory.host_bytes)} of the host's memory for each device"
     return facts
+
+
+def _parts(memory: Memory) -> str:
+    """The parts of a rank's memory, in GB."""
+    names = [name.removesuffix("_bytes") for name in vars(memory) if name != "host_bytes"]
+    sizes = {name: getattr(memory, f"{name}_bytes") for name in names}
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def _count(number: float) -> str:

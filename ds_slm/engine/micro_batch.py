@@ -175,12 +175,12 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     recipe, device, on_gpu = trial.recipe, trial.device, trial.device.type == "cuda"
     params = plan.parameter_counts(recipe.model)
     zero = trial.engine_config.deepspeed["zero_optimization"]
-    planned = budget.memory(recipe, params.total, params.embedding + params.head, zero, control.world_size, rows)
+    planned = budget.memory(recipe, params, zero, control.world_size, rows, device.type)
     activation_bytes = planned.activations_bytes + planned.loss_bytes
     state_bytes = planned.device_bytes - activation_bytes
 
-    if not on_gpu:
-        _refuse_too_large(state_bytes + activation_bytes, _free_bytes() / control.ranks_on_host)
+    if not on_gpu:  # the program is there already
+        _refuse_too_large(planned.device_bytes - planned.program_bytes, _free_bytes() / control.ranks_on_host)
 
     # As in the run: precision, checkpointing, compiled or eager, packed or not; gradients are summed in fp32.
     model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)

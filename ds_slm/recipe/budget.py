@@ -1,54 +1,44 @@
 """Memory, network and time of a recipe on devices: estimates, each with its assumption beside it.
 
-    Recipe, ZeRO settings, world size, micro-batch --> memory --> Memory (bytes of one rank)
+    Recipe, ParameterCounts, ZeRO settings, world size, micro-batch --> memory --> Memory (bytes of one rank)
     FLOPs and bytes of one optimiser step --> times --> Time for each kind of device; assumptions puts both in words
 
 Sources: what each ZeRO stage splits is arXiv 1910.02054; buffers follow DeepSpeed 0.19 as ds_slm sets it up (fp32
 accumulation and reduction); saved activations are counted from ds_slm.model.decoder, the loss from ds_slm.model.loss.
-Known gaps: temporary tensors of single operations, fragmentation and the device's own context (about 0.5 GiB of CUDA)
-are left out; communication within a host counts as free; nothing overlaps.
+`benchmarks/plan_memory.py` compares the memory with what launches take on a CPU.
+Known gaps: temporary tensors of single operations and, on a GPU, fragmentation and the device's own context (about 0.5
+GiB of CUDA) are left out; compiled blocks count as eager ones; communication within a host counts as free; nothing
+overlaps.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, assert_never
 
+from ds_slm.recipe.counts import ParameterCounts
+from ds_slm.recipe.rates import AMX_MFU, AVX2_MFU, DEVICES, GPU_MFU
 from ds_slm.recipe.schema import Model, Optimizer, Recipe
 
 FP32, HALF = 4, 2
 REDUCE_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default reduce_bucket_size."""
+"""DeepSpeed's default reduce_bucket_size, and the most gradients it flattens into one message."""
+MAX_LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
 LOSS_CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}
 """Logits of one chunk of the loss, in fp32 and once more in the model's precision: on a CPU what its cache holds."""
 MIN_LOSS_CHUNK_TOKENS, MAX_LOSS_CHUNK_TOKENS = 128, 2048
 BLOCK_VALUES = 256
 """bitsandbytes: values of 8-bit state that share one fp32 scale."""
-CPU_MFU, GPU_MFU = 0.3, 0.15
-"""Share of the peak that training is assumed to reach: on a CPU as measured, on a GPU as the published runs did (12 %
-on a T4 at 10M parameters). The smaller the model and the larger the GPU, the less."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A kind of device. Peaks are the datasheets', dense; that of a CPU core is a measured product."""
-
-    name: str
-    half_flops_per_s: float
-    fp32_flops_per_s: float
-    memory_bytes: int | None
-    """None stands for the memory of this machine."""
-    has_bf16: bool = True
-    mfu: float = GPU_MFU
-
-
-DEVICES = (
-    Device("CPU core (AMX)", 0.6e12, 0.065e12, None, mfu=CPU_MFU),
-    Device("NVIDIA T4", 65e12, 8.1e12, 16 * 10**9, has_bf16=False),
-    Device("NVIDIA RTX 4090", 165.2e12, 82.6e12, 24 * 10**9),
-    Device("NVIDIA A100", 312e12, 19.5e12, 80 * 10**9),
-    Device("NVIDIA H100", 989.5e12, 67e12, 80 * 10**9),
-    Device("NVIDIA H200", 989.5e12, 67e12, 141 * 10**9),
-)
+RECOMPUTED = 4 / 3
+"""FLOPs of a step with gradient checkpointing over those without: a forward is a third of forward and backward."""
+SAVE_WINDOW_VALUES = 8 * 2**20
+"""Values that a save gathers at a time: 32 MiB."""
+PROGRAM_BYTES = 385_000_000
+"""What a rank's process holds on a CPU before its first tensor: Python, torch, DeepSpeed and what else it imports, and
+the code that a first forward loads. Resident memory of gpt-s-1.4m on one rank (Linux x86-64, CPU build of torch), its
+tensors taken off."""
+BITSANDBYTES_BYTES = 48_000_000
+"""By how much that grows with bitsandbytes' optimiser: the same of demo."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,12 @@ class Memory:
     """Of one micro-batch."""
     loss_bytes: int
     """One chunk of logits, and the gradients the loss keeps until its backward."""
+    gathered_bytes: int = 0
+    """Whole weights that ZeRO-3 has gathered for forward and backward."""
+    program_bytes: int = 0
+    """The process itself: on a CPU its libraries share the memory with the tensors."""
+    allocator_bytes: int = 0
+    """On a CPU: freed memory that malloc holds but cannot use again."""
     host_bytes: int = field(default=0)
     """Masters and moments offloaded to the host; not in device_bytes."""
 
@@ -90,20 +86,25 @@ class Time:
 
 
 def memory(
-    recipe: Recipe, params: int, embedding_params: int, zero: Mapping[str, Any], world_size: int, micro_batch: int
+    recipe: Recipe,
+    counts: ParameterCounts,
+    zero: Mapping[str, Any],
+    world_size: int,
+    micro_batch: int,
+    device_type: str = "cuda",
 ) -> Memory:
     """Bytes of one rank.
 
     Args:
         recipe: what is trained.
-        params: all parameters.
-        embedding_params: parameters of the embedding and an untied head.
+        counts: its parameters.
         zero: DeepSpeed's zero_optimization section.
         world_size: devices over all hosts.
         micro_batch: rows of one forward.
+        device_type: 'cpu' or 'cuda'.
     """
-    stage, half = zero["stage"], recipe.train.precision != "fp32"
-    width = HALF if half else FP32
+    stage, half, params = zero["stage"], recipe.train.precision != "fp32", counts.total
+    width, on_cpu = HALF if half else FP32, device_type == "cpu"
     share = -(-params // world_size)
     weights = width * (share if stage == 3 else params)
 
@@ -111,62 +112,141 @@ def memory(
     gradients = FP32 * (params if stage == 1 else share) + (HALF * params if half else 0)
 
     masters = FP32 * share
-    moments = -(-_moment_bytes(recipe.optimizer, params, embedding_params, recipe.model) // world_size)
+    moments = -(-_moment_bytes(recipe.optimizer, counts) // world_size)
+
+    # ZeRO-3 keeps a gathered weight for its next use if that is not far off: small models stay whole.
+    limits = "stage3_max_live_parameters", "stage3_max_reuse_distance"
+    live = min(int(zero.get(limit, MAX_LIVE_ELEMENTS)) for limit in limits)
+    gathered = width * min(params, live) if stage == 3 else 0
 
     offloaded = zero.get("offload_optimizer") or {}
     on_host = isinstance(offloaded, Mapping) and offloaded.get("device", "none") != "none"
 
+    activations = _activation_bytes(recipe, micro_batch, device_type)
     return Memory(
         weights_bytes=weights,
         gradients_bytes=gradients,
-        buffers_bytes=_buffer_bytes(zero, recipe.train.precision),
+        buffers_bytes=_buffer_bytes(zero, recipe.train.precision, params, on_cpu),
         masters_bytes=0 if on_host else masters,
         moments_bytes=0 if on_host else moments,
-        activations_bytes=_activation_bytes(recipe, micro_batch, width),
-        loss_bytes=_loss_bytes(recipe, micro_batch, width),
+        activations_bytes=activations,
+        loss_bytes=_loss_bytes(recipe, micro_batch, device_type),
+        gathered_bytes=gathered,
+        program_bytes=_program_bytes(recipe.optimizer) if on_cpu else 0,
+        allocator_bytes=_allocator_bytes(activations, counts, width) if on_cpu else 0,
         host_bytes=masters + moments if on_host else 0,
     )
 
 
-def _moment_bytes(optimizer: Optimizer, params: int, embedding_params: int, shape: Model) -> int:
+def _program_bytes(optimizer: Optimizer) -> int:
+    return PROGRAM_BYTES + (BITSANDBYTES_BYTES if optimizer.name == "adamw8bit" else 0)
+
+
+def _allocator_bytes(activations: int, counts: ParameterCounts, width: int) -> int:
+    """Freed memory that malloc holds on a CPU and cannot use again.
+
+    glibc before 2.38 asks for a tensor's size and its alignment: the hole that a freed tensor leaves is too small for
+    the next one of the same size. So a second forward lies beside the holes of the first, and from then on both places
+    are used in turn. The gradients of the blocks, which are made while activations are freed, lie in such holes.
+
+    Known gap: measured were 0.6 (ZeRO-2) to 1.3 (ZeRO-3) of the activations.
+    """
+    in_holes = width * (counts.attention + counts.mlp + counts.norms)
+    return max(activations - in_holes, 0)
+
+
+def save_bytes(recipe: Recipe, counts: ParameterCounts, world_size: int) -> int:
+    """Host memory that a rank which writes checkpoints takes while a save is in flight, beside what training holds.
+
+    It copies its share of fp32 weights and moments, packs, receives and puts in order a window of values at a time.
+    """
+    share = -(-counts.total // world_size)
+    moments = -(-_moment_bytes(recipe.optimizer, counts) // world_size)
+    windows = 3 * FP32 * min(SAVE_WINDOW_VALUES, counts.total)
+    return FP32 * share + moments + windows
+
+
+def _moment_bytes(optimizer: Optimizer, counts: ParameterCounts) -> int:
     """Both moments over all ranks: fp32, or 8 bits and their scales for matrices and, where asked for, embeddings."""
+    params = counts.total
     if optimizer.name == "adamw":
         return 2 * FP32 * params
     if optimizer.name != "adamw8bit":
         assert_never(optimizer.name)
 
-    norms = shape.num_hidden_layers * (2 * shape.hidden_size + 2 * shape.head_dim * shape.qk_norm) + shape.hidden_size
-    in_8_bits = params - norms - (embedding_params if optimizer.embedding_bits == 32 else 0)
+    in_8_bits = params - counts.norms - (counts.embedding + counts.head if optimizer.embedding_bits == 32 else 0)
     return 2 * (in_8_bits + FP32 * in_8_bits // BLOCK_VALUES + FP32 * (params - in_8_bits))
 
 
-def _buffer_bytes(zero: Mapping[str, Any], precision: str) -> int:
-    """The buffers DeepSpeed sets aside for reducing gradients, whatever the model's size."""
-    if (zero["stage"] == 1 and precision == "bf16") or not zero.get("contiguous_gradients", True):
-        return 0  # BF16_Optimizer reduces the accumulated gradients where they are
+def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: bool) -> int:
+    """The buffers DeepSpeed sets aside for reducing gradients, whatever the model's size; on a CPU what is touched.
+
+    A CPU gives no memory to a buffer before something is written there: a small model fills a part of it. What it
+    sends is flattened once more.
+    """
+    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+    in_place = zero["stage"] == 1 and precision == "bf16"  # BF16_Optimizer reduces the accumulated gradients themselves
+    contiguous = zero.get("contiguous_gradients", True) and not in_place
     width = HALF if zero["stage"] == 2 and precision != "fp32" else FP32
     copies = 2 if zero["stage"] < 3 and zero.get("overlap_comm") else 1
-    return int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)) * width * copies
+    if not on_cpu:
+        return bucket * width * copies if contiguous else 0
+    flattened = FP32 * min(REDUCE_BUCKET_ELEMENTS if in_place else bucket, params)
+    return flattened + (min(bucket, params) * width * copies if contiguous else 0)
 
 
-def _activation_bytes(recipe: Recipe, micro_batch: int, width: int) -> int:
+def _activation_bytes(recipe: Recipe, micro_batch: int, device_type: str) -> int:
     """What the backward pass needs of the forward pass, with attention that never holds its T x T scores.
 
-    A block keeps, per token: the inputs and outputs of its two norms; q, k, v, the attention's output and the input of
-    o_proj; gate, silu(gate), up and their product. With checkpointing each block keeps its input alone, and one block
-    at a time the rest.
+    With checkpointing each block keeps its input alone, and one block at a time the rest.
     """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
-    queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+    half = recipe.train.precision != "fp32"
+    width = HALF if half else FP32
+    block = _cpu_block_bytes(shape, half) if device_type == "cpu" else _gpu_block_bytes(shape, width)
+    ends = 2 * width * shape.hidden_size
+    if recipe.train.gradient_checkpointing:
+        return tokens * (width * shape.hidden_size * shape.num_hidden_layers + block + ends)
+    return tokens * (block * shape.num_hidden_layers + ends)
+
+
+def _gpu_block_bytes(shape: Model, width: int) -> int:
+    """What a block keeps per token on a GPU.
+
+    The inputs and outputs of its two norms; q, k, v, the attention's output and the input of o_proj; gate, silu(gate),
+    up and their product.
+    """
+    queries, keys = _query_and_key_sizes(shape)
     block = width * (4 * shape.hidden_size + 3 * queries + 2 * keys + 4 * shape.intermediate_size)
     if shape.qk_norm:
         block += width * (queries + keys)
     if shape.exclusive_attention:
         block += FP32 * 4 * queries
-    ends = width * 2 * shape.hidden_size
-    if recipe.train.gradient_checkpointing:
-        return tokens * (width * shape.hidden_size * shape.num_hidden_layers + block + ends)
-    return tokens * (block * shape.num_hidden_layers + ends)
+    return block
+
+
+def _cpu_block_bytes(shape: Model, half: bool) -> int:
+    """What a block keeps per token on a CPU, whose norms are not fused, and which upcasts half-precision attention.
+
+    A norm keeps its input and the normalised values in fp32, a reciprocal root and, for the products, its output.
+    Attention keeps q, k, v and its output in fp32, a log-sum-exp a head, and the input of o_proj. The rest is gate,
+    silu(gate), up and their product.
+    """
+    width = HALF if half else FP32
+    queries, keys = _query_and_key_sizes(shape)
+    heads, key_heads = shape.num_attention_heads, shape.num_key_value_heads
+
+    norms = 2 * ((2 * FP32 + width) * shape.hidden_size + FP32)
+    attention = FP32 * (2 * queries + 2 * keys + heads) + width * queries
+    if shape.qk_norm:
+        attention += FP32 * (2 * queries + 2 * keys + heads + key_heads)
+    if shape.exclusive_attention:  # four scalars a head, and output and value again where both come in half precision
+        attention += FP32 * (4 * heads + (queries + keys if half else 0))
+    return norms + attention + width * 4 * shape.intermediate_size
+
+
+def _query_and_key_sizes(shape: Model) -> tuple[int, int]:
+    return shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
 
 
 def loss_chunk_tokens(device_type: str, vocab_size: int) -> int:
@@ -175,12 +255,19 @@ def loss_chunk_tokens(device_type: str, vocab_size: int) -> int:
     return min(max(logits // vocab_size, MIN_LOSS_CHUNK_TOKENS), MAX_LOSS_CHUNK_TOKENS)
 
 
-def _loss_bytes(recipe: Recipe, micro_batch: int, width: int) -> int:
-    """A chunk of logits in fp32 and in the model's precision; gradients of hidden states and, in fp32, of the head."""
+def _loss_bytes(recipe: Recipe, micro_batch: int, device_type: str) -> int:
+    """A chunk of logits in fp32 and in the model's precision; gradients of hidden states and, in fp32, of the head.
+
+    A CPU multiplies in fp32 here: one chunk, and a head and gradients of hidden states in fp32.
+    """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
-    chunk_logits = min(loss_chunk_tokens("cuda", shape.vocab_size), tokens) * shape.vocab_size
-    kept = tokens * shape.hidden_size * width + shape.vocab_size * shape.hidden_size * FP32
-    return chunk_logits * (FP32 + width) + kept
+    half, on_cpu = recipe.train.precision != "fp32", device_type == "cpu"
+    width = HALF if half else FP32
+    chunk_logits = min(loss_chunk_tokens(device_type, shape.vocab_size), tokens) * shape.vocab_size
+    head = shape.vocab_size * shape.hidden_size * FP32
+    if on_cpu:
+        return chunk_logits * FP32 + tokens * shape.hidden_size * FP32 + head * (2 if half else 1)
+    return chunk_logits * (FP32 + width) + tokens * shape.hidden_size * width + head
 
 
 def network_bytes(params: int, stage: int, precision: str, accumulation_steps: int, nodes: int) -> int:
@@ -219,7 +306,7 @@ def times(
     """
     precision = recipe.train.precision
     network_s = sent_bytes * 8 / (network_gbit_per_s * 1e9) if network_gbit_per_s else 0.0
-    recomputed = 4 / 3 if recipe.train.gradient_checkpointing else 1.0
+    recomputed = RECOMPUTED if recipe.train.gradient_checkpointing else 1.0
     found = []
     for device in DEVICES:
         if precision == "bf16" and not device.has_bf16:
@@ -234,11 +321,20 @@ def times(
 
 def assumptions(recipe: Recipe, nodes: int, sent_bytes: int, network_gbit_per_s: float | None) -> list[str]:
     """What the estimates rest on, in words."""
-    stated = [f"training reaches {CPU_MFU:.0%} of a CPU's peak FLOP/s and {GPU_MFU:.0%} of a GPU's"]
+    stated = [
+        f"training reaches {AMX_MFU:.0%} of the peak FLOP/s of a CPU core with AMX, {AVX2_MFU:.0%} with AVX2 (a model "
+        f"of 1M parameters three quarters of that) and {GPU_MFU:.0%} of a GPU's"
+    ]
+
     if recipe.train.gradient_checkpointing:
         stated.append("gradient checkpointing adds a second forward: a third more time")
     if nodes > 1 and network_gbit_per_s:
         stated.append(f"each host sends {sent_bytes:,} bytes a step at {network_gbit_per_s:g} Gbit/s; nothing overlaps")
     elif nodes > 1:
         stated.append(f"the network is left out: each host sends {sent_bytes:,} bytes a step (--network adds its time)")
-    return [*stated, "memory leaves out temporary tensors, fragmentation and the device's own context"]
+
+    return [
+        *stated,
+        "a GPU's memory leaves out temporary tensors, fragmentation and the device's own context",
+        "a CPU's counts eager blocks (benchmarks/plan_memory.py compares it with launches)",
+    ]

@@ -16,44 +16,16 @@ from typing import Any
 
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import zero_keys
-from ds_slm.recipe.budget import Memory, Time, assumptions, memory, network_bytes, times
+from ds_slm.recipe.alternatives import Alternative, Scaling, alternatives, scaling
+from ds_slm.recipe.budget import Memory, Time, assumptions, memory, network_bytes, save_bytes, times
+from ds_slm.recipe.counts import Batch, ParameterCounts, batch, parameter_counts, parameters
 from ds_slm.recipe.effects import warnings
 from ds_slm.recipe.schema import Model, Recipe
 
+__all__ = ["Batch", "ParameterCounts", "Plan", "batch", "parameter_counts", "parameters", "plan"]
+
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward on one device where neither the command nor the ds_config says how many rows."""
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters by part; a tied head adds none."""
-
-    embedding: int
-    head: int
-    attention: int
-    mlp: int
-    norms: int
-
-    @property
-    def total(self) -> int:
-        """All parameters, each counted once."""
-        return self.embedding + self.head + self.attention + self.mlp + self.norms
-
-
-@dataclass(frozen=True)
-class Batch:
-    """How one optimiser step is cut up."""
-
-    rows_per_step: int
-    """Rows of the recipe's global batch."""
-    rows_per_rank: int
-    """Rows of the busiest rank, before filling up."""
-    micro_batch: int
-    """Rows of one forward on one device."""
-    accumulation_steps: int
-    """Forwards and backwards of one rank in one optimiser step."""
-    filler_rows: int
-    """Rows of weight 0, over all ranks, that make every rank run the same number of forwards."""
 
 
 @dataclass(frozen=True)
@@ -79,32 +51,21 @@ class Plan:
     zero_stage: int
     batch: Batch
     memory: Memory
-    """Per rank."""
+    """Per rank, on a GPU."""
+    cpu_batch: Batch
+    """The same step where each rank is a process on a CPU."""
+    cpu_memory: Memory
+    """Per rank, on a CPU."""
+    save_bytes: int
+    """Host memory that a rank which writes checkpoints takes besides, while a save is in flight."""
+    alternatives: list[Alternative]
+    """Memory and time with one setting turned over, on a GPU."""
+    scaling: Scaling
     times: list[Time]
     """One for each kind of device, if all ranks are of it."""
     assumptions: list[str]
     warnings: list[str]
     """Settings that have no effect."""
-
-
-def parameter_counts(shape: Model) -> ParameterCounts:
-    """Parameters of each part of the decoder."""
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    table = shape.vocab_size * shape.hidden_size
-    norms_per_layer = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
-    return ParameterCounts(
-        embedding=table,
-        head=0 if shape.tie_word_embeddings else table,
-        attention=shape.num_hidden_layers * shape.hidden_size * (2 * queries + 2 * keys),
-        mlp=shape.num_hidden_layers * 3 * shape.hidden_size * shape.intermediate_size,
-        norms=shape.num_hidden_layers * norms_per_layer + shape.hidden_size,
-    )
-
-
-def parameters(shape: Model) -> int:
-    """Parameters of the decoder; tied ones once."""
-    return parameter_counts(shape).total
 
 
 def flops_per_token(shape: Model, seq_len: int) -> int:
@@ -135,15 +96,6 @@ def first_loss(shape: Model) -> float:
     return math.log(shape.vocab_size) + shape.hidden_size * std**2 / 2
 
 
-def batch(recipe: Recipe, world_size: int, micro_batch: int) -> Batch:
-    """Cut a step into forwards of at most `micro_batch` rows: as few as that allows, then with the fewest fillers."""
-    rows_per_rank = -(-recipe.rows_per_step // world_size)
-    accumulation_steps = -(-rows_per_rank // micro_batch)
-    size = -(-rows_per_rank // accumulation_steps)
-    filler_rows = size * accumulation_steps * world_size - recipe.rows_per_step
-    return Batch(recipe.rows_per_step, rows_per_rank, size, accumulation_steps, filler_rows)
-
-
 def plan(
     recipe: Recipe,
     name: str,
@@ -166,22 +118,17 @@ def plan(
         ConfigError: the ds_config names no usable ZeRO stage or micro-batch.
     """
     stage, wanted = _stage_and_micro_batch(ds_config, recipe.data.seq_len)
-    cut = batch(recipe, world_size, wanted)
+    cut, cpu_cut = (batch(recipe, world_size, wanted[device_type]) for device_type in ("cuda", "cpu"))
 
     counts = parameter_counts(recipe.model)
     per_token = flops_per_token(recipe.model, recipe.data.seq_len)
     tokens = recipe.train.steps * recipe.train.global_batch_tokens
 
-    needed = memory(
-        recipe,
-        counts.total,
-        counts.embedding + counts.head,
-        ds_config["zero_optimization"],
-        world_size,
-        cut.micro_batch,
-    )
+    zero = ds_config["zero_optimization"]
+    needed = memory(recipe, counts, zero, world_size, cut.micro_batch)
     sent_bytes = network_bytes(counts.total, stage, recipe.train.precision, cut.accumulation_steps, nodes)
     flops_per_step = per_token * (cut.rows_per_step + cut.filler_rows) * recipe.data.seq_len
+    durations = times(recipe, flops_per_step, needed.device_bytes, sent_bytes, world_size, network_gbit_per_s)
 
     return Plan(
         recipe=name,
@@ -199,14 +146,19 @@ def plan(
         zero_stage=stage,
         batch=cut,
         memory=needed,
-        times=times(recipe, flops_per_step, needed.device_bytes, sent_bytes, world_size, network_gbit_per_s),
+        cpu_batch=cpu_cut,
+        cpu_memory=memory(recipe, counts, zero, world_size, cpu_cut.micro_batch, "cpu"),
+        save_bytes=save_bytes(recipe, counts, world_size),
+        alternatives=alternatives(recipe, zero, world_size, cut.micro_batch, "cuda"),
+        scaling=scaling(cut, durations, nodes),
+        times=durations,
         assumptions=assumptions(recipe, nodes, sent_bytes, network_gbit_per_s),
         warnings=warnings(recipe),
     )
 
 
-def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[int, int]:
-    """The two figures of a ds_config that count here; a GPU's default where it leaves the micro-batch open."""
+def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[int, dict[str, int]]:
+    """The two figures of a ds_config that count here; each device's default where it leaves the micro-batch open."""
     hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
     problems = zero_keys.problems(ds_config.get("zero_optimization"))
     if not zero_keys.MICRO_BATCH.holds(hint):
@@ -214,6 +166,6 @@ def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[
         problems.append(f"ds_config: train_micro_batch_size_per_gpu = {hint!r}: expected {expected}.")
     if problems:
         raise ConfigError(problems)
-    return ds_config["zero_optimization"]["stage"], hint if isinstance(hint, int) else max(
-        DEFAULT_MICRO_BATCH_TOKENS["cuda"] // seq_len, 1
-    )
+    defaults = {device_type: max(tokens // seq_len, 1) for device_type, tokens in DEFAULT_MICRO_BATCH_TOKENS.items()}
+    wanted = dict.fromkeys(defaults, hint) if isinstance(hint, int) else defaults
+    return ds_config["zero_optimization"]["stage"], wanted

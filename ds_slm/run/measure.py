@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ds_slm.recipe.budget import DEVICES
+from ds_slm.recipe.rates import DEVICES
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

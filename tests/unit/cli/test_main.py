@@ -12,7 +12,7 @@ from ds_slm import __version__
 from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
 from ds_slm.publish.export import WeightFormat
-from ds_slm.recipe import plan, schema
+from ds_slm.recipe import plan, rates, schema
 
 ROOT = Path(__file__).resolve().parents[3]
 INSTALLED = Path(sys.executable).parent / "ds-slm"
@@ -151,16 +151,27 @@ def test_plan_prints_what_is_inherited_as_toml(tmp_path: Path) -> None:
     assert schema.parse('[card]\nname = "mine"\n' + inherited) == schema.load(str(recipe))
 
 
-@pytest.mark.parametrize(("flags", "is_said"), [("flags : fpu avx2 avx512_bf16", True), ("flags : amx_bf16", False)])
-def test_plan_says_where_its_cpu_is_another(
-    flags: str, is_said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The row of a CPU core was measured with AMX: a machine without it must not be taken for one."""
-    (tmp_path / "cpuinfo").write_text(flags)
-    has_amx = tables.cpu_has_amx(tmp_path / "cpuinfo")
-    monkeypatch.setattr(tables, "cpu_has_amx", lambda: has_amx)
-    output = CliRunner().invoke(app, ["plan", "demo"]).stdout
-    assert ("This machine's CPU has no AMX" in output) == is_said
+def test_plan_names_the_row_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the row that the CPU's instructions choose, and on a machine without any of them a sentence of none."""
+    for own in (rates.OwnCpu(rates.AVX2_CORE, "it has AVX2"), rates.OwnCpu(None, "it has neither AMX nor AVX2")):
+        monkeypatch.setattr(rates, "own_cpu", lambda own=own: own)
+        output = " ".join(CliRunner().invoke(app, ["plan", "demo"]).stdout.split())
+        expected = "Of these, CPU core (AVX2) is nearest" if own.device else "No row is this machine's CPU"
+        assert expected in output and own.basis in output
+
+
+def test_plan_table_says_what_is_predicted() -> None:
+    """Oracle: the plan's own figures: a save, what three settings would change, and where devices stop helping."""
+    flags = ["--gpus-per-node", "8", "--nodes", "64", "--network", "100"]
+    output = CliRunner().invoke(app, ["plan", "axiom-380m", *flags]).stdout
+    zero1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 25_000_000}}
+    planned = plan.plan(schema.load("axiom-380m"), "axiom-380m", zero1, 512, 64, 100.0)
+    assert f"{planned.save_bytes / 1e9:.2f} GB more of the host's memory" in output
+    for one in planned.alternatives:
+        row = next(line for line in output.splitlines() if line.startswith(one.name))
+        assert f"{one.device_bytes / 1e9:.2f} GB" in row
+    assert "more than 320 devices bring nothing" in " ".join(output.split())
+    assert output.count("redicted") >= 4
 
 
 def test_plan_of_a_file(tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""Does `ds-slm plan` tell the truth about memory: planned beside measured, on this machine's CPU.
+
+    recipe x ZeRO stage x micro-batch --> a real launch of three steps on random ids --> OUT/CASE.json, at once
+    every CASE.json, planned anew --> a table: planned, measured, their ratio, the largest parts
+
+python benchmarks/plan_memory.py [RECIPE ...] [--stages 1 2 3] [--tokens 1024 4096] [--precision own|fp32|bf16|fp16]
+                                 [--compiled own|never|always] [--table]
+
+A case that has its file is not run again, so the same command goes on where it was ended. Blocks are compiled where the
+recipe's own run would compile them. Measured is the kernel's peak of rank 0's resident memory, from its start to the
+end of the second step; `save` is by how much the peak has grown by the end of the third, during which a checkpoint is
+written behind training.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import tiny_runs
+from benchmarks import train as bench_train
+from ds_slm.errors import DataError, run_program
+from ds_slm.recipe import budget, ds_config, plan, schema
+from ds_slm.recipe.schema import Recipe
+
+RECIPES = ("demo", "gpt-s-1.4m", "slm-10m", "ant-10m", "slm-124m")
+RANKS = 2
+ACCUMULATION = 2
+"""Forwards of a step: what is kept between two of them counts."""
+DEFAULT_TOKENS, TOKENS = (1024, 4096), {"slm-124m": (1024, 2048), "axiom-380m": (1024,)}
+"""Of a micro-batch: half and twice what a CPU takes by itself; less where a step would take minutes."""
+STEPS, SAVED_AFTER = 3, 2
+LARGEST_PARTS = 4
+TABLE_WIDTH = 150
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch."""
+
+    name: str
+    recipe: Recipe
+    stage: int
+    micro_batch: int
+    compiled: bool
+    """Whether blocks are compiled."""
+
+    @property
+    def key(self) -> str:
+        """Its file's name."""
+        how = "compiled" if self.compiled else "eager"
+        return f"{self.name}-{self.recipe.train.precision}-zero{self.stage}-rows{self.micro_batch}-{how}"
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The checkout's ds_config of this stage."""
+        return ds_config.read(bench_train.ROOT / "ds_configs" / f"zero{self.stage}.json")["zero_optimization"]
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """What was asked for, the quickest first."""
+    for name in args.recipes:
+        precision = [] if args.precision == "own" else [f"train.precision={args.precision}"]
+        recipe = schema.load(name, [*precision, *args.set])
+        for stage in args.stages:
+            own = ds_config.compiles_blocks(recipe, stage, RANKS, "cpu")
+            compiled = {"own": own, "never": False, "always": stage < 3}[args.compiled]
+            for tokens in args.tokens or TOKENS.get(name, DEFAULT_TOKENS):
+                yield Case(name, recipe, stage, max(tokens // recipe.data.seq_len, 1), compiled)
+
+
+def measure(case: Case, out: Path, overrides: list[str]) -> dict[str, Any]:
+    """Launch it. Raises DataError, with what it said, where it fails."""
+    folder = out / "launches" / case.key
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "ds_config.json").write_text(
+        json.dumps({"zero_optimization": case.zero, "compile_blocks": case.compiled})
+    )
+
+    recipe, laid_out = case.recipe, out / case.name
+    never_saved = "run.save_every_steps="
+    settings = [
+        *overrides,
+        *(one for one in bench_train.lay_out(recipe, laid_out) if not one.startswith(never_saved)),
+        f"{never_saved}{SAVED_AFTER}",
+        f"train.precision={recipe.train.precision}",
+        f"train.global_batch_tokens={RANKS * case.micro_batch * ACCUMULATION * recipe.data.seq_len}",
+    ]
+    command = tiny_runs.deepspeed_command(RANKS, "--recipe", case.name, "--micro-batch", case.micro_batch)
+    command += [word for pair in settings for word in ("--set", pair)]
+    command += [word for one in recipe.data.source for word in ("--source", f"{one.name}={laid_out}/ids.bin")]
+    command += ["--run-dir", str(folder / "run"), "--data-root", str(laid_out / "data")]
+    command += ["--max-steps", str(STEPS), "--ds-config", str(folder / "ds_config.json")]
+
+    begin_s = time.monotonic()
+    done = subprocess.run(
+        command,
+        env=tiny_runs.environment(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise DataError(f"{case.key} failed ({done.returncode}):\n{done.stdout[-4000:]}")
+
+    peaks = [record["peak_memory_gb"] for record in tiny_runs.records(folder / "run")]
+    shutil.rmtree(folder)
+    return {
+        "case": case.key,
+        "compiled": case.compiled,
+        "peak_gb": peaks[SAVED_AFTER - 1],
+        "peak_with_save_gb": peaks[STEPS - 1],
+        "launch_s": round(time.monotonic() - begin_s, 1),
+        "date": date.today().isoformat(),
+    }
+
+
+def planned(case: Case) -> budget.Memory:
+    """What the plan says of the same topology."""
+    counts = plan.parameter_counts(case.recipe.model)
+    return budget.memory(case.recipe, counts, case.zero, RANKS, case.micro_batch, "cpu")
+
+
+def largest_parts(memory: budget.Memory) -> str:
+    """The largest parts of a plan, in GB."""
+    parts = {name.removesuffix("_bytes"): size for name, size in asdict(memory).items() if name != "host_bytes"}
+    largest = sorted(parts, key=lambda name: -parts[name])[:LARGEST_PARTS]
+    return ", ".join(f"{name} {parts[name] / 1e9:.2f}" for name in largest)
+
+
+def table(found: list[tuple[Case, dict[str, Any]]], device: str) -> Table:
+    """A row for each measured case, planned anew."""
+    dates = sorted({one["date"] for _, one in found})
+    grid = Table(title=f"memory of rank 0 of {RANKS}, {device}, {' and '.join(dates)}")
+    for name in ("case", "planned GB", "measured GB", "ratio", "save GB", "largest planned parts"):
+        grid.add_column(name, justify="left" if name in ("case", "largest planned parts") else "right")
+    for case, one in found:
+        memory = planned(case)
+        gigabytes, saved = memory.device_bytes / 1e9, one["peak_with_save_gb"] - one["peak_gb"]
+        figures = (f"{gigabytes:.2f}", f"{one['peak_gb']:.2f}", f"{gigabytes / one['peak_gb']:.2f}", f"{saved:.2f}")
+        grid.add_row(case.key, *figures, largest_parts(memory))
+    return grid
+
+
+def main() -> int:
+    """Measure what is missing, and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--tokens", type=int, nargs="+", help="of a micro-batch")
+    choices = ("own", "never", "always")
+    parser.add_argument("--compiled", default="own", choices=choices, help="own: as the recipe's run")
+    parser.add_argument("--precision", default="own", choices=("own", "fp32", "bf16", "fp16"))
+    parser.add_argument("--table", action="store_true", help="measure nothing: show what is there")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "plan_memory")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
+    args = parser.parse_args()
+    out = args.out.resolve()
+
+    import torch
+
+    from ds_slm.run.measure import device_name
+
+    found = []
+    for case in cases(args):
+        path = out / f"{case.key}.json"
+        if args.table and not path.exists():
+            continue
+        if not path.exists():
+            measured = measure(case, out, args.set)
+            path.write_text(json.dumps(measured, indent=2) + "\n")
+            print(json.dumps(measured), flush=True)
+        found.append((case, json.loads(path.read_text())))
+
+    if not found:
+        raise DataError(f"{out} holds none of these cases: leave out --table.")
+    Console(width=TABLE_WIDTH).print(table(found, device_name(torch.device("cpu"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,93 @@
+"""What three settings that trade memory for time would change, side by side; and where more devices stop helping.
+
+    Recipe, ds_config, world size --> alternatives --> a row each: as asked, and with one setting turned over
+    Batch, times, hosts --> scaling --> Scaling: the last device that has a row, the network's share
+
+All of it is predicted by ds_slm.recipe.budget; nothing is run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_slm.recipe.budget import RECOMPUTED, Memory, Time, memory
+from ds_slm.recipe.counts import Batch, parameter_counts
+from ds_slm.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The asked topology with one setting turned over."""
+
+    name: str
+    device_bytes: int
+    host_bytes: int
+    """Optimiser states of a device that lie in the host's memory."""
+    step_ratio: float | None
+    """Computing time of a step, as a share of what was asked; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Where more devices stop helping."""
+
+    most_devices: int
+    """Rows of a step: a device beyond has none of its own."""
+    busy_share: float
+    """Rows of the recipe among all rows that the asked devices compute; the rest is filler."""
+    network_shares: dict[str, float]
+    """By kind of device: the network's share of a step's time. Empty on one host, or without a network's speed."""
+    balanced_hosts: dict[str, float]
+    """By kind of device: hosts at which a step's network takes as long as its computing, with as many devices each."""
+
+
+def alternatives(
+    recipe: Recipe, zero: Mapping[str, Any], world_size: int, micro_batch: int, device_type: str
+) -> list[Alternative]:
+    """As asked, then with gradient checkpointing, 8-bit AdamW and offloading turned over, one at a time."""
+    counts = parameter_counts(recipe.model)
+
+    def needed(changed: Recipe, changed_zero: Mapping[str, Any]) -> Memory:
+        return memory(changed, counts, changed_zero, world_size, micro_batch, device_type)
+
+    checkpointed, in_8_bits = recipe.train.gradient_checkpointing, recipe.optimizer.name == "adamw8bit"
+    asked = needed(recipe, zero)
+    found = [Alternative("as asked", asked.device_bytes, asked.host_bytes, 1.0)]
+
+    train = recipe.train.model_copy(update={"gradient_checkpointing": not checkpointed})
+    other = needed(recipe.model_copy(update={"train": train}), zero)
+    name = f"{'without' if checkpointed else 'with'} gradient checkpointing"
+    ratio = 1 / RECOMPUTED if checkpointed else RECOMPUTED
+    found.append(Alternative(name, other.device_bytes, other.host_bytes, ratio))
+
+    optimizer = recipe.optimizer.model_copy(update={"name": "adamw" if in_8_bits else "adamw8bit"})
+    other = needed(recipe.model_copy(update={"optimizer": optimizer}), zero)
+    name = f"AdamW with {32 if in_8_bits else 8}-bit moments"
+    found.append(Alternative(name, other.device_bytes, other.host_bytes, None))
+
+    offloaded = asked.host_bytes > 0
+    other = needed(recipe, {**zero, "offload_optimizer": {"device": "none" if offloaded else "cpu"}})
+    name = "optimiser on the device" if offloaded else "optimiser offloaded to the host"
+    if device_type != "cpu":  # a CPU is its own host
+        found.append(Alternative(name, other.device_bytes, other.host_bytes, None))
+    return found
+
+
+def scaling(cut: Batch, times: list[Time], nodes: int) -> Scaling:
+    """Where the asked devices stand.
+
+    n hosts compute for C / n seconds and send S (n - 1) / n bytes' worth of seconds: equal at n = 1 + C / S.
+
+    Args:
+        cut: a step on the asked devices.
+        times: theirs, one for each kind.
+        nodes: hosts.
+    """
+    busy = cut.rows_per_step / (cut.rows_per_step + cut.filler_rows)
+    shares = {time.device: time.network_s / time.step_s for time in times if time.network_s}
+    balanced = {
+        time.device: 1 + (time.step_s - time.network_s) * busy * (nodes - 1) / time.network_s
+        for time in times
+        if time.network_s
+    }
+    return Scaling(cut.rows_per_step, busy, shares, balanced)

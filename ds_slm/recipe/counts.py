@@ -1,0 +1,70 @@
+"""Parameters of the decoder, by part, and how a step's rows are cut up.
+
+Model --> parameter_counts --> ParameterCounts: the shapes of ds_slm.model.decoder counted
+Recipe, world size, micro-batch --> batch --> Batch
+"""
+
+from dataclasses import dataclass
+
+from ds_slm.recipe.schema import Model, Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How one optimiser step is cut up."""
+
+    rows_per_step: int
+    """Rows of the recipe's global batch."""
+    rows_per_rank: int
+    """Rows of the busiest rank, before filling up."""
+    micro_batch: int
+    """Rows of one forward on one device."""
+    accumulation_steps: int
+    """Forwards and backwards of one rank in one optimiser step."""
+    filler_rows: int
+    """Rows of weight 0, over all ranks, that make every rank run the same number of forwards."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part; a tied head adds none."""
+
+    embedding: int
+    head: int
+    attention: int
+    mlp: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, each counted once."""
+        return self.embedding + self.head + self.attention + self.mlp + self.norms
+
+
+def parameter_counts(shape: Model) -> ParameterCounts:
+    """Parameters of each part of the decoder."""
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    table = shape.vocab_size * shape.hidden_size
+    norms_per_layer = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    return ParameterCounts(
+        embedding=table,
+        head=0 if shape.tie_word_embeddings else table,
+        attention=shape.num_hidden_layers * shape.hidden_size * (2 * queries + 2 * keys),
+        mlp=shape.num_hidden_layers * 3 * shape.hidden_size * shape.intermediate_size,
+        norms=shape.num_hidden_layers * norms_per_layer + shape.hidden_size,
+    )
+
+
+def parameters(shape: Model) -> int:
+    """Parameters of the decoder; tied ones once."""
+    return parameter_counts(shape).total
+
+
+def batch(recipe: Recipe, world_size: int, micro_batch: int) -> Batch:
+    """Cut a step into forwards of at most `micro_batch` rows: as few as that allows, then with the fewest fillers."""
+    rows_per_rank = -(-recipe.rows_per_step // world_size)
+    accumulation_steps = -(-rows_per_rank // micro_batch)
+    size = -(-rows_per_rank // accumulation_steps)
+    filler_rows = size * accumulation_steps * world_size - recipe.rows_per_step
+    return Batch(recipe.rows_per_step, rows_per_rank, size, accumulation_steps, filler_rows)

@@ -1,0 +1,115 @@
+"""The parts of a rank's memory on a CPU: activations, a save, what one setting would change, where devices stop."""
+
+import pytest
+import torch
+
+from ds_slm.model import decoder, kernels
+from ds_slm.recipe import alternatives, budget, plan, schema
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ZERO1 = {"stage": 1}
+TOKENS = 64
+
+
+def saved_bytes(recipe: schema.Recipe) -> int:
+    """Bytes that autograd keeps of a forward over one row, each storage once, the parameters' own left out."""
+    model = decoder.build(recipe.model, 0).to(DTYPES[recipe.train.precision]).train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.arange(TOKENS + 1).unsqueeze(0) * 7 % recipe.model.vocab_size
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids[:, :-1], ids[:, 1:])
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", ["demo", "gpt-s-1.4m", "slm-10m", "ant-10m"])
+def test_a_block_keeps_on_a_cpu_what_torch_saves(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: autograd's own saved tensors; two models that differ by two blocks, so that all else cancels."""
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "upcast")
+    saved, planned = [], []
+    for layers in (1, 3):
+        flags = [f"model.num_hidden_layers={layers}", f"train.precision={precision}", f"data.seq_len={TOKENS}"]
+        recipe = schema.load(
+            name, [*flags, "train.gradient_checkpointing=false", f"train.global_batch_tokens={TOKENS}"]
+        )
+        counts = plan.parameter_counts(recipe.model)
+        saved.append(saved_bytes(recipe))
+        planned.append(budget.memory(recipe, counts, ZERO1, 1, 1, "cpu").activations_bytes)
+    assert saved[1] - saved[0] == planned[1] - planned[0]
+
+
+def test_a_cpu_counts_what_its_process_holds() -> None:
+    """Oracle: by hand, slm-10m in fp32 on two ranks; a GPU sets a buffer aside, a CPU gives what is written."""
+    recipe = schema.load("slm-10m", ["train.precision=fp32"])
+    counts, params = plan.parameter_counts(recipe.model), 9_968_640
+    zero = {"stage": 1, "reduce_bucket_size": 25_000_000}
+    on_gpu, on_cpu = (budget.memory(recipe, counts, zero, 2, 1, kind) for kind in ("cuda", "cpu"))
+    assert on_gpu.buffers_bytes == 4 * 25_000_000
+    assert on_cpu.buffers_bytes == 2 * 4 * params  # the bucket, and the copy of it that is sent
+    assert (on_gpu.program_bytes, on_gpu.allocator_bytes) == (0, 0)
+    assert on_cpu.program_bytes == budget.PROGRAM_BYTES
+    assert on_cpu.allocator_bytes == on_cpu.activations_bytes - 4 * (params - counts.embedding)
+    assert on_cpu.weights_bytes == on_gpu.weights_bytes == 4 * params
+
+
+def test_zero_3_gathers_what_its_limits_let_it_keep() -> None:
+    """Oracle: DeepSpeed's limits, in elements: the whole model below them, what they say above."""
+    recipe = schema.load("slm-10m", ["train.precision=fp32"])
+    counts = plan.parameter_counts(recipe.model)
+    assert budget.memory(recipe, counts, {"stage": 3}, 2, 1).gathered_bytes == 4 * counts.total
+    limited = {"stage": 3, "stage3_max_live_parameters": 1000}
+    assert budget.memory(recipe, counts, limited, 2, 1).gathered_bytes == 4000
+
+
+def test_a_save_copies_weights_and_moments() -> None:
+    """Oracle: by hand; 12 bytes a parameter of the rank's half, 6 with 8-bit moments, and three windows of 32 MiB."""
+    counts = plan.parameter_counts(schema.load("slm-124m").model)
+    windows = 3 * 32 * 2**20
+    by_bits = [
+        budget.save_bytes(schema.load("slm-124m", [f"optimizer.name={name}", "optimizer.embedding_bits=8"]), counts, 2)
+        - windows
+        for name in ("adamw", "adamw8bit")
+    ]
+    assert by_bits[0] == 12 * counts.total // 2
+    assert by_bits[1] == pytest.approx(6 * counts.total // 2, rel=0.02)
+
+
+def test_one_setting_turned_over() -> None:
+    """Oracle: the plan of the recipe that has that setting."""
+    recipe = schema.load("slm-124m")
+    found = {one.name: one for one in alternatives.alternatives(recipe, ZERO1, 8, 2, "cuda")}
+    counts = plan.parameter_counts(recipe.model)
+
+    def planned(*settings: str) -> int:
+        return budget.memory(schema.load("slm-124m", list(settings)), counts, ZERO1, 8, 2).device_bytes
+
+    assert found["as asked"].device_bytes == planned()
+    checkpointed = found["with gradient checkpointing"]
+    assert checkpointed.device_bytes == planned("train.gradient_checkpointing=true")
+    assert checkpointed.step_ratio == pytest.approx(4 / 3)
+    assert found["AdamW with 8-bit moments"].device_bytes == planned("optimizer.name=adamw8bit")
+    offloaded = found["optimiser offloaded to the host"]
+    assert planned() - offloaded.device_bytes == offloaded.host_bytes == 12 * counts.total // 8
+
+
+def test_scaling_stops_at_a_row_a_device_and_at_the_network() -> None:
+    """Oracle: by hand; 512 rows on 1,024 devices, and as many hosts as make computing and network equal."""
+    recipe = schema.load("slm-10m")
+    found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, 1024, 128, 10.0)
+    assert found.scaling.most_devices == 512 and found.scaling.busy_share == 0.5
+    name, nodes = "NVIDIA H100", 128
+    time = next(one for one in found.times if one.device == name)
+    assert found.scaling.network_shares[name] == time.network_s / time.step_s
+    hosts = found.scaling.balanced_hosts[name]
+    computing_s = (time.step_s - time.network_s) * 0.5 * nodes / hosts  # without the filler rows, on fewer hosts
+    network_s = time.network_s * nodes / (nodes - 1) * (hosts - 1) / hosts
+    assert computing_s == pytest.approx(network_s)
+    alone = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, 8, 1, 10.0)
+    assert alone.scaling.network_shares == alone.scaling.balanced_hosts == {}

@@ -111,11 +111,8 @@ def start(script: Path, line: CommandLine) -> None:
     )
     if not hosts:  # other hosts may have other files
         mistakes.refuse_files(args, recipe, run_folder)
-        if args.devices:
-            import torch
-
-            if warning := mistakes.refuse_devices(args.devices, torch.cuda.device_count()):
-                print(f"warning: {warning}", file=sys.stderr)
+        if args.devices and (warning := mistakes.refuse_devices(args.devices, launch.cuda_devices())):
+            print(f"warning: {warning}", file=sys.stderr)
     if endured.restarts:
         raise typer.Exit(supervised(script, line, hosts, run_folder, endured))
     runner = runner_flags.to_single_host(args, hosts, line.runner)
@@ -127,11 +124,8 @@ def start(script: Path, line: CommandLine) -> None:
 
     # A machine without a GPU trains on its CPU, with one rank unless --devices says otherwise.
     cpu_ranks, devices = None, args.devices
-    if not hosts:
-        import torch
-
-        if not torch.cuda.is_available():
-            cpu_ranks = devices = devices or 1
+    if not hosts and not launch.cuda_devices():
+        cpu_ranks = devices = devices or 1
 
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
@@ -163,8 +157,6 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
         )
     if (args.min_hosts or 1) > max(len(hosts), 1):
         raise ConfigError(f"--min-hosts {args.min_hosts}: the run has {max(len(hosts), 1)}.")
-    import torch
-
     from ds_slm.cluster import supervise
 
     others = [host for host in hosts if not is_this_machine(host.name)]
@@ -172,7 +164,7 @@ def supervised(script: Path, line: CommandLine, hosts: Sequence[Host], run_folde
         supervise.refuse_unfit(others, args.ssh_port)
 
     # A machine without a GPU trains on its CPU, as without a supervisor.
-    cuda = torch.cuda.device_count()
+    cuda = launch.cuda_devices()
     devices = args.devices or cuda or 1
     return supervise.run(
         supervise.Launch(

@@ -39,13 +39,14 @@ def refuse_files(args: argparse.Namespace, recipe: Recipe, run_folder: Path) -> 
     Reads names alone: neither weights nor text.
     """
     from ds_slm.data.shards.prepare import refuse_wrong_sources
-    from ds_slm.publish.models import refuse_no_model
     from ds_slm.run import folder
 
     problems: list[str] = []
     data = args.data_root / schema.recipe_path(args.recipe_name).stem
     attempt(problems, lambda: refuse_wrong_sources(recipe, data, parse_sources(args.source)))
     if args.base is not None:
+        from ds_slm.publish.models import refuse_no_model
+
         attempt(problems, lambda: refuse_no_model(args.base))
         attempt(problems, lambda: folder.refuse_own_base(run_folder, args.base))
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -83,6 +84,15 @@ def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str
         found["DS_ACCELERATOR"] = "cpu"
         found.setdefault("OMP_NUM_THREADS", str(max(own_cores() // cpu_ranks, 1)))
     return found
+
+
+def cuda_devices() -> int:
+    """GPUs that torch shows here. A torch that is built for CPUs alone is not asked: its import takes seconds."""
+    if version("torch").endswith("+cpu"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def own_cores() -> int:

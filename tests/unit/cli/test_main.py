@@ -84,6 +84,22 @@ def test_light_verbs_import_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_launch_does_not_import_a_torch_without_gpus(tmp_path: Path) -> None:
+    """Oracle: sys.modules when DeepSpeed would start, where torch is built for CPUs alone."""
+    script = (
+        "import sys\n"
+        "from ds_slm.cluster import launch\n"
+        "launch.version = lambda package: '2.0+cpu'\n"
+        "launch.run = lambda command, environ, hold_back: sys.exit('torch' in sys.modules)\n"
+        "from ds_slm.cli.main import app\n"
+        "app(['train', 'demo', '--devices', '2'], standalone_mode=False)\n"
+        "sys.exit('launched nothing')\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version() -> None:
     """Oracle: the package's own."""
     assert ds_slm("--version").stdout == f"ds-slm {__version__}\n"

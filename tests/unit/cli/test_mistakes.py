@@ -18,8 +18,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     """Command lines that would have been run, in a folder with a few things that are wrong."""
     commands: list[list[str]] = []
     monkeypatch.setattr(launch, "run", lambda command, environ, hold_back: commands.append(command) or 0)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(launch, "cuda_devices", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.chdir(tmp_path)
 

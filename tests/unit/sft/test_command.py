@@ -118,7 +118,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(runner_flags, "refuse_unreachable", lambda hosts, ssh_port: None)
     monkeypatch.setattr(world, "free_port", lambda: 5)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: "GPU" in os.environ)
+    monkeypatch.setattr(launch, "cuda_devices", lambda: int("GPU" in os.environ))
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()

@@ -11,8 +11,8 @@ The pipe is written in C, so a request is noted also while Python waits for a co
 change nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a
 SIGTERM, and so does that of the `deepspeed` command above it.
 
-Known gap: a vote is taken after a number of micro-batches: the number that fitted into VOTE_EVERY_S in the step before.
-A request waits for a micro-batch that suddenly takes longer.
+Known gap: a vote is taken after a number of micro-batches: the number that fitted into VOTE_EVERY_S two steps before
+(until that is known, after each). A request waits for a micro-batch that suddenly takes longer.
 """
 
 import contextlib

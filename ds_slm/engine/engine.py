@@ -3,6 +3,9 @@
     rows of a step -> micro-batches of this rank -> agree: the weights of all ranks' rows, summed
                    -> forward_backward: gradients add up -> step: clipped and applied
 
+A step has one message of ours: behind its last backward pass every rank says its sums, its request, and what the next
+step's rows hold, which are read by then. So `agree` asks nobody but at the first step of a launch.
+
 The loss of a step is the sum over all its tokens, on all ranks and in all micro-batches, divided by the sum of their
 weights: never a mean of means. DeepSpeed divides by the accumulation steps and averages over ranks, so each
 micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps / sum of the step's weights.
@@ -14,7 +17,7 @@ whether a signal has reached any of them (`Interrupt`), so that all stop or save
 import importlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,36 +114,46 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         self.dtype = devices.DTYPES[recipe.train.precision]
         self._micro_batch_s = 0.0
+        self._announced: tuple[Share | None, list[list[float]]] = None, []
 
         if self.loss_scaler:
             self.loss_scaler.raise_error_at_min_scale = False  # the loop reports it, with the rows
 
     def agree(self, share: Share) -> Totals:
-        """What all ranks' rows add up to, before the first forward. Collective.
+        """What all ranks' rows add up to, before the first forward. Collective, but for what the step before announced.
 
         Raises DataError with every rank's problems on all ranks: one that left alone would keep the others waiting.
         """
-        weight = sum(float(rows.weights.sum()) for rows in share.micro_batches)
-        count = sum(float((rows.weights > 0).sum()) for rows in share.micro_batches)
-        own = torch.tensor([len(share.problems), weight, count, self._micro_batch_s], dtype=torch.float64)
-        problems, weights, counts, durations_s = self._gather(own.to(self.device))
+        announced, said = self._announced
+        if share is not announced:
+            said = self._gather(torch.tensor(self._described(share), dtype=torch.float64).to(self.device))
+        problems, weights, counts, durations_s = said
         if any(problems):
             raise_on_all(self.control, share.problems, AgreedDataError)
         return Totals(sum(weights), sum(counts), micro_batches_per_vote(max(durations_s)))
 
-    def forward_backward(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
+    def forward_backward(
+        self, micro_batches: Sequence[Rows], totals: Totals, following: Callable[[], Share | None] = lambda: None
+    ) -> Sums:
         """Add up the gradients of a step's rows; `step` applies them. All ranks pass the same number of micro-batches.
 
-        Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
+        Args:
+            micro_batches: this rank's rows of the step.
+            totals: what all ranks agreed on.
+            following: this rank's share of the next step, None where none follows; called behind the last backward.
+
+        Raises:
+            Stopped: on all ranks after the same micro-batch, where a signal asks for the end.
         """
         begin_s = time.perf_counter()
 
         # So that the summed objective / weight = mean of nll, by weight, + z_loss * mean of z^2, by count.
         z_scale = self.recipe.train.z_loss * totals.weight / totals.count
         objective_scale = self.control.world_size * self.engine_config.accumulation_steps / totals.weight
-        self.deepspeed.train()
+        if not self.deepspeed.module.training:  # after an evaluation: telling every module takes a while
+            self.deepspeed.train()
 
-        nll, z2 = torch.zeros(2, dtype=torch.float64, device=self.device)
+        own: list[Tensor] = []
         for index, rows in enumerate(micro_batches):
             if index:
                 self.deepspeed.step()  # between micro-batches it only counts
@@ -149,10 +162,12 @@ class Engine:
             self.deepspeed.backward(sums.objective * objective_scale)
             vote.wait()
             pulse.beat()
-            nll, z2 = nll + sums.nll, z2 + sums.z2
+            own += sums.nll, sums.z2
 
-        nll_by_rank, z2_by_rank = self._gather_sums(nll, z2)
+        # One message, and the one time that this step waits for its device: what is not finite must not be applied.
+        nll_by_rank, z2_by_rank = self._gather_sums(torch.stack(own).double().view(-1, 2).sum(0), following())
         self._micro_batch_s = (time.perf_counter() - begin_s) / len(micro_batches)
+
         pairs = zip(nll_by_rank, z2_by_rank, strict=True)
         nonfinite = tuple(rank for rank, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
         return Sums(sum(nll_by_rank), totals.weight, sum(z2_by_rank), totals.count, nonfinite)
@@ -170,7 +185,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping. Waits for the device to be done with the step."""
         return float(self.deepspeed.get_global_grad_norm())
 
     def layer_norms(self) -> dict[str, float]:
@@ -188,10 +203,6 @@ class Engine:
         """fp16's dynamic loss scaler; None in other precisions."""
         return self.deepspeed.optimizer.loss_scaler if self.recipe.train.precision == "fp16" else None
 
-    def synchronise(self) -> None:
-        """Wait for the device: a clock read earlier says when its work was handed over, not when it was done."""
-        devices.accelerator().synchronize()
-
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
         """Sums over held-out rows. All ranks pass the same number of micro-batches.
@@ -205,7 +216,7 @@ class Engine:
             own += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
             self._start_vote(index, micro_batches, totals).wait()
             pulse.beat()
-        nll, weight, z2, count = map(sum, self._gather_sums(*own))
+        nll, weight, z2, count = map(sum, self._gather_sums(own))
         return Sums(nll, weight, z2, count)
 
     @contextmanager
@@ -234,10 +245,22 @@ class Engine:
         assert weights is not None
         return ids[:, :-1], ids[:, 1:], weights, documents
 
-    def _gather_sums(self, *own: Tensor) -> list[list[float]]:
-        """Each sum's values on all ranks; their requests go along: Stopped or ReplacedByNewerLaunch may be raised."""
-        request = torch.tensor([int(self.interrupt.request)], dtype=torch.float64).to(self.device)
-        *sums, requests = self._gather(torch.cat([torch.stack(own), request]))
+    def _described(self, share: Share | None) -> list[float]:
+        """What a rank says of its rows before the first forward; zeros where there are none."""
+        if share is None:
+            return [0.0, 0.0, 0.0, 0.0]
+        return [len(share.problems), share.weight, share.count, self._micro_batch_s]
+
+    def _gather_sums(self, own: Tensor, following: Share | None = None) -> list[list[float]]:
+        """Each sum's values on all ranks; what they say of the next step's rows is kept for `agree`.
+
+        All ranks' requests go along: Stopped or ReplacedByNewerLaunch may be raised.
+        """
+        beside = torch.tensor([int(self.interrupt.request), *self._described(following)], dtype=torch.float64)
+        gathered = self._gather(torch.cat([own, beside.to(self.device, non_blocking=True)]))
+        sums, (requests, *said) = gathered[: len(own)], gathered[len(own) :]
+        if following is not None:
+            self._announced = following, said
         self.interrupt.act_on(Request(int(max(requests))))
         return sums
 

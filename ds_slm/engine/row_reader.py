@@ -12,7 +12,7 @@ Known gap: the rows of two steps lie in memory at a time.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,9 @@ from ds_slm.recipe.ds_config import EngineConfig
 
 ALIGNMENT = 64
 """Bytes: where an array may begin in a buffer."""
+
+Hold = Callable[[list[Rows]], list[Rows]]
+"""The same rows in memory that they are used from."""
 
 
 class RowSource(Protocol):
@@ -73,6 +76,15 @@ class Share:
     micro_batches: list[Rows]
     problems: list[str]
     """Why rows could not be read; there are no micro-batches then."""
+    weight: float = field(init=False)
+    """Sum of the loss weights of its targets."""
+    count: float = field(init=False)
+    """Its targets of a weight above 0."""
+
+    def __post_init__(self) -> None:
+        weights = [rows.weights for rows in self.micro_batches]
+        object.__setattr__(self, "weight", sum(float(one.sum()) for one in weights))
+        object.__setattr__(self, "count", sum(float(np.count_nonzero(one > 0)) for one in weights))
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class RowReader:
             on_gpu: whether rows are put into page-locked memory.
         """
         self._source, self._control, self._config, self._skipped = source, control, engine_config, skipped
-        self._hold: Callable[[list[Rows]], list[Rows]] = PageLocked().hold if on_gpu else lambda rows: rows
+        self._hold: Hold = PageLocked().hold if on_gpu else lambda rows: rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[int, Future[StepRows]] | None = None
 
@@ -124,6 +136,15 @@ class RowReader:
             self._ahead = rows.next_position, self._thread.submit(self._read_step, rows.next_position)
         return rows
 
+    def following(self) -> Share | None:
+        """This rank's share of the next step, once it is read; None where none follows, or where reading it failed.
+
+        A failure is raised where the rows are used.
+        """
+        if self._ahead is None or self._ahead[1].exception() is not None:
+            return None
+        return self._ahead[1].result().share
+
     def held_out(self, limit: int | None, split: Split) -> Share:
         """Held-out rows: always the same `limit` ones, or all."""
         return self._thread.submit(lambda: self._read_share(self._source.val_row_ids(limit), split)).result()
@@ -139,16 +160,17 @@ class RowReader:
     def _read_step(self, position: int) -> StepRows:
         begin, rows = draw(self._source, position, self._skipped)
         row_ids = list(rows.values())
-        found = self._read_share(row_ids, "train", self._config.accumulation_steps)
-        held = Share(self._hold(found.micro_batches), found.problems)
-        return StepRows(begin, self._source.next_position(begin), rows, held, self._source.describe(row_ids))
+        own = self._read_share(row_ids, "train", self._config.accumulation_steps, self._hold)
+        return StepRows(begin, self._source.next_position(begin), rows, own, self._source.describe(row_ids))
 
-    def _read_share(self, row_ids: Sequence[RowId], split: Split, count: int = 0) -> Share:
+    def _read_share(
+        self, row_ids: Sequence[RowId], split: Split, count: int = 0, hold: Hold = lambda rows: rows
+    ) -> Share:
         """This rank's micro-batches, filled up to `count`: a short last step has the same number of forwards."""
         shares = share(row_ids, self._control.rank, self._control.world_size, self._config.micro_batch)
         shares += [[None] * len(shares[0])] * (count - len(shares))
         try:
-            return Share([self._source.read(ids, split) for ids in shares], [])
+            return Share(hold([self._source.read(ids, split) for ids in shares]), [])
         except DataError as error:
             return Share([], error.problems)
 

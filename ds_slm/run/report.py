@@ -68,6 +68,11 @@ class Report:
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
         self.bar = self._progress_bar(first_step) if terminal and terminal.isatty() else None
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether a record goes anywhere: not on most ranks."""
+        return self.records is not None or self.terminal is not None
+
     def was_recorded(self, kind: str, step: int) -> bool:
         """Whether an earlier launch left such a record of this step here. False on hosts that keep none."""
         return self.records is not None and self.records.were_made(kind, step)

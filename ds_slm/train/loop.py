@@ -120,7 +120,7 @@ def take_step(run: Run) -> None:
     # Forward and backward, until an optimiser step is applied.
     while True:
         loss_scale = scaler.cur_scale if scaler else None
-        sums = engine.forward_backward(step_rows.share.micro_batches, totals)
+        sums = engine.forward_backward(step_rows.share.micro_batches, totals, run.reader.following)
         guard.refuse_nonfinite(run, sums, step_rows)
         if engine.step(rate, show_layers):
             break
@@ -128,16 +128,21 @@ def take_step(run: Run) -> None:
 
     ledger = extend_ledger(state.ledger, step_rows.row_ids.values())
     run.state = state.after(step_rows.next_position, int(sums.count), ledger)
-    engine.synchronise()
     pulse.beat(run.state.step)
-    record_step(run, sums, rate, clock.elapsed_s(), step_rows.contents)
+    record_step(run, sums, rate, clock, step_rows.contents)
     if show_layers:
         run.report.record("layers", run.state.step, engine.layer_norms())
 
 
-def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapping[str, int]) -> None:
-    """The record of an applied step."""
+def record_step(run: Run, sums: Sums, rate: float, clock: StepClock, contents: Mapping[str, int]) -> None:
+    """The record of an applied step, on ranks where it goes anywhere."""
+    if not run.report.is_heard:
+        return
     recipe, state = run.recipe, run.state
+
+    # The norm is there once the device has taken the step: only then the clock is read.
+    grad_norm = run.engine.grad_norm
+    step_s = clock.elapsed_s()
 
     # Fine-tuning counts its real tokens, all but padding; of those only the answers are targets.
     tokens_per_s = contents.get("real", sums.count) / step_s
@@ -150,7 +155,7 @@ def record_step(run: Run, sums: Sums, rate: float, step_s: float, contents: Mapp
         "loss": sums.loss,
         "z_loss": recipe.train.z_loss * sums.mean_z2,
         "lr": rate,
-        "grad_norm": run.engine.grad_norm,
+        "grad_norm": grad_norm,
         "tokens_per_s": tokens_per_s,
         "mfu": flops_per_s / peak if peak else None,
         "step_s": step_s,

@@ -40,6 +40,8 @@ def process_group() -> Iterator[Control]:
 class Records:
     """A report that keeps the records."""
 
+    is_heard = True
+
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 

@@ -1,5 +1,7 @@
 """What a step asks of its device and of the other ranks, with a real engine of one rank in this process."""
 
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_slm.data.rows import Rows
 from ds_slm.distributed import stop
@@ -36,14 +39,81 @@ def run(control: Control, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     run.reader.close()
 
 
-def test_a_step_waits_for_its_device_once(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: calls of the accelerator's `synchronize`, in a step of seven micro-batches: where the clock is read."""
+class Transfers(TorchDispatchMode):
+    """Whose code, ours or DeepSpeed's, made the host read a tensor's value: function names, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.ours: list[str] = []
+        whole = torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (self.note(), whole(tensor))[1])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.note()
+        return func(*args, **(kwargs or {}))
+
+    def note(self) -> None:
+        for frame, _ in traceback.walk_stack(sys._getframe()):
+            package = frame.f_globals.get("__name__", "").partition(".")[0]
+            if package in ("ds_slm", "deepspeed"):
+                if package == "ds_slm":
+                    self.ours.append(frame.f_code.co_name)
+                return
+
+
+@pytest.mark.parametrize(("is_heard", "waits"), [(True, ["_gather", "grad_norm"]), (False, ["_gather"])])
+def test_a_step_waits_once_for_its_device_and_for_its_record(
+    run: loop.Run, monkeypatch: pytest.MonkeyPatch, is_heard: bool, waits: list[str]
+) -> None:
+    """Oracle: every value that our code reads off a tensor in a step of seven micro-batches, and the accelerator's
+    `synchronize`: the message before the optimiser, and the norm where a record takes it; nothing else.
+    """
     from deepspeed.accelerator import get_accelerator
 
-    calls = []
-    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: calls.append("waited"))
-    loop.take_step(run)
-    assert len(calls) == 1
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: pytest.fail("it waited"))
+    monkeypatch.setattr(run.report, "is_heard", is_heard)
+    step = run.state.step
+    with Transfers(monkeypatch) as transfers:
+        loop.take_step(run)
+    assert transfers.ours == waits
+    assert run.state.step == step + 1
+
+
+def test_transfers_are_seen(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: three more reads of a value in our own code, by the three ways there are."""
+    agree = run.engine.agree
+
+    def reads_more(share: Share) -> Totals:
+        for read in (float, bool, torch.Tensor.item):
+            exec(compile("read(one)", "", "eval"), {"__name__": "ds_slm.test", "read": read, "one": torch.ones(())})
+        return agree(share)
+
+    monkeypatch.setattr(run.engine, "agree", reads_more)
+    with Transfers(monkeypatch) as transfers:
+        loop.take_step(run)
+    assert transfers.ours == ["<module>"] * 3 + ["_gather", "grad_norm"]
+
+
+def test_a_step_has_one_message(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: this rank's messages, of two ranks that say the same: the first step's rows, then one a step.
+
+    An evaluation between two steps has its own, and the step behind it knows its rows all the same.
+    """
+    ranks = as_ranks(run, monkeypatch, 2, lambda rank, own: own)
+    monkeypatch.setattr(run.engine, "_announced", (None, []))
+    monkeypatch.setattr(run, "stop_at_step", run.state.step + 3)
+
+    def take() -> float:
+        before = ranks.gathered
+        loop.take_step(run)
+        return ranks.gathered - before
+
+    assert [take(), take()] == [2, 1]
+    held_out = run.reader.held_out(3, "val")
+    run.engine.evaluate(held_out.micro_batches, run.engine.agree(held_out))
+    assert take() == 1
+    assert run.reader.following() is None
 
 
 def test_making_an_engine_sends_no_weights(control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +177,32 @@ def test_any_ranks_problem_with_its_rows_is_raised_here(run: loop.Run, monkeypat
     assert error.value.problems == ["host0: ours", "host1: theirs"]
 
 
+def test_a_problem_with_the_next_rows_is_raised_behind_this_step(
+    run: loop.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the other of two ranks cannot read its next rows: this step is applied, the next one raises that here."""
+
+    def others(rank: int, own: torch.Tensor) -> torch.Tensor:
+        return torch.cat([own[:-4], torch.tensor([1, 0, 0, 0], dtype=torch.float64)])
+
+    ranks = as_ranks(run, monkeypatch, 2, others)
+    rows = run.reader.of_step(run.state.position, another_follows=True).share
+    run.engine.forward_backward(rows.micro_batches, Totals(224.0, 224.0, 100), run.reader.following)
+    assert run.engine.step(0.0)
+
+    following = run.reader.following()
+    assert following is not None and not following.problems
+    with pytest.raises(DataError) as error:
+        run.engine.agree(following)
+    assert error.value.problems == ["host1: theirs"] and ranks.gathered == 1
+
+
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_another_ranks_wish_comes_with_its_sums(run: loop.Run, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     """Oracle: one message behind the last micro-batch; SAVE is noted, STOP raised, none changes nothing."""
 
     def requests(request: Request) -> Any:
-        return lambda rank, own: torch.cat([own[:-1], torch.tensor([float(request)], dtype=torch.float64)])
+        return lambda rank, own: torch.cat([own[:-5], torch.tensor([float(request), 0, 0, 0, 0], dtype=torch.float64)])
 
     rows = run.reader.of_step(0, another_follows=False).share.micro_batches
     totals = Totals(224.0, 224.0, 100)
@@ -187,8 +277,9 @@ def test_the_ledger_is_that_of_rows_read_one_by_one(control: Control, run: loop.
 
     position, ledger = 0, ""
     report: Any = run.report
-    for record in report.records:
+    recorded = {record["step"]: record["ledger"] for record in report.records}
+    for step in range(1, run.state.step + 1):
         ledger = extend_ledger(ledger, run.rows.row_ids(position))
         position = run.rows.next_position(position)
-        assert record["ledger"] == ledger
-    assert (position, ledger) == (run.state.position, run.state.ledger)
+        assert recorded.get(step, ledger) == ledger
+    assert (position, ledger) == (run.state.position, run.state.ledger) and len(recorded) > 4

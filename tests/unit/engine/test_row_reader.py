@@ -110,6 +110,29 @@ def test_rows_that_cannot_be_read_are_told_where_they_are_used(error: Exception)
     rows.close()
 
 
+def test_the_share_that_follows_is_that_of_the_next_step() -> None:
+    """Oracle: the very object that the next step is given; its sums by hand; None where none follows or reading failed.
+
+    Problems of the data are the share's, on the way to all ranks; a failure of another kind is raised where it is used.
+    """
+    rows = reader(Source(bad=[9]), rank=1)
+    rows.of_step(0, another_follows=True)
+    following = rows.following()
+    assert following is not None and (following.weight, following.count) == (4.0, 4.0)
+    assert rows.of_step(4, another_follows=True).share is following
+
+    damaged = rows.following()
+    assert damaged is not None and (damaged.problems, damaged.weight) == (["row 9 is damaged"], 0.0)
+    rows.of_step(8, another_follows=False)
+    assert rows.following() is None
+    rows.close()
+
+    rows = reader(Source(bad=[9], error=OSError(5, "Input/output error")), rank=1)
+    rows.of_step(4, another_follows=True)
+    assert rows.following() is None
+    rows.close()
+
+
 def test_skipped_rows_leave_a_shorter_step_or_none() -> None:
     """Oracle: by hand: rows 2 to 9 left out: two rows at 0, none at 4, two at 8."""
     rows = reader(Source(), world_size=1, skipped=((2, 10),))

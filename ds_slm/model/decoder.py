@@ -334,7 +334,7 @@ class Decoder(nn.Module):
         target_ids_BT: Tensor | None = None,
         weights_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        z_scale: float | Tensor = 0.0,
+        z_scale: float = 0.0,
         cache: KVCache | None = None,
         continuations: Continuations | None = None,
         document_count: int | None = None,

@@ -54,7 +54,7 @@ def chunked_loss(
     head_weight_VD: Tensor,
     targets_N: Tensor,
     weights_N: Tensor,
-    z_scale: float | Tensor = 0.0,
+    z_scale: float = 0.0,
     chunk_tokens: int | None = None,
     compiled: bool = False,
 ) -> LossSums:
@@ -121,7 +121,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head_weight_VD: Tensor,
         targets_N: Tensor,
         weights_N: Tensor,
-        z_scale: float | Tensor,
+        z_scale: float,
         chunk_tokens: int,
         needs_grad: bool,
         compiled: bool,
@@ -138,7 +138,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if padding := -vocab_size % ALIGNMENT[hidden_ND.device.type]:
             matrix_VD = F.pad(matrix_VD, (0, 0, 0, padding))
 
-        z_scale_1 = torch.as_tensor(z_scale, dtype=torch.float32, device=hidden_ND.device)
+        z_scale_1 = hidden_ND.new_full((), z_scale, dtype=torch.float32)  # a copy from the host would wait for a GPU
         from_logits = _compiled() if compiled else _from_logits
 
         nll = hidden_ND.new_zeros((), dtype=torch.float32)

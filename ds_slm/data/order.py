@@ -28,6 +28,8 @@ import numpy as np
 Integers = TypeVar("Integers", int, np.uint64, np.ndarray)
 LastBatch = Literal["wrap", "keep", "drop"]
 
+BLOCK = 1024
+"""Positions whose rows are computed at once, as arrays: of one alone Python would take ten times as long."""
 FEISTEL_ROUNDS = 6
 _MASK_64 = (1 << 64) - 1
 
@@ -40,22 +42,25 @@ class RowId(NamedTuple):
     row: int
 
 
-def permute(seed: int, epoch: int, index: int, count: int) -> int:
-    """The row at place `index` of an epoch: a seeded bijection on range(count), another one in each epoch."""
-    assert 0 <= index < count, (index, count)
+def permute(seed: int, epochs: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+    """The rows, uint64 [N], at places [N] of epochs [N]: a seeded bijection on range(count), another in each epoch."""
     bits = max((count - 1).bit_length(), 2)
     low_bits = bits // 2
-    keys = _round_keys(seed, epoch)
-    while True:
-        # Walk until the place lies in the range: at most half of the 2^bits places lie outside (of a count of 1 three
-        # quarters), so two rounds are enough on average.
-        index = _feistel(index, bits - low_bits, low_bits, keys)
-        if index < count:
-            return index
+    each, index = np.unique(epochs, return_inverse=True)
+    keys = np.array([_round_keys(seed, int(epoch)) for epoch in each], np.uint64)[index].T
+
+    # Walk until a place lies in the range: at most half of the 2^bits places lie outside (of a count of 1 three
+    # quarters), so two rounds are enough on average.
+    rows, outside = places.astype(np.uint64), np.arange(len(places))
+    while len(outside):
+        rows[outside] = _feistel(rows[outside], bits - low_bits, low_bits, keys[:, outside])
+        outside = outside[rows[outside] >= count]
+    return rows
 
 
-def _feistel(value: int, high_bits: int, low_bits: int, keys: tuple[int, ...]) -> int:
-    high, low = value >> low_bits, value & ((1 << low_bits) - 1)
+def _feistel(values: np.ndarray, high_bits: int, low_bits: int, keys: np.ndarray) -> np.ndarray:
+    """Values [N], uint64, after the rounds of their keys [rounds, N]."""
+    high, low = values >> low_bits, values & ((1 << low_bits) - 1)
     # In each round the halves change places, and their widths with them.
     for key in keys:
         high, low = low, high ^ (splitmix64(low ^ key) & ((1 << high_bits) - 1))
@@ -87,14 +92,23 @@ class Order:
         self._rows = list(rows_per_source)
         self._seeds = [_source_seed(seed, source) for source in range(len(weights))]
         self._pattern = _mix_pattern(self._weights)
+        self._block = lru_cache(maxsize=8)(self._rows_of_block)
 
     def sample(self, index: int) -> RowId:
         """The row at global position `index`."""
-        cycle, slot = divmod(index, len(self._pattern))
-        source, draws_before = self._pattern[slot]
-        draw = cycle * self._weights[source] + draws_before
-        epoch, place = divmod(draw, self._rows[source])
-        return RowId(source, epoch, permute(self._seeds[source], epoch, place, self._rows[source]))
+        return self._block(index // BLOCK)[index % BLOCK]
+
+    def _rows_of_block(self, number: int) -> list[RowId]:
+        cycles, slots = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK), len(self._pattern))
+        sources, draws_before = np.array(self._pattern)[slots].T
+        draws = cycles * np.array(self._weights)[sources] + draws_before
+        epochs, places = np.divmod(draws, np.array(self._rows)[sources])
+
+        rows = np.empty(BLOCK, np.uint64)
+        for source, (seed, count) in enumerate(zip(self._seeds, self._rows, strict=True)):
+            own = sources == source
+            rows[own] = permute(seed, epochs[own], places[own], count)
+        return list(map(RowId, sources.tolist(), epochs.tolist(), rows.tolist()))
 
     @property
     def epoch_rows(self) -> int:

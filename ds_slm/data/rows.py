@@ -13,7 +13,6 @@ published recipes do, so `document_ids` is None here; packed rows of fine-tuning
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -145,23 +144,30 @@ class PretrainRows:
         for place, row_id in enumerate(row_ids):
             if row_id is not None:
                 self._fill(token_ids[place], weights[place], row_id, split)
+
+        if token_ids.max() >= self._prepared.vocab_size:
+            self._refuse_id(row_ids, token_ids, split)
         return Rows(token_ids, weights)
 
     def _fill(self, token_ids: np.ndarray, weights: np.ndarray, row_id: RowId, split: Split) -> None:
-        tokens = self._tokens[split][row_id.source]
-        begin = row_id.row * self._seq_len - (split == "val")  # a held-out row starts with its context
-        ids = tokens[max(begin, 0) : begin + self._seq_len + 1]
-        if ids.max() >= self._prepared.vocab_size:
-            self._refuse_id(ids, *tokens.place(max(begin, 0)))
+        begin = self._begin(row_id, split)
+        ids = self._tokens[split][row_id.source][max(begin, 0) : begin + self._seq_len + 1]
         skip = int(begin < 0)
         token_ids[:skip] = self._prepared.eos_id
         token_ids[skip : skip + len(ids)] = ids
         weights[: skip + len(ids) - 1] = 1.0
 
-    def _refuse_id(self, ids: np.ndarray, path: Path, begin: int) -> None:
-        place = int(ids.argmax())
+    def _begin(self, row_id: RowId, split: Split) -> int:
+        """Where a row's tokens begin in its source; a held-out row starts with its context."""
+        return row_id.row * self._seq_len - (split == "val")
+
+    def _refuse_id(self, row_ids: Sequence[RowId | None], token_ids: np.ndarray, split: Split) -> None:
+        row, column = np.argwhere(token_ids >= self._prepared.vocab_size)[0].tolist()
+        row_id = row_ids[row]
+        assert row_id is not None, "padding is in the vocabulary"
+        path, place = self._tokens[split][row_id.source].place(self._begin(row_id, split) + column)
         raise DataError(
-            f"{path} holds id {ids[place]} at position {begin + place}, beyond the vocabulary of "
+            f"{path} holds id {token_ids[row, column]} at position {place}, beyond the vocabulary of "
             f"{self._prepared.vocab_size}: it is damaged or of another tokenizer; remove {self._prepared.folder} and "
             "prepare again."
         )

@@ -40,7 +40,7 @@ class Tokens:
     def __init__(self, paths: list[Path], dtype: np.dtype) -> None:
         """Opens the files; reads nothing of them."""
         self._paths = paths
-        self._maps = [np.memmap(path, dtype, mode="r") for path in paths]
+        self._maps = [np.memmap(path, dtype, mode="r").view(np.ndarray) for path in paths]  # memmap's slices are slow
         self._ends = list(accumulate(len(shard) for shard in self._maps))
 
     def __len__(self) -> int:

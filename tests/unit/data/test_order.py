@@ -6,17 +6,68 @@ from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_slm.data.order import LastBatch, Order, RowId, extend_ledger, next_step_position, permute, step_at, step_row_ids
+from ds_slm.data.order import (
+    LastBatch,
+    Order,
+    RowId,
+    extend_ledger,
+    next_step_position,
+    permute,
+    splitmix64,
+    step_at,
+    step_row_ids,
+)
+
+
+def permuted(seed: int, epoch: int, count: int, first: int | None = None) -> list[int]:
+    """The rows at the first places of an epoch, or at all."""
+    places = np.arange(first or count)
+    return permute(seed, np.full(len(places), epoch), places, count).tolist()
+
+
+def by_hand(seed: int, epoch: int, place: int, count: int) -> int:
+    """One row's, in whole numbers without an array: walk until it lies in the range."""
+    bits = max((count - 1).bit_length(), 2)
+    digest = hashlib.blake2b(f"ds_slm order {seed} {epoch}".encode(), digest_size=48).digest()
+    while True:
+        low_bits, high_bits = bits // 2, bits - bits // 2
+        high, low = place >> low_bits, place % 2**low_bits
+        for number in range(6):
+            key = int.from_bytes(digest[8 * number : 8 * number + 8], "little")
+            high, low = low, high ^ splitmix64(low ^ key) % 2**high_bits
+            high_bits, low_bits = low_bits, high_bits
+        place = (high << low_bits) + low
+        if place < count:
+            return place
+
+
+@given(seed=st.integers(0, 2**64), count=st.integers(1, 10**12), places=st.lists(st.integers(0, 10**12), min_size=1))
+def test_rows_of_many_epochs_at_once_are_those_of_each(seed: int, count: int, places: list[int]) -> None:
+    """Oracle: `by_hand`: Python's whole numbers, one row at a time."""
+    found = permute(seed, np.arange(len(places)) % 3, np.array(places) % count, count)
+    assert found.tolist() == [by_hand(seed, at % 3, place % count, count) for at, place in enumerate(places)]
+
+
+def test_the_order_knows_no_blocks() -> None:
+    """Oracle: rows beside the border of two blocks: of an order that begins there, and of one that came to it."""
+    places = [*range(1020, 1030), 10**12]
+    along = Order(3, [7, 10**9], [2, 3])
+    passed = [along.sample(place) for place in range(2100)]
+    for place in places:
+        alone = Order(3, [7, 10**9], [2, 3]).sample(place)
+        assert alone == along.sample(place) and all(type(one) is int for one in alone)
+        assert place > 2100 or passed[place] == alone
 
 
 @given(seed=st.integers(0, 2**64), epoch=st.integers(0, 9), count=st.integers(1, 700))
 def test_permutation_is_a_bijection(seed: int, epoch: int, count: int) -> None:
     """Oracle: the set of all rows."""
-    assert sorted(permute(seed, epoch, index, count) for index in range(count)) == list(range(count))
+    assert sorted(permuted(seed, epoch, count)) == list(range(count))
 
 
 def test_permutation_shuffles() -> None:
@@ -24,11 +75,7 @@ def test_permutation_shuffles() -> None:
     and seed has its own.
     """
     count = 5_000
-    orders = {
-        (seed, epoch): tuple(permute(seed, epoch, index, count) for index in range(count))
-        for seed in (1, 2)
-        for epoch in (0, 1)
-    }
+    orders = {(seed, epoch): tuple(permuted(seed, epoch, count)) for seed in (1, 2) for epoch in (0, 1)}
     assert len(set(orders.values())) == 4
     for order in orders.values():
         assert sum(row == index for index, row in enumerate(order)) < 8
@@ -41,7 +88,7 @@ def test_permutation_needs_no_table() -> None:
     """Oracle: rows of a corpus of 10 trillion tokens, at once; at least 20,000 a second on any machine."""
     count = 10**10
     begin_s = time.process_time()
-    rows = [permute(7, 0, index, count) for index in range(2_000)]
+    rows = permuted(7, 0, count, first=2_000)
     assert time.process_time() - begin_s < 0.1 * 5
     assert len(set(rows)) == len(rows) and all(0 <= row < count for row in rows)
 
@@ -103,11 +150,9 @@ def test_last_batch(last_batch: str, lengths: list[int], beginnings: list[int]) 
 @given(total_rows=st.integers(5, 40), rows_per_step=st.integers(1, 5))
 def test_step_of_a_position(last_batch: LastBatch, total_rows: int, rows_per_step: int) -> None:
     """Oracle: taking the steps one after the other until one has the position."""
-    position = 0
+    position, order = 0, Order(0, [total_rows], [1])
     for step in range(1, 30):
-        for taken in range(
-            len(step_row_ids(Order(0, [total_rows], [1]), position, rows_per_step, last_batch, total_rows))
-        ):
+        for taken in range(len(step_row_ids(order, position, rows_per_step, last_batch, total_rows))):
             assert step_at(position + taken, rows_per_step, last_batch, total_rows) == step
         position = next_step_position(position, rows_per_step, last_batch, total_rows)
 

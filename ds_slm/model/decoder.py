@@ -257,7 +257,7 @@ class Backbone(nn.Module):
             return self.positions_of(*packed(document_ids_BT))
 
         count = int(starts_BT.sum()) if count is None else count
-        if form == "each" and kernels.SHORT_DOCUMENTS * count > B * T * T:
+        if form == "each" and not kernels.calls_pay(self.shape.num_attention_heads, T, B * T / count):
             return self.positions_of(*packed(document_ids_BT))
         return self.positions_of(documents.positions_of(starts_BT), None, documents.offsets_of(starts_BT, count))
 

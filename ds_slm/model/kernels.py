@@ -30,9 +30,9 @@ PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
 Either form runs on every CPU, so the arithmetic of another kind of CPU can be tried here; `native` without the
 instructions takes torch's reference loops."""
 
-SHORT_DOCUMENTS = 3_072
-"""On a CPU: tokens of a row times tokens of its mean document. Below, a mask is faster than a call a document: at 256
-tokens a row, documents of fewer than 12."""
+CALL_SCORES = 25_000
+"""On a CPU: a call a document is faster than a mask where it saves so many scores of queries and keys, on average: at 8
+heads and 256 tokens a row, documents of 13 tokens; at 4 heads and 128 tokens, nearly none. Measured, not derived."""
 
 
 def multiplies(device_type: str, dtype: torch.dtype) -> bool:
@@ -99,7 +99,7 @@ class PackedForm(NamedTuple):
 
 
 def packed_form(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> PackedForm:
-    """The fastest form that the device, this PyTorch and the model allow; on a CPU, but for SHORT_DOCUMENTS."""
+    """The fastest form that the device, this PyTorch and the model allow; on a CPU, where `calls_pay`."""
     device_type = torch.device(device).type
     if device_type == "cpu":
         return PackedForm("each")
@@ -110,6 +110,11 @@ def packed_form(device: torch.device | str, dtype: torch.dtype, head_dim: int) -
     if not _varlen_takes_groups():
         return PackedForm("mask", f"torch {torch.__version__} has no varlen_attn for grouped queries: 2.12 has it")
     return PackedForm("varlen")
+
+
+def calls_pay(heads: int, tokens: int, mean_length: float) -> bool:
+    """Whether a CPU should take documents of this mean length one by one, in rows of `tokens`, instead of a mask."""
+    return heads * mean_length * (tokens - mean_length / 2) > CALL_SCORES
 
 
 @lru_cache
@@ -154,7 +159,7 @@ def _attention_name(device: torch.device | str, dtype: torch.dtype, packed_head_
     form = packed_form(device, dtype, packed_head_dim)
     return {
         "varlen": "varlen_attn of all documents in packed rows",
-        "each": "scaled_dot_product_attention of each document in packed rows",
+        "each": "scaled_dot_product_attention of each document in packed rows, or a mask where they are short",
         "mask": f"scaled_dot_product_attention, dense mask of packed rows ({form.why})",
     }[form.name]
 

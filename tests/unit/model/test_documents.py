@@ -60,7 +60,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
         monkeypatch.setattr(
             kernels, "attend_each", lambda q, k, v, offsets_C: documents.attend_varlen(q, k, v, offsets_C)
         )
-    return lambda yes: monkeypatch.setattr(kernels, "SHORT_DOCUMENTS", 0 if yes else 1 << 40)
+    return lambda yes: monkeypatch.setattr(kernels, "CALL_SCORES", 0 if yes else 1 << 40)
 
 
 def gradients(model: Decoder, document_ids_BT: Tensor) -> dict[str, Tensor]:
@@ -170,13 +170,13 @@ def test_offsets_are_the_runs_and_then_empty_documents() -> None:
 
 
 def test_many_short_documents_are_masked_on_a_cpu() -> None:
-    """Oracle: SHORT_DOCUMENTS, as measured: at 256 tokens a row, documents of fewer than 12."""
+    """Oracle: the border as measured, with 4 heads and 256 tokens a row between 24 and 32 tokens a document."""
     model = decoder.build(schema.Model(**(SMALL | {"max_position_embeddings": 256})), 0).model
     masked = {
         length: model.packed_positions(torch.arange(256).expand(2, -1) // length, None).mask_BTS is not None
-        for length in (4, 10, 13, 256)
+        for length in (4, 24, 32, 256)
     }
-    assert masked == {4: True, 10: True, 13: False, 256: False}
+    assert masked == {4: True, 24: True, 32: False, 256: False}
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def main() -> int:
             continue
         if not path.exists():
             measured = measure(case, out, args.set)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(measured, indent=2) + "\n")
             print(json.dumps(measured), flush=True)
         found.append((case, json.loads(path.read_text())))

@@ -98,7 +98,7 @@ class Engine:
 
         # The process group is there already: process_group.connect() made it. DeepSpeed would send rank 0's weights to
         # all ranks, but these have no values yet: checkpoint/resume.py gives every rank its own, and checks them.
-        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda engine: None):
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda engine: None, create=True):
             self.deepspeed: Any = deepspeed.initialize(
                 model=model,
                 optimizer=build_optimizer(model, recipe.optimizer),

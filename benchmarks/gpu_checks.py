@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from benchmarks.tiny_runs import free_port
 from ds_slm.errors import DataError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = Path(sys.executable).parent
+PROGRAMS = Path(sysconfig.get_path("scripts"))
 DEMO = "demo"
 LOSS_TOLERANCE = 5e-3
 """Relative, of the first steps' losses on a GPU and on a CPU, both in bf16."""

@@ -5,11 +5,11 @@ import os
 import random
 import socket
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
+BIN = Path(sysconfig.get_path("scripts"))
 
 SHAPE = """
 hidden_size = 32

@@ -24,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from ds_slm.recipe.schema import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_STAGE = 1
 ZERO_CONFIG = ROOT / "ds_configs" / f"zero{ZERO_STAGE}.json"
-PROGRAMS = Path(sys.executable).parent
+PROGRAMS = Path(sysconfig.get_path("scripts"))
 SIDES = ("ours", "trainer", "trainer-ds", "bare")
 ACCUMULATIONS = (1, 4)
 TABLE_WIDTH = 130

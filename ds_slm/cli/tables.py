@@ -1,6 +1,7 @@
 """Tables for people: what the verbs print without --json. Plain text: rich takes as long to import as Python itself."""
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 WORDS = ("published", "ours")
 """Columns whose cells begin at the left, as those of a table's first column do."""
 GAP = "  "
-WIDTH = 140
-"""Of a table that is not printed on a terminal, at most."""
 LEAST_WIDTH = 20
 """Of a last column that is wrapped."""
 
@@ -196,10 +195,11 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     names = rows[0]
     *widths, last = (max(map(len, column)) for column in zip(*rows, strict=True))
     margin = sum(widths) + len(GAP) * len(widths)
-    last = min(last, max(LEAST_WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns - margin))
+    if sys.stdout.isatty():
+        last = min(last, max(LEAST_WIDTH, len(names[-1]), shutil.get_terminal_size().columns - margin))
 
     for row in rows:
-        end, *more = textwrap.wrap(row[-1], last) or [""]
+        end, *more = textwrap.wrap(row[-1], last) if len(row[-1]) > last else [row[-1]]
         cells = zip(names, [*row[:-1], end], [*widths, last], strict=True)
         line = [cell.ljust(width) if name in (names[0], *WORDS) else cell.rjust(width) for name, cell, width in cells]
         print(GAP.join(line).rstrip())

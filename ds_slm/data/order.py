@@ -92,6 +92,7 @@ class Order:
         self._rows = list(rows_per_source)
         self._seeds = [_source_seed(seed, source) for source in range(len(weights))]
         self._pattern = _mix_pattern(self._weights)
+        self._slots = np.array(self._pattern)
         self._block = lru_cache(maxsize=8)(self._rows_of_block)
 
     def sample(self, index: int) -> RowId:
@@ -99,15 +100,15 @@ class Order:
         return self._block(index // BLOCK)[index % BLOCK]
 
     def _rows_of_block(self, number: int) -> list[RowId]:
-        cycles, slots = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK), len(self._pattern))
-        sources, draws_before = np.array(self._pattern)[slots].T
+        cycles, slots = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK), len(self._slots))
+        sources, draws_before = self._slots[slots].T
         draws = cycles * np.array(self._weights)[sources] + draws_before
         epochs, places = np.divmod(draws, np.array(self._rows)[sources])
 
         rows = np.empty(BLOCK, np.uint64)
-        for source, (seed, count) in enumerate(zip(self._seeds, self._rows, strict=True)):
+        for source in np.unique(sources).tolist():
             own = sources == source
-            rows[own] = permute(seed, epochs[own], places[own], count)
+            rows[own] = permute(self._seeds[source], epochs[own], places[own], self._rows[source])
         return list(map(RowId, sources.tolist(), epochs.tolist(), rows.tolist()))
 
     @property

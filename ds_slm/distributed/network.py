@@ -28,7 +28,7 @@ def reserve_variables(environ: MutableMapping[str, str] = os.environ) -> None:
     has read OMP_NUM_THREADS by then.
     """
     # Chosen later; until then an empty value is none.
-    for name in (GLOO, NCCL, "OMP_NUM_THREADS"):
+    for name in (GLOO, "OMP_NUM_THREADS"):  # NCCL would take even an empty name for more than its own nccl.conf says
         environ.setdefault(name, "")
 
     # Set by torch's compiler and by DeepSpeed themselves, to just this.
@@ -130,5 +130,5 @@ def choose(
     if found is not None:
         environ[GLOO] = environ.get(GLOO) or found
         if is_cuda and others:
-            environ[NCCL] = environ.get(NCCL) or f"={found}"
+            environ.setdefault(NCCL, f"={found}")
     return environ.get(GLOO) or None

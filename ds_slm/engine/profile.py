@@ -126,6 +126,7 @@ def _wrapped(watch: Watch, engine: Engine, reader: RowReader) -> Iterator[None]:
 
     wrapped = [
         (reader, "of_step", "data"),
+        (reader, "following", "data"),
         (engine.deepspeed, "forward", "forward"),
         (decoder, "chunked_loss", "loss"),
         (engine.deepspeed, "backward", "backward"),

@@ -136,7 +136,7 @@ def refuse_missing_devices(devices: int) -> None:
 def _shared_threads(devices: int) -> Iterator[int]:
     """The threads of each rank, set for this one: ranks on a CPU share them out, unless OMP_NUM_THREADS decides."""
     before = torch.get_num_threads()
-    shares = "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available()
+    shares = not os.environ.get("OMP_NUM_THREADS") and not torch.cuda.is_available()
     threads = max(before // devices, 1) if shares else before
 
     torch.set_num_threads(threads)

@@ -357,6 +357,8 @@ class Decoder(nn.Module):
         if document_ids_BT is not None:
             assert cache is None, "decoding of packed rows is not supported"
             positions = self.model.packed_positions(document_ids_BT, document_count)
+            if self.compiled and positions.offsets_C is not None:
+                torch._dynamo.mark_dynamic(positions.offsets_C, 0)  # one graph for any number of documents
         elif continuations is not None and continuations.branch_ids_BT is not None:
             positions = self.model.positions_of(*branched(continuations.branch_ids_BT))
         else:

@@ -16,7 +16,9 @@ Shapes: B rows, T tokens of a row, N = B * T, H query heads, K key and value hea
 the empty ones.
 """
 
+import inspect
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -60,16 +62,30 @@ def offsets_of(starts_BT: Tensor, count: int) -> Tensor:
     return torch.searchsorted(number_N, wanted_C, out_int32=True)
 
 
+@lru_cache
+def varlen_parameters() -> frozenset[str]:
+    """What torch's variable-length attention can be told; nothing where there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def attend_varlen(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Tensor) -> Tensor:
     """Causal attention within documents on a GPU, y_BHTE; half precision only."""
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
 
-    B, _, T, _ = q_BHTE.shape
+    B, H, T, _ = q_BHTE.shape
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if k_BKTE.shape[1] != H:
+        if "enable_gqa" in varlen_parameters():
+            options["enable_gqa"] = True
+        else:
+            k_BKTE, v_BKTE = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k_BKTE, v_BKTE))
+
     q_NHE, k_NKE, v_NKE = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q_BHTE, k_BKTE, v_BKTE))
-    y_NHE = varlen_attn(
-        q_NHE, k_NKE, v_NKE, offsets_C, offsets_C, T, T,
-        window_size=(-1, 0), enable_gqa=q_NHE.shape[1] != k_NKE.shape[1],
-    )  # fmt: skip
+    y_NHE = varlen_attn(q_NHE, k_NKE, v_NKE, offsets_C, offsets_C, T, T, **options)
     assert isinstance(y_NHE, Tensor)
     return y_NHE.unflatten(0, (B, T)).transpose(1, 2)
 

@@ -10,7 +10,6 @@ for the backward pass stays in half precision.
 Known gaps: torch's CPU attention keeps its upcast operands until the backward pass.
 """
 
-import inspect
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_slm.errors import ConfigError
-from ds_slm.model.documents import attend_each, attend_varlen
+from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
@@ -107,24 +106,14 @@ def packed_form(device: torch.device | str, dtype: torch.dtype, head_dim: int) -
         return PackedForm("mask", "the flash kernel needs bf16 or fp16 and a GPU from Ampere on")
     if head_dim % 8 or head_dim > 256:
         return PackedForm("mask", f"the flash kernel takes no head_dim of {head_dim}: a multiple of 8, at most 256")
-    if not _varlen_takes_groups():
-        return PackedForm("mask", f"torch {torch.__version__} has no varlen_attn for grouped queries: 2.12 has it")
+    if "window_size" not in varlen_parameters():
+        return PackedForm("mask", f"torch {torch.__version__} has no causal varlen_attn")
     return PackedForm("varlen")
 
 
 def calls_pay(heads: int, tokens: int, mean_length: float) -> bool:
     """Whether a CPU should take documents of this mean length one by one, in rows of `tokens`, instead of a mask."""
     return heads * mean_length * (tokens - mean_length / 2) > CALL_SCORES
-
-
-@lru_cache
-def _varlen_takes_groups() -> bool:
-    """Whether torch's variable-length attention is there, with a causal window and grouped queries."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
-    except ImportError:
-        return False
-    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def effective_kernels(

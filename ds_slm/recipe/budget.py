@@ -120,13 +120,14 @@ def memory(
     gathered = width * min(params, live) if stage == 3 else 0
 
     offloaded = zero.get("offload_optimizer") or {}
-    on_host = isinstance(offloaded, Mapping) and offloaded.get("device", "none") != "none"
+    offloads = isinstance(offloaded, Mapping) and offloaded.get("device", "none") != "none"
+    on_host = offloads and not on_cpu  # a CPU is its own host
 
     activations = _activation_bytes(recipe, micro_batch, device_type)
     return Memory(
         weights_bytes=weights,
         gradients_bytes=gradients,
-        buffers_bytes=_buffer_bytes(zero, recipe.train.precision, params, on_cpu),
+        buffers_bytes=_buffer_bytes(zero, recipe.train.precision, params, on_cpu, offloads),
         masters_bytes=0 if on_host else masters,
         moments_bytes=0 if on_host else moments,
         activations_bytes=activations,
@@ -178,15 +179,16 @@ def _moment_bytes(optimizer: Optimizer, counts: ParameterCounts) -> int:
     return 2 * (in_8_bits + FP32 * in_8_bits // BLOCK_VALUES + FP32 * (params - in_8_bits))
 
 
-def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: bool) -> int:
+def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: bool, offloads: bool) -> int:
     """The buffers DeepSpeed sets aside for reducing gradients, whatever the model's size; on a CPU what is touched.
 
     A CPU gives no memory to a buffer before something is written there: a small model fills a part of it. What it
     sends is flattened once more.
     """
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
-    in_place = zero["stage"] == 1 and precision == "bf16"  # BF16_Optimizer reduces the accumulated gradients themselves
-    contiguous = zero.get("contiguous_gradients", True) and not in_place
+    # BF16_Optimizer reduces the accumulated gradients themselves; it is not taken where the optimiser is offloaded.
+    in_place = zero["stage"] == 1 and precision == "bf16" and not offloads
+    contiguous = (zero.get("contiguous_gradients", True) or offloads) and not in_place
     width = HALF if zero["stage"] == 2 and precision != "fp32" else FP32
     copies = 2 if zero["stage"] < 3 and zero.get("overlap_comm") else 1
     if not on_cpu:

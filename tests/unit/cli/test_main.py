@@ -112,7 +112,10 @@ def test_a_long_last_cell_goes_on_below_itself(
     row = {"name": "mine", "params": 12, "tokens": 34, "metric": None, "ours": " ".join(f"word{n}" for n in range(20))}
     monkeypatch.setenv("COLUMNS", "80")
     tables.show_recipes([row])
+    assert len(capsys.readouterr().out.splitlines()) == 2  # into a file or a pipe: one line, however long
 
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    tables.show_recipes([row])
     header, *lines = capsys.readouterr().out.splitlines()
     begin = header.index("ours")
     assert " ".join(line[begin:] for line in lines) == row["ours"]

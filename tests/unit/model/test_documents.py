@@ -188,7 +188,8 @@ def test_many_short_documents_are_masked_on_a_cpu() -> None:
         ({"ampere": False}, "mask", "a GPU from Ampere on"),
         ({"head_dim": 20}, "mask", "no head_dim of 20"),
         ({"head_dim": 264}, "mask", "no head_dim of 264"),
-        ({"takes_groups": False}, "mask", f"torch {torch.__version__} has no varlen_attn for grouped queries"),
+        ({"parameters": frozenset()}, "mask", f"torch {torch.__version__} has no causal varlen_attn"),
+        ({"parameters": frozenset({"window_size"})}, "varlen", ""),
         ({"device": "cpu"}, "each", ""),
     ],
 )
@@ -198,7 +199,8 @@ def test_one_rule_chooses_the_form_and_tells_why_not(
     """Oracle: what torch's flash kernel accepts: its checks; and the words at the start of a run."""
     given: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64} | changed
     monkeypatch.setattr(kernels, "_is_ampere_or_newer", lambda: changed.get("ampere", True))
-    monkeypatch.setattr(kernels, "_varlen_takes_groups", lambda: changed.get("takes_groups", True))
+    parameters = changed.get("parameters", frozenset({"window_size", "enable_gqa"}))
+    monkeypatch.setattr(kernels, "varlen_parameters", lambda: parameters)
     device, dtype, head_dim = given["device"], given["dtype"], given["head_dim"]
     form = kernels.packed_form(device, dtype, head_dim)
     assert form.name == name and why in form.why and bool(form.why) == (name == "mask")
@@ -210,4 +212,4 @@ def test_one_rule_chooses_the_form_and_tells_why_not(
 def test_this_torch_has_the_grouped_entry() -> None:
     """Oracle: torch's release notes: `enable_gqa` came with 2.12."""
     release = tuple(map(int, torch.__version__.split(".")[:2]))
-    assert kernels._varlen_takes_groups() == (release >= (2, 12))
+    assert {"window_size", "enable_gqa"} <= documents.varlen_parameters() or release < (2, 12)

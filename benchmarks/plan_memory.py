@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,8 @@ def planned(case: Case) -> budget.Memory:
 
 def largest_parts(memory: budget.Memory) -> str:
     """The largest parts of a plan, in GB."""
-    parts = {name.removesuffix("_bytes"): size for name, size in asdict(memory).items() if name != "host_bytes"}
-    largest = sorted(parts, key=lambda name: -parts[name])[:LARGEST_PARTS]
-    return ", ".join(f"{name} {parts[name] / 1e9:.2f}" for name in largest)
+    largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:LARGEST_PARTS]
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest)
 
 
 def table(found: list[tuple[Case, dict[str, Any]]], device: str) -> Table:

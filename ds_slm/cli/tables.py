@@ -165,9 +165,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 def _parts(memory: Memory) -> str:
     """The parts of a rank's memory, in GB."""
-    names = [name.removesuffix("_bytes") for name in vars(memory) if name != "host_bytes"]
-    sizes = {name: getattr(memory, f"{name}_bytes") for name in names}
-    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items() if size)
 
 
 def _gigabytes(size: int) -> str:

@@ -66,9 +66,16 @@ class Memory:
     """Masters and moments offloaded to the host; not in device_bytes."""
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Name -> bytes of each part that lies on the device, by the fields above."""
+        sizes = {part.name.removesuffix("_bytes"): getattr(self, part.name) for part in fields(self)}
+        del sizes["host"]
+        return sizes
+
+    @property
     def device_bytes(self) -> int:
         """All of it but what is offloaded."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "host_bytes")
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ class StartClock:
         """Seconds by what they were for, in their order."""
         self._last_s = time.time() - _age_s(own)
 
-    def lap(self, what: str) -> None:
-        """All since the last call was for this."""
+    def lap(self, what: str) -> dict[str, float]:
+        """All since the last call was for this; returns the parts so far."""
         now_s = time.time()
         self.parts_s[what] = self.parts_s.get(what, 0.0) + now_s - self._last_s
         self._last_s = now_s
+        return self.parts_s
 
     def told(self, compiled: bool) -> str:
         """The line. Where blocks are compiled, the pause that follows is told beforehand."""

@@ -229,8 +229,7 @@ class Launching:
 
         background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)
         checkpoints = Checkpoints(background, inputs.identity)
-        self.clock.lap("records")
-        facts |= {"start_s": self.clock.parts_s}
+        facts["start_s"] = self.clock.lap("records")
         report.describe(recipe.model_dump(mode="json"), schema.to_toml(recipe), facts)
         state = replace(state, skipped_rows=facts["skipped_rows"])
         if found:
@@ -259,7 +258,6 @@ class Launching:
             checkpoints.close()
 
         interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
-        self.clock.lap("records")
         if state.step < stop_at_step:
             report.say(self.clock.told(compiled=inputs.engine_config.compiled))
         try:

@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ds_slm.cli import flags
-from ds_slm.engine.profile import PARTS, Watch, table
+from ds_slm.engine.profile import PARTS, Watch, _wrapped, table
 from ds_slm.errors import ConfigError
 from tests.support import runs
 
@@ -39,6 +41,24 @@ def test_what_is_wrapped_keeps_its_result_and_its_error() -> None:
     with watch.part("other"):
         now_s = 9.0
     assert watch.seconds["loss"] == 0.0 and watch.seconds["other"] == 1.0
+
+
+def test_every_wait_for_rows_counts_as_data() -> None:
+    """A reader whose rows take 2 s where a step begins, and 3 s where it announces the next one. Oracle: the sum."""
+    now_s = 0.0
+
+    def waits(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    reader: Any = SimpleNamespace(of_step=lambda: waits(2.0), following=lambda: waits(3.0))
+    names = ("forward", "backward", "allreduce_gradients", "step")
+    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(**dict.fromkeys(names)))
+    watch = Watch(lambda: None, clock=lambda: now_s)
+    with _wrapped(watch, engine, reader), watch.part("other"):
+        reader.of_step()
+        reader.following()
+    assert watch.seconds == dict.fromkeys(PARTS, 0.0) | {"data": 5.0}
 
 
 @pytest.mark.parametrize("text", ["3", "0:2", "5:4", "a:b", "2:"])

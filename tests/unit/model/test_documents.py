@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_slm.model import decoder, documents, kernels
+from ds_slm.model import decoder, documents, kernels, loss
 from ds_slm.model.decoder import Decoder
 from ds_slm.recipe import schema
 
@@ -52,10 +52,12 @@ def varlen_by_loop(
     return torch.cat(parts)
 
 
-@pytest.fixture(params=["each", "varlen"])
+@pytest.fixture(params=["each", "varlen", "varlen without groups"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Chooses the form without a mask, or the mask. A GPU's form runs on the CPU, its kernel as a loop."""
-    if request.param == "varlen":
+    if request.param == "varlen without groups":  # as in torch 2.11
+        monkeypatch.setattr(documents, "varlen_parameters", lambda: frozenset({"window_size"}))
+    if request.param != "each":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
         monkeypatch.setattr(
             kernels, "attend_each", lambda q, k, v, offsets_C: documents.attend_varlen(q, k, v, offsets_C)
@@ -131,6 +133,31 @@ def test_compiled_documents_are_one_graph_for_all_lengths() -> None:
         for eager, other in zip(*found, strict=True):
             assert torch.equal(eager, other)
     assert len(graphs) == 1
+
+
+def test_a_compiled_model_has_one_graph_for_few_and_many_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches whose offsets are padded to other lengths. Oracle: how often the compiler is asked for a graph."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(kernels, "CALL_SCORES", 0)
+    monkeypatch.setattr("ds_slm.model.loss._compiled", lambda: loss._from_logits)
+    model = decoder.build(schema.Model(**SMALL), 0)
+    for block in model.model.layers:
+        block.compile(dynamic=False, backend=backend)
+    model.compiled = True
+
+    lengths = set()
+    for long in (48, 8, 3):
+        ids_BT = (torch.arange(TOKENS, dtype=torch.int32) // long).expand(ROWS, -1)
+        offsets_C = model.model.packed_positions(ids_BT, None).offsets_C
+        assert offsets_C is not None
+        lengths.add(len(offsets_C))
+        model(torch.zeros(ROWS, TOKENS, dtype=torch.long), document_ids_BT=ids_BT)
+    assert len(lengths) == 3 and len(graphs) == 1
 
 
 def test_gradients_of_a_spread_sum_and_of_strided_operands() -> None:

@@ -87,9 +87,6 @@ def measure(case: Case, out: Path, overrides: list[str]) -> dict[str, Any]:
     folder = out / "launches" / case.key
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "ds_config.json").write_text(
-        json.dumps({"zero_optimization": case.zero, "compile_blocks": case.compiled})
-    )
 
     recipe, laid_out = case.recipe, out / case.name
     never_saved = "run.save_every_steps="
@@ -98,13 +95,11 @@ def measure(case: Case, out: Path, overrides: list[str]) -> dict[str, Any]:
         *(one for one in bench_train.lay_out(recipe, laid_out) if not one.startswith(never_saved)),
         f"{never_saved}{SAVED_AFTER}",
         f"train.precision={recipe.train.precision}",
-        f"train.global_batch_tokens={RANKS * case.micro_batch * ACCUMULATION * recipe.data.seq_len}",
     ]
-    command = tiny_runs.deepspeed_command(RANKS, "--recipe", case.name, "--micro-batch", case.micro_batch)
-    command += [word for pair in settings for word in ("--set", pair)]
-    command += [word for one in recipe.data.source for word in ("--source", f"{one.name}={laid_out}/ids.bin")]
-    command += ["--run-dir", str(folder / "run"), "--data-root", str(laid_out / "data")]
-    command += ["--max-steps", str(STEPS), "--ds-config", str(folder / "ds_config.json")]
+    bench = bench_train.Bench(
+        case.name, recipe, settings, laid_out, RANKS, on_gpu=False, stage=case.stage, compile_blocks=case.compiled
+    )
+    command = bench_train.our_command(bench, folder, case.micro_batch, ACCUMULATION, STEPS)
 
     begin_s = time.monotonic()
     done = subprocess.run(

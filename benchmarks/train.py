@@ -41,7 +41,6 @@ from ds_slm.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_STAGE = 1
-ZERO_CONFIG = ROOT / "ds_configs" / f"zero{ZERO_STAGE}.json"
 PROGRAMS = Path(sysconfig.get_path("scripts"))
 SIDES = ("ours", "trainer", "trainer-ds", "bare")
 ACCUMULATIONS = (1, 4)
@@ -85,6 +84,9 @@ class Bench:
     on_gpu: bool
     steps: int = 4
     """Steps of a launch whose median counts, after one to warm up."""
+    stage: int = ZERO_STAGE
+    compile_blocks: bool | None = None
+    """None: where the recipe's own run would."""
 
     def ranks(self, side: str) -> int:
         """Processes of a side."""
@@ -92,8 +94,15 @@ class Bench:
 
     @property
     def compiled(self) -> bool:
-        """Whether the recipe's own run compiles its blocks: a launch, of a few small steps, does as that run does."""
-        return ds_config.compiles_blocks(self.recipe, ZERO_STAGE, self.devices, "cuda" if self.on_gpu else "cpu")
+        """Whether blocks are compiled: a launch, of a few small steps, does as the recipe's own run does."""
+        if self.compile_blocks is not None:
+            return self.compile_blocks
+        return ds_config.compiles_blocks(self.recipe, self.stage, self.devices, "cuda" if self.on_gpu else "cpu")
+
+    @property
+    def zero_config(self) -> Path:
+        """The checkout's ds_config of this stage."""
+        return ROOT / "ds_configs" / f"zero{self.stage}.json"
 
     def environment(self, side: str) -> dict[str, str]:
         """One thread a process, or all of them for the process that is alone; nothing asks a hub."""
@@ -135,7 +144,7 @@ def lay_out(recipe: Recipe, out: Path) -> list[str]:
 def write_ds_config(bench: Bench, folder: Path) -> Path:
     """What a user's launch would take, with blocks compiled or not as in the recipe's own run."""
     path = folder / "ds_config.json"
-    path.write_text(json.dumps(ds_config.read(ZERO_CONFIG) | {"compile_blocks": bench.compiled}))
+    path.write_text(json.dumps(ds_config.read(bench.zero_config) | {"compile_blocks": bench.compiled}))
     return path
 
 
@@ -152,14 +161,25 @@ def shared_flags(bench: Bench, ranks: int, micro_batch: int, accumulation: int) 
     return [*flags, "--recipe", bench.name, "--micro-batch", str(micro_batch)]
 
 
-def our_command(bench: Bench, folder: Path, micro_batch: int, accumulation: int, steps: int) -> list[str]:
-    """The real program, whose run goes into `folder`."""
+def our_command(
+    bench: Bench, folder: Path, micro_batch: int, accumulation: int, steps: int, launcher: Sequence[str] = ()
+) -> list[str]:
+    """The real program, whose run goes into `folder`.
+
+    Args:
+        bench: what is trained.
+        folder: where its ds_config and its run go.
+        micro_batch: rows of a forward.
+        accumulation: forwards of a rank in a step.
+        steps: how many are taken.
+        launcher: the beginning of the command; left out, all ranks start on this machine.
+    """
     flags = shared_flags(bench, bench.devices, micro_batch, accumulation)
     for source in bench.recipe.data.source:
         flags += ["--source", f"{source.name}={bench.out}/ids.bin"]
     flags += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data"), "--max-steps", str(steps)]
     flags += ["--ds-config", str(write_ds_config(bench, folder))]
-    return [*under_deepspeed(bench.devices), str(ROOT / "ds_slm" / "pretrain.py"), *flags]
+    return [*(launcher or under_deepspeed(bench.devices)), str(ROOT / "ds_slm" / "pretrain.py"), *flags]
 
 
 def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:
@@ -183,7 +203,7 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
             "--out",
             str(folder / "out.json"),
         ]
-        command += ["--deepspeed", str(ZERO_CONFIG)] if under else []
+        command += ["--deepspeed", str(bench.zero_config)] if under else []
         command += ["--compiled"] if kind == "bare" and bench.compiled else []
 
     # Only ours prints a line for its first step: its start-up ends there.

@@ -103,6 +103,12 @@ def plan_recipe(
         float | None, typer.Option(min=0.001, metavar="GBIT_PER_S", help="Speed of each host's link.")
     ] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Take devices and hosts from a hostfile.")] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(min=0.001, metavar="GB", help="Memory of each host, where it is not this one.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time one core of this machine with the recipe's own blocks.")
+    ] = False,
     ds_config: Annotated[
         Path, typer.Option(show_default="ds_configs/zero1.json", help="What only changes memory and speed.")
     ] = DS_CONFIGS / "zero1.json",
@@ -110,7 +116,7 @@ def plan_recipe(
     as_json: AsJson = False,
 ) -> None:
     """Parameters, FLOPs per token, steps, batch, memory, time. Trains nothing."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ds_slm.cli import tables
     from ds_slm.recipe import plan, rates, schema
@@ -131,14 +137,23 @@ def plan_recipe(
         host_count = nodes or 1
         world_size = host_count * (gpus_per_node or 1)
 
-    found = plan.plan(recipe, name, read_ds_config(ds_config), world_size, host_count, network)
+    settings, own = read_ds_config(ds_config), rates.own_cpu()
+    if measure:
+        from ds_slm.engine.core_speed import core_speed
+
+        plan.refuse_unusable(settings)
+        rows = plan.cut(recipe, settings, world_size, "cpu").micro_batch
+        own = replace(own, speed=core_speed(recipe, rows))
+
+    host_bytes = round(host_memory * 1e9) if host_memory else None
+    found = plan.plan(recipe, name, settings, plan.Topology(world_size, host_count, network, host_bytes, own))
     if as_json:
         memory, cpu_memory = (
             {**asdict(one), "device_bytes": one.device_bytes} for one in (found.memory, found.cpu_memory)
         )
         print_json({**asdict(found), "memory": memory, "cpu_memory": cpu_memory, "inherited": schema.inherited(name)})
     else:
-        tables.show_plan(found, schema.inherited_toml(name), rates.own_cpu())
+        tables.show_plan(found, schema.inherited_toml(name), own)
 
 
 @app.command(epilog=examples.epilog("prepare"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ds_slm.recipe.budget import Memory
-from ds_slm.recipe.plan import Plan
+from ds_slm.recipe.plan import Batch, Plan
 from ds_slm.recipe.rates import OwnCpu
 from ds_slm.run.scores import CONFIDENCE, Row
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WORDS = ("published", "ours")
 """Columns whose cells begin at the left, as those of a table's first column do."""
+FITS = {True: "yes", False: "no", None: "-"}
 GAP = "  "
 LEAST_WIDTH = 20
 """Of a last column that is wrapped."""
@@ -57,7 +58,7 @@ def show_plan(plan: Plan, inherited: str, own: OwnCpu) -> None:
     table = [("if every device is a", "tokens/s", "step", "run", "fits")]
     for time in plan.times:
         duration = _duration(time.step_s), _duration(time.run_s)
-        table.append((time.device, _count(time.tokens_per_s), *duration, "yes" if time.fits else "no"))
+        table.append((time.device, _count(time.tokens_per_s), *duration, FITS[time.fits]))
     _print_table(table)
     for line in _scaling_lines(plan):
         print(line)
@@ -135,10 +136,9 @@ def _figure(value: float) -> str:
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    parts, batch, memory, cpu = plan.parameters, plan.batch, plan.memory, plan.cpu_memory
+    parts, memory, cpu = plan.parameters, plan.memory, plan.cpu_memory
     published = "" if plan.published_params in (None, plan.params) else f" (published: {plan.published_params:,})"
     named = {"embedding": parts.embedding, "head": parts.head, "attention": parts.attention, "MLP": parts.mlp}
-    filler = f", {batch.filler_rows} of them filler" if batch.filler_rows else ""
 
     # A blank key continues the line above: "" and " ", since keys must differ.
     facts = {
@@ -149,11 +149,11 @@ def _facts(plan: Plan) -> dict[str, str]:
         "FLOPs": f"{plan.flops:.3g}",
         "first loss": f"{plan.first_loss:.3f}",
         "devices": f"{plan.world_size} on {plan.nodes} host{'s' * (plan.nodes > 1)}, ZeRO-{plan.zero_stage}",
-        "a step": f"{batch.micro_batch} rows x {batch.accumulation_steps} forwards x {plan.world_size} devices = "
-        f"{batch.rows_per_step + batch.filler_rows:,} rows{filler}",
+        "a step on GPUs": _cut(plan.batch, plan.world_size),
         "memory per GPU": f"{_gigabytes(memory.device_bytes)}, predicted",
         " ": _parts(memory),
-        "or per CPU rank": f"{_gigabytes(cpu.device_bytes)}, predicted, at {plan.cpu_batch.micro_batch} rows a forward",
+        "a step on CPUs": _cut(plan.cpu_batch, plan.world_size),
+        "or per CPU rank": f"{_gigabytes(cpu.device_bytes)}, predicted",
         "  ": _parts(cpu),
         "a save": f"{_gigabytes(plan.save_bytes)} more of the host's memory, on a rank that writes it",
     }
@@ -161,6 +161,15 @@ def _facts(plan: Plan) -> dict[str, str]:
     if memory.host_bytes:
         facts["offloaded"] = f"{_gigabytes(memory.host_bytes)} of the host's memory for each device"
     return facts
+
+
+def _cut(batch: Batch, world_size: int) -> str:
+    """How a step's rows are dealt out."""
+    rows = batch.rows_per_step + batch.filler_rows
+    filler = f", {batch.filler_rows} of them filler" if batch.filler_rows else ""
+    return (
+        f"{batch.micro_batch} rows x {batch.accumulation_steps} forwards x {world_size} ranks = {rows:,} rows{filler}"
+    )
 
 
 def _parts(memory: Memory) -> str:

@@ -72,7 +72,7 @@ class Plan:
         recipe, name = schema.load(self.recipe, run=self.run_dir), schema.recipe_path(self.recipe).stem
         zero1 = ds_config.read(software.ROOT / "ds_configs" / "zero1.json")
         world_size = sum(host.slots for host in self.places)
-        memory = plan.plan(recipe, name, zero1, world_size, len(self.places), None).memory
+        memory = plan.plan(recipe, name, zero1, plan.Topology(world_size, len(self.places))).memory
 
         token_bytes = 2 if recipe.model.vocab_size <= 1 << 16 else 4
         return Needs(

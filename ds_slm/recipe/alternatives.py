@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_slm.recipe.budget import RECOMPUTED, Memory, Time, memory
+from ds_slm.recipe.budget import Memory, memory
 from ds_slm.recipe.counts import Batch, parameter_counts
 from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.times import RECOMPUTED, Time, Topology
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,24 @@ def alternatives(
     return found
 
 
-def scaling(cut: Batch, times: list[Time], nodes: int) -> Scaling:
+def scaling(cuts: Mapping[str, Batch], times: list[Time], topology: Topology) -> Scaling:
     """Where the asked devices stand.
 
-    n hosts compute for C / n seconds and send S (n - 1) / n bytes' worth of seconds: equal at n = 1 + C / S.
+    n hosts of r ranks compute for C / n seconds and send S (1 - 1 / rn) bytes' worth of seconds: equal at
+    n = C / S + 1 / r.
 
     Args:
-        cut: a step on the asked devices.
+        cuts: device type -> a step on the asked devices.
         times: theirs, one for each kind.
-        nodes: hosts.
+        topology: the asked devices.
     """
-    busy = cut.rows_per_step / (cut.rows_per_step + cut.filler_rows)
-    shares = {time.device: time.network_s / time.step_s for time in times if time.network_s}
-    balanced = {
-        time.device: 1 + (time.step_s - time.network_s) * busy * (nodes - 1) / time.network_s
-        for time in times
-        if time.network_s
-    }
-    return Scaling(cut.rows_per_step, busy, shares, balanced)
+    busy = {name: cut.rows_per_step / (cut.rows_per_step + cut.filler_rows) for name, cut in cuts.items()}
+    crossing = 1 - 1 / topology.world_size
+    shares, balanced = {}, {}
+    for time in times:
+        if not time.network_s:
+            continue
+        shares[time.device] = time.network_s / time.step_s
+        computing_s = (time.step_s - time.network_s) * busy[time.device_type] * topology.nodes
+        balanced[time.device] = computing_s * crossing / time.network_s + topology.nodes / topology.world_size
+    return Scaling(cuts["cuda"].rows_per_step, busy["cuda"], shares, balanced)

@@ -1,14 +1,12 @@
-"""Memory, network and time of a recipe on devices: estimates, each with its assumption beside it.
+"""Memory of a recipe on a device: an estimate.
 
     Recipe, ParameterCounts, ZeRO settings, world size, micro-batch --> memory --> Memory (bytes of one rank)
-    FLOPs and bytes of one optimiser step --> times --> Time for each kind of device; assumptions puts both in words
 
 Sources: what each ZeRO stage splits is arXiv 1910.02054; buffers follow DeepSpeed 0.19 as ds_slm sets it up (fp32
 accumulation and reduction); saved activations are counted from ds_slm.model.decoder, the loss from ds_slm.model.loss.
 `benchmarks/plan_memory.py` compares the memory with what launches take on a CPU.
 Known gaps: temporary tensors of single operations and, on a GPU, fragmentation and the device's own context (about 0.5
-GiB of CUDA) are left out; compiled blocks count as eager ones; communication within a host counts as free; nothing
-overlaps.
+GiB of CUDA) are left out; compiled blocks count as eager ones.
 """
 
 from collections.abc import Mapping
@@ -16,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, assert_never
 
 from ds_slm.recipe.counts import ParameterCounts
-from ds_slm.recipe.rates import AMX_MFU, AVX2_MFU, DEVICES, GPU_MFU
 from ds_slm.recipe.schema import Model, Optimizer, Recipe
 
 FP32, HALF = 4, 2
@@ -29,8 +26,6 @@ LOSS_CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}
 MIN_LOSS_CHUNK_TOKENS, MAX_LOSS_CHUNK_TOKENS = 128, 2048
 BLOCK_VALUES = 256
 """bitsandbytes: values of 8-bit state that share one fp32 scale."""
-RECOMPUTED = 4 / 3
-"""FLOPs of a step with gradient checkpointing over those without: a forward is a third of forward and backward."""
 SAVE_WINDOW_VALUES = 8 * 2**20
 """Values that a save gathers at a time: 32 MiB."""
 PROGRAM_BYTES = 385_000_000
@@ -76,20 +71,6 @@ class Memory:
     def device_bytes(self) -> int:
         """All of it but what is offloaded."""
         return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Time:
-    """How long the run takes on one kind of device."""
-
-    device: str
-    fits: bool
-    """Whether a rank's memory fits the device's."""
-    step_s: float
-    network_s: float
-    """Of step_s, what the network between hosts takes."""
-    run_s: float
-    tokens_per_s: float
 
 
 def memory(
@@ -277,73 +258,3 @@ def _loss_bytes(recipe: Recipe, micro_batch: int, device_type: str) -> int:
     if on_cpu:
         return chunk_logits * FP32 + tokens * shape.hidden_size * FP32 + head * (2 if half else 1)
     return chunk_logits * (FP32 + width) + tokens * shape.hidden_size * width + head
-
-
-def network_bytes(params: int, stage: int, precision: str, accumulation_steps: int, nodes: int) -> int:
-    """Bytes one host sends in an optimiser step, by rings that cross each link once; gradients travel in fp32.
-
-    Stage 1 reduces once a step, whole in bf16 (an all-reduce) and scattered otherwise; stage 2 scatters after every
-    micro-batch; both then gather the new weights. Stage 3 gathers the weights for every forward and every backward.
-    """
-    weights = params * (FP32 if precision == "fp32" else HALF)
-    gradients = params * FP32
-    sent = {
-        1: gradients * (2 if precision == "bf16" else 1) + weights,
-        2: gradients * accumulation_steps + weights,
-        3: (gradients + 2 * weights) * accumulation_steps,
-    }[stage]
-    return sent * (nodes - 1) // nodes
-
-
-def times(
-    recipe: Recipe,
-    flops_per_step: int,
-    device_bytes: int,
-    sent_bytes: int,
-    world_size: int,
-    network_gbit_per_s: float | None,
-) -> list[Time]:
-    """The run's time on each kind of device that has the recipe's precision.
-
-    Args:
-        recipe: what is trained.
-        flops_per_step: over all devices, filler rows included.
-        device_bytes: memory of one rank.
-        sent_bytes: what each host sends in a step.
-        world_size: devices over all hosts.
-        network_gbit_per_s: speed of each host's link; None leaves the network out.
-    """
-    precision = recipe.train.precision
-    network_s = sent_bytes * 8 / (network_gbit_per_s * 1e9) if network_gbit_per_s else 0.0
-    recomputed = RECOMPUTED if recipe.train.gradient_checkpointing else 1.0
-    found = []
-    for device in DEVICES:
-        if precision == "bf16" and not device.has_bf16:
-            continue
-        peak = device.fp32_flops_per_s if precision == "fp32" else device.half_flops_per_s
-        step_s = flops_per_step * recomputed / (world_size * peak * device.mfu) + network_s
-        fits = device.memory_bytes is None or device_bytes <= device.memory_bytes
-        tokens_per_s = recipe.train.global_batch_tokens / step_s
-        found.append(Time(device.name, fits, step_s, network_s, step_s * recipe.train.steps, tokens_per_s))
-    return found
-
-
-def assumptions(recipe: Recipe, nodes: int, sent_bytes: int, network_gbit_per_s: float | None) -> list[str]:
-    """What the estimates rest on, in words."""
-    stated = [
-        f"training reaches {AMX_MFU:.0%} of the peak FLOP/s of a CPU core with AMX, {AVX2_MFU:.0%} with AVX2 (a model "
-        f"of 1M parameters three quarters of that) and {GPU_MFU:.0%} of a GPU's"
-    ]
-
-    if recipe.train.gradient_checkpointing:
-        stated.append("gradient checkpointing adds a second forward: a third more time")
-    if nodes > 1 and network_gbit_per_s:
-        stated.append(f"each host sends {sent_bytes:,} bytes a step at {network_gbit_per_s:g} Gbit/s; nothing overlaps")
-    elif nodes > 1:
-        stated.append(f"the network is left out: each host sends {sent_bytes:,} bytes a step (--network adds its time)")
-
-    return [
-        *stated,
-        "a GPU's memory leaves out temporary tensors, fragmentation and the device's own context",
-        "a CPU's counts eager blocks (benchmarks/plan_memory.py compares it with launches)",
-    ]

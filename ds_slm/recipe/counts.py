@@ -56,6 +56,17 @@ def parameter_counts(shape: Model) -> ParameterCounts:
     )
 
 
+def parameter_sizes(shape: Model) -> list[int]:
+    """Values of every parameter of the decoder, norms' and matrices' alike."""
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    hidden, table = shape.hidden_size, shape.vocab_size * shape.hidden_size
+    attention = [hidden * queries, hidden * keys, hidden * keys, queries * hidden]
+    norms = [hidden, hidden, *([shape.head_dim, shape.head_dim] if shape.qk_norm else [])]
+    block = [*attention, *[hidden * shape.intermediate_size] * 3, *norms]
+    ends = [table, hidden] if shape.tie_word_embeddings else [table, hidden, table]
+    return [*ends, *block * shape.num_hidden_layers]
+
+
 def parameters(shape: Model) -> int:
     """Parameters of the decoder; tied ones once."""
     return parameter_counts(shape).total

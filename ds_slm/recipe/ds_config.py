@@ -15,7 +15,7 @@ from typing import Any
 
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import zero_keys
-from ds_slm.recipe.plan import DEFAULT_MICRO_BATCH_TOKENS, batch, training_flops
+from ds_slm.recipe.plan import batch, default_micro_batch, training_flops
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.zero_keys import MICRO_BATCH, SWITCH, Kind
@@ -122,7 +122,7 @@ def join(
     if compile_blocks == "auto":
         compile_blocks = compiles_blocks(recipe, zero_stage, world_size, device_type)
     wanted = micro_batch or (hint if isinstance(hint, int) else 0)
-    wanted = wanted or max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // recipe.data.seq_len, 1)
+    wanted = wanted or default_micro_batch(device_type, recipe.data.seq_len)
     cut = batch(recipe, world_size, wanted)
     deepspeed = _deepspeed(recipe, ds_file, cut.micro_batch, cut.accumulation_steps, world_size)
     return EngineConfig(

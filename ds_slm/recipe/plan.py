@@ -1,8 +1,8 @@
-"""What a recipe costs, by arithmetic alone: parameters, FLOPs, batch; with memory and time from ds_slm.recipe.budget.
+"""What a recipe costs, by arithmetic alone: parameters, FLOPs, batch; with memory (budget.py) and time (times.py).
 
     Model --> parameter_counts, flops_per_token, first_loss
     Recipe, world size, micro-batch --> batch --> Batch
-    all of it, and a ds_config --> plan --> Plan, for people and for --json
+    all of it, a ds_config and a Topology --> plan --> Plan, for people and for --json
 
 Sources: parameters are the shapes of ds_slm.model.decoder counted; FLOPs per token are 6 per parameter that is
 multiplied (forward 2, backward 4) and 12 per layer, head, component and token of context for attention (arXiv
@@ -17,15 +17,18 @@ from typing import Any
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import zero_keys
 from ds_slm.recipe.alternatives import Alternative, Scaling, alternatives, scaling
-from ds_slm.recipe.budget import Memory, Time, assumptions, memory, network_bytes, save_bytes, times
+from ds_slm.recipe.budget import Memory, save_bytes
 from ds_slm.recipe.counts import Batch, ParameterCounts, batch, parameter_counts, parameters
 from ds_slm.recipe.effects import warnings
 from ds_slm.recipe.schema import Model, Recipe
+from ds_slm.recipe.times import Time, Topology, assumptions, load, times
 
-__all__ = ["Batch", "ParameterCounts", "Plan", "batch", "parameter_counts", "parameters", "plan"]
+__all__ = ["Batch", "ParameterCounts", "Plan", "Topology", "batch", "parameter_counts", "parameters", "plan"]
 
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward on one device where neither the command nor the ds_config says how many rows."""
+
+ONE_DEVICE = Topology()
 
 
 @dataclass(frozen=True)
@@ -96,39 +99,31 @@ def first_loss(shape: Model) -> float:
     return math.log(shape.vocab_size) + shape.hidden_size * std**2 / 2
 
 
-def plan(
-    recipe: Recipe,
-    name: str,
-    ds_config: Mapping[str, Any],
-    world_size: int = 1,
-    nodes: int = 1,
-    network_gbit_per_s: float | None = None,
-) -> Plan:
+def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topology = ONE_DEVICE) -> Plan:
     """Everything that can be known before training `recipe`.
 
     Args:
         recipe: what is trained.
         name: what the user called it.
         ds_config: content of a ds_configs file.
-        world_size: devices over all hosts.
-        nodes: hosts.
-        network_gbit_per_s: speed of each host's link; None leaves the network out of the time.
+        topology: the devices, and what is known of where they are.
 
     Raises:
         ConfigError: the ds_config names no usable ZeRO stage or micro-batch.
     """
-    stage, wanted = _stage_and_micro_batch(ds_config, recipe.data.seq_len)
-    cut, cpu_cut = (batch(recipe, world_size, wanted[device_type]) for device_type in ("cuda", "cpu"))
+    refuse_unusable(ds_config)
+    zero, world_size = ds_config["zero_optimization"], topology.world_size
+    counts, per_token = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.data.seq_len)
 
-    counts = parameter_counts(recipe.model)
-    per_token = flops_per_token(recipe.model, recipe.data.seq_len)
-    tokens = recipe.train.steps * recipe.train.global_batch_tokens
-
-    zero = ds_config["zero_optimization"]
-    needed = memory(recipe, counts, zero, world_size, cut.micro_batch)
-    sent_bytes = network_bytes(counts.total, stage, recipe.train.precision, cut.accumulation_steps, nodes)
-    flops_per_step = per_token * (cut.rows_per_step + cut.filler_rows) * recipe.data.seq_len
-    durations = times(recipe, flops_per_step, needed.device_bytes, sent_bytes, world_size, network_gbit_per_s)
+    # Each type of device cuts a step up in its own way: what it computes, holds and sends follows from that.
+    loads = {
+        device_type: load(
+            recipe, per_token, zero, topology, cut(recipe, ds_config, world_size, device_type), device_type
+        )
+        for device_type in DEFAULT_MICRO_BATCH_TOKENS
+    }
+    gpu, cpu = loads["cuda"], loads["cpu"]
+    durations = times(recipe, loads, topology)
 
     return Plan(
         recipe=name,
@@ -138,27 +133,39 @@ def plan(
         parameters=counts,
         flops_per_token=per_token,
         steps=recipe.train.steps,
-        tokens=tokens,
+        tokens=recipe.train.steps * recipe.train.global_batch_tokens,
         flops=training_flops(recipe),
         first_loss=first_loss(recipe.model),
         world_size=world_size,
-        nodes=nodes,
-        zero_stage=stage,
-        batch=cut,
-        memory=needed,
-        cpu_batch=cpu_cut,
-        cpu_memory=memory(recipe, counts, zero, world_size, cpu_cut.micro_batch, "cpu"),
+        nodes=topology.nodes,
+        zero_stage=zero["stage"],
+        batch=gpu.cut,
+        memory=gpu.memory,
+        cpu_batch=cpu.cut,
+        cpu_memory=cpu.memory,
         save_bytes=save_bytes(recipe, counts, world_size),
-        alternatives=alternatives(recipe, zero, world_size, cut.micro_batch, "cuda"),
-        scaling=scaling(cut, durations, nodes),
+        alternatives=alternatives(recipe, zero, world_size, gpu.cut.micro_batch, "cuda"),
+        scaling=scaling({device_type: one.cut for device_type, one in loads.items()}, durations, topology),
         times=durations,
-        assumptions=assumptions(recipe, nodes, sent_bytes, network_gbit_per_s),
+        assumptions=assumptions(recipe, loads, topology),
         warnings=warnings(recipe),
     )
 
 
-def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[int, dict[str, int]]:
-    """The two figures of a ds_config that count here; each device's default where it leaves the micro-batch open."""
+def default_micro_batch(device_type: str, seq_len: int) -> int:
+    """Rows of one forward where neither the command nor the ds_config says."""
+    return max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // seq_len, 1)
+
+
+def cut(recipe: Recipe, ds_config: Mapping[str, Any], world_size: int, device_type: str) -> Batch:
+    """How a launch without `--micro-batch` cuts up a step on one type of device."""
+    hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
+    rows = hint if isinstance(hint, int) else default_micro_batch(device_type, recipe.data.seq_len)
+    return batch(recipe, world_size, rows)
+
+
+def refuse_unusable(ds_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a ds_config names no usable ZeRO settings or micro-batch."""
     hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
     problems = zero_keys.problems(ds_config.get("zero_optimization"))
     if not zero_keys.MICRO_BATCH.holds(hint):
@@ -166,6 +173,3 @@ def _stage_and_micro_batch(ds_config: Mapping[str, Any], seq_len: int) -> tuple[
         problems.append(f"ds_config: train_micro_batch_size_per_gpu = {hint!r}: expected {expected}.")
     if problems:
         raise ConfigError(problems)
-    defaults = {device_type: max(tokens // seq_len, 1) for device_type, tokens in DEFAULT_MICRO_BATCH_TOKENS.items()}
-    wanted = dict.fromkeys(defaults, hint) if isinstance(hint, int) else defaults
-    return ds_config["zero_optimization"]["stage"], wanted

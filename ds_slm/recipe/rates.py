@@ -1,9 +1,11 @@
 """How fast kinds of devices multiply, and which of them this machine's CPU is.
 
 DEVICES       datasheets of GPUs; CPU cores as measured
-/proc/cpuinfo --own_cpu--> the row of DEVICES that is this machine's, and what it rests on
+/proc/cpuinfo --own_cpu--> the row of DEVICES that is this machine's, what it rests on, and this machine's memory
 """
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,14 @@ class Device:
     half_flops_per_s: float
     fp32_flops_per_s: float
     memory_bytes: int | None
-    """None stands for the memory of this machine."""
+    """None: a CPU core, which has its host's."""
     has_bf16: bool = True
     mfu: float = GPU_MFU
+
+    @property
+    def device_type(self) -> str:
+        """As torch calls it."""
+        return "cpu" if self.memory_bytes is None else "cuda"
 
 
 AMX_CORE = Device("CPU core (AMX)", 0.6e12, 0.065e12, None, mfu=AMX_MFU)
@@ -42,6 +49,16 @@ DEVICES = (
 
 
 @dataclass(frozen=True)
+class CoreSpeed:
+    """What one core of this machine took for a recipe (ds_slm.engine.core_speed measures it)."""
+
+    micro_batch_s: float
+    """Forward and backward of one micro-batch."""
+    update_s_per_value: float
+    """The optimiser's step, for each value of its share."""
+
+
+@dataclass(frozen=True)
 class OwnCpu:
     """What is known of this machine's CPU."""
 
@@ -49,6 +66,10 @@ class OwnCpu:
     """Its row of DEVICES; None where no rate is known."""
     basis: str
     """What that row rests on, in words."""
+    memory_bytes: int | None = None
+    """Of this machine, or of the container that this process is in."""
+    speed: CoreSpeed | None = None
+    """None where it was not measured."""
 
 
 def own_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> OwnCpu:
@@ -57,12 +78,23 @@ def own_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> OwnCpu:
         flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
     except OSError:  # not Linux
         flags = set()
+    memory_bytes = own_memory_bytes()
     if "amx_bf16" in flags:
-        return OwnCpu(AMX_CORE, "it has AMX")
+        return OwnCpu(AMX_CORE, "it has AMX", memory_bytes)
     if "avx512f" in flags:
         basis = "it has AVX-512, on which nothing was measured yet: it should do more than the AVX2 core of a Zen 3"
-        return OwnCpu(AVX2_CORE, basis)
+        return OwnCpu(AVX2_CORE, basis, memory_bytes)
     if "avx2" in flags:
         basis = "it has AVX2; measured on two cores of a Zen 3 that trained slm-124m in fp32 (docs/benchmarks.md)"
-        return OwnCpu(AVX2_CORE, basis)
-    return OwnCpu(None, "it has neither AMX nor AVX2")
+        return OwnCpu(AVX2_CORE, basis, memory_bytes)
+    return OwnCpu(None, "it has neither AMX nor AVX2", memory_bytes)
+
+
+def own_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Memory of this machine, or what its container may take of it; None where neither is known."""
+    found = []
+    with contextlib.suppress(ValueError, OSError):  # not every system counts its pages
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(ValueError, OSError):  # "max": no limit; or no such file
+        found.append(int(cgroup.read_text()))
+    return min(found, default=None)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from tests.cluster.hosts import Hosts
+from benchmarks.hosts import Hosts
 
 TIMEOUT_S = 120.0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts
+from benchmarks.hosts import Hosts
 from tests.cluster.supervised import make_hosts
 from tests.support import runs
 

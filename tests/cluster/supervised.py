@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.hosts import Hosts, missing_requirements
+from benchmarks.hosts import Hosts, missing_requirements
 from tests.support import runs
 
 CHECKOUT = Path(__file__).resolve().parents[2]

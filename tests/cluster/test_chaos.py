@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.hosts import Hosts
+from benchmarks.hosts import Hosts
 from tests.cluster.supervised import Supervised, load, make_hosts, newest, records
 from tests.support import runs
 

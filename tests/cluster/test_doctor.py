@@ -19,9 +19,9 @@ import psutil
 import pydantic
 import pytest
 
+from benchmarks.hosts import TwoHosts, missing_requirements
 from ds_slm.recipe import schema
 from tests.cluster.commands import mounted, on
-from tests.cluster.hosts import TwoHosts, missing_requirements
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RECIPE, RUN = "runs/small.toml", "runs/small"

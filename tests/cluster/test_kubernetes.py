@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.hosts import ADDRESSES, TwoHosts, missing_requirements
+from benchmarks.hosts import ADDRESSES, TwoHosts, missing_requirements
 from tests.support import runs
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.hosts import Hosts
+from benchmarks.hosts import Hosts
 from tests.cluster.supervised import (
     CHECKOUT,
     PATIENCE_S,

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import safetensors
 
+from benchmarks.hosts import Hosts
 from tests.cluster.commands import mounted, on
-from tests.cluster.hosts import Hosts
 from tests.cluster.supervised import CHECKOUT, PATIENCE_S, TOO_LATE_S, Supervised, load, make_hosts, newest
 from tests.support.runs import write_recipe
 

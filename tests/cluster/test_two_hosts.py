@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import TwoHosts, missing_requirements
+from benchmarks.hosts import TwoHosts, missing_requirements
 from tests.support import tolerances
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -112,14 +112,14 @@ def test_a_cpu_is_its_own_host() -> None:
 def test_scaling_stops_at_a_row_a_device_and_at_the_network() -> None:
     """Oracle: by hand; 512 rows on 1,024 devices, and as many hosts as make computing and network equal."""
     recipe = schema.load("slm-10m")
-    found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, 1024, 128, 10.0)
+    found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(1024, 128, 10.0))
     assert found.scaling.most_devices == 512 and found.scaling.busy_share == 0.5
     name, nodes = "NVIDIA H100", 128
     time = next(one for one in found.times if one.device == name)
     assert found.scaling.network_shares[name] == time.network_s / time.step_s
     hosts = found.scaling.balanced_hosts[name]
     computing_s = (time.step_s - time.network_s) * 0.5 * nodes / hosts  # without the filler rows, on fewer hosts
-    network_s = time.network_s * nodes / (nodes - 1) * (hosts - 1) / hosts
+    network_s = time.network_s * 1024 / 1023 * (1 - 1 / (8 * hosts))  # a ring over all ranks
     assert computing_s == pytest.approx(network_s)
-    alone = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, 8, 1, 10.0)
+    alone = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(8, 1, 10.0))
     assert alone.scaling.network_shares == alone.scaling.balanced_hosts == {}

@@ -39,7 +39,7 @@ def test_any_number_is_planned_with_or_refused(field: str, tiny: Path) -> None:
     for value in EXTREMES:
         try:
             recipe = schema.parse(tiny.read_text(), [f"{field}={value}"])
-            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 1}}, 2)
+            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 1}}, plan.Topology(2))
             assert learning_rate(recipe, recipe.train.steps) >= 0
         except UserError as error:
             assert field.rpartition(".")[2] in str(error)

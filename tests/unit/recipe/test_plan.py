@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_slm.errors import ConfigError
-from ds_slm.recipe import budget, plan, schema
+from ds_slm.recipe import counts, plan, rates, schema, times
 
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
 
@@ -42,7 +42,9 @@ def test_parameters_are_the_models(name: str) -> None:
     shape = schema.load(name).model
     with torch.device("meta"):
         built = Decoder(shape)
-    assert plan.parameters(shape) == sum(parameter.numel() for parameter in built.parameters())
+    sizes = [parameter.numel() for parameter in built.parameters()]
+    assert plan.parameters(shape) == sum(sizes)
+    assert sorted(counts.parameter_sizes(shape)) == sorted(sizes)
 
 
 def test_demo_has_about_two_million_parameters() -> None:
@@ -91,7 +93,7 @@ def test_batch_agrees_with_the_trainer(world_size: int, micro_batch: int) -> Non
     cut = plan.batch(recipe, world_size, micro_batch)
     expected = (cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
     assert (engine_config.micro_batch, engine_config.accumulation_steps, engine_config.filler_rows) == expected
-    planned = plan.plan(recipe, "slm-10m", ZERO[1], world_size).batch
+    planned = plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(world_size)).batch
     default = ds_config.join(recipe, ZERO[1], world_size, "cuda", None)
     assert (planned.micro_batch, planned.accumulation_steps) == (default.micro_batch, default.accumulation_steps)
 
@@ -100,7 +102,7 @@ def test_memory_by_stage() -> None:
     """Oracle: the ZeRO paper's table; 2 + 4 + 4 + 8 bytes per parameter, split by the stage over 8 ranks."""
     recipe = schema.load("slm-124m")
     params, ranks = 134_105_856, 8
-    by_stage = {stage: plan.plan(recipe, "slm-124m", ZERO[stage], ranks).memory for stage in ZERO}
+    by_stage = {stage: plan.plan(recipe, "slm-124m", ZERO[stage], plan.Topology(ranks)).memory for stage in ZERO}
     for stage, memory in by_stage.items():
         assert memory.weights_bytes == 2 * params // (ranks if stage == 3 else 1)
         assert memory.gradients_bytes == 4 * params // (1 if stage == 1 else ranks) + 2 * params
@@ -110,7 +112,7 @@ def test_memory_by_stage() -> None:
     totals = [one.device_bytes - one.buffers_bytes - one.gathered_bytes for one in by_stage.values()]
     assert totals == sorted(totals, reverse=True)
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    memory = plan.plan(recipe, "slm-124m", offloaded, ranks).memory
+    memory = plan.plan(recipe, "slm-124m", offloaded, plan.Topology(ranks)).memory
     assert memory.masters_bytes == memory.moments_bytes == 0
     assert memory.host_bytes == 12 * params // ranks
 
@@ -138,16 +140,95 @@ def test_checkpointing_trades_memory_for_time() -> None:
 def test_network_time() -> None:
     """Oracle: rings by hand; two hosts at 10 Gbit/s, bf16 ZeRO-1: half of 2 x 4 + 2 bytes a parameter, once a step."""
     recipe, params = schema.load("slm-10m"), 9_968_640
-    alone = plan.plan(recipe, "slm-10m", ZERO[1], world_size=2, nodes=1, network_gbit_per_s=10.0)
+
+    def planned(nodes: int, network: float | None) -> plan.Plan:
+        return plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, nodes, network))
+
+    alone, found, unknown = planned(1, 10.0), planned(2, 10.0), planned(2, None)
     assert all(time.network_s == 0.0 for time in alone.times)
-    found = plan.plan(recipe, "slm-10m", ZERO[1], world_size=2, nodes=2, network_gbit_per_s=10.0)
-    assert found.times[0].network_s == pytest.approx(params * 10 / 2 * 8 / 10e9)
+    assert found.times[0].network_s == pytest.approx(params * 10 / 2 * 8 / 10e9 * 1538 / 1448)
     assert found.times[0].step_s == pytest.approx(alone.times[0].step_s + found.times[0].network_s)
-    unknown = plan.plan(recipe, "slm-10m", ZERO[1], world_size=2, nodes=2)
     assert unknown.times[0].network_s == 0.0
     assert any("network is left out" in assumption for assumption in unknown.assumptions)
-    per_stage = [budget.network_bytes(params, stage, "bf16", 8, 2) for stage in (1, 2, 3)]
-    assert per_stage == [params * 10 // 2, params * (4 * 8 + 2) // 2, params * 8 * 8 // 2]
+
+
+@pytest.mark.parametrize(
+    ("device_type", "precision", "stage", "bytes_per_param"),
+    [
+        ("cpu", "fp32", 1, 8 + 4),
+        ("cpu", "bf16", 1, 8 + 2),
+        ("cpu", "bf16", 2, 8 * 5 + 2),
+        ("cpu", "bf16", 3, (8 + 2) * 5),
+        ("cuda", "bf16", 3, (4 + 2) * 5),
+    ],
+)
+def test_what_a_host_sends(device_type: str, precision: str, stage: int, bytes_per_param: int) -> None:
+    """Oracle: by hand, five forwards a step; a ring over 16 ranks lets 15 / 16 of it cross each host's link."""
+    recipe = schema.load("slm-10m", [f"train.precision={precision}"])
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    sent = times.network_bytes(recipe, zero, plan.Topology(16, 2), 5, device_type)
+    assert sent == 9_968_640 * bytes_per_param * 15 // 16
+    assert times.network_bytes(recipe, zero, plan.Topology(16, 1), 5, device_type) == 0
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_a_cpu_is_planned_by_its_own_cut(stage: int) -> None:
+    """Oracle: the same step as ds_slm.recipe.ds_config cuts it on a CPU, and what that computes, holds and sends."""
+    from ds_slm.recipe import ds_config
+
+    recipe = schema.load("slm-10m", ["train.global_batch_tokens=35840"])
+    topology = plan.Topology(2, 2, 1.0)
+    found = plan.plan(recipe, "slm-10m", ZERO[stage], topology)
+    by_device = {time.device: time for time in found.times}
+    for device, cut in ((rates.AMX_CORE, found.cpu_batch), (rates.DEVICES[-1], found.batch)):
+        joined = ds_config.join(recipe, ZERO[stage], 2, device.device_type, None)
+        assert (cut.micro_batch, cut.accumulation_steps) == (joined.micro_batch, joined.accumulation_steps)
+        time = by_device[device.name]
+        sent = times.network_bytes(
+            recipe, ZERO[stage]["zero_optimization"], topology, cut.accumulation_steps, device.device_type
+        )
+        assert time.network_s == pytest.approx(sent * 8 / 1e9 * 1538 / 1448)
+        flops = plan.flops_per_token(recipe.model, 1024) * 1024 * cut.micro_batch * cut.accumulation_steps
+        assert time.step_s - time.network_s == pytest.approx(flops / (device.half_flops_per_s * device.mfu))
+    assert found.cpu_batch.accumulation_steps > found.batch.accumulation_steps
+
+
+def test_a_cpu_fits_where_its_host_holds_all_ranks() -> None:
+    """Oracle: by hand; four ranks a host and the copies of a save, a byte less, this machine's memory, none known."""
+    recipe, core = schema.load("slm-124m"), rates.AMX_CORE
+    known = plan.plan(recipe, "slm-124m", ZERO[1], plan.Topology(8, 2))
+    needed = 4 * (known.cpu_memory.device_bytes + known.save_bytes)
+
+    def fits(host_bytes: int | None, own: rates.OwnCpu | None = None) -> dict[str, bool | None]:
+        found = plan.plan(recipe, "slm-124m", ZERO[1], plan.Topology(8, 2, None, host_bytes, own))
+        return {time.device: time.fits for time in found.times}
+
+    assert fits(needed)[core.name] is True and fits(needed - 1)[core.name] is False
+    unknown = fits(None)
+    assert unknown[core.name] is None and unknown["NVIDIA H200"] is True
+    here = fits(None, rates.OwnCpu(core, "", needed - 1))
+    assert here[core.name] is False and here[rates.AVX2_CORE.name] is None
+
+
+def test_a_gpu_needs_its_hosts_memory_for_what_is_offloaded() -> None:
+    """Oracle: by hand; masters, moments and the copies of a save of one rank, and a byte less."""
+    recipe = schema.load("slm-124m")
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    known = plan.plan(recipe, "slm-124m", offloaded)
+    needed = known.memory.host_bytes + known.save_bytes
+    for host_bytes, expected in ((needed, True), (needed - 1, False), (None, True)):
+        found = plan.plan(recipe, "slm-124m", offloaded, plan.Topology(host_memory_bytes=host_bytes))
+        assert found.times[-1].fits is expected
+
+
+def test_this_machine_as_measured() -> None:
+    """Oracle: by hand; four forwards of 3 s, half the parameters at 1 microsecond, and the link of the other rows."""
+    recipe = schema.load("slm-10m", ["train.global_batch_tokens=16384"])
+    own = rates.OwnCpu(None, "", 64 * 10**9, rates.CoreSpeed(3.0, 1e-6))
+    found = plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, 2, 1.0, None, own))
+    assert found.cpu_batch.accumulation_steps == 4
+    assert found.times[-1].device == times.MEASURED and found.times[-1].fits is True
+    assert found.times[-1].step_s == pytest.approx(12 + 9_968_640 / 2 * 1e-6 + found.times[0].network_s)
 
 
 def test_devices_without_the_precision_are_left_out() -> None:
@@ -167,7 +248,7 @@ def test_devices_without_the_precision_are_left_out() -> None:
 @pytest.mark.parametrize("stage", ZERO)
 def test_every_recipe_has_a_plan(name: str, stage: int) -> None:
     """Oracle: plain data with positive figures, for any recipe, stage and a world size that divides nothing."""
-    found = plan.plan(schema.load(name), name, ZERO[stage], world_size=7, nodes=7, network_gbit_per_s=1.0)
+    found = plan.plan(schema.load(name), name, ZERO[stage], plan.Topology(7, 7, 1.0))
     assert found.params == sum(asdict(found.parameters).values())
     assert found.tokens == found.steps * schema.load(name).train.global_batch_tokens
     assert all(time.step_s > time.network_s > 0 for time in found.times)

@@ -42,6 +42,8 @@ _ALL_ADDRESSES = {**ADDRESSES, "node3": "192.0.2.13", "head": "192.0.2.14"}
 _PREFIX_LENGTH = 24
 _INTERFACE = "eth0"
 _START_DEADLINE_S = 30.0
+_BURST_S, _QUEUE_S = 1e-3, 5.0
+"""Of a limited cable: what may pass at once after a pause, and what waits: a host does not lose its own packets."""
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # Program -> its Debian package.
@@ -232,6 +234,23 @@ class Hosts:
         assert self._switch is not None
         self._ip(self._switch.first_pid, "link", "set", node, "master", "bridge")
 
+    def limit(self, node: str, gbit_per_s: float) -> None:
+        """Let a host send at most so much, as a slower cable would; a limit of both ends is one of the cable."""
+        rate = f"{gbit_per_s * 1e9:.0f}bit"
+        burst = f"{gbit_per_s * 1e9 / 8 * _BURST_S:.0f}"
+        shaping = ["tbf", "rate", rate, "burst", burst, "latency", f"{_QUEUE_S * 1000:.0f}ms"]
+        self._in_network_of(node, "tc", "qdisc", "replace", "dev", _INTERFACE, "root", *shaping)
+
+    def unlimit(self, node: str) -> None:
+        """Take the limit away."""
+        self._in_network_of(node, "tc", "qdisc", "delete", "dev", _INTERFACE, "root")
+
+    def sent_bytes(self, node: str) -> int:
+        """What a host has sent since it started, headers included."""
+        lines = Path(f"/proc/{self._hosts[node].first_pid}/net/dev").read_text().splitlines()
+        counters = next(line.partition(":")[2].split() for line in lines if line.strip().startswith(f"{_INTERFACE}:"))
+        return int(counters[8])
+
     def processes(self, node: str) -> list[psutil.Process]:
         """The host's processes but for its sshd: what launches have left running."""
         first_pid = self._hosts[node].first_pid
@@ -376,6 +395,9 @@ class Hosts:
 
     def _ip(self, pid: int, *arguments: str) -> None:
         _run("nsenter", "--target", str(pid), "--net", "ip", *arguments)
+
+    def _in_network_of(self, node: str, *command: str) -> None:
+        _run("nsenter", "--target", str(self._hosts[node].first_pid), "--net", *command)
 
     def _await(self, what: str, condition: Callable[[], object]) -> None:
         """Poll until the condition holds; fails at the deadline or when a host has ended."""

@@ -1,0 +1,88 @@
+"""How long one core of this machine takes for a recipe: its own blocks are timed, a few of them, and counted.
+
+    two models of few blocks, a micro-batch, one thread --> seconds of a block; of all the rest
+    the optimiser over the smaller of them              --> seconds for each value
+
+A CPU's speed depends on sizes, precision, caches and kernels far more than on a datasheet, so nothing is assumed.
+Known gap: other cores are idle meanwhile, whose ranks share memory and caches with this one later.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ds_slm.engine.devices import DTYPES
+from ds_slm.engine.optim import build_optimizer
+from ds_slm.model import decoder
+from ds_slm.recipe.rates import CoreSpeed
+from ds_slm.recipe.schema import Recipe
+
+REPEATS = 3
+BLOCKS = (1, 3)
+"""Of the two models."""
+
+
+def core_speed(recipe: Recipe, micro_batch: int) -> CoreSpeed:
+    """Time one core of this machine.
+
+    Args:
+        recipe: what is trained.
+        micro_batch: rows of a forward.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        few_s, more_s = (_micro_batch_s(_with_blocks(recipe, blocks), micro_batch) for blocks in BLOCKS)
+        update_s_per_value = _update_s_per_value(_with_blocks(recipe, BLOCKS[0]))
+    finally:
+        torch.set_num_threads(threads)
+
+    block_s = max(more_s - few_s, 0.0) / (BLOCKS[1] - BLOCKS[0])
+    return CoreSpeed(few_s + (recipe.model.num_hidden_layers - BLOCKS[0]) * block_s, update_s_per_value)
+
+
+def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
+    shape = recipe.model.model_copy(update={"num_hidden_layers": blocks})
+    return recipe.model_copy(update={"model": shape})
+
+
+def _micro_batch_s(recipe: Recipe, rows: int) -> float:
+    """Seconds of a forward and backward, and of adding up its gradients in fp32."""
+    model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
+    model = model.to(dtype=DTYPES[recipe.train.precision]).train()
+    parameters = list(model.parameters())
+    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    seq_len = recipe.data.seq_len
+    ids_NT = (torch.arange(rows * (seq_len + 1)) * 7919 % recipe.model.vocab_size).view(rows, seq_len + 1)
+
+    def forward_backward() -> None:
+        model(ids_NT[:, :-1], ids_NT[:, 1:], z_scale=recipe.train.z_loss).objective.backward()
+        for parameter, total in zip(parameters, gradients, strict=True):
+            assert parameter.grad is not None
+            total += parameter.grad
+            parameter.grad = None
+
+    return _least_s(forward_backward)
+
+
+def _update_s_per_value(recipe: Recipe) -> float:
+    """Seconds of the optimiser's step, over the values it updates."""
+    model = decoder.build(recipe.model, recipe.train.seed)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+
+    values = sum(parameter.numel() for parameter in model.parameters())
+    return _least_s(optimizer.step) / values
+
+
+def _least_s(work: Callable[[], object]) -> float:
+    """The least of REPEATS; the first, which chooses kernels and touches memory, does not count."""
+    work()
+    durations_s = []
+    for _ in range(REPEATS):
+        start_s = time.perf_counter()
+        work()
+        durations_s.append(time.perf_counter() - start_s)
+    return min(durations_s)

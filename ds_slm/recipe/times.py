@@ -1,0 +1,219 @@
+"""How long a step takes on each kind of device, and whether it fits: estimates, each with its assumption beside it.
+
+    Recipe, Batch, Memory, Topology --> loads --> Load: what a rank computes, holds and sends, on a GPU and on a CPU
+    Load of each kind --> times --> Time for each kind of device; assumptions puts what they rest on into words
+
+Sources: what DeepSpeed 0.19 sends is read from its code and was compared with the counters of two hosts' interfaces
+(`benchmarks/plan_network.py`); rings send (n - 1) / n of what is gathered or scattered, and twice that of what is
+reduced for all (Patarasuk and Yuan 2009).
+Known gaps: communication within a host counts as free, and what is sent never travels while a rank computes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_slm.recipe.budget import FP32, HALF, MAX_LIVE_ELEMENTS, Memory, memory, save_bytes
+from ds_slm.recipe.counts import Batch, parameter_counts, parameter_sizes
+from ds_slm.recipe.rates import AMX_MFU, AVX2_MFU, DEVICES, GPU_MFU, Device, OwnCpu
+from ds_slm.recipe.schema import Recipe
+
+RECOMPUTED = 4 / 3
+"""FLOPs of a step with gradient checkpointing over those without: a forward is a third of forward and backward."""
+PAYLOAD_SHARE = 1448 / 1538
+"""Of what a cable carries: a TCP segment beside the headers of TCP, IP and Ethernet and the gap between frames."""
+PERSISTENT_VALUES = 100_000
+"""DeepSpeed's default of stage3_param_persistence_threshold: parameters up to this size stay whole on all ranks."""
+MEASURED = "core of this machine, measured"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The devices of a launch, and what is known of where they are."""
+
+    world_size: int = 1
+    """Devices over all hosts."""
+    nodes: int = 1
+    """Hosts."""
+    network_gbit_per_s: float | None = None
+    """Speed of each host's link; None leaves the network out of the time."""
+    host_memory_bytes: int | None = None
+    """Memory of each host; None where it is not known."""
+    own: OwnCpu | None = None
+    """This machine; None where nothing of it counts."""
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Of the host with the most."""
+        return -(-self.world_size // self.nodes)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step asks of one type of device."""
+
+    cut: Batch
+    memory: Memory
+    """Of a rank."""
+    host_bytes: int
+    """Of a host's memory, while a checkpoint is written: what its ranks hold there, and the copies that are written."""
+    flops: int
+    """Of a rank, recomputation not counted."""
+    sent_bytes: int
+    """By each host."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """How long the run takes on one kind of device."""
+
+    device: str
+    device_type: str
+    """cpu or cuda."""
+    fits: bool | None
+    """Whether a rank's memory fits the device's, and all ranks' of a host the host's; None where that is not known."""
+    step_s: float
+    network_s: float
+    """Of step_s, what the network between hosts takes."""
+    run_s: float
+    tokens_per_s: float
+
+
+def load(
+    recipe: Recipe,
+    flops_per_token: int,
+    zero: Mapping[str, Any],
+    topology: Topology,
+    cut: Batch,
+    device_type: str,
+) -> Load:
+    """What a step asks of one type of device.
+
+    Args:
+        recipe: what is trained.
+        flops_per_token: of forward and backward.
+        zero: DeepSpeed's zero_optimization section.
+        topology: the devices.
+        cut: how a step is cut up on this type of device.
+        device_type: 'cpu' or 'cuda'.
+    """
+    counts, world_size = parameter_counts(recipe.model), topology.world_size
+    needed = memory(recipe, counts, zero, world_size, cut.micro_batch, device_type)
+    on_host = needed.device_bytes if device_type == "cpu" else needed.host_bytes
+    return Load(
+        cut,
+        needed,
+        topology.ranks_per_host * (on_host + save_bytes(recipe, counts, world_size)),
+        flops_per_token * cut.micro_batch * cut.accumulation_steps * recipe.data.seq_len,
+        network_bytes(recipe, zero, topology, cut.accumulation_steps, device_type),
+    )
+
+
+def network_bytes(
+    recipe: Recipe, zero: Mapping[str, Any], topology: Topology, accumulation_steps: int, device_type: str
+) -> int:
+    """Bytes one host sends in an optimiser step, by rings over all ranks that cross each host's link once.
+
+    Gradients travel in fp32, weights in the precision they are computed with. Stages 1 and 2 reduce gradients for all
+    ranks, once a step or after every micro-batch, and gather the new weights once. Stage 3 gathers the weights for
+    every micro-batch, but the small ones, which all ranks keep, and scatters sums, for which gloo, a CPU's backend,
+    reduces for all.
+    """
+    if topology.nodes == 1:
+        return 0
+    stage, half = zero["stage"], recipe.train.precision != "fp32"
+    sizes = parameter_sizes(recipe.model)
+    params, width = sum(sizes), HALF if half else FP32
+    reduced, scattered = 2 * params * FP32, params * FP32
+
+    if stage < 3:
+        # BF16_Optimizer reduces for all whatever is asked for.
+        to_owners = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+        gradients = scattered if to_owners and not (stage == 1 and recipe.train.precision == "bf16") else reduced
+        sent = gradients * (accumulation_steps if stage == 2 else 1) + params * width
+    else:
+        gradients = reduced if device_type == "cpu" else scattered
+        kept = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", PERSISTENT_VALUES))
+        # What the forward has gathered stays for the backward, where both lie within the two limits.
+        limits = (
+            zero.get(name, MAX_LIVE_ELEMENTS) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+        )
+        gathered = (params - kept) * (1 if 2 * params <= min(limits) else 2)
+        sent = (gradients + gathered * width) * accumulation_steps + kept * width
+    return sent * (topology.world_size - 1) // topology.world_size
+
+
+def times(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -> list[Time]:
+    """The run's time on each kind of device that has the recipe's precision, and on this machine where it was measured.
+
+    Args:
+        recipe: what is trained.
+        loads: device type -> what a step asks of it.
+        topology: the devices.
+    """
+    precision, own = recipe.train.precision, topology.own
+    recomputed = RECOMPUTED if recipe.train.gradient_checkpointing else 1.0
+    found = []
+    for device in DEVICES:
+        if precision == "bf16" and not device.has_bf16:
+            continue
+        asked = loads[device.device_type]
+        peak = device.fp32_flops_per_s if precision == "fp32" else device.half_flops_per_s
+        computing_s = asked.flops * recomputed / (peak * device.mfu)
+        is_here = own is not None and device == own.device
+        found.append(_time(recipe, topology, asked, computing_s, device, is_here))
+
+    if own and own.speed:
+        here = Device(MEASURED, 0.0, 0.0, None)
+        asked = loads[here.device_type]
+        share = -(-parameter_counts(recipe.model).total // topology.world_size)
+        computing_s = asked.cut.accumulation_steps * own.speed.micro_batch_s + share * own.speed.update_s_per_value
+        found.append(_time(recipe, topology, asked, computing_s, here, is_here=True))
+    return found
+
+
+def _time(recipe: Recipe, topology: Topology, asked: Load, computing_s: float, device: Device, is_here: bool) -> Time:
+    """A row of the table; `is_here` for a device of this machine."""
+    rate = topology.network_gbit_per_s
+    network_s = asked.sent_bytes * 8 / (rate * 1e9 * PAYLOAD_SHARE) if rate else 0.0
+    step_s = computing_s + network_s
+
+    # A host's memory is the given one. What is not given is known of this machine alone.
+    host_bytes = topology.host_memory_bytes
+    if host_bytes is None and is_here and topology.own:
+        host_bytes = topology.own.memory_bytes
+    fits = None if host_bytes is None else asked.host_bytes <= host_bytes
+    if device.memory_bytes is not None:
+        on_device = asked.memory.device_bytes <= device.memory_bytes
+        fits = on_device and fits is not False
+
+    run_s, tokens_per_s = step_s * recipe.train.steps, recipe.train.global_batch_tokens / step_s
+    return Time(device.name, device.device_type, fits, step_s, network_s, run_s, tokens_per_s)
+
+
+def assumptions(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -> list[str]:
+    """What the estimates rest on, in words."""
+    stated = [
+        f"training reaches {AMX_MFU:.0%} of the peak FLOP/s of a CPU core with AMX, {AVX2_MFU:.0%} with AVX2 (a model "
+        f"of 1M parameters three quarters of that) and {GPU_MFU:.0%} of a GPU's"
+    ]
+
+    if recipe.train.gradient_checkpointing:
+        stated.append("gradient checkpointing adds a second forward: a third more time")
+    if topology.nodes > 1:
+        gpus, cpus = loads["cuda"].sent_bytes, loads["cpu"].sent_bytes
+        sent = f"{gpus:,} bytes a step" if gpus == cpus else f"{gpus:,} bytes a step with GPUs, {cpus:,} with CPUs"
+        rate = topology.network_gbit_per_s
+        stated.append(
+            f"each host sends {sent} at {rate:g} Gbit/s, {PAYLOAD_SHARE:.0%} of which are payload; nothing overlaps"
+            if rate
+            else f"the network is left out: each host sends {sent} (--network adds its time)"
+        )
+
+    return [
+        *stated,
+        "a GPU's memory leaves out temporary tensors, fragmentation and the device's own context",
+        "a CPU's counts eager blocks (benchmarks/plan_memory.py compares it with launches)",
+        "a CPU fits where all ranks of a host do, and the copies that a save makes; `-` where no memory is known "
+        "(--host-memory gives it)",
+    ]

@@ -236,20 +236,14 @@ class Hosts:
 
     def limit(self, node: str, gbit_per_s: float) -> None:
         """Let a host send at most so much, as a slower cable would; a limit of both ends is one of the cable."""
-        rate = f"{gbit_per_s * 1e9:.0f}bit"
-        burst = f"{gbit_per_s * 1e9 / 8 * _BURST_S:.0f}"
-        shaping = ["tbf", "rate", rate, "burst", burst, "latency", f"{_QUEUE_S * 1000:.0f}ms"]
-        self._in_network_of(node, "tc", "qdisc", "replace", "dev", _INTERFACE, "root", *shaping)
-
-    def unlimit(self, node: str) -> None:
-        """Take the limit away."""
-        self._in_network_of(node, "tc", "qdisc", "delete", "dev", _INTERFACE, "root")
+        rate = f"rate {gbit_per_s * 1e9:.0f}bit burst {gbit_per_s * 1e9 / 8 * _BURST_S:.0f}"
+        shaping = f"qdisc replace dev {_INTERFACE} root tbf {rate} latency {_QUEUE_S * 1000:.0f}ms"
+        self._ip(self._hosts[node].first_pid, *shaping.split(), program="tc")
 
     def sent_bytes(self, node: str) -> int:
         """What a host has sent since it started, headers included."""
-        lines = Path(f"/proc/{self._hosts[node].first_pid}/net/dev").read_text().splitlines()
-        counters = next(line.partition(":")[2].split() for line in lines if line.strip().startswith(f"{_INTERFACE}:"))
-        return int(counters[8])
+        counters = Path(f"/proc/{self._hosts[node].first_pid}/net/dev").read_text()
+        return int(counters.partition(f"{_INTERFACE}:")[2].split()[8])
 
     def processes(self, node: str) -> list[psutil.Process]:
         """The host's processes but for its sshd: what launches have left running."""
@@ -393,11 +387,8 @@ class Hosts:
         pid = self._hosts[node].first_pid
         return ["nsenter", "--target", str(pid), "--net", "--uts", "--ipc", "--mount", "--pid", *argv]
 
-    def _ip(self, pid: int, *arguments: str) -> None:
-        _run("nsenter", "--target", str(pid), "--net", "ip", *arguments)
-
-    def _in_network_of(self, node: str, *command: str) -> None:
-        _run("nsenter", "--target", str(self._hosts[node].first_pid), "--net", *command)
+    def _ip(self, pid: int, *arguments: str, program: str = "ip") -> None:
+        _run("nsenter", "--target", str(pid), "--net", program, *arguments)
 
     def _await(self, what: str, condition: Callable[[], object]) -> None:
         """Poll until the condition holds; fails at the deadline or when a host has ended."""

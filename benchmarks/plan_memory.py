@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from benchmarks import tiny_runs
 from benchmarks import train as bench_train
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import budget, ds_config, plan, schema
+from ds_slm.recipe import budget, ds_config, rates, schema
 from ds_slm.recipe.schema import Recipe
 
 RECIPES = ("demo", "gpt-s-1.4m", "slm-10m", "ant-10m", "slm-124m")
@@ -127,8 +127,8 @@ def measure(case: Case, out: Path, overrides: list[str]) -> dict[str, Any]:
 
 def planned(case: Case) -> budget.Memory:
     """What the plan says of the same topology."""
-    counts = plan.parameter_counts(case.recipe.model)
-    return budget.memory(case.recipe, counts, case.zero, RANKS, case.micro_batch, "cpu")
+    half_products = case.recipe.train.precision in rates.own_cpu().half_products
+    return budget.memory(case.recipe, case.zero, RANKS, case.micro_batch, "cpu", half_products)
 
 
 def largest_parts(memory: budget.Memory) -> str:

@@ -50,15 +50,13 @@ class Case:
     name: str
     precision: str
     stage: int
-    link_gbit_per_s: float | None
-    """None: as fast as this machine copies."""
+    link_gbit_per_s: float
     micro_batch: int
 
     @property
     def key(self) -> str:
         """Its file's name."""
-        link = f"{self.link_gbit_per_s:g}gbit" if self.link_gbit_per_s else "unlimited"
-        return f"{self.name}-{self.precision}-zero{self.stage}-rows{self.micro_batch}-{link}"
+        return f"{self.name}-{self.precision}-zero{self.stage}-rows{self.micro_batch}-{self.link_gbit_per_s:g}gbit"
 
     @property
     def recipe(self) -> Recipe:
@@ -77,7 +75,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         for precision in args.precisions:
             for stage in args.stages:
                 for link in args.links:
-                    yield Case(name, precision, stage, link or None, rows)
+                    yield Case(name, precision, stage, link, rows)
 
 
 def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
@@ -94,10 +92,7 @@ def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
     command = bench_train.our_command(bench, own, case.micro_batch, ACCUMULATION, STEPS, launcher)
 
     for node in NODES:
-        if case.link_gbit_per_s:
-            hosts.limit(node, case.link_gbit_per_s)
-        else:
-            hosts.unlimit(node)
+        hosts.limit(node, case.link_gbit_per_s)
 
     # What the first host has sent when each step is recorded, in a run folder that this process sees, too.
     counters: list[int] = []
@@ -174,7 +169,7 @@ def main() -> int:
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--links", type=float, nargs="+", default=LINKS_GBIT_PER_S, help="Gbit/s; 0: unlimited")
+    parser.add_argument("--links", type=float, nargs="+", default=LINKS_GBIT_PER_S, help="Gbit/s")
     parser.add_argument("--table", action="store_true", help="measure nothing: show what is there")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "plan_network")
     args = parser.parse_args()

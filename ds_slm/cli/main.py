@@ -116,44 +116,12 @@ def plan_recipe(
     as_json: AsJson = False,
 ) -> None:
     """Parameters, FLOPs per token, steps, batch, memory, time. Trains nothing."""
-    from dataclasses import asdict, replace
+    from ds_slm.cli import planning
+    from ds_slm.recipe import schema
 
-    from ds_slm.cli import tables
-    from ds_slm.recipe import plan, rates, schema
-    from ds_slm.recipe.ds_config import read as read_ds_config
-
-    recipe = schema.load(name, overrides)
-
-    if hostfile is not None:
-        if gpus_per_node or nodes:
-            raise ConfigError(
-                "--hostfile already says how many hosts and devices: leave out --gpus-per-node and --nodes."
-            )
-        from ds_slm.cluster.hostfile import parse_hostfile
-
-        hosts = parse_hostfile(hostfile)
-        world_size, host_count = sum(host.slots for host in hosts), len(hosts)
-    else:
-        host_count = nodes or 1
-        world_size = host_count * (gpus_per_node or 1)
-
-    settings, own = read_ds_config(ds_config), rates.own_cpu()
-    if measure:
-        from ds_slm.engine.core_speed import core_speed
-
-        plan.refuse_unusable(settings)
-        rows = plan.cut(recipe, settings, world_size, "cpu").micro_batch
-        own = replace(own, speed=core_speed(recipe, rows))
-
-    host_bytes = round(host_memory * 1e9) if host_memory else None
-    found = plan.plan(recipe, name, settings, plan.Topology(world_size, host_count, network, host_bytes, own))
-    if as_json:
-        memory, cpu_memory = (
-            {**asdict(one), "device_bytes": one.device_bytes} for one in (found.memory, found.cpu_memory)
-        )
-        print_json({**asdict(found), "memory": memory, "cpu_memory": cpu_memory, "inherited": schema.inherited(name)})
-    else:
-        tables.show_plan(found, schema.inherited_toml(name), own)
+    world_size, host_count = planning.devices(hostfile, nodes, gpus_per_node)
+    topology = planning.topology(world_size, host_count, network, host_memory)
+    planning.run(name, schema.load(name, overrides), ds_config, topology, measure, as_json)
 
 
 @app.command(epilog=examples.epilog("prepare"))

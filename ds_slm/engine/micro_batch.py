@@ -29,7 +29,7 @@ from torch import Tensor
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.result_cache import ResultCache
 from ds_slm.model import decoder, kernels
-from ds_slm.recipe import budget, plan
+from ds_slm.recipe import budget
 from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure
@@ -173,9 +173,9 @@ def _run_trial(trial: Trial, control: Control, rows: int) -> float | str:
 def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     """Seconds of one forward and backward pass: the least of REPEATS. Raises MemoryError if it does not fit."""
     recipe, device, on_gpu = trial.recipe, trial.device, trial.device.type == "cuda"
-    params = plan.parameter_counts(recipe.model)
     zero = trial.engine_config.deepspeed["zero_optimization"]
-    planned = budget.memory(recipe, params, zero, control.world_size, rows, device.type)
+    half_products = kernels.multiplies(device.type, trial.dtype)
+    planned = budget.memory(recipe, zero, control.world_size, rows, device.type, half_products)
     activation_bytes = planned.activations_bytes + planned.loss_bytes
     state_bytes = planned.device_bytes - activation_bytes
 

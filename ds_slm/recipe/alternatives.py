@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_slm.recipe.budget import Memory, memory
-from ds_slm.recipe.counts import Batch, parameter_counts
+from ds_slm.recipe.counts import Batch
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.times import RECOMPUTED, Time, Topology
 
@@ -46,10 +46,9 @@ def alternatives(
     recipe: Recipe, zero: Mapping[str, Any], world_size: int, micro_batch: int, device_type: str
 ) -> list[Alternative]:
     """As asked, then with gradient checkpointing, 8-bit AdamW and offloading turned over, one at a time."""
-    counts = parameter_counts(recipe.model)
 
     def needed(changed: Recipe, changed_zero: Mapping[str, Any]) -> Memory:
-        return memory(changed, counts, changed_zero, world_size, micro_batch, device_type)
+        return memory(changed, changed_zero, world_size, micro_batch, device_type)
 
     checkpointed, in_8_bits = recipe.train.gradient_checkpointing, recipe.optimizer.name == "adamw8bit"
     asked = needed(recipe, zero)

@@ -5,15 +5,15 @@
 Sources: what each ZeRO stage splits is arXiv 1910.02054; buffers follow DeepSpeed 0.19 as ds_slm sets it up (fp32
 accumulation and reduction); saved activations are counted from ds_slm.model.decoder, the loss from ds_slm.model.loss.
 `benchmarks/plan_memory.py` compares the memory with what launches take on a CPU.
-Known gaps: temporary tensors of single operations and, on a GPU, fragmentation and the device's own context (about 0.5
-GiB of CUDA) are left out; compiled blocks count as eager ones.
+Known gaps: a GPU's temporary tensors of single operations, its fragmentation and its own context (about 0.5 GiB of
+CUDA) are left out; compiled blocks count as eager ones.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, assert_never
 
-from ds_slm.recipe.counts import ParameterCounts
+from ds_slm.recipe.counts import ParameterCounts, parameter_counts
 from ds_slm.recipe.schema import Model, Optimizer, Recipe
 
 FP32, HALF = 4, 2
@@ -32,6 +32,9 @@ PROGRAM_BYTES = 385_000_000
 """What a rank's process holds on a CPU before its first tensor: Python, torch, DeepSpeed and what else it imports, and
 the code that a first forward loads. Resident memory of gpt-s-1.4m on one rank (Linux x86-64, CPU build of torch), its
 tensors taken off."""
+KEPT_APART = {(1, False): 0.88, (1, True): 0.88, (2, False): 0.56, (2, True): 0.85, (3, False): 1.2, (3, True): 1.2}
+"""ZeRO stage, whether in half precision -> freed memory that stays unusable on a CPU, as a share of the activations.
+Measured with benchmarks/plan_memory.py (gpt-s-1.4m, slm-10m and ant-10m, 4,096 tokens a forward)."""
 BITSANDBYTES_BYTES = 48_000_000
 """By how much that grows with bitsandbytes' optimiser: the same of demo."""
 
@@ -55,6 +58,8 @@ class Memory:
     """Whole weights that ZeRO-3 has gathered for forward and backward."""
     program_bytes: int = 0
     """The process itself: on a CPU its libraries share the memory with the tensors."""
+    temporary_bytes: int = 0
+    """On a CPU: what the backward pass of a feed-forward layer needs beside all activations."""
     allocator_bytes: int = 0
     """On a CPU: freed memory that malloc holds but cannot use again."""
     host_bytes: int = field(default=0)
@@ -75,22 +80,23 @@ class Memory:
 
 def memory(
     recipe: Recipe,
-    counts: ParameterCounts,
     zero: Mapping[str, Any],
     world_size: int,
     micro_batch: int,
     device_type: str = "cuda",
+    half_products: bool = False,
 ) -> Memory:
     """Bytes of one rank.
 
     Args:
         recipe: what is trained.
-        counts: its parameters.
         zero: DeepSpeed's zero_optimization section.
         world_size: devices over all hosts.
         micro_batch: rows of one forward.
         device_type: 'cpu' or 'cuda'.
+        half_products: whether a CPU multiplies in the recipe's half precision; one that does not upcasts.
     """
+    counts = parameter_counts(recipe.model)
     stage, half, params = zero["stage"], recipe.train.precision != "fp32", counts.total
     width, on_cpu = HALF if half else FP32, device_type == "cpu"
     share = -(-params // world_size)
@@ -111,7 +117,9 @@ def memory(
     offloads = isinstance(offloaded, Mapping) and offloaded.get("device", "none") != "none"
     on_host = offloads and not on_cpu  # a CPU is its own host
 
-    activations = _activation_bytes(recipe, micro_batch, device_type)
+    upcasts = on_cpu and half and not half_products
+    block_gradients = width * (counts.attention + counts.mlp + counts.norms)
+    activations = _activation_bytes(recipe, micro_batch, on_cpu, upcasts)
     return Memory(
         weights_bytes=weights,
         gradients_bytes=gradients,
@@ -119,10 +127,11 @@ def memory(
         masters_bytes=0 if on_host else masters,
         moments_bytes=0 if on_host else moments,
         activations_bytes=activations,
-        loss_bytes=_loss_bytes(recipe, micro_batch, device_type),
+        loss_bytes=_loss_bytes(recipe, micro_batch, device_type, upcasts),
         gathered_bytes=gathered,
         program_bytes=_program_bytes(recipe.optimizer) if on_cpu else 0,
-        allocator_bytes=_allocator_bytes(activations, counts, width) if on_cpu else 0,
+        temporary_bytes=_temporary_bytes(recipe, micro_batch, width) if on_cpu else 0,
+        allocator_bytes=_allocator_bytes(stage, half, activations, block_gradients) if on_cpu else 0,
         host_bytes=masters + moments if on_host else 0,
     )
 
@@ -131,17 +140,19 @@ def _program_bytes(optimizer: Optimizer) -> int:
     return PROGRAM_BYTES + (BITSANDBYTES_BYTES if optimizer.name == "adamw8bit" else 0)
 
 
-def _allocator_bytes(activations: int, counts: ParameterCounts, width: int) -> int:
+def _allocator_bytes(stage: int, half: bool, activations: int, block_gradients: int) -> int:
     """Freed memory that malloc holds on a CPU and cannot use again.
 
     glibc before 2.38 asks for a tensor's size and its alignment: the hole that a freed tensor leaves is too small for
-    the next one of the same size. So a second forward lies beside the holes of the first, and from then on both places
-    are used in turn. The gradients of the blocks, which are made while activations are freed, lie in such holes.
+    the next one of the same size, unless its neighbours are free as well. So a second forward lies in part beside the
+    holes of the first. How much of it depends on what stays between them: nothing but temporary tensors where stage 2
+    reduces an fp32 gradient at once; stage 1's gradients, which fill holes themselves until the step; stage 3's
+    gathered weights.
 
-    Known gap: measured were 0.6 (ZeRO-2) to 1.3 (ZeRO-3) of the activations.
+    Known gap: the shares are measured, not derived, and belong to glibc 2.36.
     """
-    in_holes = width * (counts.attention + counts.mlp + counts.norms)
-    return max(activations - in_holes, 0)
+    kept_apart = KEPT_APART[stage, half] * activations
+    return max(round(kept_apart) - (block_gradients if stage == 1 else 0), 0)
 
 
 def save_bytes(recipe: Recipe, counts: ParameterCounts, world_size: int) -> int:
@@ -185,19 +196,27 @@ def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: 
     return flattened + (min(bucket, params) * width * copies if contiguous else 0)
 
 
-def _activation_bytes(recipe: Recipe, micro_batch: int, device_type: str) -> int:
+def _activation_bytes(recipe: Recipe, micro_batch: int, on_cpu: bool, upcasts: bool) -> int:
     """What the backward pass needs of the forward pass, with attention that never holds its T x T scores.
 
     With checkpointing each block keeps its input alone, and one block at a time the rest.
     """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
-    half = recipe.train.precision != "fp32"
-    width = HALF if half else FP32
-    block = _cpu_block_bytes(shape, half) if device_type == "cpu" else _gpu_block_bytes(shape, width)
+    width = HALF if recipe.train.precision != "fp32" else FP32
+    block = _cpu_block_bytes(shape, width, upcasts) if on_cpu else _gpu_block_bytes(shape, width)
     ends = 2 * width * shape.hidden_size
     if recipe.train.gradient_checkpointing:
         return tokens * (width * shape.hidden_size * shape.num_hidden_layers + block + ends)
     return tokens * (block * shape.num_hidden_layers + ends)
+
+
+def _temporary_bytes(recipe: Recipe, micro_batch: int, width: int) -> int:
+    """At the peak, as the backward pass begins: gradients that the last block's feed-forward layer has in hand.
+
+    Those of product, silu(gate) and up at a time, and the residual stream's from behind and to the layer before.
+    """
+    shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
+    return tokens * width * (3 * shape.intermediate_size + 2 * shape.hidden_size)
 
 
 def _gpu_block_bytes(shape: Model, width: int) -> int:
@@ -215,19 +234,19 @@ def _gpu_block_bytes(shape: Model, width: int) -> int:
     return block
 
 
-def _cpu_block_bytes(shape: Model, half: bool) -> int:
-    """What a block keeps per token on a CPU, whose norms are not fused, and which upcasts half-precision attention.
+def _cpu_block_bytes(shape: Model, width: int, upcasts: bool) -> int:
+    """What a block keeps per token on a CPU, whose norms are not fused.
 
     A norm keeps its input and the normalised values in fp32, a reciprocal root and, for the products, its output.
-    Attention keeps q, k, v and its output in fp32, a log-sum-exp a head, and the input of o_proj. The rest is gate,
-    silu(gate), up and their product.
+    Attention keeps q, k, v and its output, in fp32 where a CPU upcasts half precision, a log-sum-exp a head, and the
+    input of o_proj. The rest is gate, silu(gate), up and their product.
     """
-    width = HALF if half else FP32
     queries, keys = _query_and_key_sizes(shape)
     heads, key_heads = shape.num_attention_heads, shape.num_key_value_heads
+    half, attended = width == HALF, FP32 if upcasts else width
 
     norms = 2 * ((2 * FP32 + width) * shape.hidden_size + FP32)
-    attention = FP32 * (2 * queries + 2 * keys + heads) + width * queries
+    attention = attended * (2 * queries + 2 * keys) + FP32 * heads + width * queries
     if shape.qk_norm:
         attention += FP32 * (2 * queries + 2 * keys + heads + key_heads)
     if shape.exclusive_attention:  # four scalars a head, and output and value again where both come in half precision
@@ -245,16 +264,17 @@ def loss_chunk_tokens(device_type: str, vocab_size: int) -> int:
     return min(max(logits // vocab_size, MIN_LOSS_CHUNK_TOKENS), MAX_LOSS_CHUNK_TOKENS)
 
 
-def _loss_bytes(recipe: Recipe, micro_batch: int, device_type: str) -> int:
-    """A chunk of logits in fp32 and in the model's precision; gradients of hidden states and, in fp32, of the head.
+def _loss_bytes(recipe: Recipe, micro_batch: int, device_type: str, upcasts: bool) -> int:
+    """A chunk of logits in fp32, and in the model's precision twice; gradients of hidden states and, in fp32, the head.
 
-    A CPU multiplies in fp32 here: one chunk, and a head and gradients of hidden states in fp32.
+    Of an fp32 model, and where half precision is upcast, the chunk is there once and the hidden states' gradients are
+    fp32; an upcast head lies beside its gradient.
     """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
     half, on_cpu = recipe.train.precision != "fp32", device_type == "cpu"
     width = HALF if half else FP32
     chunk_logits = min(loss_chunk_tokens(device_type, shape.vocab_size), tokens) * shape.vocab_size
     head = shape.vocab_size * shape.hidden_size * FP32
-    if on_cpu:
-        return chunk_logits * FP32 + tokens * shape.hidden_size * FP32 + head * (2 if half else 1)
+    if on_cpu and (upcasts or not half):
+        return chunk_logits * FP32 + tokens * shape.hidden_size * FP32 + head * (2 if upcasts else 1)
     return chunk_logits * (FP32 + width) + tokens * shape.hidden_size * width + head

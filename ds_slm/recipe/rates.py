@@ -48,6 +48,13 @@ DEVICES = (
 )
 
 
+HALF_PRODUCTS = {
+    "bf16": {"avx512bw", "avx512vl", "avx512dq"},
+    "fp16": {"avx512bw", "avx512vl", "avx512dq", "avx512_fp16"},
+}
+"""Flags of a CPU on which torch takes oneDNN's products of a half precision."""
+
+
 @dataclass(frozen=True)
 class CoreSpeed:
     """What one core of this machine took for a recipe (ds_slm.engine.core_speed measures it)."""
@@ -68,6 +75,8 @@ class OwnCpu:
     """What that row rests on, in words."""
     memory_bytes: int | None = None
     """Of this machine, or of the container that this process is in."""
+    half_products: frozenset[str] = frozenset()
+    """Half precisions that it multiplies; others are upcast (ds_slm.model.kernels)."""
     speed: CoreSpeed | None = None
     """None where it was not measured."""
 
@@ -78,16 +87,23 @@ def own_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> OwnCpu:
         flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
     except OSError:  # not Linux
         flags = set()
-    memory_bytes = own_memory_bytes()
+    device, basis = _row(flags)
+    half_products = frozenset(name for name, needed in HALF_PRODUCTS.items() if needed <= flags)
+    return OwnCpu(device, basis, own_memory_bytes(), half_products)
+
+
+def _row(flags: set[str]) -> tuple[Device | None, str]:
     if "amx_bf16" in flags:
-        return OwnCpu(AMX_CORE, "it has AMX", memory_bytes)
+        return AMX_CORE, "it has AMX"
     if "avx512f" in flags:
         basis = "it has AVX-512, on which nothing was measured yet: it should do more than the AVX2 core of a Zen 3"
-        return OwnCpu(AVX2_CORE, basis, memory_bytes)
+        return AVX2_CORE, basis
     if "avx2" in flags:
-        basis = "it has AVX2; measured on two cores of a Zen 3 that trained slm-124m in fp32 (docs/benchmarks.md)"
-        return OwnCpu(AVX2_CORE, basis, memory_bytes)
-    return OwnCpu(None, "it has neither AMX nor AVX2", memory_bytes)
+        return (
+            AVX2_CORE,
+            "it has AVX2; measured on two cores of a Zen 3 that trained slm-124m in fp32 (docs/benchmarks.md)",
+        )
+    return None, "it has neither AMX nor AVX2"
 
 
 def own_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:

@@ -98,7 +98,8 @@ def load(
         device_type: 'cpu' or 'cuda'.
     """
     counts, world_size = parameter_counts(recipe.model), topology.world_size
-    needed = memory(recipe, counts, zero, world_size, cut.micro_batch, device_type)
+    half_products = topology.own is not None and recipe.train.precision in topology.own.half_products
+    needed = memory(recipe, zero, world_size, cut.micro_batch, device_type, half_products)
     on_host = needed.device_bytes if device_type == "cpu" else needed.host_bytes
     return Load(
         cut,

@@ -102,7 +102,7 @@ def test_long_functions_have_paragraphs(path: Path) -> None:
 
 TOO_MANY = {
     "forward": 9, "chunked_loss": 7,  # the loss: an autograd function takes its tensors one by one
-    "plan_recipe": 8, "verify_run": 7, "evaluate": 8,  # verbs of the command line: a parameter for each flag
+    "plan_recipe": 10, "verify_run": 7, "evaluate": 8,  # verbs of the command line: a parameter for each flag
     "prepare": 7, "chat": 11, "export": 10,
 }  # fmt: skip
 """Functions that take more: none may join them."""

@@ -12,7 +12,7 @@ from ds_slm import __version__
 from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
 from ds_slm.publish.export import WeightFormat
-from ds_slm.recipe import plan, rates, schema
+from ds_slm.recipe import plan, rates, schema, times
 
 ROOT = Path(__file__).resolve().parents[3]
 INSTALLED = Path(sys.executable).parent / "ds-slm"
@@ -177,6 +177,32 @@ def test_plan_names_the_row_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
         output = " ".join(CliRunner().invoke(app, ["plan", "demo"]).stdout.split())
         expected = "Of these, CPU core (AVX2) is nearest" if own.device else "No row is this machine's CPU"
         assert expected in output and own.basis in output
+
+
+def test_plan_says_whether_a_host_holds_its_ranks() -> None:
+    """Oracle: a megabyte holds nothing, a terabyte all; without a figure nothing is known of other machines."""
+    elsewhere = next(one.name for one in (rates.AMX_CORE, rates.AVX2_CORE) if one != rates.own_cpu().device)
+
+    def fits(*flags: str) -> str:
+        output = CliRunner().invoke(app, ["plan", "demo", *flags]).stdout
+        return next(line for line in output.splitlines() if line.startswith(elsewhere)).split()[-1]
+
+    assert (fits("--host-memory", "0.001"), fits("--host-memory", "1000"), fits()) == ("no", "yes", "-")
+
+
+def test_plan_measures_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the measured core's row, of 1 s a micro-batch, at the rows that a launch here takes."""
+    measured = []
+
+    def core_speed(_: schema.Recipe, rows: int) -> rates.CoreSpeed:
+        measured.append(rows)
+        return rates.CoreSpeed(1.0, 0.0)
+
+    monkeypatch.setattr("ds_slm.engine.core_speed.core_speed", core_speed)
+    found = json.loads(CliRunner().invoke(app, ["plan", "slm-10m", "--measure", "--json"]).stdout)
+    assert measured == [found["cpu_batch"]["micro_batch"]]
+    assert found["times"][-1]["device"] == times.MEASURED
+    assert found["times"][-1]["step_s"] == found["cpu_batch"]["accumulation_steps"]
 
 
 def test_plan_table_says_what_is_predicted() -> None:

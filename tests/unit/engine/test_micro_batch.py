@@ -90,8 +90,7 @@ def test_the_slowest_rank_counts_and_slow_sizes_end_it(recipe: schema.Recipe, mo
 def test_a_size_that_does_not_fit_ends_it(recipe: schema.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: free memory for one row and not for two; and for none, where one row is chosen and not kept."""
     real = micro_batch._free_bytes
-    params = micro_batch.plan.parameter_counts(recipe.model)
-    plans = [micro_batch.budget.memory(recipe, params, ZERO, 2, rows, "cpu") for rows in (1, 2)]
+    plans = [micro_batch.budget.memory(recipe, ZERO, 2, rows, "cpu") for rows in (1, 2)]
     need = [one.device_bytes - one.program_bytes for one in plans]
     assert need[0] < need[1] < real()
     monkeypatch.setattr(micro_batch, "_free_bytes", lambda: int(2 * (need[0] + 1) / micro_batch.FREE_SHARE))

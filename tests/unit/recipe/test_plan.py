@@ -224,7 +224,7 @@ def test_a_gpu_needs_its_hosts_memory_for_what_is_offloaded() -> None:
 def test_this_machine_as_measured() -> None:
     """Oracle: by hand; four forwards of 3 s, half the parameters at 1 microsecond, and the link of the other rows."""
     recipe = schema.load("slm-10m", ["train.global_batch_tokens=16384"])
-    own = rates.OwnCpu(None, "", 64 * 10**9, rates.CoreSpeed(3.0, 1e-6))
+    own = rates.OwnCpu(None, "", 64 * 10**9, speed=rates.CoreSpeed(3.0, 1e-6))
     found = plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, 2, 1.0, None, own))
     assert found.cpu_batch.accumulation_steps == 4
     assert found.times[-1].device == times.MEASURED and found.times[-1].fits is True

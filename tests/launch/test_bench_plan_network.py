@@ -1,0 +1,50 @@
+"""The benchmark of planned steps over links: it goes on where it was ended, and its ratios are those of the plan."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plan_network
+from ds_slm.errors import DataError
+from ds_slm.recipe import rates
+
+CASE = "demo-fp32-zero2-rows16-0.1gbit"
+SPEED = rates.CoreSpeed(micro_batch_s=0.5, update_s_per_value=1e-8)
+PARAMS = 1_967_424
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> int:
+    """The benchmark's own command."""
+    flags = ["demo", "--stages", "2", "--precisions", "fp32", "--links", "0.1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["plan_network.py", *flags, *more])
+    return plan_network.main()
+
+
+def test_a_case_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: one launch over three commands; two forwards, half the values updated, and by hand what is sent."""
+    sent = (2 * 4 * 2 + 4) * PARAMS // 2
+    step_s = 2 * 0.5 + PARAMS / 2 * 1e-8 + sent * 8 / 0.1e9 * 1538 / 1448
+    launched = []
+
+    def measure_all(missing: list[plan_network.Case], out: Path) -> None:
+        launched.extend(case.key for case in missing)
+        measured = {"case": CASE, "step_s": step_s / 1.25, "sent_bytes": 50e6, "date": "2026-11-30"}
+        (out / f"{CASE}.json").write_text(json.dumps(measured))
+        (out / "core-demo-fp32-rows16.json").write_text(json.dumps(asdict(SPEED)))
+
+    monkeypatch.setattr(plan_network, "measure_all", measure_all)
+    assert run(monkeypatch, tmp_path) == run(monkeypatch, tmp_path) == run(monkeypatch, tmp_path, "--table") == 0
+    assert launched == [CASE]
+    row = next(line for line in capsys.readouterr().out.splitlines() if CASE in line)
+    assert f"{step_s:.2f}" in row and "1.25" in row and f"{sent / 1e6:.1f}" in row and "50.0" in row
+
+
+def test_a_table_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the way out is named."""
+    with pytest.raises(DataError, match="leave out --table"):
+        run(monkeypatch, tmp_path, "--table")

@@ -1,19 +1,19 @@
 """What grows with the number of ranks, shown with tiny ranks on one machine.
 
-    for each number of ranks: two launches of different length --> CPU time of a rank for a step, and for its start
+    for each number of ranks: one launch --step_parts.py--> CPU time of a rank for a step and its parts, and to start
     some readers of one data root at once --> how long each takes, and that all see the same data
 
-python -m benchmarks.scale [--ranks 1 2 8 32] [--readers 128] [--out FILE]
+python -m benchmarks.scale [--ranks 1 2 8 16 32] [--steps 120] [--readers 128] [--out FILE]
 
-Every rank trains one row a step, so its own arithmetic stays the same. CPU time is counted, the children's of a launch,
-because ranks that share two cores wait for each other. What a step costs beyond a ring's share shows as growth.
+Every rank trains one row a step, so its own arithmetic stays the same. CPU time is counted, because ranks that share
+two cores wait for each other. What a step costs beyond a ring's share shows as growth. Numbers of ranks can be measured
+one by one (`--ranks 32 --readers 0`), and the readers alone (`--ranks --readers 128`).
 """
 
 import argparse
 import datetime
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,12 +23,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import tiny_runs
+from benchmarks import step_cost, tiny_runs
 from ds_slm.errors import TrainingError, run_program
 from ds_slm.run import measure
 
-STEPS = (20, 120)
-"""Of the two launches whose difference counts."""
 READ = """
 import sys, time
 from pathlib import Path
@@ -40,29 +38,27 @@ print(prepare(recipe, root / "tiny", report=lambda line: None).sha256, time.proc
 """
 
 
-def cpu_s(folder: Path, ranks: int, steps: int) -> float:
-    """CPU seconds of a launch with all its processes. Raises TrainingError with what it said where it fails."""
-    every = [f"run.{what}_every_steps={steps}" for what in ("eval", "save")]
-    settings = [*every, f"train.steps={steps}", f"train.global_batch_tokens={32 * ranks}", "schedule.warmup_steps=4"]
-    files = ["--recipe", folder / "tiny.toml", "--run-dir", folder / f"run-{ranks}-{steps}", "--data-root", folder]
+def of_ranks(folder: Path, ranks: int, steps: int) -> dict[str, float]:
+    """CPU time of a rank, the mean of all: milliseconds of a step and its parts, seconds until the first one is taken.
+
+    Raises TrainingError with what the launch said where it fails.
+    """
+    settings = [f"train.global_batch_tokens={32 * ranks}", "schedule.warmup_steps=4"]
     words = [word for one in settings for word in ("--set", one)]
-    command = tiny_runs.deepspeed_command(ranks, *files, "--micro-batch", 1, *words)
+    by_rank = step_cost.measure_launch(tiny_runs.ROOT, folder, ranks, steps, "--micro-batch", 1, *words)
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = tiny_runs.run(command, cwd=folder, timeout_s=3600)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise TrainingError(f"{ranks} ranks ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    mean = {part: statistics.fmean(one[part] for one in by_rank) for part in by_rank[0]}
+    parts = {part: mean[part] for part in ("process", "deepspeed", "ours_main", "ours_threads")}
+    return {"ranks": ranks, "start_s": mean["start"] / 1e3, **parts}
 
 
-def readers(folder: Path, count: int) -> dict[str, float]:
+def readers(folder: Path, data_root: Path, count: int) -> dict[str, float]:
     """Open the prepared data in so many processes at once: CPU and wall seconds.
 
     Raises:
         TrainingError: one failed, or saw other data than the rest.
     """
-    command = [sys.executable, "-c", READ, str(folder / "tiny.toml"), str(folder)]
+    command = [sys.executable, "-c", READ, str(folder / "tiny.toml"), str(data_root)]
     begin_s = time.monotonic()
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tiny_runs.ROOT) for _ in range(count)]
     answers = [process.communicate()[0].split() for process in started]
@@ -79,39 +75,40 @@ def readers(folder: Path, count: int) -> dict[str, float]:
 def main() -> int:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description="What grows with the number of ranks.")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 8, 32])
-    parser.add_argument("--readers", type=int, default=128)
+    parser.add_argument("--ranks", nargs="*", type=int, default=[1, 2, 8, 16, 32])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--readers", type=int, default=128, help="0: none")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
 
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    found: dict[str, object] = {
-        "device": measure.device_name(torch.device("cpu")),
-        "cores": os.cpu_count(),
-        "date": today,
-    }
-    print(f"{found['device']}, {found['cores']} cores, {today}")
-    rows = []
+    facts = {"device": measure.device_name(torch.device("cpu")), "cores": os.cpu_count(), "date": today}
+    print(f"{facts['device']}, {facts['cores']} cores, {today}")
+    steps, opened = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny_runs.write_recipe(folder)
-        cpu_s(folder, 1, STEPS[0])  # prepares the data and compiles DeepSpeed's op
+        of_ranks(folder, 1, args.steps)  # prepares the data and compiles DeepSpeed's op
 
         for ranks in args.ranks:
-            few, many = (cpu_s(folder, ranks, steps) for steps in STEPS)
-            step_ms = 1e3 * (many - few) / (STEPS[1] - STEPS[0]) / ranks
-            start_s = few / ranks - STEPS[0] * step_ms / 1e3
-            rows.append({"ranks": ranks, "cpu_ms_per_rank_and_step": step_ms, "cpu_s_per_rank_to_start": start_s})
-            print(f"{ranks:4} ranks: {step_ms:7.2f} ms of CPU a rank and step, {start_s:6.2f} s to start", flush=True)
+            found = of_ranks(folder, ranks, args.steps)
+            steps.append(found)
+            print(
+                f"{ranks:4} ranks, CPU each: {found['start_s']:6.2f} s to start, a step {found['process']:6.2f} ms: "
+                f"DeepSpeed and torch {found['deepspeed']:.2f}, ours {found['ours_main']:.2f} and in threads "
+                f"{found['ours_threads']:.2f}, the rest is gloo's",
+                flush=True,
+            )
 
-        opened = readers(folder, args.readers)
-        print(
-            f"{args.readers} readers of one data root: {opened['median_cpu_s'] * 1e3:.0f} ms of CPU each (median), "
-            f"{opened['most_cpu_s'] * 1e3:.0f} at most; all done after {opened['all_started_and_done_s']:.1f} s"
-        )
+        if args.readers:
+            opened = readers(folder, step_cost.data_root(folder, tiny_runs.ROOT), args.readers)
+            print(
+                f"{args.readers} readers of one data root: {opened['median_cpu_s'] * 1e3:.0f} ms of CPU each (median), "
+                f"{opened['most_cpu_s'] * 1e3:.0f} at most; all done after {opened['all_started_and_done_s']:.1f} s"
+            )
 
     if args.out:
-        args.out.write_text(json.dumps(found | {"steps": rows, "data": opened}, indent=2) + "\n")
+        args.out.write_text(json.dumps({**facts, "steps": steps, "data": opened}, indent=2) + "\n")
     return 0
 
 

@@ -1,11 +1,13 @@
-"""What a step costs beside its arithmetic: the tiny recipe of tiny_runs.py, whose products take next to no time.
+"""What a step costs beside its arithmetic, and how much of that is ours: the tiny recipe of tiny_runs.py.
 
-    checkouts A, B --> A B B A A B ..., each launch some hundred steps --> its median step --> median and least of all
+    checkouts A, B --> A B B A A B ..., each launch --step_parts.py--> CPU ms of a step: ours, DeepSpeed's with torch
+                   --> medians over the rounds, and the pairs' ratio
 
-python -m benchmarks.step_cost [CHECKOUT ...] [--ranks 1 2] [--micro-batch 1 4] [--rounds 5]
+python -m benchmarks.step_cost [CHECKOUT ...] [--ranks 1 2 8] [--micro-batch 4] [--rounds 3] [--steps 120]
 
 Several checkouts (each with a `.venv` of its own) take turns, so that a machine whose speed drifts is the same for all;
-the pairs' ratios are what to quote. Without one, this checkout alone is measured.
+the pairs' ratios are what to quote. Without one, this checkout alone is measured. Rank 0 keeps the records; the others
+are told as their mean. Eight ranks on two cores take a minute a launch, nearly all of it their start.
 """
 
 import argparse
@@ -18,74 +20,102 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import tiny_runs
+from benchmarks import step_parts, tiny_runs
 from ds_slm.errors import TrainingError, run_program
 
-STEPS, WARM_STEPS = 400, 50
+Parts = dict[str, float]
+"""Milliseconds of a step by what they are for."""
 
 
-def median_step_ms(checkout: Path, folder: Path, ranks: int, micro_batch: int) -> float:
-    """The median step of one launch, in milliseconds, without the first ones."""
-    run_dir = folder / "run"
-    shutil.rmtree(run_dir, ignore_errors=True)
+def data_root(folder: Path, checkout: Path) -> Path:
+    """Where a checkout prepares its data: each by itself."""
+    return folder / f"data-{checkout.name}"
+
+
+def measure_launch(checkout: Path, folder: Path, ranks: int, steps: int, *flags: object) -> list[Parts]:
+    """Of each rank, what a step is made of in one launch. Raises TrainingError with what it said where it fails.
+
+    Args:
+        checkout: whose program is launched, with a `.venv` of its own.
+        folder: holds tiny.toml; data and the run go there.
+        ranks: on this machine.
+        steps: of the launch.
+        flags: further ones of the program.
+    """
+    run_dir, found = folder / "run", folder / "parts"
+    for old in (run_dir, found):
+        shutil.rmtree(old, ignore_errors=True)
+    found.mkdir()
 
     binaries = checkout / ".venv" / "bin"
     launcher = [binaries / "deepspeed", "--num_accelerators", ranks, "--master_port", tiny_runs.free_port()]
-    files = ["--recipe", folder / "tiny.toml", "--run-dir", run_dir, "--data-root", folder / f"data-{checkout.name}"]
-    every = [f"run.{what}_every_steps={STEPS}" for what in ("eval", "save")]
-    settings = [part for one in (*every, f"train.steps={STEPS}") for part in ("--set", one)]
-    command = [*launcher, checkout / "ds_slm" / "pretrain.py", *files, "--micro-batch", micro_batch, *settings]
+    files = ["--recipe", folder / "tiny.toml", "--run-dir", run_dir, "--data-root", data_root(folder, checkout)]
+    every = [f"run.{what}_every_steps={steps}" for what in ("eval", "save")]
+    settings = [part for one in (*every, f"train.steps={steps}") for part in ("--set", one)]
+    command = [*launcher, Path(step_parts.__file__), *files, *settings, *flags]
 
     environment = {**tiny_runs.environment(), "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]])}
+    environment |= {"STEP_PARTS": str(found), "STEP_PARTS_LAST": str(steps)}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-
     if done.returncode:
         raise TrainingError(f"{checkout} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
-    durations_s = [record["step_s"] for record in tiny_runs.records(run_dir)][WARM_STEPS:]
-    return 1e3 * statistics.median(durations_s)
+    return [json.loads((found / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def measure(checkouts: list[Path], folder: Path, ranks: int, micro_batch: int, rounds: int) -> dict[str, list[float]]:
-    """Checkout -> the median step of each of its launches; who begins changes from round to round."""
-    found: dict[str, list[float]] = {str(one): [] for one in checkouts}
-    for number in range(rounds):
-        for checkout in checkouts[:: -1 if number % 2 else 1]:
-            found[str(checkout)].append(median_step_ms(checkout, folder, ranks, micro_batch))
+def summary(by_rank: list[Parts]) -> Parts:
+    """One launch: rank 0's parts, what is ours of it, and the mean of what is ours of the other ranks."""
+
+    def ours(parts: Parts) -> float:
+        return parts["ours_main"] + parts["ours_threads"]
+
+    first, others = by_rank[0], by_rank[1:]
+    found = {**first, "ours": ours(first)}
+    del found["start"]
+    if others:
+        found["ours_elsewhere"] = statistics.fmean(map(ours, others))
     return found
+
+
+def measure(checkouts: list[Path], folder: Path, ranks: int, micro_batch: int, args: argparse.Namespace) -> None:
+    """Launch the checkouts in turns, and print each one's medians; who begins changes from round to round."""
+    found: dict[Path, list[Parts]] = {one: [] for one in checkouts}
+    for number in range(args.rounds):
+        for checkout in checkouts[:: -1 if number % 2 else 1]:
+            by_rank = measure_launch(checkout, folder, ranks, args.steps, "--micro-batch", micro_batch)
+            found[checkout].append(summary(by_rank))
+
+    # Launches of one round are compared, because the machine's speed drifts between rounds.
+    for checkout, rounds in found.items():
+        print(f"{ranks} ranks, micro-batch {micro_batch}, {checkout}, ms a step and of the first checkout's:")
+        for part in rounds[0]:
+            median_ms = statistics.median(one[part] for one in rounds)
+            ratio = statistics.median(
+                one[part] / first[part] for one, first in zip(rounds, found[checkouts[0]], strict=True)
+            )
+            print(f"  {part:<15}{median_ms:8.3f}{ratio:8.3f}", flush=True)
+    everything = {str(checkout): rounds for checkout, rounds in found.items()}
+    print(json.dumps({"ranks": ranks, "micro_batch": micro_batch, "ms": everything}), flush=True)
 
 
 def main() -> int:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkouts", nargs="*", type=Path, default=[tiny_runs.ROOT])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 8])
+    parser.add_argument("--micro-batch", nargs="+", type=int, default=[4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120, help=f"of a launch; {step_parts.WARM_STEPS} do not count")
     args = parser.parse_args()
 
     checkouts = [one.resolve() for one in args.checkouts]
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny_runs.write_recipe(folder)
-
         for ranks in args.ranks:
             for micro_batch in args.micro_batch:
-                found = measure(checkouts, folder, ranks, micro_batch, args.rounds)
-                first = found[str(checkouts[0])]
-
-                # Launches of one round are compared, because the machine's speed drifts between rounds.
-                for checkout, medians_ms in found.items():
-                    ratio = statistics.median(b / a for a, b in zip(first, medians_ms, strict=True))
-                    print(
-                        f"{ranks} ranks, micro-batch {micro_batch}: median {statistics.median(medians_ms):.2f} ms, "
-                        f"least {min(medians_ms):.2f} ms a step, {ratio:.3f} of the first, {checkout}",
-                        flush=True,
-                    )
-
-                print(json.dumps({"ranks": ranks, "micro_batch": micro_batch, "median_step_ms": found}), flush=True)
+                measure(checkouts, folder, ranks, micro_batch, args)
     return 0
 
 

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import train
+from benchmarks import tables, train
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import schema
 
@@ -56,17 +55,6 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     parts = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
     first_forward = [sum(seconds for what, seconds in one.items() if what != FIRST_STEP) for one in rounds]
     return {**parts, "first forward after": statistics.median(first_forward)}
-
-
-def table(title: str, columns: dict[str, dict[str, float]]) -> Table:
-    """A row for each part; the sum stands at the end."""
-    grid = Table(title=title)
-    grid.add_column("seconds for")
-    for name in columns:
-        grid.add_column(name, justify="right")
-    for what in next(iter(columns.values())):
-        grid.add_row(what, *(f"{parts[what]:.2f}" for parts in columns.values()))
-    return grid
 
 
 def main() -> int:
@@ -101,7 +89,7 @@ def main() -> int:
         print(json.dumps({**facts, "first_launch_s": columns["first launch"], "warm_s": warm}, indent=2))
     else:
         title = f"{args.recipe}, {devices} ranks, {device}, {facts['date']}, load {facts['load']:.1f}"
-        Console(width=train.TABLE_WIDTH).print(table(title, columns))
+        Console(width=train.TABLE_WIDTH).print(tables.by_case(title, "seconds for", columns, ".2f"))
     return 0
 
 

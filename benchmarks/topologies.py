@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import tiny_runs
+from benchmarks import tables, tiny_runs
 from ds_slm.errors import DataError, run_program
 
 PROGRAM = tiny_runs.ROOT / "tests" / "support" / "programs" / "cases.py"
@@ -118,17 +117,6 @@ def difference(found: list[dict], whole: list[dict]) -> float:
     return max(abs(a / b - 1) for a, b in after)
 
 
-def table(found: dict[str, dict[str, float]], precision: str) -> Table:
-    """Readers across, writers down."""
-    grid = Table(title=f"largest relative difference of a loss over {STEPS} steps after the move, {precision}")
-    grid.add_column("written by, read by")
-    for reader in found:
-        grid.add_column(reader, justify="right")
-    for writer in next(iter(found.values())):
-        grid.add_row(writer, *(f"{cells[writer]:.1e}" for cells in found.values()))
-    return grid
-
-
 def main() -> int:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -141,7 +129,8 @@ def main() -> int:
     out.mkdir(parents=True)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     found = measure(out, args.precision, TOPOLOGIES)
-    Console(width=130).print(table(found, args.precision))
+    title = f"largest relative difference of a loss over {STEPS} steps after the move, {args.precision}"
+    Console(width=130).print(tables.by_case(title, "written by, read by", found, ".1e"))
     (out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
     print(f"written: {out / 'result.json'}")
     return 0

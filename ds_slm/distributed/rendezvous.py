@@ -364,11 +364,6 @@ def current() -> Rendezvous:
     return _current
 
 
-def is_raised_again(thread: threading.Thread | None) -> bool:
-    """Whether a thread's error comes up where it is handled: TensorBoard's writer raises it at the next record."""
-    return type(thread).__module__.startswith("tensorboard.")
-
-
 def run_rank(main: Callable[[], int | None]) -> int:
     """Run a training program's `main` as one rank of its launch; returns the exit code where all ranks leave alike.
 
@@ -389,8 +384,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
 
     def fail_with_thread(failed: threading.ExceptHookArgs) -> None:
         """An error in any other thread ends the process, too."""
-        if not is_raised_again(failed.thread):
-            meeting.fail(failed.exc_value or SystemExit(EXIT_FAILURE))
+        meeting.fail(failed.exc_value or SystemExit(EXIT_FAILURE))
 
     threading.excepthook = fail_with_thread
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_slm.run.event_file import EventFile
+
 TAGS = {
     "train": {
         "loss": "train/loss", "z_loss": "train/z_loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
@@ -66,17 +68,16 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """A resumed run hides the events of steps that it takes again, those after `first_step`."""
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import custom_scalars
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-        self._writer.add_custom_scalars(CHARTS)
+        self._file = EventFile(folder, hidden_from_step=first_step + 1)
+        self._file.add(summary=custom_scalars(CHARTS))
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """The scalars of one record, in one event, or the texts of samples; of other kinds nothing."""
         if kind == "samples":
             for prompt, continuation in values["continuations"].items():
                 self.text(f"samples/{prompt}", continuation, step)
-            return
 
         tags = TAGS.get(kind, {})
         if kind in PREFIXES:
@@ -84,17 +85,21 @@ class Board:
         scalars = {tag: values[field] for field, tag in tags.items() if values.get(field) is not None}
         if scalars:
             self._scalars(scalars, step)
+        if kind != "train":  # an evaluation or a save: it may take long until the next record
+            self._file.flush()
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         """Values by tag in one event: one of each by itself would cost a tiny model's step several times as much."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         values_by_tag = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._writer._get_file_writer().add_summary(Summary(value=values_by_tag), step)
+        self._file.add(step=step, summary=Summary(value=values_by_tag))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text, in Markdown."""
-        self._writer.add_text(tag, text, step)
+        from torch.utils.tensorboard import summary
+
+        self._file.add(step=step, summary=summary.text(tag, text))
 
     def compare_by(self, recipe: Mapping[str, Any]) -> None:
         """Put the run into the table of runs.
@@ -112,8 +117,8 @@ class Board:
         }
         # The third summary says how a session ended, which is known only later.
         for summary in hparams(columns, dict.fromkeys(LAST))[:2]:
-            self._writer._get_file_writer().add_summary(summary)
+            self._file.add(summary=summary)
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        self._file.close()

@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
-from ds_slm.distributed import rendezvous
 from ds_slm.distributed.rendezvous import Rendezvous
 from ds_slm.distributed.store import Intervals, Store
 from ds_slm.distributed.world import World
@@ -364,22 +362,3 @@ def test_what_follows_from_a_crash_is_one_line(launch: Callable[..., Launch]) ->
     assert (
         second == f"rank 0 on {host} ends, too (rank 1 on {host} had failed): RuntimeError: connection closed by peer"
     )
-
-
-def test_a_full_disk_under_tensorboard_ends_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its thread fails where its file is /dev/full. Oracle: TensorBoard itself, which raises the error again."""
-    failures: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", failures.append)
-    writer = SummaryWriter(str(tmp_path))
-    writer.flush()
-    (events,) = tmp_path.iterdir()
-    events.unlink()
-    events.symlink_to("/dev/full")
-
-    with pytest.raises(OSError, match="No space left"):
-        for step in range(1000):
-            writer.add_scalar("loss", 1.0, step)
-            writer.flush()
-    (failed,) = failures
-    assert rendezvous.is_raised_again(failed.thread)
-    assert not rendezvous.is_raised_again(threading.current_thread())

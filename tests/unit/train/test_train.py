@@ -287,12 +287,18 @@ def test_a_failed_save_leaves_the_best_what_it_was() -> None:
     assert checkpoints.best == checkpoints._durable_best == Best(1.8, 30, eval_rows=8)
 
 
-def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["metrics.jsonl", "events"])
+def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, which: str) -> None:
     """Oracle: /dev/full refuses every write: told once, no error."""
     with (tmp_path / "terminal.txt").open("w+") as terminal:
         records = Records(tmp_path, lambda line: print(line, file=terminal))
-        records._metrics.close()
-        records._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by the records
+        if which == "metrics.jsonl":
+            records._metrics.close()
+            records._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by the records
+        else:
+            events = records._board._file
+            events.close()
+            events._file = open("/dev/full", "wb")  # noqa: SIM115 - closed by the records
         report = Report(terminal, records, total_steps=3)
         for step in (1, 2, 3):
             report.record("train", step, {"loss": 1.0, "tokens_per_s": 1.0, "step_s": 1.0})

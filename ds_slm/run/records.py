@@ -65,6 +65,7 @@ class Records:
             launches.refuse_replaced(folder, launch)
         self._folder, self._warn, self._launch = folder, warn, launch
         self._lost_records = False
+        self._seen_replaced: bool | None = None
 
         kept = _kept(folder, first_step)
         if not kept.is_all:
@@ -106,11 +107,23 @@ class Records:
             with self._disk():
                 file.close()
 
+    def is_replaced(self) -> bool:
+        """Whether another launch holds the folder: as the last record found it, where none asked since.
+
+        So one look serves a step: its record is written behind it, and the next step begins with what it found.
+        """
+        seen, self._seen_replaced = self._seen_replaced, None
+        return self._look() if seen is None else seen
+
+    def _look(self) -> bool:
+        return self._launch is not None and launches.is_replaced(self._folder, self._launch)
+
     @contextlib.contextmanager
     def _disk(self) -> Iterator[bool]:
         """Whether this launch may write; a disk that is full is told once."""
         try:
-            yield self._launch is None or not launches.is_replaced(self._folder, self._launch)
+            self._seen_replaced = self._look()
+            yield not self._seen_replaced
         except OSError as error:
             if not self._lost_records:
                 self._warn(f"RECORDS ARE LOST: {self._folder}: {error}. Training goes on.")

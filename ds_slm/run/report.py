@@ -73,6 +73,10 @@ class Report:
         """Whether a record goes anywhere: not on most ranks."""
         return self.records is not None or self.terminal is not None
 
+    def is_replaced(self) -> bool:
+        """Whether another launch holds this host's run folder. False on ranks that keep no records."""
+        return self.records is not None and self.records.is_replaced()
+
     def was_recorded(self, kind: str, step: int) -> bool:
         """Whether an earlier launch left such a record of this step here. False on hosts that keep none."""
         return self.records is not None and self.records.were_made(kind, step)

@@ -107,7 +107,7 @@ def take_step(run: Run) -> None:
     engine, state, clock = run.engine, run.state, StepClock()
 
     # A newer launch holds the run folder: the next vote ends this one, on all ranks.
-    if run.checkpoints.is_replaced:
+    if run.report.is_replaced():
         engine.interrupt.note_replaced()
 
     # Which rows: a pure function of the position. Every rank has read its share of them.

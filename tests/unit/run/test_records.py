@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.run import folder, records
+from ds_slm.files import write_json
+from ds_slm.run import folder, launches, records
+from ds_slm.run.launches import Launch
 from ds_slm.run.records import Records
 from tests.support import ranks
 
@@ -127,3 +129,29 @@ def test_a_line_that_is_no_record_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([lines[0], '{"step": 1}', "[]", lines[1]]) + "\n")
     Records(tmp_path / "run", print, first_step=2, is_given=True).close()
     assert steps_of(tmp_path / "run") == [1, 2]
+
+
+def test_one_look_at_the_folder_serves_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a count of the looks: a record's own serves the question behind it, once; then it is looked up anew."""
+    looks: list[Launch] = []
+
+    def is_replaced(folder: Path, launch: Launch) -> bool:
+        looks.append(launch)
+        return working(folder, launch)
+
+    working = launches.is_replaced
+    monkeypatch.setattr(launches, "is_replaced", is_replaced)
+    write_json(tmp_path / "env.json", Launch(1, "a").facts())
+    made = Records(tmp_path, print, launch=Launch(1, "a"))
+    begun = len(looks)
+    for step in (1, 2):
+        made.write("train", step, {})
+        assert not made.is_replaced() and len(looks) == begun + step
+    assert not made.is_replaced() and len(looks) == begun + 3
+
+    # A newer launch: nothing is written any more, and the question behind that says so.
+    write_json(tmp_path / "env.json", Launch(2, "b").facts())
+    made.write("train", 3, {})
+    assert made.is_replaced() and len(looks) == begun + 4
+    made.close()
+    assert steps_of(tmp_path) == [1, 2]

@@ -99,6 +99,14 @@ class Order:
         """The row at global position `index`."""
         return self._block(index // BLOCK)[index % BLOCK]
 
+    def samples(self, begin: int, count: int) -> list[RowId]:
+        """The rows at so many global positions from `begin` on."""
+        end, found = begin + count, []
+        for number in range(begin // BLOCK, -(-end // BLOCK)):
+            first = number * BLOCK
+            found += self._block(number)[max(begin - first, 0) : end - first]
+        return found
+
     def _rows_of_block(self, number: int) -> list[RowId]:
         cycles, slots = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK), len(self._slots))
         sources, draws_before = self._slots[slots].T
@@ -170,7 +178,7 @@ def step_row_ids(
     """
     left_in_epoch = rows_per_epoch - position % rows_per_epoch
     count = min(rows_per_step, left_in_epoch) if last_batch == "keep" else rows_per_step
-    return [order.sample(position + offset) for offset in range(count)]
+    return order.samples(position, count)
 
 
 def next_step_position(position: int, rows_per_step: int, last_batch: LastBatch, rows_per_epoch: int) -> int:
@@ -194,7 +202,11 @@ def step_at(position: int, rows_per_step: int, last_batch: LastBatch, rows_per_e
     return epoch * steps_per_epoch + min(place // rows_per_step, steps_per_epoch) + 1
 
 
-def extend_ledger(previous_hex: str, row_ids: Iterable[RowId]) -> str:
-    """The ledger after a step: sha256 over the ledger before it and the rows it trained on, in order."""
-    rows = " ".join(f"{row.source}/{row.epoch}/{row.row}" for row in row_ids)
-    return hashlib.sha256(f"{previous_hex}\n{rows}".encode()).hexdigest()
+def ledger_text(row_ids: Iterable[RowId]) -> str:
+    """What the ledger says of a step's rows: source/epoch/row of each."""
+    return " ".join([f"{source}/{epoch}/{row}" for source, epoch, row in row_ids])
+
+
+def extend_ledger(previous_hex: str, text: str) -> str:
+    """The ledger after a step: sha256 over the ledger before it and the text of the rows it trained on, in order."""
+    return hashlib.sha256(f"{previous_hex}\n{text}".encode()).hexdigest()

@@ -48,6 +48,11 @@ class Rows:
         """int64 [B, T]: the token after each input."""
         return self.token_ids[:, 1:]
 
+    def part(self, begin: int, end: int) -> "Rows":
+        """Some of the rows, in the same memory."""
+        documents = None if self.document_ids is None else self.document_ids[begin:end]
+        return Rows(self.token_ids[begin:end], self.weights[begin:end], documents)
+
     @property
     def document_count(self) -> int | None:
         """Documents of all rows, runs of equal ids; None where the rows are not packed."""

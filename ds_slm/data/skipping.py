@@ -63,11 +63,9 @@ def draw(rows: Positions, position: int, skipped: Ranges) -> tuple[int, dict[int
     """Where the next step begins, and its rows by global position: without those to be skipped, and never none."""
     while True:
         position = _behind_skipped_steps(rows, position, skipped)
-        left = {
-            place: row
-            for place, row in enumerate(rows.row_ids(position), position)
-            if end_of_range(skipped, place) == place
-        }
+        left = dict(enumerate(rows.row_ids(position), position))
+        if skipped:
+            left = {place: row for place, row in left.items() if end_of_range(skipped, place) == place}
         if left:
             return position, left
         position = rows.next_position(position)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ds_slm.data.order import RowId
+from ds_slm.data.order import RowId, ledger_text
 from ds_slm.data.rows import Rows, Split, share
 from ds_slm.data.skipping import Ranges, draw
 from ds_slm.distributed.ranks import Control
@@ -28,7 +28,7 @@ from ds_slm.recipe.ds_config import EngineConfig
 ALIGNMENT = 64
 """Bytes: where an array may begin in a buffer."""
 
-Hold = Callable[[list[Rows]], list[Rows]]
+Hold = Callable[[Rows], Rows]
 """The same rows in memory that they are used from."""
 
 
@@ -99,6 +99,8 @@ class StepRows:
     share: Share
     contents: Mapping[str, int]
     """What the rows hold, for the step's record."""
+    ledger_text: str
+    """What the ledger says of all ranks' rows."""
 
 
 class RowReader:
@@ -161,18 +163,23 @@ class RowReader:
         begin, rows = draw(self._source, position, self._skipped)
         row_ids = list(rows.values())
         own = self._read_share(row_ids, "train", self._config.accumulation_steps, self._hold)
-        return StepRows(begin, self._source.next_position(begin), rows, own, self._source.describe(row_ids))
+        contents = self._source.describe(row_ids)
+        return StepRows(begin, self._source.next_position(begin), rows, own, contents, ledger_text(row_ids))
 
     def _read_share(
         self, row_ids: Sequence[RowId], split: Split, count: int = 0, hold: Hold = lambda rows: rows
     ) -> Share:
         """This rank's micro-batches, filled up to `count`: a short last step has the same number of forwards."""
         shares = share(row_ids, self._control.rank, self._control.world_size, self._config.micro_batch)
-        shares += [[None] * len(shares[0])] * (count - len(shares))
+        size = len(shares[0])
+        shares += [[None] * size] * (count - len(shares))
+
+        # All micro-batches at once: reading each by itself costs a tiny model's step as much as its rows.
         try:
-            return Share(hold([self._source.read(ids, split) for ids in shares]), [])
+            rows = hold(self._source.read([row_id for ids in shares for row_id in ids], split))
         except DataError as error:
             return Share([], error.problems)
+        return Share([rows.part(begin, begin + size) for begin in range(0, len(shares) * size, size)], [])
 
 
 class PageLocked:
@@ -183,9 +190,9 @@ class PageLocked:
         self._allocate = allocate or _page_locked_bytes
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
-    def hold(self, micro_batches: list[Rows]) -> list[Rows]:
+    def hold(self, rows: Rows) -> Rows:
         """The same rows, in the buffer that was not filled last."""
-        arrays = [array for rows in micro_batches for array in (rows.token_ids, rows.weights, rows.document_ids)]
+        arrays = rows.token_ids, rows.weights, rows.document_ids
         sizes = [0 if array is None else -(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
         buffer = self._buffers.pop(0)
         if len(buffer) < sum(sizes):
@@ -197,7 +204,7 @@ class PageLocked:
         for array, size in zip(arrays, sizes, strict=True):
             copies.append(None if array is None else _copied(array, buffer[begin : begin + array.nbytes]))
             begin += size
-        return [Rows(*copies[first : first + 3]) for first in range(0, len(copies), 3)]
+        return Rows(*copies)
 
 
 def _page_locked_bytes(size: int) -> np.ndarray:

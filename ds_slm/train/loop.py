@@ -23,7 +23,6 @@ from ds_slm import pulse
 from ds_slm.data.order import extend_ledger
 from ds_slm.engine.engine import Sums
 from ds_slm.errors import Stopped, TrainingError
-from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.run.measure import StepClock, peak_memory_bytes
 from ds_slm.train import guard
@@ -126,7 +125,7 @@ def take_step(run: Run) -> None:
             break
         guard.refuse_lost_step(run, loss_scale, step_rows)
 
-    ledger = extend_ledger(state.ledger, step_rows.row_ids.values())
+    ledger = extend_ledger(state.ledger, step_rows.ledger_text)
     run.state = state.after(step_rows.next_position, int(sums.count), ledger)
     pulse.beat(run.state.step)
     record_step(run, sums, rate, clock, step_rows.contents)
@@ -146,7 +145,7 @@ def record_step(run: Run, sums: Sums, rate: float, clock: StepClock, contents: M
 
     # Fine-tuning counts its real tokens, all but padding; of those only the answers are targets.
     tokens_per_s = contents.get("real", sums.count) / step_s
-    flops_per_s = tokens_per_s * flops_per_token(recipe.model, recipe.data.seq_len)
+    flops_per_s = tokens_per_s * run.flops_per_token
     peak = run.peak_flops and run.peak_flops * run.engine.control.world_size
     scaler = run.engine.loss_scaler
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,6 +16,7 @@ from ds_slm.engine.engine import Engine
 from ds_slm.engine.profile import Profile
 from ds_slm.engine.row_reader import RowReader, RowSource
 from ds_slm.files import NeededFolder
+from ds_slm.recipe.plan import flops_per_token
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run.report import Report
 from ds_slm.train.spikes import Spikes
@@ -154,6 +156,11 @@ class Run:
     profile: Profile | None = None
     spikes: Spikes = field(default_factory=Spikes)
     reader: RowReader = field(init=False)
+
+    @cached_property
+    def flops_per_token(self) -> int:
+        """FLOPs that the model needs for a token of training."""
+        return flops_per_token(self.recipe.model, self.recipe.data.seq_len)
 
     def __post_init__(self) -> None:
         engine, on_gpu = self.engine, self.engine.device.type == "cuda"

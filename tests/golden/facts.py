@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint.resume import file_of_kind
-from ds_slm.data.order import extend_ledger
+from ds_slm.data.order import extend_ledger, ledger_text
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.engine.partitions import KINDS
 from ds_slm.publish.export import export
@@ -85,7 +85,7 @@ def _ledger(rows: Any, data_sha256: str) -> list[str]:
     """The ledger after each step of a run that leaves out no row."""
     links, position = [data_sha256], 0
     for _ in range(STEPS):
-        links.append(extend_ledger(links[-1], rows.row_ids(position)))
+        links.append(extend_ledger(links[-1], ledger_text(rows.row_ids(position))))
         position = rows.next_position(position)
     return links[1:]
 

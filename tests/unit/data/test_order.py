@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_slm.data.order import (
+    BLOCK,
     LastBatch,
     Order,
     RowId,
     extend_ledger,
+    ledger_text,
     next_step_position,
     permute,
     splitmix64,
@@ -157,6 +159,13 @@ def test_step_of_a_position(last_batch: LastBatch, total_rows: int, rows_per_ste
         position = next_step_position(position, rows_per_step, last_batch, total_rows)
 
 
+@given(st.integers(0, 5 * BLOCK), st.integers(0, 3 * BLOCK))
+def test_rows_of_many_positions_are_those_of_each(begin: int, count: int) -> None:
+    """Oracle: one position at a time, across the borders of blocks."""
+    order = Order(7, [1_000, 300], [3, 1])
+    assert order.samples(begin, count) == [order.sample(begin + offset) for offset in range(count)]
+
+
 def test_order_is_pinned() -> None:
     """Oracle: rows drawn when the order was fixed; a change would retrain every published run on other data."""
     order = Order(42, [1_000, 300], [3, 1])
@@ -166,13 +175,14 @@ def test_order_is_pinned() -> None:
 
 def test_ledger_chains() -> None:
     """Oracle: the same rows in the same steps give the same ledger, any other none; sha256 written out."""
-    one, two = [RowId(0, 0, 5), RowId(1, 2, 3)], [RowId(0, 0, 7)]
+    one, two = ledger_text([RowId(0, 0, 5), RowId(1, 2, 3)]), ledger_text([RowId(0, 0, 7)])
+    turned = ledger_text([RowId(1, 2, 3), RowId(0, 0, 5)])
     expected = hashlib.sha256(b"abc\n0/0/5 1/2/3").hexdigest()
     assert extend_ledger("abc", one) == expected
     ledgers = {
         extend_ledger(extend_ledger("", one), two),
         extend_ledger(extend_ledger("", two), one),
-        extend_ledger("", one + two),
-        extend_ledger(extend_ledger("", one[::-1]), two),
+        extend_ledger("", f"{one} {two}"),
+        extend_ledger(extend_ledger("", turned), two),
     }
     assert len(ledgers) == 4

@@ -273,13 +273,13 @@ def test_a_signal_within_a_step_discards_it(run: loop.Run, monkeypatch: pytest.M
 
 def test_the_ledger_is_that_of_rows_read_one_by_one(control: Control, run: loop.Run) -> None:
     """Oracle: `extend_ledger` over the rows of each position, in turn."""
-    from ds_slm.data.order import extend_ledger
+    from ds_slm.data.order import extend_ledger, ledger_text
 
     position, ledger = 0, ""
     report: Any = run.report
     recorded = {record["step"]: record["ledger"] for record in report.records}
     for step in range(1, run.state.step + 1):
-        ledger = extend_ledger(ledger, run.rows.row_ids(position))
+        ledger = extend_ledger(ledger, ledger_text(run.rows.row_ids(position)))
         position = run.rows.next_position(position)
         assert recorded.get(step, ledger) == ledger
     assert (position, ledger) == (run.state.position, run.state.ledger) and len(recorded) > 4

@@ -160,18 +160,12 @@ def test_held_out_rows_and_whole_steps_are_read_in_the_same_thread() -> None:
     assert len(seen) == 1 and threading.current_thread().name not in seen
 
 
-def some_rows(seed: int, packed: bool, size: int = 3) -> list[Rows]:
-    """Two micro-batches of drawn values."""
+def some_rows(seed: int, packed: bool, size: int = 3) -> Rows:
+    """Drawn values."""
     rng = np.random.default_rng(seed)
-    documents = rng.integers(0, 9, (2, size, 7), dtype=np.int32)
-    return [
-        Rows(
-            rng.integers(0, 1000, (size, 8)),
-            rng.random((size, 7), dtype=np.float32),
-            documents[number] if packed else None,
-        )
-        for number in range(2)
-    ]
+    documents = rng.integers(0, 9, (size, 7), dtype=np.int32)
+    weights = rng.random((size, 7), dtype=np.float32)
+    return Rows(rng.integers(0, 1000, (size, 8)), weights, documents if packed else None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -185,18 +179,15 @@ def test_page_locked_rows_are_the_rows_and_outlive_the_next_ones(packed: bool) -
 
     pages = PageLocked(allocate)
     read = [some_rows(seed, packed) for seed in range(4)]
-    before: list[Rows] = []
-    for rows in read:
-        held = pages.hold(rows)
-        for ours, theirs in zip(
-            [*before, *held], [*(read[read.index(rows) - 1] if before else ()), *rows], strict=True
-        ):
+    held: list[Rows] = []
+    for number, rows in enumerate(read):
+        held.append(pages.hold(rows))
+        for ours, theirs in zip(held[-2:], read[: number + 1][-2:], strict=True):
             assert np.array_equal(ours.token_ids, theirs.token_ids) and ours.token_ids.dtype == np.int64
             assert np.array_equal(ours.weights, theirs.weights) and ours.weights.dtype == np.float32
             assert (ours.document_ids is None) == (not packed)
             assert not packed or np.array_equal(ours.document_ids, theirs.document_ids)
             assert not np.shares_memory(ours.token_ids, theirs.token_ids)
-        before = held
     assert len(sizes) == 2
     pages.hold(some_rows(9, packed, size=5))
     assert len(sizes) == 3 and sizes[2] > sizes[0]

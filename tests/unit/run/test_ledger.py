@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_slm.data.order import Order, extend_ledger, step_row_ids
+from ds_slm.data.order import Order, extend_ledger, ledger_text, step_row_ids
 from ds_slm.errors import CheckpointError
 from ds_slm.run import ledger
 
@@ -18,7 +18,7 @@ def run_folder(folder: Path, seeds: list[int], every: int = 1) -> Path:
     folder.mkdir()
     link, lines = "", []
     for step, seed in enumerate(seeds, start=1):
-        link = extend_ledger(link, step_row_ids(Order(seed, [50], [1]), 4 * (step - 1), 4, "wrap", 50))
+        link = extend_ledger(link, ledger_text(step_row_ids(Order(seed, [50], [1]), 4 * (step - 1), 4, "wrap", 50)))
         if step % every == 0:
             lines.append(json.dumps({"kind": "train", "step": step, "ledger": link}))
             lines.append(json.dumps({"kind": "val", "step": step, "loss": 1.0}))
@@ -33,7 +33,7 @@ def test_compare_finds_the_first_step_with_other_rows(same: list[bool], every: i
     for name, seeds in (("ours", [0] * len(same)), ("theirs", [int(not one) for one in same])):
         link = ""
         for step, seed in enumerate(seeds, start=1):
-            link = extend_ledger(link, [Order(seed, [50], [1]).sample(step)])
+            link = extend_ledger(link, ledger_text([Order(seed, [50], [1]).sample(step)]))
             links[name][step] = link
     links["theirs"] = {step: link for step, link in links["theirs"].items() if step % every == 0 or step == len(same)}
     compared = ledger.compare(links["ours"], links["theirs"])

@@ -31,7 +31,7 @@ class EventFile:
 
     def __init__(self, folder: Path, hidden_from_step: int) -> None:
         """Readers hide the events that earlier files of the folder hold of this step and later ones."""
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         folder.mkdir(parents=True, exist_ok=True)
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # readers sort files by their names
@@ -44,7 +44,7 @@ class EventFile:
 
     def add(self, **fields: Any) -> None:
         """Append an event with these fields of TensorBoard's Event, and the time."""
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         self._file.write(record_of(Event(wall_time=time.time(), **fields).SerializeToString()))
         if time.monotonic() >= self._flush_at_s:

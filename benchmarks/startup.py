@@ -2,10 +2,11 @@
 
     random ids, made-up tokenizer --> one launch that fills the caches --> ROUNDS launches --> medians, and a table
 
-python benchmarks/startup.py RECIPE [--rounds 3] [--set SECTION.KEY=VALUE] [--json]
+python benchmarks/startup.py RECIPE [--program deepspeed] [--rounds 3] [--set SECTION.KEY=VALUE] [--json]
 
 The parts are what `ds_slm.run.start_clock` tells of rank 0, as the run's record of its launch holds them. `first step`
-is the step itself: where blocks are compiled, the pause in which torch takes them from its cache.
+is the step itself: where blocks are compiled, the pause in which torch takes them from its cache. With `--program
+ds-slm` it is `ds-slm train` that starts the ranks; its own time, that of `ds-slm plan`, is not in the parts.
 """
 
 import argparse
@@ -31,11 +32,17 @@ from ds_slm.recipe import schema
 FIRST_STEP = "first step"
 
 
-def start(bench: train.Bench) -> dict[str, float]:
+def start(bench: train.Bench, program: str) -> dict[str, float]:
     """One launch of one step: its seconds by what they were for. Raises DataError, with what it said, if it fails."""
     folder = bench.out / "launches" / f"start-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
     command = train.our_command(bench, folder, micro_batch=1, accumulation=1, steps=1)
+    if program == "ds-slm":
+        flags = command[command.index(str(train.PRETRAIN)) + 1 :]
+        named = flags.index("--recipe")
+        flags = flags[:named] + flags[named + 2 :]  # it takes the recipe by itself
+        command = [str(train.PROGRAMS / program), "train", bench.name, "--devices", str(bench.devices), *flags]
+
     environment = bench.environment("ours")
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
@@ -61,6 +68,7 @@ def main() -> int:
     """Launch, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe")
+    parser.add_argument("--program", choices=("deepspeed", "ds-slm"), default="deepspeed", help="what is typed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
@@ -78,17 +86,17 @@ def main() -> int:
     devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
     bench = train.Bench(args.recipe, recipe, overrides, out, devices, on_gpu)
 
-    first = start(bench)  # prepares the data, and compiles where torch's cache does not hold the blocks
-    warm = medians([start(bench) for _ in range(args.rounds)])
+    first = start(bench, args.program)  # prepares the data, and compiles where torch's cache does not hold the blocks
+    warm = medians([start(bench, args.program) for _ in range(args.rounds)])
 
     device = measure.device_name(torch.device("cuda" if on_gpu else "cpu"))
-    facts = {"recipe": args.recipe, "overrides": args.set, "device": device, "ranks": devices}
+    facts = {"recipe": args.recipe, "program": args.program, "overrides": args.set, "device": device, "ranks": devices}
     facts |= {"torch": torch.__version__, "date": str(date.today()), "load": os.getloadavg()[0]}
     columns = {"first launch": medians([first]), f"median of {args.rounds}": warm}
     if args.json:
         print(json.dumps({**facts, "first_launch_s": columns["first launch"], "warm_s": warm}, indent=2))
     else:
-        title = f"{args.recipe}, {devices} ranks, {device}, {facts['date']}, load {facts['load']:.1f}"
+        title = f"{args.program}, {args.recipe}, {devices} ranks, {device}, {facts['date']}, load {facts['load']:.1f}"
         Console(width=train.TABLE_WIDTH).print(tables.by_case(title, "seconds for", columns, ".2f"))
     return 0
 

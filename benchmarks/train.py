@@ -42,6 +42,7 @@ from ds_slm.recipe.schema import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_STAGE = 1
 PROGRAMS = Path(sysconfig.get_path("scripts"))
+PRETRAIN = ROOT / "ds_slm" / "pretrain.py"
 SIDES = ("ours", "trainer", "trainer-ds", "bare")
 ACCUMULATIONS = (1, 4)
 TABLE_WIDTH = 130
@@ -179,7 +180,7 @@ def our_command(
         flags += ["--source", f"{source.name}={bench.out}/ids.bin"]
     flags += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data"), "--max-steps", str(steps)]
     flags += ["--ds-config", str(write_ds_config(bench, folder))]
-    return [*(launcher or under_deepspeed(bench.devices)), str(ROOT / "ds_slm" / "pretrain.py"), *flags]
+    return [*(launcher or under_deepspeed(bench.devices)), str(PRETRAIN), *flags]
 
 
 def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:

@@ -117,8 +117,10 @@ def start(script: Path, line: CommandLine) -> None:
         raise typer.Exit(supervised(script, line, hosts, run_folder, endured))
     runner = runner_flags.to_single_host(args, hosts, line.runner)
     runner_flags.refuse_unusable(args, hosts)
+    port = None
     if args.master_port is None and not runner_flags.over_ssh(args, hosts):
-        runner += ["--master_port", str(world.free_port())]  # so that two launches on a machine are two
+        port = world.free_port()  # so that two launches on a machine are two
+        runner += ["--master_port", str(port)]
     if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
 
@@ -129,7 +131,10 @@ def start(script: Path, line: CommandLine) -> None:
 
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
-    command = launch.command(script, flags, args.hostfile, devices, [*quiet, *runner])
+    if cpu_ranks and port and not line.runner:  # nothing that DeepSpeed's first program would have to find out
+        command = launch.local_command(script, flags, cpu_ranks, port)
+    else:
+        command = launch.command(script, flags, args.hostfile, devices, [*quiet, *runner])
 
     # The sign that a signal ended the run counts only if this launch left it.
     sign = run_folder / STOPPED

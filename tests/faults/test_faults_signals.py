@@ -81,7 +81,6 @@ def test_stopped_through_the_command(folder: Path, program: str, number: signal.
     flags = ["--run-dir", folder / name, "--data-root", folder / "data", "--micro-batch", "2"]
     flags += ["--set", "train.steps=100000"]
     command = [runs.BIN / "ds-slm", "train", folder / "tiny.toml", *flags, "--devices", 2]
-    command += ["--master_port", runs.free_port()]
     if program == "deepspeed":
         command = runs.deepspeed_command(2, "--recipe", folder / "tiny.toml", *flags)
     with subprocess.Popen(list(map(str, command)), cwd=folder, env=runs.environment()) as process:

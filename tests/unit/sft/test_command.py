@@ -128,6 +128,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 
 FINE_TUNE = [str(ROOT / "sft" / "train.py"), "--recipe", "demo-instruct", "--base", "x"]
 FREE = ["--master_port", "5"]
+ON_ONE_CPU = ["cpu", *launch.local_command(Path("script"), [], ranks=1, port=5)[:-1]]
+"""What DeepSpeed's first program would start (tests/unit/cluster/test_launch.py)."""
 PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
 
 
@@ -136,7 +138,7 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
     [
         (
             ["sft", "demo-instruct", "--base", "x"],
-            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FREE, *FINE_TUNE],
+            [*ON_ONE_CPU, *FINE_TUNE],
         ),
         (
             ["sft", "demo-instruct", "--devices", "2", "--base", "x", "--set", "train.seed=2", "--master_port", "9"],
@@ -160,12 +162,7 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
         (
             ["train", "--max-steps", "1", "demo", "--allow-change"],
             [
-                "cpu",
-                "deepspeed",
-                "--num_accelerators",
-                "1",
-                "--quiet",
-                *FREE,
+                *ON_ONE_CPU,
                 *PRETRAIN,
                 "--max-steps",
                 "1",
@@ -191,10 +188,10 @@ PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
                 *PRETRAIN,
             ],
         ),
-        (["train", "demo"], ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FREE, *PRETRAIN]),
+        (["train", "demo"], [*ON_ONE_CPU, *PRETRAIN]),
         (
             ["train", "demo", "--run-dir", "r"],
-            ["cpu", "deepspeed", "--num_accelerators", "1", "--quiet", *FREE, *PRETRAIN, "--run-dir", "r"],
+            [*ON_ONE_CPU, *PRETRAIN, "--run-dir", "r"],
         ),
     ],
 )

@@ -73,6 +73,7 @@ def test_a_step_waits_once_for_its_device_and_for_its_record(
 
     monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: pytest.fail("it waited"))
     monkeypatch.setattr(run.report, "is_heard", is_heard)
+    monkeypatch.setattr(stop, "VOTE_EVERY_S", 3600.0)  # no vote within the step, however slow this machine is
     step = run.state.step
     with Transfers(monkeypatch) as transfers:
         loop.take_step(run)

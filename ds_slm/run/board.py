@@ -70,6 +70,8 @@ class Board:
         """A resumed run hides the events of steps that it takes again, those after `first_step`."""
         from torch.utils.tensorboard.summary import custom_scalars
 
+        self._kept: tuple[list[str], Any] = [], None
+        """The tags of the last scalars, and their event: the next record mostly has the same tags."""
         self._file = EventFile(folder, hidden_from_step=first_step + 1)
         self._file.add(summary=custom_scalars(CHARTS))
 
@@ -90,10 +92,16 @@ class Board:
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         """Values by tag in one event: one of each by itself would cost a tiny model's step several times as much."""
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-        values_by_tag = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._file.add(step=step, summary=Summary(value=values_by_tag))
+        tags, event = self._kept
+        if tags != list(values):
+            tags, event = self._kept = list(values), Event(summary={"value": [{"tag": tag} for tag in values]})
+
+        event.step = step
+        for scalar, value in zip(event.summary.value, values.values(), strict=True):
+            scalar.simple_value = value
+        self._file.add_event(event)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text, in Markdown."""

@@ -43,10 +43,15 @@ class EventFile:
         self.add(step=hidden_from_step, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, **fields: Any) -> None:
-        """Append an event with these fields of TensorBoard's Event, and the time."""
+        """Append an event with these fields of TensorBoard's Event."""
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._file.write(record_of(Event(wall_time=time.time(), **fields).SerializeToString()))
+        self.add_event(Event(**fields))
+
+    def add_event(self, event: Any) -> None:
+        """Append an event of TensorBoard's, of this very time."""
+        event.wall_time = time.time()
+        self._file.write(record_of(event.SerializeToString()))
         if time.monotonic() >= self._flush_at_s:
             self.flush()
 

@@ -25,7 +25,8 @@ class Spikes:
         if len(before) < SPIKE_LEAST_STEPS:
             return None
         median = statistics.median(before)
-        deviation = 1.4826 * statistics.median(abs(one - median) for one in before)
         above = loss - median
-        is_spike = above > max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * median) and math.isfinite(loss)
-        return above if is_spike else None
+        if not above > SPIKE_SHARE * median or not math.isfinite(loss):
+            return None
+        deviation = 1.4826 * statistics.median(abs(one - median) for one in before)
+        return above if above > SPIKE_DEVIATIONS * deviation else None

@@ -47,11 +47,14 @@ def show_plan(plan: Plan, inherited: str, own: OwnCpu) -> None:
     for name, value in _facts(plan).items():
         print(f"{name:18}{value}")
 
-    print("\nPredicted, on GPUs, with one setting turned over:")
-    table: list[Sequence[str]] = [("", "memory per GPU", "host memory per GPU", "computing time of a step")]
+    print("\nPredicted, with one setting turned over:")
+    columns = "memory per GPU", "host memory per GPU", "or per CPU rank", "computing time of a step"
+    table: list[Sequence[str]] = [("", *columns)]
+    on_cpu = {one.name: _gigabytes(one.device_bytes) for one in plan.cpu_alternatives}
     for one in plan.alternatives:
         ratio = "not measured" if one.step_ratio is None else f"x {one.step_ratio:.2f}"
-        table.append((one.name, _gigabytes(one.device_bytes), _gigabytes(one.host_bytes), ratio))
+        per_gpu = _gigabytes(one.device_bytes), _gigabytes(one.host_bytes)
+        table.append((one.name, *per_gpu, on_cpu.get(one.name, "-"), ratio))
     _print_table(table)
 
     print("\nPredicted, not measured:")

@@ -43,12 +43,17 @@ class Scaling:
 
 
 def alternatives(
-    recipe: Recipe, zero: Mapping[str, Any], world_size: int, micro_batch: int, device_type: str
+    recipe: Recipe,
+    zero: Mapping[str, Any],
+    world_size: int,
+    micro_batch: int,
+    device_type: str,
+    half_products: bool = False,
 ) -> list[Alternative]:
     """As asked, then with gradient checkpointing, 8-bit AdamW and offloading turned over, one at a time."""
 
     def needed(changed: Recipe, changed_zero: Mapping[str, Any]) -> Memory:
-        return memory(changed, changed_zero, world_size, micro_batch, device_type)
+        return memory(changed, changed_zero, world_size, micro_batch, device_type, half_products)
 
     checkpointed, in_8_bits = recipe.train.gradient_checkpointing, recipe.optimizer.name == "adamw8bit"
     asked = needed(recipe, zero)

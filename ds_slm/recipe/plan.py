@@ -63,6 +63,8 @@ class Plan:
     """Host memory that a rank which writes checkpoints takes besides, while a save is in flight."""
     alternatives: list[Alternative]
     """Memory and time with one setting turned over, on a GPU."""
+    cpu_alternatives: list[Alternative]
+    """The same on a CPU, which is its own host: nothing is offloaded."""
     scaling: Scaling
     times: list[Time]
     """One for each kind of device, if all ranks are of it."""
@@ -145,6 +147,9 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
         cpu_memory=cpu.memory,
         save_bytes=save_bytes(recipe, counts, world_size),
         alternatives=alternatives(recipe, zero, world_size, gpu.cut.micro_batch, "cuda"),
+        cpu_alternatives=alternatives(
+            recipe, zero, world_size, cpu.cut.micro_batch, "cpu", topology.multiplies(recipe.train.precision)
+        ),
         scaling=scaling({device_type: one.cut for device_type, one in loads.items()}, durations, topology),
         times=durations,
         assumptions=assumptions(recipe, loads, topology),

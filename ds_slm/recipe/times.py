@@ -47,6 +47,10 @@ class Topology:
         """Of the host with the most."""
         return -(-self.world_size // self.nodes)
 
+    def multiplies(self, precision: str) -> bool:
+        """Whether CPUs like this machine's multiply in this half precision; False where nothing is known of it."""
+        return self.own is not None and precision in self.own.half_products
+
 
 @dataclass(frozen=True)
 class Load:
@@ -98,7 +102,7 @@ def load(
         device_type: 'cpu' or 'cuda'.
     """
     counts, world_size = parameter_counts(recipe.model), topology.world_size
-    half_products = topology.own is not None and recipe.train.precision in topology.own.half_products
+    half_products = topology.multiplies(recipe.train.precision)
     needed = memory(recipe, zero, world_size, cut.micro_batch, device_type, half_products)
     on_host = needed.device_bytes if device_type == "cpu" else needed.host_bytes
     return Load(

@@ -210,11 +210,15 @@ def test_plan_table_says_what_is_predicted() -> None:
     flags = ["--gpus-per-node", "8", "--nodes", "64", "--network", "100"]
     output = CliRunner().invoke(app, ["plan", "axiom-380m", *flags]).stdout
     zero1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 25_000_000}}
-    planned = plan.plan(schema.load("axiom-380m"), "axiom-380m", zero1, plan.Topology(512, 64, 100.0))
+    planned = plan.plan(
+        schema.load("axiom-380m"), "axiom-380m", zero1, plan.Topology(512, 64, 100.0, own=rates.own_cpu())
+    )
     assert f"{planned.save_bytes / 1e9:.2f} GB more of the host's memory" in output
     for one in planned.alternatives:
         row = next(line for line in output.splitlines() if line.startswith(one.name))
         assert f"{one.device_bytes / 1e9:.2f} GB" in row
+        on_cpu = [other for other in planned.cpu_alternatives if other.name == one.name]
+        assert all(f"{other.device_bytes / 1e9:.2f} GB" in row for other in on_cpu) and len(on_cpu) <= 1
     assert "more than 320 devices bring nothing" in " ".join(output.split())
     assert output.count("redicted") >= 4
 

@@ -6,6 +6,7 @@
 
 python benchmarks/train.py RECIPE [--sides ours bare] [--rounds 2] [--micro-batches 1 2 4] [--set SECTION.KEY=VALUE]
 python benchmarks/train.py RECIPE --memory --micro-batches 8
+python benchmarks/train.py --all        the whole table (training_table.py), which goes on where it was ended
 
 ours        deepspeed ds_slm/pretrain.py, one process a core (or a GPU)
 trainer     transformers.Trainer as `python script.py` runs it: one process, all threads; its Llama or Qwen3, the same
@@ -33,6 +34,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+if __name__ == "__main__":  # this folder has modules named like others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_slm.distributed import world
 from ds_slm.errors import DataError, run_program
@@ -308,30 +312,46 @@ def table(bench: Bench, rounds: dict[str, list[Round]], device: str, peak_flops:
     return grid
 
 
+def bench_of(name: str, settings: list[str], out: Path, steps: int = Bench.steps) -> Bench:
+    """A recipe on all devices of this machine, its made-up data laid out in `out`."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    recipe = schema.load(name, settings)
+    overrides = [*settings, *lay_out(recipe, out)]
+    devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    return Bench(name, recipe, overrides, out, devices, on_gpu, steps)
+
+
 def main() -> int:
     """Measure and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--all", action="store_true", help="the whole table, and no recipe")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=4, help="steps of a launch that count, after one to warm up")
+    parser.add_argument("--steps", type=int, default=Bench.steps, help="steps that count, after one to warm up")
     parser.add_argument("--memory", action="store_true", help="peak memory alone, at the first micro-batch")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe")
     args = parser.parse_args()
+
+    if args.all == bool(args.recipe):
+        parser.error("name a recipe, or give --all")
+    if args.all:
+        from benchmarks import training_table
+
+        training_table.run(args.out.resolve() / "table", args.micro_batches, args.steps)
+        return 0
 
     import torch
 
     from ds_slm.engine.devices import DTYPES
     from ds_slm.run import measure as device_measure
 
-    on_gpu = torch.cuda.is_available()
     out = args.out.resolve() / schema.recipe_path(args.recipe).stem
-    recipe = schema.load(args.recipe, args.set)
-    overrides = [*args.set, *lay_out(recipe, out)]
-    devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    bench = Bench(args.recipe, recipe, overrides, out, devices, on_gpu, args.steps)
+    bench = bench_of(args.recipe, args.set, out, args.steps)
 
     if args.memory:
         Console(width=TABLE_WIDTH).print(memory(bench, args.micro_batches[0], args.sides))
@@ -344,9 +364,9 @@ def main() -> int:
             rounds[side].append(measure(bench, side, chosen[side]))
             print(f"round {number + 1}, {side}: {rounds[side][-1].tokens_per_s:,.0f} tokens/s", flush=True)
 
-    device = torch.device("cuda" if on_gpu else "cpu")
-    peak = device_measure.peak_flops(device, DTYPES[recipe.train.precision])
-    peak = peak and peak * (devices if on_gpu else 1)  # of a CPU it is measured with all its threads
+    device = torch.device("cuda" if bench.on_gpu else "cpu")
+    peak = device_measure.peak_flops(device, DTYPES[bench.recipe.train.precision])
+    peak = peak and peak * (bench.devices if bench.on_gpu else 1)  # of a CPU it is measured with all its threads
     name = device_measure.device_name(device)
     starts = [one.start_s for one in rounds.get("ours", []) if one.start_s is not None]
 
@@ -359,7 +379,7 @@ def main() -> int:
         "overrides": args.set,
         "device": name,
         "torch": torch.__version__,
-        "devices": devices,
+        "devices": bench.devices,
         "load": os.getloadavg()[0],
         "rounds": {side: [asdict(one) for one in found] for side, found in rounds.items()},
     }

@@ -31,7 +31,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["ds_slm", "ds_slm.*", "sft"]),
-    package_data={"ds_slm.publish": ["*.jinja"], "ds_slm.recipe": ["library/*.toml"]},
+    package_data={"ds_slm.publish": ["*.jinja"], "ds_slm.recipe": ["library/*.toml"], "ds_slm.model": ["*.cpp"]},
     entry_points={
         "console_scripts": ["ds-slm = ds_slm.cli.main:run"],
         "torchrun.handlers": ["ds-slm = ds_slm.cluster.rendezvous:handler"],

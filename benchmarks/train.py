@@ -325,7 +325,7 @@ def bench_of(name: str, settings: list[str], out: Path, steps: int = Bench.steps
 
 def main() -> int:
     """Measure and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--all", action="store_true", help="the whole table, and no recipe")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)

@@ -29,6 +29,7 @@ import torch
 
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.result_cache import ResultCache
+from ds_slm.model import cpu_attention
 from ds_slm.run import software
 
 PROBE_TIMEOUT_S = 600
@@ -64,6 +65,13 @@ def eager_reason(control: Control, device: torch.device) -> str | None:
     if len(hosts_by_reason) == 1 and set(*hosts_by_reason.values()) == set(control.hosts):
         return next(iter(hosts_by_reason))
     return "; ".join(f"{', '.join(hosts)}: {reason}" for reason, hosts in hosts_by_reason.items())
+
+
+def build_attention(control: Control) -> None:
+    """Attention's backward pass in C++ on all ranks, or torch's own on all. Collective."""
+    reasons = [reason for reason in control.gather(cpu_attention.build()) if reason]
+    if reasons:
+        cpu_attention.leave(reasons[0])
 
 
 def _host_reason(device: torch.device) -> str | None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_slm.model import documents, kernels
+from ds_slm.model import cpu_attention, documents, kernels
 from ds_slm.model.kernels import attention, embed, product
 from ds_slm.model.loss import LossSums, TokenScores, chunked_loss, score_tokens
 from ds_slm.recipe import schema
@@ -318,6 +318,8 @@ class Decoder(nn.Module):
             from torch._inductor import config as inductor
 
             inductor.deterministic = True  # no kernel is chosen by a timing
+        if (weight := self.model.embed_tokens.weight).device.type == "cpu" and weight.dtype == torch.bfloat16:
+            cpu_attention.build()
         kernels.make_device_checks_constant()
         for block in self.model.layers:
             block.compile(dynamic=False)

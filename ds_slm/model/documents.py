@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_slm.model import cpu_attention
+
 LEAST_PER_ROW = 8
 """Documents of a row that the offsets always have a place for, so that most batches have one shape."""
 
@@ -90,14 +92,24 @@ def attend_varlen(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Ten
     return y_NHE.unflatten(0, (B, T)).transpose(1, 2)
 
 
+def whole_rows(B: int, T: int) -> Tensor:
+    """Offsets of documents that are whole rows, on a CPU."""
+    return torch.arange(0, B * T + 1, T, dtype=torch.int32)
+
+
 def attend_each(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Tensor) -> Tensor:
     """Causal attention within documents on a CPU, y_BHTE; one node of a compiled graph, whatever the offsets."""
     return torch.ops.ds_slm.attend_each(q_BHTE, k_BKTE, v_BKTE, offsets_C)[0]
 
 
 def _places(offsets_C: Tensor, T: int) -> Iterator[tuple[slice, slice, slice]]:
-    """The place of each document in a tensor [B, heads, T, ...]."""
-    for begin, end in pairwise(offsets_C.tolist()):
+    """The place of each document in a tensor [B, heads, T, ...]; of all at once where each is a whole row."""
+    bounds = offsets_C.tolist()
+    if bounds == list(range(0, bounds[-1] + 1, T)):
+        yield slice(None), slice(None), slice(None)
+        return
+
+    for begin, end in pairwise(bounds):
         if end > begin:
             row, first = divmod(begin, T)
             yield slice(row, row + 1), slice(None), slice(first, first + end - begin)
@@ -121,13 +133,19 @@ def _backward(
     grad: Tensor, operands: list[Tensor], y: Tensor, logsumexp: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(grad, operands, y, logsumexp, offsets)
+    backward = cpu_attention.backward if cpu_attention.is_built("cpu", y.dtype) else _backward_by_torch
     for at in _places(offsets, y.shape[2]):
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[at], *(one[at] for one in operands), y[at], logsumexp[at], 0.0, is_causal=True
-        )
+        q, k, v = (one[at] for one in operands)
+        parts = backward(grad[at], q, k, v, y[at], logsumexp[at])
         for whole, part in zip(gradients, parts, strict=True):
             whole[at] = part
     return gradients
+
+
+def _backward_by_torch(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsumexp: Tensor) -> Any:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, y, logsumexp, 0.0, is_causal=True
+    )
 
 
 def _empty_gradients(

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_slm.errors import ConfigError
-from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters
+from ds_slm.model import cpu_attention
+from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters, whole_rows
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
@@ -62,7 +63,7 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 def make_device_checks_constant() -> None:
     """Let torch.compile ask once what a device can do and keep the answer, instead of tracing the question."""
-    for check in (multiplies, _is_ampere_or_newer):
+    for check in (multiplies, cpu_attention.is_built, _is_ampere_or_newer):
         torch.compiler.assume_constant_result(check)  # a decorator would import the compiler in every process
 
 
@@ -143,12 +144,14 @@ def effective_kernels(
 
 
 def _attention_name(device: torch.device | str, dtype: torch.dtype, packed_head_dim: int | None) -> str:
+    in_tiles = ", its backward pass in tiles" if cpu_attention.is_built(torch.device(device).type, dtype) else ""
     if packed_head_dim is None:
-        return "scaled_dot_product_attention"
+        return f"scaled_dot_product_attention{in_tiles}"
     form = packed_form(device, dtype, packed_head_dim)
     return {
         "varlen": "varlen_attn of all documents in packed rows",
-        "each": "scaled_dot_product_attention of each document in packed rows, or a mask where they are short",
+        "each": "scaled_dot_product_attention of each document in packed rows, or a mask where they are short"
+        + in_tiles,
         "mask": f"scaled_dot_product_attention, dense mask of packed rows ({form.why})",
     }[form.name]
 
@@ -203,6 +206,9 @@ def attention(
     """
     if offsets_C is not None and q_BHTE.device.type == "cuda":
         return attend_varlen(q_BHTE, k_BKSE, v_BKSE, offsets_C)
+
+    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and cpu_attention.is_built(q_BHTE.device.type, q_BHTE.dtype):
+        offsets_C = whole_rows(q_BHTE.shape[0], q_BHTE.shape[2])
 
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)
     queries_per_key = q_BHTE.shape[1] // k_BKSE.shape[1]

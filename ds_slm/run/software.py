@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("ds_slm", "sft")
+SOURCES, ENDS = ("ds_slm", "sft"), (".py", ".cpp")
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
 UNKNOWN = "unknown"
 """The commit of a tree that is not a git checkout."""
@@ -59,9 +59,9 @@ def find_compiler(device_type: str) -> str | None:
 
 
 def sources_sha256(root: Path) -> str:
-    """One hash of every Python file of the packages, with its place; caches and everything else are left out."""
+    """One hash of every source file of the packages, with its place; caches and everything else are left out."""
     found = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (root / folder).rglob("*.py")):
+    for path in sorted(path for folder in SOURCES for end in ENDS for path in (root / folder).rglob(f"*{end}")):
         content = path.read_bytes()
         found.update(f"{path.relative_to(root)}\0{len(content)}\0".encode())
         found.update(content)

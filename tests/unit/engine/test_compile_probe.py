@@ -14,6 +14,7 @@ import torch
 
 from ds_slm.engine import compile_probe
 from ds_slm.engine.result_cache import ResultCache
+from ds_slm.model import cpu_attention
 from ds_slm.recipe import ds_config
 from ds_slm.train import choices, launch
 from tests.support import runs
@@ -263,3 +264,14 @@ def test_a_working_compiler_is_called_each_time(cache: Path, tmp_path: Path, mon
         cache.unlink()
         counts.append(len(list((tmp_path / "torch").rglob("*.so"))))
     assert 0 < counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("other", [None, "this CPU has no AMX"])
+def test_all_ranks_take_the_same_backward_pass_of_attention(monkeypatch: pytest.MonkeyPatch, other: str | None) -> None:
+    """Oracle: this rank has built the library; it keeps it only if the other rank has one, too."""
+    monkeypatch.setattr(cpu_attention, "_library", object())
+    monkeypatch.setattr(cpu_attention, "_reason", None)
+    control: Any = SimpleNamespace(gather=lambda own: [own, other])
+    compile_probe.build_attention(control)
+    assert cpu_attention.is_built("cpu", torch.bfloat16) == (other is None)
+    assert cpu_attention.build() == other

@@ -5,17 +5,16 @@ micro-batches tried --> the best, some rounds (benchmarks/train.py) --> tokens/s
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from benchmarks import train as bench_train
-from ds_slm.engine.devices import DTYPES
-from ds_slm.model import decoder, kernels
 from ds_slm.recipe import plan, schema
 from ds_slm.recipe.schema import Recipe
-from ds_slm.run import measure
+
+if TYPE_CHECKING:  # checks that have no case should not wait for torch
+    import torch
 
 LOSS_TOLERANCE = 2e-3
 """Relative, of a fresh model's loss."""
@@ -28,6 +27,8 @@ TINY = [
     "model.num_key_value_heads=2", "model.head_dim=16", "data.seq_len=64", "train.precision=bf16",
 ]  # fmt: skip
 """A rehearsal's overrides. A CPU refuses fp16."""
+ROWS = 2
+"""Of the numerics, and a rehearsal's micro-batch: what one has compiled the other finds in torch's cache."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,16 @@ class Numerics:
         return near and self.cosine >= COSINE[precision]
 
 
-def numerics(recipe: Recipe, where: torch.device, rows: int = 2) -> Numerics:
+def numerics(recipe: Recipe, where: "torch.device") -> Numerics:
     """Loss and gradient of a fresh model, in fp32 eager and in the recipe's precision compiled, on the same tokens."""
+    import torch
+
+    from ds_slm.engine.devices import DTYPES
+    from ds_slm.model import decoder, kernels
+
     kernels.fix_sums(deterministic=False)  # as a run does
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.data.seq_len + 1), generator=generator).to(where)
+    ids = torch.randint(recipe.model.vocab_size, (ROWS, recipe.data.seq_len + 1), generator=generator).to(where)
 
     # First the reference, eager; then the model to be judged, compiled.
     losses, gradients = [], []
@@ -94,6 +100,13 @@ def numerics(recipe: Recipe, where: torch.device, rows: int = 2) -> Numerics:
     return Numerics(losses[0], losses[1], cosine)
 
 
+def named(name: str, rehearsing: bool) -> Case:
+    """A case; a rehearsal's has tiny micro-batches, and only the first one tries two of them."""
+    (case,) = (one for one in CASES if one.name == name)
+    tiny = (ROWS, 2 * ROWS) if case is CASES[0] else (ROWS,)
+    return replace(case, micro_batches=tiny) if rehearsing else case
+
+
 def load(case: Case, rehearsing: bool) -> tuple[Recipe, list[str]]:
     """A case's recipe, and the overrides that make it."""
     tiny = TINY if rehearsing else []
@@ -103,18 +116,24 @@ def load(case: Case, rehearsing: bool) -> tuple[Recipe, list[str]]:
 
 
 def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_train.Round]:
-    """The case's rounds at its best micro-batch."""
+    """The case's rounds at its best micro-batch. What was tried to find that one is a part of the first."""
     recipe, settings = load(case, rehearsing)
     out = out / case.name
+    overrides = [*settings, *bench_train.lay_out(recipe, out)]
     bench = bench_train.Bench(
-        case.recipe, recipe, [*settings, *bench_train.lay_out(recipe, out)], out, devices=1, on_gpu=not rehearsing
+        case.recipe, recipe, overrides, out, devices=1, on_gpu=not rehearsing, under_launcher=False
     )
-    chosen = bench_train.best_micro_batch(bench, "ours", case.micro_batches[:1] if rehearsing else case.micro_batches)
-    return [bench_train.measure(bench, "ours", chosen) for _ in range(rounds)]
+
+    tried = bench_train.try_micro_batches(bench, "ours", case.micro_batches)
+    chosen = bench_train.fastest(tried)
+    first = bench_train.measure(bench, "ours", chosen, tried[chosen])
+    return [first, *(bench_train.measure(bench, "ours", chosen) for _ in range(rounds - 1))]
 
 
-def device(rehearsing: bool) -> torch.device:
+def device(rehearsing: bool) -> "torch.device":
     """Where a case is run."""
+    import torch
+
     return torch.device("cpu" if rehearsing else "cuda")
 
 
@@ -122,6 +141,10 @@ def figures(
     case: Case, recipe: Recipe, rounds: list[bench_train.Round], rehearsing: bool
 ) -> list[tuple[str, str, str, bool | None]]:
     """What was measured, the figure, what was promised, and whether it was kept: of speed and of memory."""
+    import torch
+
+    from ds_slm.run import measure
+
     speeds = [one.tokens_per_s for one in rounds]
     median, peak_gb = statistics.median(speeds), max(one.peak_gb for one in rounds)
     spread = f", spread {(max(speeds) - min(speeds)) / median:.1%}" if len(rounds) > 1 else ""

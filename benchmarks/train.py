@@ -92,6 +92,8 @@ class Bench:
     stage: int = ZERO_STAGE
     compile_blocks: bool | None = None
     """None: where the recipe's own run would."""
+    under_launcher: bool = True
+    """Whether `deepspeed` starts ours; a single device needs no launcher, which takes seconds."""
 
     def ranks(self, side: str) -> int:
         """Processes of a side."""
@@ -184,7 +186,8 @@ def our_command(
         flags += ["--source", f"{source.name}={bench.out}/ids.bin"]
     flags += ["--run-dir", str(folder / "run"), "--data-root", str(bench.out / "data"), "--max-steps", str(steps)]
     flags += ["--ds-config", str(write_ds_config(bench, folder))]
-    return [*(launcher or under_deepspeed(bench.devices)), str(PRETRAIN), *flags]
+    usual = under_deepspeed(bench.devices) if bench.under_launcher else [sys.executable, "-u"]
+    return [*(launcher or usual), str(PRETRAIN), *flags]
 
 
 def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:
@@ -234,9 +237,17 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
     return Launch(statistics.median(one["step_s"] for one in steps[1:]), steps[-1]["peak_memory_gb"], start_s)
 
 
-def measure(bench: Bench, side: str, micro_batch: int) -> Round:
-    """Both accumulations of one side, and the recipe's step put together from them."""
-    few, many = (launch(bench, side, micro_batch, accumulation) for accumulation in ACCUMULATIONS)
+def measure(bench: Bench, side: str, micro_batch: int, few: Launch | None = None) -> Round:
+    """Both accumulations of one side, and the recipe's step put together from them.
+
+    Args:
+        bench: what is trained.
+        side: who trains it.
+        micro_batch: rows of a forward.
+        few: a launch of the first accumulation, where there was one.
+    """
+    few = few or launch(bench, side, micro_batch, ACCUMULATIONS[0])
+    many = launch(bench, side, micro_batch, ACCUMULATIONS[1])
     micro_s = (many.step_s - few.step_s) / (ACCUMULATIONS[1] - ACCUMULATIONS[0])
     optimizer_s = max(few.step_s - ACCUMULATIONS[0] * micro_s, 0.0)
     cut = plan.batch(bench.recipe, bench.ranks(side), micro_batch)
@@ -257,20 +268,29 @@ def memory(bench: Bench, micro_batch: int, sides: Sequence[str]) -> Table:
 
 
 def best_micro_batch(bench: Bench, side: str, choices: Sequence[int]) -> int:
-    """The micro-batch with the most rows a second; one that does not fit is passed over."""
-    if len(choices) == 1:
-        return choices[0]
-    speeds: dict[int, float] = {}
+    """The micro-batch with the most rows a second. A single choice is not tried."""
+    return choices[0] if len(choices) == 1 else fastest(try_micro_batches(bench, side, choices))
+
+
+def try_micro_batches(bench: Bench, side: str, choices: Sequence[int]) -> dict[int, Launch]:
+    """A launch of the first accumulation at each micro-batch; one that does not fit is passed over."""
+    tried: dict[int, Launch] = {}
     for choice in choices:
         try:
-            speeds[choice] = choice / launch(bench, side, choice, 1).step_s
+            tried[choice] = launch(bench, side, choice, ACCUMULATIONS[0])
         except DataError as error:
             print(f"{side}, micro-batch {choice}: left out\n{error}", flush=True)
 
-    if not speeds:
+    if not tried:
         raise DataError(f"{side} runs at no micro-batch of {', '.join(map(str, choices))}.")
-    print(f"{side}: " + ", ".join(f"{choice} x {speed:.3g} rows/s" for choice, speed in speeds.items()), flush=True)
-    return max(speeds, key=lambda choice: speeds[choice])
+    speeds = (f"{choice} x {choice / one.step_s:.3g} rows/s" for choice, one in tried.items())
+    print(f"{side}: {', '.join(speeds)}", flush=True)
+    return tried
+
+
+def fastest(tried: dict[int, Launch]) -> int:
+    """The micro-batch with the most rows a second."""
+    return max(tried, key=lambda choice: choice / tried[choice].step_s)
 
 
 def table(bench: Bench, rounds: dict[str, list[Round]], device: str, peak_flops: float | None) -> Table:

@@ -86,7 +86,9 @@ def pretrain(
     command += ["--data-root", str(rows.folder.parent / "data"), "--max-steps", str(steps)]
     command += ["--set", "run.log_every_steps=1", *flags]
 
-    done = subprocess.run(command, env=environment(on_cpu or rows.rehearsing), check=False)
+    # A cache of its own: what an earlier launch has measured is measured again.
+    environ = environment(on_cpu or rows.rehearsing) | {"XDG_CACHE_HOME": str(rows.folder / "cache")}
+    done = subprocess.run(command, env=environ, check=False)
     if done.returncode:
         raise DataError(f"{name}: the launch ended with {done.returncode}.")
 

@@ -19,6 +19,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ LEAST_S = 15
 """No check is begun with less time than this."""
 REHEARSED_TIMES = 4
 """A check may take so many times its limit on a CPU."""
+REHEARSED_AT_ONCE = 2
+"""Checks that a rehearsal runs at a time: nothing is timed, and most of a check is one thread's start."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,18 @@ def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict
     found = folder / RESULT
     rows = json.loads(found.read_text()) if found.exists() else []
     return {"ended": ended, "seconds": round(time.monotonic() - begin_s, 1), "rows": rows}
+
+
+def run_all(
+    checks: Sequence[Check], run: Callable[[Check], dict[str, Any]], at_once: int
+) -> Iterator[tuple[Check, dict[str, Any]]]:
+    """Run checks, `at_once` at a time; each with what was seen, in their order."""
+    if at_once == 1:  # in this thread: Ctrl-C ends the check, too
+        for check in checks:
+            yield check, run(check)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from zip(checks, pool.map(run, checks), strict=True)
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
@@ -145,17 +161,16 @@ def main() -> int:
     result, end_s = describe_machine(args.rehearse), time.monotonic() + args.seconds
     flags = ["--rounds", str(args.rounds), *(["--rehearse"] if args.rehearse else [])]
 
-    for check in CHECKS:
+    def run(check: Check) -> dict[str, Any]:
         left_s = end_s - time.monotonic()
-        if check.name not in args.only:
-            continue
         if left_s < LEAST_S:
-            result["checks"][check.name] = {"ended": "no time left", "seconds": 0, "rows": []}
-            continue
-
-        # Written at once: the machine may go back at any moment.
+            return {"ended": "no time left", "seconds": 0, "rows": []}
         limit_s = check.most_s * (REHEARSED_TIMES if args.rehearse else 1)
-        seen = run_check(check, out, min(limit_s, left_s), flags)
+        return run_check(check, out, min(limit_s, left_s), flags)
+
+    checks = [check for check in CHECKS if check.name in args.only]
+    for check, seen in run_all(checks, run, REHEARSED_AT_ONCE if args.rehearse else 1):
+        # Written at once: the machine may go back at any moment.
         result["checks"][check.name] = seen
         (out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
         print(f"{check.name}: {seen['ended']}, {seen['seconds']:.0f} s", flush=True)

@@ -27,6 +27,7 @@ TINY = [
     "model.num_key_value_heads=2", "model.head_dim=16", "data.seq_len=64", "train.precision=bf16",
 ]  # fmt: skip
 """A rehearsal's overrides. A CPU refuses fp16."""
+REHEARSED_STEPS = 2
 ROWS = 2
 """Of the numerics, and a rehearsal's micro-batch: what one has compiled the other finds in torch's cache."""
 
@@ -120,8 +121,9 @@ def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_tr
     recipe, settings = load(case, rehearsing)
     out = out / case.name
     overrides = [*settings, *bench_train.lay_out(recipe, out)]
+    steps = REHEARSED_STEPS if rehearsing else bench_train.Bench.steps
     bench = bench_train.Bench(
-        case.recipe, recipe, overrides, out, devices=1, on_gpu=not rehearsing, under_launcher=False
+        case.recipe, recipe, overrides, out, devices=1, on_gpu=not rehearsing, steps=steps, under_launcher=False
     )
 
     tried = bench_train.try_micro_batches(bench, "ours", case.micro_batches)

@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks import gpu_cases
 from benchmarks.tiny_runs import free_port
 from ds_slm.errors import DataError, run_program
+from ds_slm.run.folder import SAVED
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sysconfig.get_path("scripts"))
@@ -119,9 +120,11 @@ def demo(rows: Rows) -> None:
 
 def resume(rows: Rows) -> None:
     """Is a killed and resumed run bit for bit the one that was not?"""
+    # The demo's run; one of its own where that check failed, was not asked for, or has not come so far.
     run_dir = run_folder(rows, DEMO)
-    if not (run_dir / "saved.json").exists():  # the demo's check failed, or was not asked for
-        pretrain(rows, DEMO, 2)
+    if not (run_dir / SAVED).exists():
+        run_dir = run_folder(rows, "resumed")
+        pretrain(rows, "resumed", 2)
 
     command = [str(PROGRAMS / "ds-slm"), "verify", str(run_dir), "--resume"]
     command += ["--data-root", str(rows.folder.parent / "data")]

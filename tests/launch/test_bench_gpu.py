@@ -1,6 +1,7 @@
 """The GPU benchmark, rehearsed on a CPU: its check of the numerics finds a wrong model, and it ends in a table."""
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def test_a_check_that_fails_or_hangs_keeps_what_it_had(tmp_path: Path, monkeypat
     ended = {name: one["ended"] for name, one in seen.items()}
     assert ended == {"works": "done", "fails": "failed, exit code 1", "hangs": "ended after 3 s"}
     assert all(one["rows"][0]["measured"] == "2.5" for one in seen.values())
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_checks_run_one_by_one_or_two_at_a_time(at_once: int) -> None:
+    """Oracle: a barrier that opens for so many at once and no others; what was seen comes in the checks' order."""
+    barrier, checks = threading.Barrier(at_once), [gpu.Check(name, 9) for name in "abcd"]
+
+    def run(check: gpu.Check) -> dict[str, str]:
+        barrier.wait(timeout=60)
+        return {"ended": check.name}
+
+    assert list(gpu.run_all(checks, run, at_once)) == [(check, {"ended": check.name}) for check in checks]
 
 
 def test_the_table_says_what_never_ran() -> None:

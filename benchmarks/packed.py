@@ -36,6 +36,7 @@ from ds_slm.data.rows import Rows
 from ds_slm.engine.devices import DTYPES
 from ds_slm.errors import DeviceError, run_program
 from ds_slm.model import decoder, kernels
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure
@@ -62,7 +63,7 @@ class Bench:
         packed: dict[str, Any] = {}
         if side != "plain rows" and self.rows.document_ids is not None:
             ids_BT = torch.from_numpy(self.rows.document_ids).to(self.device)
-            packed = {"document_ids_BT": ids_BT, "document_count": self.rows.document_count}
+            packed = {"packed_documents": PackedDocuments(ids_BT, self.rows.document_count)}
         mask = patch.object(kernels, "packed_form", lambda *_: kernels.PackedForm("mask"))
 
         begin_s = self._now_s()

@@ -38,6 +38,7 @@ from ds_slm.engine.optim import build_optimizer, set_learning_rate
 from ds_slm.engine.row_reader import Share
 from ds_slm.errors import AgreedDataError
 from ds_slm.model.decoder import Decoder
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.recipe.schema import Recipe
 
@@ -157,7 +158,7 @@ class Engine:
         for index, rows in enumerate(micro_batches):
             if index:
                 self.deepspeed.step()  # between micro-batches it only counts
-            sums = self.deepspeed(*self._on_device(rows), z_scale, document_count=rows.document_count)
+            sums = self.deepspeed(*self._on_device(rows), z_scale)
             vote = self._start_vote(index, micro_batches, totals)  # its messages travel behind the backward pass
             self.deepspeed.backward(sums.objective * objective_scale)
             vote.wait()
@@ -212,7 +213,7 @@ class Engine:
         self.deepspeed.eval()
         own = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
-            sums = self.deepspeed(*self._on_device(rows), 0.0, document_count=rows.document_count)
+            sums = self.deepspeed(*self._on_device(rows), 0.0)
             own += torch.stack([sums.nll, sums.weight, sums.z2, sums.count]).double()
             self._start_vote(index, micro_batches, totals).wait()
             pulse.beat()
@@ -232,17 +233,18 @@ class Engine:
             return Vote()
         return self.interrupt.start_vote()
 
-    def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Input ids, target ids (the inputs shifted by one), loss weights and document ids, each [B, T].
+    def _on_device(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, PackedDocuments | None]:
+        """Input ids, target ids (the inputs shifted by one) and loss weights, each [B, T], and documents.
 
         A GPU copies page-locked rows while it computes; they stay as they are until the step is done.
         """
-        ids, weights, documents = (
+        ids, weights, document_ids = (
             None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
             for array in (rows.token_ids, rows.weights, rows.document_ids)
         )
         assert ids is not None
         assert weights is not None
+        documents = None if document_ids is None else PackedDocuments(document_ids, rows.document_count)
         return ids[:, :-1], ids[:, 1:], weights, documents
 
     def _described(self, share: Share | None) -> list[float]:

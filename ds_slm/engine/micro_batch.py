@@ -29,6 +29,7 @@ from torch import Tensor
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.result_cache import ResultCache
 from ds_slm.model import decoder, kernels
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import budget
 from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.recipe.schema import Recipe
@@ -189,7 +190,7 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     if trial.engine_config.compiled:
         model.compile_parts()
 
-    token_ids, document_ids = _batch(trial, rows)
+    token_ids, documents = _batch(trial, rows)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     held_bytes = torch.cuda.memory_allocated(device) if on_gpu else 0
@@ -198,7 +199,7 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     least_s = math.inf
     for _ in range(REPEATS):
         start_s = _now_s(device)
-        sums = model(token_ids[:, :-1], token_ids[:, 1:], document_ids_BT=document_ids, z_scale=recipe.train.z_loss)
+        sums = model(token_ids[:, :-1], token_ids[:, 1:], packed_documents=documents, z_scale=recipe.train.z_loss)
         sums.objective.backward()
         for parameter, total in zip(model.parameters(), gradients, strict=True):
             assert parameter.grad is not None
@@ -220,15 +221,15 @@ def _refuse_too_large(needed_bytes: float, available_bytes: float) -> None:
         )
 
 
-def _batch(trial: Trial, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Token ids over the whole vocabulary [rows, seq_len + 1]; document ids [rows, seq_len], two a row, if packed."""
+def _batch(trial: Trial, rows: int) -> tuple[Tensor, PackedDocuments | None]:
+    """Token ids over the whole vocabulary [rows, seq_len + 1]; documents, two a row, if packed."""
     seq_len = trial.recipe.data.seq_len
     ids = torch.arange(rows * (seq_len + 1), device=trial.device) * 7919 % trial.recipe.model.vocab_size
-    document_ids = None
+    documents = None
     if trial.packed:
         halves = torch.arange(seq_len, device=trial.device, dtype=torch.int32) * 2 // seq_len
-        document_ids = halves.expand(rows, -1).contiguous()
-    return ids.view(rows, seq_len + 1), document_ids
+        documents = PackedDocuments(halves.expand(rows, -1).contiguous(), count=2 * rows)
+    return ids.view(rows, seq_len + 1), documents
 
 
 def _release(trial: Trial) -> None:

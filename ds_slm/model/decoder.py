@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_slm.model import cpu_attention, documents, kernels
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.model.kernels import attention, embed, product
 from ds_slm.model.loss import LossSums, TokenScores, chunked_loss, score_tokens
 from ds_slm.recipe import schema
@@ -248,8 +249,9 @@ class Backbone(nn.Module):
         cos, sin = cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1)
         return Positions(cos, sin, mask_BTT, causal=False, offsets_C=offsets_C)
 
-    def packed_positions(self, document_ids_BT: Tensor, count: int | None) -> Positions:
-        """The same for packed rows, of `count` documents; None asks the device, which the host then waits for."""
+    def packed_positions(self, packed_documents: PackedDocuments) -> Positions:
+        """The same for packed rows."""
+        document_ids_BT, count = packed_documents
         B, T = document_ids_BT.shape
         starts_BT = documents.starts_of(document_ids_BT)
         form = kernels.packed_form(document_ids_BT.device, self.embed_tokens.weight.dtype, self.shape.head_dim).name
@@ -335,11 +337,10 @@ class Decoder(nn.Module):
         input_ids_BT: Tensor,
         target_ids_BT: Tensor | None = None,
         weights_BT: Tensor | None = None,
-        document_ids_BT: Tensor | None = None,
+        packed_documents: PackedDocuments | None = None,
         z_scale: float = 0.0,
         cache: KVCache | None = None,
         continuations: Continuations | None = None,
-        document_count: int | None = None,
     ) -> LossSums | TokenScores | Tensor:
         """Loss sums where there are targets, scores where there are continuations, otherwise logits.
 
@@ -347,18 +348,17 @@ class Decoder(nn.Module):
             input_ids_BT: tokens; none may stand at a position of max_position_embeddings or more.
             target_ids_BT: the token to predict at each place.
             weights_BT: its loss weight; None means 1 everywhere. Targets of weight 0 are never looked at.
-            document_ids_BT: the document of each token; attention and positions then stay within documents.
+            packed_documents: the document of each token; attention and positions then stay within documents.
             z_scale: factor of the sum of squared logsumexps in the objective.
             cache: tokens seen before; extended by these.
             continuations: which tokens are scored, and how rows are made of a context and its continuations.
-            document_count: runs of equal document ids in all rows; None counts them, and waits for a GPU to do so.
 
         Returns:
             `LossSums`, `TokenScores`, or logits_BTV in the model's dtype; with a cache the last token's, logits_B1V.
         """
-        if document_ids_BT is not None:
+        if packed_documents is not None:
             assert cache is None, "decoding of packed rows is not supported"
-            positions = self.model.packed_positions(document_ids_BT, document_count)
+            positions = self.model.packed_positions(packed_documents)
             if self.compiled and positions.offsets_C is not None:
                 torch._dynamo.mark_dynamic(positions.offsets_C, 0)  # one graph for any number of documents
         elif continuations is not None and continuations.branch_ids_BT is not None:

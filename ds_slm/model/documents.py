@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ from ds_slm.model import cpu_attention
 
 LEAST_PER_ROW = 8
 """Documents of a row that the offsets always have a place for, so that most batches have one shape."""
+
+
+class PackedDocuments(NamedTuple):
+    """Which tokens of packed rows may see each other."""
+
+    ids_BT: Tensor
+    """The document of each token: a run of equal ids in a row is one."""
+    count: int | None = None
+    """Documents in all rows; None counts them, and waits for a GPU to do so."""
 
 
 def starts_of(document_ids_BT: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ds_slm.model import decoder, kernels
 from ds_slm.model.decoder import Decoder, KVCache
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
 
 if not torch.version.cuda:
@@ -61,8 +62,8 @@ def test_the_loss_and_its_gradient_stay_on_the_device(name: str, dtype: torch.dt
     """Oracle: fake tensors, which refuse two devices in one operation and any value that is asked for."""
     model = model_of(name, dtype)
     weights_BT = torch.ones(ROWS, TOKENS, device="cuda")
-    documents = {"document_ids_BT": ids_BT(), "document_count": ROWS} if packed else {}
-    sums = model(ids_BT(), ids_BT(), weights_BT, z_scale=1e-4, **documents)
+    documents = PackedDocuments(ids_BT(), ROWS) if packed else None
+    sums = model(ids_BT(), ids_BT(), weights_BT, documents, z_scale=1e-4)
     assert on_gpu(*sums) and sums.objective.requires_grad  # the loss forms its gradient in the forward pass
 
 
@@ -87,9 +88,12 @@ def test_a_block_is_one_graph(name: str, packed: bool) -> None:
     """Oracle: torch.compile with fullgraph, which refuses a graph that breaks."""
     model = model_of(name, torch.bfloat16)
     kernels.make_device_checks_constant()
-    x_BTD = model.model.embed_tokens(ids_BT())
-    of_rows = model.model.packed_positions(ids_BT(), ROWS) if packed else model.model.positions(ids_BT(), None)
+    backbone = model.model
+    x_BTD = backbone.embed_tokens(ids_BT())
+    of_rows = (
+        backbone.packed_positions(PackedDocuments(ids_BT(), ROWS)) if packed else backbone.positions(ids_BT(), None)
+    )
     assert not packed or of_rows.mask_BTS is None  # the variable-length kernel's rows
-    compiled = torch.compile(model.model.layers[0], backend="eager", fullgraph=True, dynamic=False)
+    compiled = torch.compile(backbone.layers[0], backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         assert on_gpu(compiled(x_BTD, of_rows))

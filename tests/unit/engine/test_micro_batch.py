@@ -297,10 +297,10 @@ def test_a_trial_computes_as_the_run_does(
     calls: list[tuple[Any, ...]] = []
     forward = Decoder.forward
 
-    def spy(model: Any, inputs: Any, targets: Any, *, document_ids_BT: Any, z_scale: float) -> Any:
-        calls.append((model.compiled, model.model.gradient_checkpointing, inputs.shape, document_ids_BT, z_scale))
+    def spy(model: Any, inputs: Any, targets: Any, *, packed_documents: Any, z_scale: float) -> Any:
+        calls.append((model.compiled, model.model.gradient_checkpointing, inputs.shape, packed_documents, z_scale))
         assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
-        return forward(model, inputs, targets, document_ids_BT=document_ids_BT, z_scale=z_scale)
+        return forward(model, inputs, targets, packed_documents=packed_documents, z_scale=z_scale)
 
     monkeypatch.setattr(Decoder, "forward", spy)
     monkeypatch.setattr(Decoder, "compile_parts", lambda model: setattr(model, "compiled", True))
@@ -313,7 +313,7 @@ def test_a_trial_computes_as_the_run_does(
     for is_compiled, checkpointing, shape, documents, z_scale in calls:
         assert (is_compiled, checkpointing, tuple(shape), z_scale) == (compiled, True, (2, 32), recipe.train.z_loss)
         assert (documents is not None) is packed
-        assert documents is None or documents.tolist() == [[0] * 16 + [1] * 16] * 2
+        assert documents is None or (documents.ids_BT.tolist(), documents.count) == ([[0] * 16 + [1] * 16] * 2, 4)
 
 
 def test_the_peak_starts_again_after_the_trials() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ds_slm.errors import ConfigError
 from ds_slm.model import decoder, kernels
 from ds_slm.model.decoder import Decoder, KVCache, build
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
 from tests.support import tolerances
 
@@ -148,7 +149,7 @@ def test_exclusive_attention_is_exactly_zero_where_a_token_sees_only_itself(dtyp
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     ids_BT = random_ids(2, 12)
     model(ids_BT)
-    model(ids_BT, document_ids_BT=torch.tensor([[0] * 5 + [1] * 7] * 2))
+    model(ids_BT, packed_documents=PackedDocuments(torch.tensor([[0] * 5 + [1] * 7] * 2)))
     assert not outputs[0][:, 0].any() and not outputs[1][:, [0, 5]].any()
     assert outputs[0][:, 1:].any(-1).all()
 
@@ -174,11 +175,11 @@ def test_packed_documents_do_not_see_each_other(variant):
     model = build(small(**VARIANTS[variant]), seed=5)
     lengths, names = (7, 1, 10), (4, 9, 4)
     ids_BT, targets_BT = random_ids(1, 18, seed=6), random_ids(1, 18, seed=7)
-    documents_BT = torch.repeat_interleave(torch.tensor(names), torch.tensor(lengths))[None]
+    documents = PackedDocuments(torch.repeat_interleave(torch.tensor(names), torch.tensor(lengths))[None])
     parts = list(zip(ids_BT.split(lengths, 1), targets_BT.split(lengths, 1), strict=True))
-    logits_BTV = model(ids_BT, document_ids_BT=documents_BT)
+    logits_BTV = model(ids_BT, packed_documents=documents)
     torch.testing.assert_close(logits_BTV, torch.cat([model(ids) for ids, _ in parts], 1), atol=1e-5, rtol=0)
-    packed = gradients(model, ids_BT, targets_BT, document_ids_BT=documents_BT)
+    packed = gradients(model, ids_BT, targets_BT, packed_documents=documents)
     alone = [gradients(model, ids, targets) for ids, targets in parts]
     assert_all_close(packed, {name: sum(part[name] for part in alone) for name in packed}, atol=2e-5, rtol=1e-5)
 
@@ -189,9 +190,9 @@ def test_packed_documents_do_not_see_each_other(variant):
 def test_gradient_checkpointing_changes_nothing(dtype, packing):
     """Oracle: the same gradients without it, to the last bit: the recomputation is the same computation."""
     ids_BT, targets_BT = random_ids(3, 24), random_ids(3, 24, seed=1)
-    documents_BT = (torch.arange(24) // 7).expand(3, -1) if packing else None
+    documents = PackedDocuments((torch.arange(24) // 7).expand(3, -1)) if packing else None
     found = [
-        gradients(build(small(), 8, recompute).to(dtype), ids_BT, targets_BT, None, documents_BT, 1e-3)
+        gradients(build(small(), 8, recompute).to(dtype), ids_BT, targets_BT, None, documents, 1e-3)
         for recompute in (False, True)
     ]
     assert_all_close(*found, atol=0, rtol=0)

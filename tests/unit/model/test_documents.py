@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_slm.model import decoder, documents, kernels, loss
 from ds_slm.model.decoder import Decoder
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
 
 ROWS, TOKENS = 3, 96
@@ -70,7 +71,7 @@ def gradients(model: Decoder, document_ids_BT: Tensor) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids_BT, targets_BT = (torch.randint(96, (ROWS, TOKENS), generator=generator) for _ in range(2))
     model.zero_grad()
-    sums = model(ids_BT, targets_BT, document_ids_BT=document_ids_BT)
+    sums = model(ids_BT, targets_BT, packed_documents=PackedDocuments(document_ids_BT))
     sums.objective.backward()
     found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     return found | {"objective": sums.objective.detach()}
@@ -89,7 +90,9 @@ def test_a_model_is_the_same_with_documents_cut_and_masked(
     for yes in (True, False):
         cut(yes)
         found[yes] = gradients(model, document_ids())
-    assert model.model.packed_positions(document_ids(), None).mask_BTS is not None  # the second one was masked
+    assert (
+        model.model.packed_positions(PackedDocuments(document_ids())).mask_BTS is not None
+    )  # the second one was masked
     for name, wanted in found[False].items():
         error = (found[True][name] - wanted).abs().max() / wanted.abs().max()
         assert error < 1e-6, f"{name}: {error:.1e}"
@@ -153,10 +156,11 @@ def test_a_compiled_model_has_one_graph_for_few_and_many_documents(monkeypatch: 
     lengths = set()
     for long in (48, 8, 3):
         ids_BT = (torch.arange(TOKENS, dtype=torch.int32) // long).expand(ROWS, -1)
-        offsets_C = model.model.packed_positions(ids_BT, None).offsets_C
+        packed = PackedDocuments(ids_BT)
+        offsets_C = model.model.packed_positions(packed).offsets_C
         assert offsets_C is not None
         lengths.add(len(offsets_C))
-        model(torch.zeros(ROWS, TOKENS, dtype=torch.long), document_ids_BT=ids_BT)
+        model(torch.zeros(ROWS, TOKENS, dtype=torch.long), packed_documents=packed)
     assert len(lengths) == 3 and len(graphs) == 1
 
 
@@ -200,7 +204,7 @@ def test_many_short_documents_are_masked_on_a_cpu() -> None:
     """Oracle: the border as measured, with 4 heads and 256 tokens a row between 24 and 32 tokens a document."""
     model = decoder.build(schema.Model(**(SMALL | {"max_position_embeddings": 256})), 0).model
     masked = {
-        length: model.packed_positions(torch.arange(256).expand(2, -1) // length, None).mask_BTS is not None
+        length: model.packed_positions(PackedDocuments(torch.arange(256).expand(2, -1) // length)).mask_BTS is not None
         for length in (4, 24, 32, 256)
     }
     assert masked == {4: True, 24: True, 32: False, 256: False}

@@ -1,6 +1,9 @@
 """The GPU benchmark, rehearsed on a CPU: its check of the numerics finds a wrong model, and it ends in a table."""
 
 import json
+import os
+import shutil
+import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
@@ -119,6 +122,45 @@ def test_wheels_are_those_that_a_machine_with_torch_lacks() -> None:
     assert {"deepspeed", "hjson", "datasets", "dill", "pydantic", "pydantic-core", "bitsandbytes"} <= set(found)
     assert not {"torch", "numpy", "pyarrow", "pytest", "ruff", "ds-slm"} & set(found)
     assert not [name for name in found if name.startswith("nvidia")]
+
+
+PYTHON = """#!/bin/sh
+echo "$PIP_NO_INDEX $*" >> "$CALLS"
+case "$*" in
+*get_path*) echo "$SCRIPTS" ;;
+*"pip check") echo "other-tool needs numpy"; echo "ds-slm needs hjson, which is missing"; exit 1 ;;
+benchmarks/gpu.py*) command -v deepspeed ;;
+esac
+"""
+
+
+def test_a_bare_machine_installs_what_was_brought_along(tmp_path: Path) -> None:
+    """A python3 that only writes down what it is told. Oracle: the wheels, then the checkout, without index or
+    dependencies; what is missing is told; then the benchmark with the flags, in the time that is left of 480 s, and
+    with the installed programs on its path.
+    """
+    checkout, programs, scripts = (tmp_path / name for name in ("checkout", "programs", "scripts"))
+    for folder in (checkout / "benchmarks", checkout / ".whl", programs, scripts):
+        folder.mkdir(parents=True)
+    shutil.copy(runs.ROOT / "benchmarks" / "bare_gpu.sh", checkout / "benchmarks")
+    (checkout / ".whl" / "hjson-3.whl").touch()
+    for program, text in ((programs / "python3", PYTHON), (scripts / "deepspeed", "")):
+        program.write_text(text)
+        program.chmod(0o755)
+
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    told = {"PATH": path, "CALLS": str(tmp_path / "calls"), "SCRIPTS": str(scripts)}
+    command = ["bash", str(checkout / "benchmarks" / "bare_gpu.sh"), "--only", "demo"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | told, capture_output=True, text=True, check=True)
+
+    calls = (tmp_path / "calls").read_text().splitlines()
+    wheels_call, own_call, _, _, benchmark_call = calls
+    assert wheels_call == "1 -m pip install --quiet --no-deps .whl/hjson-3.whl"
+    assert own_call == "1 -m pip install --quiet --no-deps --no-build-isolation --editable ."
+    assert "ds-slm needs hjson" in done.stdout and "other-tool" not in done.stdout
+    _, program, _, seconds, *flags = benchmark_call.split()
+    assert (program, flags) == ("benchmarks/gpu.py", ["--only", "demo"]) and 0 < int(seconds) <= 480
+    assert done.stdout.splitlines()[-1] == str(scripts / "deepspeed")
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:

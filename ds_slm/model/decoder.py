@@ -323,6 +323,7 @@ class Decoder(nn.Module):
         if (weight := self.model.embed_tokens.weight).device.type == "cpu" and weight.dtype == torch.bfloat16:
             cpu_attention.build()
         kernels.make_device_checks_constant()
+        torch.compiler.assume_constant_result(documents.varlen_takes_groups)
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.compiled = True

@@ -83,6 +83,11 @@ def varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def varlen_takes_groups() -> bool:
+    """Whether it attends with fewer keys and values than queries. A compiled graph holds the answer."""
+    return "enable_gqa" in varlen_parameters()
+
+
 def attend_varlen(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Tensor) -> Tensor:
     """Causal attention within documents on a GPU, y_BHTE; half precision only."""
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
@@ -90,7 +95,7 @@ def attend_varlen(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Ten
     B, H, T, _ = q_BHTE.shape
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if k_BKTE.shape[1] != H:
-        if "enable_gqa" in varlen_parameters():
+        if varlen_takes_groups():
             options["enable_gqa"] = True
         else:
             k_BKTE, v_BKTE = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k_BKTE, v_BKTE))

@@ -121,10 +121,11 @@ def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_tr
     recipe, settings = load(case, rehearsing)
     out = out / case.name
     overrides = [*settings, *bench_train.lay_out(recipe, out)]
-    steps = REHEARSED_STEPS if rehearsing else bench_train.Bench.steps
     bench = bench_train.Bench(
-        case.recipe, recipe, overrides, out, devices=1, on_gpu=not rehearsing, steps=steps, under_launcher=False
+        case.recipe, recipe, overrides, out, devices=1, on_gpu=not rehearsing, under_launcher=False
     )
+    if rehearsing:  # beside another check
+        bench = replace(bench, steps=REHEARSED_STEPS, threads=1)
 
     tried = bench_train.try_micro_batches(bench, "ours", case.micro_batches)
     chosen = bench_train.fastest(tried)

@@ -94,6 +94,8 @@ class Bench:
     """None: where the recipe's own run would."""
     under_launcher: bool = True
     """Whether `deepspeed` starts ours; a single device needs no launcher, which takes seconds."""
+    threads: int | None = None
+    """Of each process; None divides the cores among them."""
 
     def ranks(self, side: str) -> int:
         """Processes of a side."""
@@ -113,7 +115,7 @@ class Bench:
 
     def environment(self, side: str) -> dict[str, str]:
         """One thread a process, or all of them for the process that is alone; nothing asks a hub."""
-        threads = (os.cpu_count() or 1) // self.ranks(side) or 1
+        threads = self.threads or (os.cpu_count() or 1) // self.ranks(side) or 1
         accelerator = {} if self.on_gpu else {"DS_ACCELERATOR": "cpu"}
         return os.environ | accelerator | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 

@@ -215,13 +215,17 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, ids_BT: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, positions: Positions, cache: KVCache | None, with_training_graph: bool = False
+    ) -> Tensor:
         """Final hidden states, hidden_BTD."""
         x_BTD = self.embed_tokens(ids_BT)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
             if recompute:  # nothing in a block is random, so no generator state needs restoring
                 x_BTD = checkpoint(block, x_BTD, positions, use_reentrant=False, preserve_rng_state=False)
+            elif with_training_graph:
+                x_BTD = run_with_training_graph(block, x_BTD, positions)
             elif cache is None:
                 x_BTD = block(x_BTD, positions)  # without its number, or a compiled block would serve one layer alone
             else:
@@ -296,6 +300,16 @@ def branched(branch_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     return positions_BT, seen_BTT.tril()
 
 
+def run_with_training_graph(block: nn.Module, x_BTD: Tensor, positions: Positions) -> Tensor:
+    """A compiled block's output without its gradient, by the graph that was compiled for training.
+
+    Where gradients are off, torch.compile makes another graph, for seconds. The training graph also writes what a
+    backward pass would need; it is freed as soon as the block is done, so a block's share of it is held at a time.
+    """
+    with torch.enable_grad():
+        return block(x_BTD.detach().requires_grad_(), positions).detach()
+
+
 class Decoder(nn.Module):
     """A causal language model; `schema.Model` gives its shape."""
 
@@ -309,7 +323,8 @@ class Decoder(nn.Module):
     def compile_parts(self) -> None:
         """From the next forward on, fuse what happens between the products: in each block, and in the loss.
 
-        Blocks share one graph. Batches should keep their shape: each new one is compiled anew, for seconds to minutes.
+        Blocks share one graph, in training and in evaluation. Batches should keep their shape: each new one is compiled
+        anew, for seconds to minutes.
         """
         from torch._functorch import config
 
@@ -366,7 +381,8 @@ class Decoder(nn.Module):
             positions = self.model.positions_of(*branched(continuations.branch_ids_BT))
         else:
             positions = self.model.positions(input_ids_BT, cache)
-        hidden_BTD = self.model(input_ids_BT, positions, cache)
+        evaluating = target_ids_BT is not None and not torch.is_grad_enabled()
+        hidden_BTD = self.model(input_ids_BT, positions, cache, with_training_graph=evaluating and self.compiled)
 
         if continuations is not None:
             hidden_ND = hidden_BTD.flatten(0, 1)

@@ -66,6 +66,9 @@ def test_the_loss_and_its_gradient_stay_on_the_device(name: str, dtype: torch.dt
     documents = PackedDocuments(ids_BT(), ROWS) if packed else None
     sums = model(ids_BT(), ids_BT(), weights_BT, documents, z_scale=1e-4)
     assert on_gpu(*sums) and sums.objective.requires_grad  # the loss forms its gradient in the forward pass
+    with torch.no_grad():
+        evaluated = model.eval()(ids_BT(), ids_BT(), weights_BT, documents)
+    assert on_gpu(*evaluated) and not evaluated.objective.requires_grad
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -100,3 +103,4 @@ def test_a_block_is_one_graph(name: str, packed: bool) -> None:
     compiled = torch.compile(backbone.layers[0], backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         assert on_gpu(compiled(x_BTD, of_rows))
+        assert on_gpu(decoder.run_with_training_graph(compiled, x_BTD, of_rows))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_slm.errors import ConfigError
-from ds_slm.model import decoder, kernels
+from ds_slm.model import decoder, kernels, loss
 from ds_slm.model.decoder import Decoder, KVCache, build
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
@@ -196,6 +196,35 @@ def test_gradient_checkpointing_changes_nothing(dtype, packing):
         for recompute in (False, True)
     ]
     assert_all_close(*found, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_evaluation_takes_the_graph_of_training(recompute, packing, monkeypatch):
+    """Oracle: how often the compiler is asked for a graph; the loss of the eager model, to the last bit."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(kernels, "CALL_SCORES", 0)
+    monkeypatch.setattr("ds_slm.model.loss._compiled", lambda: loss._from_logits)
+    model = build(small(), 8, recompute)
+    ids_BT, targets_BT = random_ids(3, 24), random_ids(3, 24, seed=1)
+    documents = PackedDocuments((torch.arange(24) // 7).expand(3, -1)) if packing else None
+    with torch.no_grad():
+        eager = model.eval()(ids_BT, targets_BT, None, documents)
+
+    for block in model.model.layers:
+        block.compile(dynamic=False, backend=backend)
+    model.compiled = True
+    for _ in range(2):
+        model.train()(ids_BT, targets_BT, None, documents).objective.backward()
+        with torch.no_grad():
+            evaluated = model.eval()(ids_BT, targets_BT, None, documents)
+        assert torch.equal(evaluated.nll, eager.nll) and not evaluated.objective.requires_grad
+    assert len(graphs) == 1
 
 
 def test_gradient_checkpointing_is_on_only_while_training():

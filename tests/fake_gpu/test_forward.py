@@ -86,7 +86,7 @@ def test_branches_and_generation_stay_there(name: str, dtype: torch.dtype) -> No
     assert cache.length == 9 and next_B1V.shape == (1, 1, model.shape.vocab_size)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("name", schema.library_names())
 def test_a_block_is_one_graph(name: str, packed: bool) -> None:

@@ -174,7 +174,7 @@ class RowReader:
         size = len(shares[0])
         shares += [[None] * size] * (count - len(shares))
 
-        # All micro-batches at once: reading each by itself costs a tiny model's step as much as its rows.
+        # All micro-batches at once: each by itself would be allocated, filled and checked by itself.
         try:
             rows = hold(self._source.read([row_id for ids in shares for row_id in ids], split))
         except DataError as error:

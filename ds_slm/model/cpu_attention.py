@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-NOT_ASKED = "blocks are not compiled"
+NOT_ASKED, NO_TILES = "blocks are not compiled", "this CPU has no AMX"
 
 _library: ctypes.CDLL | None = None
 _reason: str | None = NOT_ASKED
@@ -40,9 +40,14 @@ def leave(reason: str) -> None:
     _library, _reason = None, reason
 
 
-def is_built(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether `backward` computes for this device and dtype."""
-    return _library is not None and device_type == "cpu" and dtype == torch.bfloat16
+def is_built(dtype: torch.dtype) -> bool:
+    """Whether `backward` computes in this dtype."""
+    return _library is not None and dtype == torch.bfloat16
+
+
+def failure() -> str | None:
+    """Why there is no library although this CPU has AMX; None where there is one, or nobody asked."""
+    return None if _reason in (NOT_ASKED, NO_TILES) else _reason
 
 
 def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_BHTE: Tensor,
@@ -76,7 +81,7 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()):
-        return None, "this CPU has no AMX"
+        return None, NO_TILES
 
     try:
         from torch._inductor.codecache import CppCodeCache

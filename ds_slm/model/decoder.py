@@ -335,7 +335,8 @@ class Decoder(nn.Module):
             from torch._inductor import config as inductor
 
             inductor.deterministic = True  # no kernel is chosen by a timing
-        if (weight := self.model.embed_tokens.weight).device.type == "cpu" and weight.dtype == torch.bfloat16:
+        weight = self.model.embed_tokens.weight
+        if kernels.wants_tiles(weight.device.type, weight.dtype):
             cpu_attention.build()
         kernels.make_device_checks_constant()
         torch.compiler.assume_constant_result(documents.varlen_takes_groups)

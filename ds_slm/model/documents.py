@@ -147,7 +147,7 @@ def _backward(
     grad: Tensor, operands: list[Tensor], y: Tensor, logsumexp: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(grad, operands, y, logsumexp, offsets)
-    backward = cpu_attention.backward if cpu_attention.is_built("cpu", y.dtype) else _backward_by_torch
+    backward = cpu_attention.backward if cpu_attention.is_built(y.dtype) else _backward_by_torch
     for at in _places(offsets, y.shape[2]):
         q, k, v = (one[at] for one in operands)
         parts = backward(grad[at], q, k, v, y[at], logsumexp[at])

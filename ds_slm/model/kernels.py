@@ -61,9 +61,18 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
+def wants_tiles(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether attention's backward pass should be that of cpu_attention.cpp, where blocks are compiled."""
+    return device_type == "cpu" and dtype == torch.bfloat16 and multiplies(device_type, dtype)
+
+
+def _computes_in_tiles(device_type: str, dtype: torch.dtype) -> bool:
+    return wants_tiles(device_type, dtype) and cpu_attention.is_built(dtype)
+
+
 def make_device_checks_constant() -> None:
     """Let torch.compile ask once what a device can do and keep the answer, instead of tracing the question."""
-    for check in (multiplies, cpu_attention.is_built, _is_ampere_or_newer):
+    for check in (multiplies, _computes_in_tiles, _is_ampere_or_newer):
         torch.compiler.assume_constant_result(check)  # a decorator would import the compiler in every process
 
 
@@ -144,7 +153,11 @@ def effective_kernels(
 
 
 def _attention_name(device: torch.device | str, dtype: torch.dtype, packed_head_dim: int | None) -> str:
-    in_tiles = ", its backward pass in tiles" if cpu_attention.is_built(torch.device(device).type, dtype) else ""
+    in_tiles = ""
+    if wants_tiles(torch.device(device).type, dtype):
+        built, failure = cpu_attention.is_built(dtype), cpu_attention.failure()
+        in_tiles = ", its backward pass in tiles" if built else f" ({failure})" if failure else ""
+
     if packed_head_dim is None:
         return f"scaled_dot_product_attention{in_tiles}"
     form = packed_form(device, dtype, packed_head_dim)
@@ -207,7 +220,7 @@ def attention(
     if offsets_C is not None and q_BHTE.device.type == "cuda":
         return attend_varlen(q_BHTE, k_BKSE, v_BKSE, offsets_C)
 
-    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and cpu_attention.is_built(q_BHTE.device.type, q_BHTE.dtype):
+    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and _computes_in_tiles(q_BHTE.device.type, q_BHTE.dtype):
         offsets_C = whole_rows(q_BHTE.shape[0], q_BHTE.shape[2])
 
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)

@@ -342,7 +342,7 @@ def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineC
     """The configuration once it is known what works here and what is fastest. Collective."""
     config = _eager_if_compiling_fails(inputs.engine_config, control)
     kernels.fix_sums(config.deterministic and (config.compiled or devices.device_type() != "cpu"))
-    if config.compiled and devices.device_type() == "cpu" and inputs.recipe.train.precision == "bf16":
+    if config.compiled and kernels.wants_tiles(devices.device_type(), devices.DTYPES[inputs.recipe.train.precision]):
         compile_probe.build_attention(control)
     if inputs.options.micro_batch == "auto":
         config = _with_fastest_micro_batch(inputs.recipe, inputs.options, config, control)

@@ -273,5 +273,5 @@ def test_all_ranks_take_the_same_backward_pass_of_attention(monkeypatch: pytest.
     monkeypatch.setattr(cpu_attention, "_reason", None)
     control: Any = SimpleNamespace(gather=lambda own: [own, other])
     compile_probe.build_attention(control)
-    assert cpu_attention.is_built("cpu", torch.bfloat16) == (other is None)
+    assert cpu_attention.is_built(torch.bfloat16) == (other is None)
     assert cpu_attention.build() == other

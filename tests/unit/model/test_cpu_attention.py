@@ -107,6 +107,18 @@ def test_plain_and_packed_rows_go_through_it(
         assert error(ours, torchs.double()) < 8e-3
 
 
+def test_operands_that_are_upcast_go_through_torch(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the environment says that this CPU multiplies in fp32; nothing calls the library, and nothing says so."""
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "upcast")
+    monkeypatch.setattr(cpu_attention, "backward", None)
+    q, k, v, dy = random_case(1, 2, 1, 40, 16)
+    wanted = exact(q, k, v, dy)
+    q, k, v = (one.requires_grad_() for one in (q, k, v))
+    found = torch.autograd.grad(kernels.attention(q, k, v, None, causal=True), (q, k, v), dy)
+    assert all(error(one, other) < 8e-3 for one, other in zip(found, wanted, strict=True))
+    assert "tiles" not in kernels.effective_kernels("cpu", torch.bfloat16)["attention"]
+
+
 def test_a_compiler_that_fails_leaves_torchs_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the reason says what failed, nothing is raised, and documents are taken by torch's pass."""
     monkeypatch.setattr(cpu_attention, "_library", None)
@@ -114,7 +126,9 @@ def test_a_compiler_that_fails_leaves_torchs_pass(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", lambda _: 1 / 0)
     assert cpu_attention.build() == "cpu_attention.cpp: division by zero"
-    assert not cpu_attention.is_built("cpu", torch.bfloat16)
+    assert not cpu_attention.is_built(torch.bfloat16)
+    monkeypatch.setattr(kernels, "multiplies", lambda *_: True)
+    assert "(cpu_attention.cpp: division by zero)" in kernels.effective_kernels("cpu", torch.bfloat16)["attention"]
 
     q, k, v, dy = random_case(1, 2, 1, 40, 16)
     wanted = exact(q, k, v, dy)

@@ -21,8 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ LEAST_S = 15
 """No check is begun with less time than this."""
 REHEARSED_TIMES = 4
 """A check may take so many times its limit on a CPU."""
+_running: set[int] = set()
+"""The process groups of checks."""
 REHEARSED_AT_ONCE = 2
 """Checks that a rehearsal runs at a time: nothing is timed, and most of a check is one thread's start."""
 
@@ -79,6 +83,7 @@ def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict
     begin_s = time.monotonic()
     with (out / f"{check.name}.log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        _running.add(process.pid)
         try:
             code = process.wait(timeout=limit_s)
             ended = "done" if code == 0 else f"failed, exit code {code}"
@@ -86,6 +91,7 @@ def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict
             ended = f"ended after {limit_s:.0f} s"
         finally:
             _end_group(process)
+            _running.discard(process.pid)
 
     # What was measured before a failure counts.
     found = folder / RESULT
@@ -113,6 +119,14 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
             process.wait(timeout=5)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    """End all checks, and this process: what was measured is written, and `timeout` does not wait."""
+    for group in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -186,4 +200,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end_at_once)
     sys.exit(run_program(main))

@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -95,6 +99,18 @@ def test_checks_run_one_by_one_or_two_at_a_time(at_once: int) -> None:
         return {"ended": check.name}
 
     assert list(gpu.run_all(checks, run, at_once)) == [(check, {"ended": check.name}) for check in checks]
+
+
+def test_sigterm_ends_the_check_that_runs(tmp_path: Path) -> None:
+    """Oracle: the processes that a real rehearsal had started are gone."""
+    command = [sys.executable, "benchmarks/gpu.py", "--rehearse", "--only", "demo", "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=gpu.ROOT, stdout=subprocess.DEVNULL) as process:
+        program, deadline_s = psutil.Process(process.pid), time.monotonic() + 120
+        while not (checks := program.children()) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        program.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert checks and not psutil.wait_procs(checks, timeout=30)[1]
 
 
 def test_the_table_says_what_never_ran() -> None:

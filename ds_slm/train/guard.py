@@ -20,6 +20,7 @@ from ds_slm.engine.row_reader import StepRows
 from ds_slm.errors import CheckpointError, TrainingError
 from ds_slm.files import read_json, write_json
 from ds_slm.model import decoder
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
 from ds_slm.train.task import Run
 
@@ -163,7 +164,8 @@ def _first_wrong(model: nn.Module, row: dict[str, Tensor], z_loss: float) -> tup
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         ids, weights = row["token_ids"], row["weights"]
-        sums = model(ids[:, :-1], ids[:, 1:], weights, row.get("document_ids"), z_loss)
+        packed = PackedDocuments(row["document_ids"]) if "document_ids" in row else None
+        sums = model(ids[:, :-1], ids[:, 1:], weights, packed, z_loss)
         if not sums.nll.isfinite():
             wrong.append("the loss is not finite")
 

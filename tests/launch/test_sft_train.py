@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ds_slm.data.shards import writer
 from ds_slm.engine.optim import build_optimizer
 from ds_slm.model import decoder
+from ds_slm.model.documents import PackedDocuments
 from ds_slm.publish.export import export
 from ds_slm.publish.generate import GREEDY, generate
 from ds_slm.recipe import schema
@@ -80,8 +81,8 @@ def test_packed_is_as_alone(packed: ConversationRows, changes: dict[str, bool]) 
     shape = packed._recipe.model.model_copy(update=changes)
     model = decoder.build(shape, seed=1)
     ids, weights, documents = read_full_rows(packed)
-    logits_BTV = model(ids[:, :-1], None, None, documents).detach()
-    together, alone = gradients(model, ids[:, :-1], ids[:, 1:], weights, documents), []
+    logits_BTV = model(ids[:, :-1], None, None, PackedDocuments(documents)).detach()
+    together, alone = gradients(model, ids[:, :-1], ids[:, 1:], weights, PackedDocuments(documents)), []
     total = 0.0
     for row, places in enumerate(documents):
         for document in range(int(places.max()) + 1):
@@ -105,11 +106,11 @@ def test_a_conversation_changes_no_other(packed: ConversationRows) -> None:
     model = decoder.build(packed._recipe.model, seed=2)
     ids, _, documents = read_full_rows(packed)
     ids = ids[:, :-1]
-    before = model(ids, None, None, documents)
+    before = model(ids, None, None, PackedDocuments(documents))
     noise = torch.randint(ids.max() + 1, ids.shape, generator=torch.Generator().manual_seed(0))
     for document in range(-1, int(documents.max()) + 1):
         others = torch.where(documents == document, noise, ids)
-        after = model(others, None, None, documents)
+        after = model(others, None, None, PackedDocuments(documents))
         same = documents != document
         assert torch.equal(after[same], before[same])
         assert document not in documents or not torch.equal(after[~same], before[~same])
@@ -126,7 +127,8 @@ def test_positions_restart(packed: ConversationRows) -> None:
     assert torch.equal(mask, (documents[:, :, None] == documents[:, None, :]).tril())
     row = ids[:1, :-1]
     order = torch.argsort(-documents[0], stable=True)  # the last conversation first, the padding at the end
-    before, after = model(row, None, None, documents[:1]), model(row[:, order], None, None, documents[:1, order])
+    before = model(row, None, None, PackedDocuments(documents[:1]))
+    after = model(row[:, order], None, None, PackedDocuments(documents[:1, order]))
     torch.testing.assert_close(after[0], before[0, order], atol=1e-5, rtol=1e-5)
 
 
@@ -162,7 +164,7 @@ def plain_steps(rows: ConversationRows, parts: int = 1) -> list[dict[str, float]
         losses = []
         for part in range(parts):
             batch = rows.read(ids[part::parts])
-            documents = None if batch.document_ids is None else torch.from_numpy(batch.document_ids)
+            documents = None if batch.document_ids is None else PackedDocuments(torch.from_numpy(batch.document_ids))
             logits = model(torch.from_numpy(batch.input_ids), None, None, documents).flatten(0, 1)
             nll = F.cross_entropy(logits, torch.from_numpy(batch.target_ids).flatten(), reduction="none")
             weights = torch.from_numpy(batch.weights).flatten()
@@ -297,7 +299,7 @@ def test_overfitted_answers_come_back_and_end(tmp_path: Path) -> None:
         batch = rows.read(rows.row_ids(position))
         position = rows.next_position(position)
         ids, documents = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.document_ids)
-        sums = model(ids[:, :-1], ids[:, 1:], torch.from_numpy(batch.weights), documents)
+        sums = model(ids[:, :-1], ids[:, 1:], torch.from_numpy(batch.weights), PackedDocuments(documents))
         (sums.objective / sums.weight).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -27,14 +27,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def dump(run: Path, change: dict[str, float] | None = None) -> None:
-    """Two rows of step 14, and fresh weights; `change` sets the first value of some."""
+def dump(run: Path, change: dict[str, float] | None = None, documents: np.ndarray | None = None) -> None:
+    """Two rows of step 14, packed as `documents` says, and fresh weights; `change` sets the first value of some."""
     recipe = schema.parse((run / "recipe.toml").read_text(), origin="")
     weights = {name: one.detach() for name, one in decoder.build(recipe.model, 0).named_parameters()}
     for name, value in (change or {}).items():
         weights[name].view(-1)[0] = value
     ids = np.arange(2 * 33, dtype=np.int64).reshape(2, 33)
-    rows = Rows(ids, np.ones((2, 32), dtype=np.float32))
+    rows = Rows(ids, np.ones((2, 32), dtype=np.float32), documents)
     described = [{"position": 91, "source_epoch_row": (0, 0, 5)}, {"position": 95, "source_epoch_row": (0, 0, 9)}]
     what = {"step": 14, "why": "the loss is not finite", "rows": described}
     folder = guard.folder_of(run, 14)
@@ -49,6 +49,16 @@ def test_replay_names_the_first_layer(run: Path) -> None:
     assert said[0].startswith("step 14: the loss is not finite; 2 rows again")
     assert said[1].startswith("row (0, 0, 5), position 91: the output of model.layers.1.mlp.") and len(said) == 4
     assert "row (0, 0, 9), position 95" in said[2] and said[3].startswith("every row goes wrong: rather the weights")
+
+
+def test_packed_rows_are_replayed_as_they_were_packed(run: Path) -> None:
+    """Oracle: a row of one document has the loss of a plain row; a row of two has another."""
+    losses = []
+    for documents in (None, np.stack([np.zeros(32, np.int32), np.arange(32, dtype=np.int32) // 16])):
+        dump(run, documents=documents)
+        losses.append([line.split("loss ")[1] for line in list(guard.replay(run, 14))[1:3]])
+    (plain, other), (one, two) = losses
+    assert plain == one and other != two
 
 
 @pytest.mark.parametrize("name", [guard.WHAT, guard.ROWS, guard.WEIGHTS])

@@ -150,7 +150,7 @@ def test_a_mistake_on_one_rank_ends_those_that_wait_and_those_that_prepare(
 
 
 def test_the_same_mistake_on_all_ranks_is_told_once_and_at_once(launch: Callable[..., Launch]) -> None:
-    three, began_s = launch(3, together_s=15), time.monotonic()
+    three, began_s = launch(3, together_s=15, linger_s=15), time.monotonic()
     three.run(*[fails(DataError("this is wrong"))] * 3)
     assert three.codes == {0: 2, 1: 2, 2: 2}
     assert three.told == "error: this is wrong\n"

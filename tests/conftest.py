@@ -41,6 +41,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def torchs_attention() -> Iterator[None]:
+    """A test whose blocks are compiled builds attention's backward pass for itself alone."""
+    yield
+    if module := sys.modules.get("ds_slm.model.cpu_attention"):
+        vars(module).update(_library=None, _reason=vars(module)["NOT_ASKED"])
+
+
 @pytest.fixture(params=tolerances.PRODUCTS)
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Half-precision products in either form, whatever the CPU: a test that asks for this runs once in each."""

@@ -1,7 +1,5 @@
 """The backward pass of attention in tiles: as float64's whatever the lengths; else torch's."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,14 +14,11 @@ forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The library, for this test alone; skipped on a CPU without products of tiles."""
-    for name in ("_library", "_reason"):
-        monkeypatch.setattr(cpu_attention, name, getattr(cpu_attention, name))
+def built() -> None:
+    """The library; skipped on a CPU without products of tiles."""
     if not torch.cpu._is_amx_tile_supported():
         pytest.skip("this CPU has no AMX")
     assert cpu_attention.build() is None
-    yield
 
 
 def random_case(B: int, H: int, K: int, T: int, E: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,8 +116,6 @@ def test_operands_that_are_upcast_go_through_torch(built: None, monkeypatch: pyt
 
 def test_a_compiler_that_fails_leaves_torchs_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the reason says what failed, nothing is raised, and documents are taken by torch's pass."""
-    monkeypatch.setattr(cpu_attention, "_library", None)
-    monkeypatch.setattr(cpu_attention, "_reason", cpu_attention.NOT_ASKED)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", lambda _: 1 / 0)
     assert cpu_attention.build() == "cpu_attention.cpp: division by zero"

@@ -63,7 +63,7 @@ class Bench:
         packed: dict[str, Any] = {}
         if side != "plain rows" and self.rows.document_ids is not None:
             ids_BT = torch.from_numpy(self.rows.document_ids).to(self.device)
-            packed = {"packed_documents": PackedDocuments(ids_BT, self.rows.document_count)}
+            packed = {"sight": PackedDocuments(ids_BT, self.rows.document_count)}
         mask = patch.object(kernels, "packed_form", lambda *_: kernels.PackedForm("mask"))
 
         begin_s = self._now_s()

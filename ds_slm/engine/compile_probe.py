@@ -22,14 +22,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_slm.distributed.ranks import Control
+from ds_slm.engine import devices
 from ds_slm.engine.result_cache import ResultCache
-from ds_slm.model import cpu_attention
+from ds_slm.model import cpu_attention, kernels
+from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.run import software
 
 PROBE_TIMEOUT_S = 600
@@ -49,6 +52,18 @@ function(torch.ones(64, device=device, requires_grad=True)).backward()
 if not metrics.generated_kernel_count:
     sys.exit("an environment variable switches it off")
 """
+
+
+def agree(engine_config: EngineConfig, dtype: torch.dtype, control: Control) -> EngineConfig:
+    """Blocks are compiled on all ranks, or on none, and attention's backward pass with them. Collective."""
+    if not engine_config.compiled:
+        return engine_config
+    device = devices.current_device()
+    if reason := eager_reason(control, device):
+        return replace(engine_config, compiled=False, eager_reason=reason)
+    if kernels.wants_tiles(device.type, dtype):
+        build_attention(control)
+    return engine_config
 
 
 def eager_reason(control: Control, device: torch.device) -> str | None:

@@ -199,7 +199,7 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     least_s = math.inf
     for _ in range(REPEATS):
         start_s = _now_s(device)
-        sums = model(token_ids[:, :-1], token_ids[:, 1:], packed_documents=documents, z_scale=recipe.train.z_loss)
+        sums = model(token_ids[:, :-1], token_ids[:, 1:], sight=documents, z_scale=recipe.train.z_loss)
         sums.objective.backward()
         for parameter, total in zip(model.parameters(), gradients, strict=True):
             assert parameter.grad is not None

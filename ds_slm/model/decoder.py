@@ -339,7 +339,6 @@ class Decoder(nn.Module):
         if kernels.wants_tiles(weight.device.type, weight.dtype):
             cpu_attention.build()
         kernels.make_device_checks_constant()
-        torch.compiler.assume_constant_result(documents.varlen_takes_groups)
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.compiled = True
@@ -354,9 +353,8 @@ class Decoder(nn.Module):
         input_ids_BT: Tensor,
         target_ids_BT: Tensor | None = None,
         weights_BT: Tensor | None = None,
-        packed_documents: PackedDocuments | None = None,
+        sight: PackedDocuments | KVCache | None = None,
         z_scale: float = 0.0,
-        cache: KVCache | None = None,
         continuations: Continuations | None = None,
     ) -> LossSums | TokenScores | Tensor:
         """Loss sums where there are targets, scores where there are continuations, otherwise logits.
@@ -365,17 +363,17 @@ class Decoder(nn.Module):
             input_ids_BT: tokens; none may stand at a position of max_position_embeddings or more.
             target_ids_BT: the token to predict at each place.
             weights_BT: its loss weight; None means 1 everywhere. Targets of weight 0 are never looked at.
-            packed_documents: the document of each token; attention and positions then stay within documents.
+            sight: what a token may see instead of all before it in its row: those of its document, or, in decoding,
+                those of the cache, too, which is extended by these.
             z_scale: factor of the sum of squared logsumexps in the objective.
-            cache: tokens seen before; extended by these.
             continuations: which tokens are scored, and how rows are made of a context and its continuations.
 
         Returns:
             `LossSums`, `TokenScores`, or logits_BTV in the model's dtype; with a cache the last token's, logits_B1V.
         """
-        if packed_documents is not None:
-            assert cache is None, "decoding of packed rows is not supported"
-            positions = self.model.packed_positions(packed_documents)
+        cache = sight if isinstance(sight, KVCache) else None
+        if isinstance(sight, PackedDocuments):
+            positions = self.model.packed_positions(sight)
             if self.compiled and positions.offsets_C is not None:
                 torch._dynamo.mark_dynamic(positions.offsets_C, 0)  # one graph for any number of documents
         elif continuations is not None and continuations.branch_ids_BT is not None:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_slm.errors import ConfigError
 from ds_slm.model import cpu_attention
-from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters, whole_rows
+from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters, varlen_takes_groups, whole_rows
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
@@ -72,7 +72,7 @@ def _computes_in_tiles(device_type: str, dtype: torch.dtype) -> bool:
 
 def make_device_checks_constant() -> None:
     """Let torch.compile ask once what a device can do and keep the answer, instead of tracing the question."""
-    for check in (multiplies, _computes_in_tiles, _is_ampere_or_newer):
+    for check in (multiplies, _computes_in_tiles, _is_ampere_or_newer, varlen_takes_groups):
         torch.compiler.assume_constant_result(check)  # a decorator would import the compiler in every process
 
 

@@ -46,7 +46,7 @@ class Reader:
         ids = list(ids)
         same = _common(self._read, ids[:-1])
         self._read, self._cache.length = self._read[:same], same
-        logits_B1V = self.model(torch.tensor([ids[same:]], device=self._device), cache=self._cache)
+        logits_B1V = self.model(torch.tensor([ids[same:]], device=self._device), sight=self._cache)
         self._read = ids
 
         logits_V = logits_B1V[0, -1].float().cpu()

@@ -340,10 +340,8 @@ def _resume_point(inputs: Inputs, control: Control) -> resume.ResumePoint | None
 
 def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
     """The configuration once it is known what works here and what is fastest. Collective."""
-    config = _eager_if_compiling_fails(inputs.engine_config, control)
+    config = compile_probe.agree(inputs.engine_config, devices.DTYPES[inputs.recipe.train.precision], control)
     kernels.fix_sums(config.deterministic and (config.compiled or devices.device_type() != "cpu"))
-    if config.compiled and kernels.wants_tiles(devices.device_type(), devices.DTYPES[inputs.recipe.train.precision]):
-        compile_probe.build_attention(control)
     if inputs.options.micro_batch == "auto":
         config = _with_fastest_micro_batch(inputs.recipe, inputs.options, config, control)
     return config
@@ -371,12 +369,6 @@ def _refuse_unwritable(control: Control, run: Path) -> None:
 def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.EngineConfig:
     ds_file = ds_config.read(options.ds_config)
     return ds_config.join(recipe, ds_file, world_size, devices.device_type(), rows)
-
-
-def _eager_if_compiling_fails(engine_config: ds_config.EngineConfig, control: Control) -> ds_config.EngineConfig:
-    """Blocks are compiled on all ranks, or on none. Collective."""
-    reason = compile_probe.eager_reason(control, devices.current_device()) if engine_config.compiled else None
-    return replace(engine_config, compiled=False, eager_reason=reason) if reason else engine_config
 
 
 def _with_fastest_micro_batch(

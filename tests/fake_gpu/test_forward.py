@@ -80,8 +80,8 @@ def test_branches_and_generation_stay_there(name: str, dtype: torch.dtype) -> No
         positions = model.model.positions_of(*decoder.branched(ids_BT()))
         hidden_BTD = model.model(ids_BT(), positions, None)
         cache = KVCache(model.shape, 1, TOKENS, dtype, torch.device("cuda"))
-        first_B1V = model(ids_BT()[:1, :8], cache=cache)
-        next_B1V = model(ids_BT()[:1, :1], cache=cache)
+        first_B1V = model(ids_BT()[:1, :8], sight=cache)
+        next_B1V = model(ids_BT()[:1, :1], sight=cache)
     assert on_gpu(hidden_BTD, first_B1V, next_B1V)
     assert cache.length == 9 and next_B1V.shape == (1, 1, model.shape.vocab_size)
 

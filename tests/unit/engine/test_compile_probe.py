@@ -189,7 +189,7 @@ def test_a_launch_says_why_its_blocks_are_eager(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(compile_probe, "eager_reason", lambda control, device: reason)
     monkeypatch.setattr(launch.devices, "current_device", lambda: CPU)
     control: Any = SimpleNamespace(rank=0, world_size=1)
-    engine_config = launch._eager_if_compiling_fails(ds_config.EngineConfig({}, 1, 1, 0, compiled=True), control)
+    engine_config = compile_probe.agree(ds_config.EngineConfig({}, 1, 1, 0, compiled=True), torch.float32, control)
     expected = "compiled" if reason is None else f"eager ({reason})"
     assert choices.blocks(engine_config) == expected
 
@@ -202,7 +202,7 @@ def test_a_launch_says_why_its_blocks_are_eager(monkeypatch: pytest.MonkeyPatch,
     assert trials[0].engine_config.compiled is (reason is None)
 
     eager = ds_config.EngineConfig({}, 1, 1, 0, compiled=False)
-    assert launch._eager_if_compiling_fails(eager, control) is eager
+    assert compile_probe.agree(eager, torch.float32, control) is eager
     assert choices.blocks(eager) == "eager"
 
 
@@ -270,8 +270,30 @@ def test_a_working_compiler_is_called_each_time(cache: Path, tmp_path: Path, mon
 def test_all_ranks_take_the_same_backward_pass_of_attention(monkeypatch: pytest.MonkeyPatch, other: str | None) -> None:
     """Oracle: this rank has built the library; it keeps it only if the other rank has one, too."""
     monkeypatch.setattr(cpu_attention, "_library", object())
-    monkeypatch.setattr(cpu_attention, "_reason", None)
     control: Any = SimpleNamespace(gather=lambda own: [own, other])
     compile_probe.build_attention(control)
     assert cpu_attention.is_built(torch.bfloat16) == (other is None)
     assert cpu_attention.build() == other
+
+
+@pytest.mark.parametrize(
+    ("compiled", "reason", "dtype", "builds"),
+    [
+        (True, None, torch.bfloat16, True),
+        (True, None, torch.float32, False),
+        (True, "no compiler", torch.bfloat16, False),
+        (False, None, torch.bfloat16, False),
+    ],
+)
+def test_a_launch_builds_attention_with_its_blocks(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, reason: str | None, dtype: torch.dtype, builds: bool
+) -> None:
+    """Oracle: a count of the builds: in bf16 that this CPU multiplies, and only where blocks are compiled."""
+    monkeypatch.setenv("DS_SLM_HALF_PRODUCTS", "native")
+    monkeypatch.setattr(compile_probe, "eager_reason", lambda *_: reason)
+    monkeypatch.setattr(compile_probe.devices, "current_device", lambda: CPU)
+    built: list[Any] = []
+    monkeypatch.setattr(compile_probe, "build_attention", built.append)
+    control: Any = SimpleNamespace()
+    compile_probe.agree(ds_config.EngineConfig({}, 1, 1, 0, compiled=compiled), dtype, control)
+    assert built == [control] * builds

@@ -297,10 +297,10 @@ def test_a_trial_computes_as_the_run_does(
     calls: list[tuple[Any, ...]] = []
     forward = Decoder.forward
 
-    def spy(model: Any, inputs: Any, targets: Any, *, packed_documents: Any, z_scale: float) -> Any:
-        calls.append((model.compiled, model.model.gradient_checkpointing, inputs.shape, packed_documents, z_scale))
+    def spy(model: Any, inputs: Any, targets: Any, *, sight: Any, z_scale: float) -> Any:
+        calls.append((model.compiled, model.model.gradient_checkpointing, inputs.shape, sight, z_scale))
         assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
-        return forward(model, inputs, targets, packed_documents=packed_documents, z_scale=z_scale)
+        return forward(model, inputs, targets, sight=sight, z_scale=z_scale)
 
     monkeypatch.setattr(Decoder, "forward", spy)
     monkeypatch.setattr(Decoder, "compile_parts", lambda model: setattr(model, "compiled", True))

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_slm.model import cpu_attention, documents, kernels
+from ds_slm.model import cpu_attention, decoder, documents, kernels
+from ds_slm.recipe import schema
 
 # rows, heads, key heads, tokens, head dimension: whole blocks, one token, odd lengths, more than one block
 SHAPES = [(2, 4, 2, 256, 32), (1, 2, 2, 1, 16), (2, 3, 1, 37, 32), (1, 6, 2, 300, 64), (1, 1, 1, 129, 18)]
@@ -112,6 +113,16 @@ def test_operands_that_are_upcast_go_through_torch(built: None, monkeypatch: pyt
     found = torch.autograd.grad(kernels.attention(q, k, v, None, causal=True), (q, k, v), dy)
     assert all(error(one, other) < 8e-3 for one, other in zip(found, wanted, strict=True))
     assert "tiles" not in kernels.effective_kernels("cpu", torch.bfloat16)["attention"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_whose_blocks_are_compiled_builds_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Oracle: a count of the builds, in bf16 that this CPU multiplies and in fp32."""
+    monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "native")
+    built: list[int] = []
+    monkeypatch.setattr(cpu_attention, "build", lambda: built.append(1))
+    decoder.Decoder(schema.load("demo").model).to(dtype).compile_parts()
+    assert len(built) == (dtype == torch.bfloat16)
 
 
 def test_a_compiler_that_fails_leaves_torchs_pass(monkeypatch: pytest.MonkeyPatch) -> None:

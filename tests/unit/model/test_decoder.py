@@ -149,7 +149,7 @@ def test_exclusive_attention_is_exactly_zero_where_a_token_sees_only_itself(dtyp
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     ids_BT = random_ids(2, 12)
     model(ids_BT)
-    model(ids_BT, packed_documents=PackedDocuments(torch.tensor([[0] * 5 + [1] * 7] * 2)))
+    model(ids_BT, sight=PackedDocuments(torch.tensor([[0] * 5 + [1] * 7] * 2)))
     assert not outputs[0][:, 0].any() and not outputs[1][:, [0, 5]].any()
     assert outputs[0][:, 1:].any(-1).all()
 
@@ -164,7 +164,7 @@ def test_cached_decoding_equals_the_full_forward(variant):
         wanted_BTV = model(ids_BT)
         cache = KVCache(shape, 2, 20, torch.float32, ids_BT.device)
         for start, end in [(0, 6), (6, 11), *((t, t + 1) for t in range(11, 20))]:
-            logits_B1V = model(ids_BT[:, start:end], cache=cache)
+            logits_B1V = model(ids_BT[:, start:end], sight=cache)
             torch.testing.assert_close(logits_B1V[:, 0], wanted_BTV[:, end - 1], atol=1e-5, rtol=0)
     assert cache.length == 20
 
@@ -177,9 +177,9 @@ def test_packed_documents_do_not_see_each_other(variant):
     ids_BT, targets_BT = random_ids(1, 18, seed=6), random_ids(1, 18, seed=7)
     documents = PackedDocuments(torch.repeat_interleave(torch.tensor(names), torch.tensor(lengths))[None])
     parts = list(zip(ids_BT.split(lengths, 1), targets_BT.split(lengths, 1), strict=True))
-    logits_BTV = model(ids_BT, packed_documents=documents)
+    logits_BTV = model(ids_BT, sight=documents)
     torch.testing.assert_close(logits_BTV, torch.cat([model(ids) for ids, _ in parts], 1), atol=1e-5, rtol=0)
-    packed = gradients(model, ids_BT, targets_BT, packed_documents=documents)
+    packed = gradients(model, ids_BT, targets_BT, sight=documents)
     alone = [gradients(model, ids, targets) for ids, targets in parts]
     assert_all_close(packed, {name: sum(part[name] for part in alone) for name in packed}, atol=2e-5, rtol=1e-5)
 

@@ -71,7 +71,7 @@ def gradients(model: Decoder, document_ids_BT: Tensor) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids_BT, targets_BT = (torch.randint(96, (ROWS, TOKENS), generator=generator) for _ in range(2))
     model.zero_grad()
-    sums = model(ids_BT, targets_BT, packed_documents=PackedDocuments(document_ids_BT))
+    sums = model(ids_BT, targets_BT, sight=PackedDocuments(document_ids_BT))
     sums.objective.backward()
     found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     return found | {"objective": sums.objective.detach()}
@@ -160,7 +160,7 @@ def test_a_compiled_model_has_one_graph_for_few_and_many_documents(monkeypatch: 
         offsets_C = model.model.packed_positions(packed).offsets_C
         assert offsets_C is not None
         lengths.add(len(offsets_C))
-        model(torch.zeros(ROWS, TOKENS, dtype=torch.long), packed_documents=packed)
+        model(torch.zeros(ROWS, TOKENS, dtype=torch.long), sight=packed)
     assert len(lengths) == 3 and len(graphs) == 1
 
 

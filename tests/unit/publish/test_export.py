@@ -125,7 +125,7 @@ def test_logits_with_padding(pair, side):
     wanted_BTV = theirs(ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits
     for row, ids in enumerate(rows):
         torch.testing.assert_close(ours(ids[None])[0], wanted_BTV[row, mask_BT[row] > 0], **CLOSE)
-    padded_BTV = ours(ids_BT, packed_documents=PackedDocuments(mask_BT))  # the padding is one more document
+    padded_BTV = ours(ids_BT, sight=PackedDocuments(mask_BT))  # the padding is one more document
     torch.testing.assert_close(padded_BTV[mask_BT > 0], wanted_BTV[mask_BT > 0], **CLOSE)
 
 
@@ -136,7 +136,7 @@ def test_logits_with_packing(pair):
     lengths = (9, 3, 14)
     ids_BT = random_ids(1, 26, seed=2)
     documents_BT = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    got_BTV = ours(ids_BT, packed_documents=PackedDocuments(documents_BT))
+    got_BTV = ours(ids_BT, sight=PackedDocuments(documents_BT))
     alone_BTV = torch.cat([theirs(part).logits for part in ids_BT.split(lengths, 1)], 1)
     torch.testing.assert_close(got_BTV, alone_BTV, **CLOSE)
     positions_BT = torch.cat([torch.arange(length) for length in lengths])[None]

@@ -114,7 +114,9 @@ def test_the_sources_are_told_apart(tmp_path: Path) -> None:
     seen.append(software.sources_sha256(tmp_path))
     (tmp_path / "sft" / "a.py").rename(tmp_path / "sft" / "b.py")
     seen.append(software.sources_sha256(tmp_path))
-    assert len(set(seen)) == 3
+    (tmp_path / "ds_slm" / "a.cpp").write_text("")
+    seen.append(software.sources_sha256(tmp_path))
+    assert len(set(seen)) == 4
 
 
 def test_the_commit_of_a_tree(tmp_path: Path) -> None:

@@ -17,16 +17,14 @@ where they are missing, as places to mount on, and removed again.
 
 Known gaps: /sys shows the machine's devices; /tmp (with torch's compile cache) and the clock are shared; each host may
 use all cores (one thread is asked for by OMP_NUM_THREADS); with homes of their own, the hosts compile any DeepSpeed op
-anew. Needs root, and the programs that `missing_requirements` names.
+anew. Needs root, and the programs that `host_tools.missing_requirements` names.
 """
 
 import contextlib
 import os
 import pwd
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +34,8 @@ from typing import IO, Self
 
 import psutil
 
+from benchmarks.host_tools import UNSHARE, run, search_path, which
+
 # A network reserved for documentation (RFC 5737): nothing real answers on it.
 ADDRESSES = {"node1": "192.0.2.11", "node2": "192.0.2.12"}
 _ALL_ADDRESSES = {**ADDRESSES, "node3": "192.0.2.13", "head": "192.0.2.14"}
@@ -44,21 +44,6 @@ _INTERFACE = "eth0"
 _START_DEADLINE_S = 30.0
 _BURST_S, _QUEUE_S = 1e-3, 5.0
 """Of a limited cable: what may pass at once after a pause, and what waits: a host does not lose its own packets."""
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-# Program -> its Debian package.
-_PACKAGES = {
-    "pdsh": "pdsh",
-    "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client",
-    "sshd": "openssh-server",
-    "ip": "iproute2",
-    "unshare": "util-linux",
-    "nsenter": "util-linux",
-    "setpriv": "util-linux",
-    "mount": "mount",
-    "hostname": "hostname",
-}
 
 # Run inside a host's fresh namespaces, whose first process it becomes. $HOST names the folder of the host's own files.
 _BOOT = """
@@ -101,33 +86,6 @@ Host *
     UserKnownHostsFile /dev/null
     LogLevel ERROR
 """
-
-
-def missing_requirements() -> list[str]:
-    """What this machine lacks for hosts, each with its way out; empty if they can be made."""
-    problems = []
-    if os.geteuid() != 0:
-        problems.append("Hosts need root: run as root, or with sudo.")
-    absent = sorted({package for program, package in _PACKAGES.items() if _which(program) is None})
-    if absent:
-        problems.append(f"Programs are missing: apt-get update && apt-get install -y {' '.join(absent)}")
-    if not problems and subprocess.run([*_UNSHARE, "true"], capture_output=True, check=False).returncode != 0:
-        problems.append("This machine refuses new namespaces: in a container, start it with `docker run --privileged`.")
-    return problems
-
-
-def _which(program: str) -> str | None:
-    return shutil.which(program, path=_search_path())
-
-
-def _search_path() -> str:
-    """The PATH of a host: the Python environment running this, then the system's folders."""
-    return f"{Path(sys.executable).parent}:{_SYSTEM_PATH}"
-
-
-# Whatever happens to pytest, the host's first process ends with it, and with that every process of the host.
-_UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare"]
-_UNSHARE += ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @dataclass
@@ -288,7 +246,7 @@ class Hosts:
                 (self._checkout / name).mkdir()
                 self._made.append(self._checkout / name)
         key = self._workdir / "ssh_key"
-        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
         self._start_switch()
         for node in self.nodes:
             self._write_files(node, key)
@@ -297,7 +255,7 @@ class Hosts:
             self._await(f"sshd of {node} to listen", (self._folder(node) / "sshd.pid").exists)
         for node in self.nodes:
             for other in self.nodes:
-                _run(*self._enter(node, "ssh", other, "true"))
+                run(*self._enter(node, "ssh", other, "true"))
 
     def _stop(self) -> None:
         started = [*self._hosts.values(), *([self._switch] if self._switch else [])]
@@ -326,16 +284,16 @@ class Hosts:
     def _start_host(self, node: str) -> None:
         folder = self._folder(node)
         variables = {
-            "PATH": _search_path(),
+            "PATH": search_path(),
             "NODE": node,
             "HOST": str(folder),
             "CHECKOUT": str(self._checkout),
             "USER_SSH": str(Path(pwd.getpwuid(0).pw_dir) / ".ssh"),
-            "SSHD": str(_which("sshd")),
+            "SSHD": str(which("sshd")),
         }
         with (folder / "boot.log").open("wb") as log:
             process = subprocess.Popen(
-                [*_UNSHARE, "sh", "-c", _BOOT], env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*UNSHARE, "sh", "-c", _BOOT], env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         host = self._hosts[node] = _Namespaces(process, node)
         self._await(f"the first process of {node}", lambda: _first_child(host))
@@ -373,7 +331,7 @@ class Hosts:
     def _environment(self, node: str) -> dict[str, str]:
         """What a login on the host finds: its own home, one thread."""
         return {
-            "PATH": _search_path(),
+            "PATH": search_path(),
             "HOME": str(self._folder(node) / "home"),
             "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
@@ -388,7 +346,7 @@ class Hosts:
         return ["nsenter", "--target", str(pid), "--net", "--uts", "--ipc", "--mount", "--pid", *argv]
 
     def _ip(self, pid: int, *arguments: str, program: str = "ip") -> None:
-        _run("nsenter", "--target", str(pid), "--net", program, *arguments)
+        run("nsenter", "--target", str(pid), "--net", program, *arguments)
 
     def _await(self, what: str, condition: Callable[[], object]) -> None:
         """Poll until the condition holds; fails at the deadline or when a host has ended."""
@@ -413,11 +371,3 @@ def _first_child(host: _Namespaces) -> bool:
         children = psutil.Process(host.process.pid).children()
         host.first_pid = children[0].pid if children else 0
     return host.first_pid != 0
-
-
-def _run(*argv: str) -> None:
-    done = subprocess.run(
-        argv, capture_output=True, text=True, check=False, env={"PATH": _search_path()}, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"`{' '.join(argv)}` failed with {done.returncode}: {done.stderr.strip()}")

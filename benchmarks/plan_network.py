@@ -29,7 +29,8 @@ from rich.table import Table
 
 from benchmarks import tiny_runs
 from benchmarks import train as bench_train
-from benchmarks.hosts import TwoHosts, missing_requirements
+from benchmarks.host_tools import missing_requirements
+from benchmarks.hosts import TwoHosts
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import ds_config, plan, rates, schema, times
 from ds_slm.recipe.schema import Recipe

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.hosts import Hosts, missing_requirements
+from benchmarks.host_tools import missing_requirements
+from benchmarks.hosts import Hosts
 from tests.support import runs
 
 CHECKOUT = Path(__file__).resolve().parents[2]

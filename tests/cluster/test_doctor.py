@@ -19,7 +19,8 @@ import psutil
 import pydantic
 import pytest
 
-from benchmarks.hosts import TwoHosts, missing_requirements
+from benchmarks.host_tools import missing_requirements
+from benchmarks.hosts import TwoHosts
 from ds_slm.recipe import schema
 from tests.cluster.commands import mounted, on
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.hosts import ADDRESSES, TwoHosts, missing_requirements
+from benchmarks.host_tools import missing_requirements
+from benchmarks.hosts import ADDRESSES, TwoHosts
 from tests.support import runs
 
 CHECKOUT = Path(__file__).resolve().parents[2]

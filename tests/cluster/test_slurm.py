@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import ADDRESSES, TwoHosts, missing_requirements
+from benchmarks.host_tools import missing_requirements
+from benchmarks.hosts import ADDRESSES, TwoHosts
 from tests.support import runs
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import TwoHosts, missing_requirements
+from benchmarks.host_tools import missing_requirements
+from benchmarks.hosts import TwoHosts
 from tests.support import tolerances
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -43,28 +43,25 @@ class ParameterCounts:
 
 def parameter_counts(shape: Model) -> ParameterCounts:
     """Parameters of each part of the decoder."""
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    table = shape.vocab_size * shape.hidden_size
-    norms_per_layer = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
-    return ParameterCounts(
-        embedding=table,
-        head=0 if shape.tie_word_embeddings else table,
-        attention=shape.num_hidden_layers * shape.hidden_size * (2 * queries + 2 * keys),
-        mlp=shape.num_hidden_layers * 3 * shape.hidden_size * shape.intermediate_size,
-        norms=shape.num_hidden_layers * norms_per_layer + shape.hidden_size,
-    )
+    by_part = _by_part(shape)
+    return ParameterCounts(**{part: sum(size * count for size, count in kinds) for part, kinds in by_part.items()})
 
 
-def parameter_sizes(shape: Model) -> list[int]:
-    """Values of every parameter of the decoder, norms' and matrices' alike."""
+def parameter_sizes(shape: Model) -> list[tuple[int, int]]:
+    """Values of a parameter, a norm's or a matrix's, and how many parameters have so many. A size may come again."""
+    return [kind for kinds in _by_part(shape).values() for kind in kinds]
+
+
+def _by_part(shape: Model) -> dict[str, list[tuple[int, int]]]:
+    hidden, table, layers = shape.hidden_size, shape.vocab_size * shape.hidden_size, shape.num_hidden_layers
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    hidden, table = shape.hidden_size, shape.vocab_size * shape.hidden_size
-    attention = [hidden * queries, hidden * keys, hidden * keys, queries * hidden]
-    norms = [hidden, hidden, *([shape.head_dim, shape.head_dim] if shape.qk_norm else [])]
-    block = [*attention, *[hidden * shape.intermediate_size] * 3, *norms]
-    ends = [table, hidden] if shape.tie_word_embeddings else [table, hidden, table]
-    return [*ends, *block * shape.num_hidden_layers]
+    return {
+        "embedding": [(table, 1)],
+        "head": [(table, 0 if shape.tie_word_embeddings else 1)],
+        "attention": [(hidden * queries, 2 * layers), (hidden * keys, 2 * layers)],
+        "mlp": [(hidden * shape.intermediate_size, 3 * layers)],
+        "norms": [(hidden, 2 * layers + 1), (shape.head_dim, 2 * layers if shape.qk_norm else 0)],
+    }
 
 
 def parameters(shape: Model) -> int:

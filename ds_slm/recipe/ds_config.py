@@ -15,7 +15,7 @@ from typing import Any
 
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import zero_keys
-from ds_slm.recipe.plan import batch, default_micro_batch, training_flops
+from ds_slm.recipe.plan import cut, training_flops
 from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.zero_keys import MICRO_BATCH, SWITCH, Kind
@@ -117,16 +117,13 @@ def join(
     problems = _conflicts(ds_file)
     if problems:
         raise ConfigError(problems)
-    zero_stage, hint = ds_file["zero_optimization"]["stage"], ds_file.get("train_micro_batch_size_per_gpu", "auto")
     compile_blocks, deterministic = ds_file.get("compile_blocks", "auto"), ds_file.get("deterministic", False)
     if compile_blocks == "auto":
-        compile_blocks = compiles_blocks(recipe, zero_stage, world_size, device_type)
-    wanted = micro_batch or (hint if isinstance(hint, int) else 0)
-    wanted = wanted or default_micro_batch(device_type, recipe.data.seq_len)
-    cut = batch(recipe, world_size, wanted)
-    deepspeed = _deepspeed(recipe, ds_file, cut.micro_batch, cut.accumulation_steps, world_size)
+        compile_blocks = compiles_blocks(recipe, ds_file["zero_optimization"]["stage"], world_size, device_type)
+    step = cut(recipe, ds_file, world_size, device_type, micro_batch)
+    deepspeed = _deepspeed(recipe, ds_file, step.micro_batch, step.accumulation_steps, world_size)
     return EngineConfig(
-        deepspeed, cut.micro_batch, cut.accumulation_steps, cut.filler_rows, compile_blocks, deterministic
+        deepspeed, step.micro_batch, step.accumulation_steps, step.filler_rows, compile_blocks, deterministic
     )
 
 

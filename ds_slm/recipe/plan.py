@@ -162,10 +162,21 @@ def default_micro_batch(device_type: str, seq_len: int) -> int:
     return max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // seq_len, 1)
 
 
-def cut(recipe: Recipe, ds_config: Mapping[str, Any], world_size: int, device_type: str) -> Batch:
-    """How a launch without `--micro-batch` cuts up a step on one type of device."""
-    hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
-    rows = hint if isinstance(hint, int) else default_micro_batch(device_type, recipe.data.seq_len)
+def cut(
+    recipe: Recipe, ds_config: Mapping[str, Any], world_size: int, device_type: str, micro_batch: int | None = None
+) -> Batch:
+    """How a launch cuts up a step on one type of device.
+
+    Args:
+        recipe: what is trained.
+        ds_config: content of a ds_configs file, which may say how many rows a forward has.
+        world_size: devices over all hosts.
+        device_type: 'cpu' or 'cuda'; decides the rows that nobody gives.
+        micro_batch: the rows of `--micro-batch`, which the file does not overrule; None where it was left out.
+    """
+    rows = micro_batch or ds_config.get("train_micro_batch_size_per_gpu", "auto")
+    if not isinstance(rows, int):
+        rows = default_micro_batch(device_type, recipe.data.seq_len)
     return batch(recipe, world_size, rows)
 
 

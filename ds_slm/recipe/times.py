@@ -128,8 +128,7 @@ def network_bytes(
     if topology.nodes == 1:
         return 0
     stage, half = zero["stage"], recipe.train.precision != "fp32"
-    sizes = parameter_sizes(recipe.model)
-    params, width = sum(sizes), HALF if half else FP32
+    params, width = parameter_counts(recipe.model).total, HALF if half else FP32
     reduced, scattered = 2 * params * FP32, params * FP32
 
     if stage < 3:
@@ -139,7 +138,8 @@ def network_bytes(
         sent = gradients * (accumulation_steps if stage == 2 else 1) + params * width
     else:
         gradients = reduced if device_type == "cpu" else scattered
-        kept = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", PERSISTENT_VALUES))
+        small = zero.get("stage3_param_persistence_threshold", PERSISTENT_VALUES)
+        kept = sum(size * count for size, count in parameter_sizes(recipe.model) if size <= small)
         # What the forward has gathered stays for the backward, where both lie within the two limits.
         limits = (
             zero.get(name, MAX_LIVE_ELEMENTS) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")

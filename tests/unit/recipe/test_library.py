@@ -40,6 +40,7 @@ def test_any_number_is_planned_with_or_refused(field: str, tiny: Path) -> None:
         try:
             recipe = schema.parse(tiny.read_text(), [f"{field}={value}"])
             plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 1}}, plan.Topology(2))
+            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 3}}, plan.Topology(2, nodes=2))
             assert learning_rate(recipe, recipe.train.steps) >= 0
         except UserError as error:
             assert field.rpartition(".")[2] in str(error)

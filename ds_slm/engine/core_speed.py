@@ -14,6 +14,7 @@ import torch
 
 from ds_slm.engine.devices import DTYPES
 from ds_slm.engine.optim import build_optimizer
+from ds_slm.engine.trial_pass import TrialPass
 from ds_slm.model import decoder
 from ds_slm.recipe.rates import CoreSpeed
 from ds_slm.recipe.schema import Recipe
@@ -49,21 +50,7 @@ def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
 
 def _micro_batch_s(recipe: Recipe, rows: int) -> float:
     """Seconds of a forward and backward, and of adding up its gradients in fp32."""
-    model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
-    model = model.to(dtype=DTYPES[recipe.train.precision]).train()
-    parameters = list(model.parameters())
-    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    seq_len = recipe.data.seq_len
-    ids_NT = (torch.arange(rows * (seq_len + 1)) * 7919 % recipe.model.vocab_size).view(rows, seq_len + 1)
-
-    def forward_backward() -> None:
-        model(ids_NT[:, :-1], ids_NT[:, 1:], z_scale=recipe.train.z_loss).objective.backward()
-        for parameter, total in zip(parameters, gradients, strict=True):
-            assert parameter.grad is not None
-            total += parameter.grad
-            parameter.grad = None
-
-    return _least_s(forward_backward)
+    return _least_s(TrialPass(recipe, rows, torch.device("cpu"), DTYPES[recipe.train.precision]))
 
 
 def _update_s_per_value(recipe: Recipe) -> float:

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.result_cache import ResultCache
-from ds_slm.model import decoder, kernels
+from ds_slm.engine.trial_pass import TrialPass
+from ds_slm.model import kernels
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import budget
 from ds_slm.recipe.ds_config import EngineConfig
@@ -183,14 +183,12 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     if not on_gpu:  # the program is there already
         _refuse_too_large(planned.device_bytes - planned.program_bytes, _free_bytes() / control.ranks_on_host)
 
-    # As in the run: precision, checkpointing, compiled or eager, packed or not; gradients are summed in fp32.
-    model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
-    model = model.to(device, trial.dtype).train()
-    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in model.parameters()]
+    # As in the run: compiled or eager, packed or not.
+    forward_backward = TrialPass(recipe, rows, device, trial.dtype)
     if trial.engine_config.compiled:
-        model.compile_parts()
+        forward_backward.model.compile_parts()
+    documents = _documents(trial, rows)
 
-    token_ids, documents = _batch(trial, rows)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     held_bytes = torch.cuda.memory_allocated(device) if on_gpu else 0
@@ -199,12 +197,7 @@ def _duration_s(trial: Trial, control: Control, rows: int) -> float:
     least_s = math.inf
     for _ in range(REPEATS):
         start_s = _now_s(device)
-        sums = model(token_ids[:, :-1], token_ids[:, 1:], sight=documents, z_scale=recipe.train.z_loss)
-        sums.objective.backward()
-        for parameter, total in zip(model.parameters(), gradients, strict=True):
-            assert parameter.grad is not None
-            total += parameter.grad
-            parameter.grad = None
+        forward_backward(documents)
         least_s = min(least_s, _now_s(device) - start_s)
 
     if on_gpu:
@@ -221,15 +214,13 @@ def _refuse_too_large(needed_bytes: float, available_bytes: float) -> None:
         )
 
 
-def _batch(trial: Trial, rows: int) -> tuple[Tensor, PackedDocuments | None]:
-    """Token ids over the whole vocabulary [rows, seq_len + 1]; documents, two a row, if packed."""
+def _documents(trial: Trial, rows: int) -> PackedDocuments | None:
+    """Two documents a row, if packed."""
+    if not trial.packed:
+        return None
     seq_len = trial.recipe.data.seq_len
-    ids = torch.arange(rows * (seq_len + 1), device=trial.device) * 7919 % trial.recipe.model.vocab_size
-    documents = None
-    if trial.packed:
-        halves = torch.arange(seq_len, device=trial.device, dtype=torch.int32) * 2 // seq_len
-        documents = PackedDocuments(halves.expand(rows, -1).contiguous(), count=2 * rows)
-    return ids.view(rows, seq_len + 1), documents
+    halves = torch.arange(seq_len, device=trial.device, dtype=torch.int32) * 2 // seq_len
+    return PackedDocuments(halves.expand(rows, -1).contiguous(), count=2 * rows)
 
 
 def _release(trial: Trial) -> None:

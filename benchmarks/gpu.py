@@ -43,10 +43,10 @@ LEAST_S = 15
 """No check is begun with less time than this."""
 REHEARSED_TIMES = 4
 """A check may take so many times its limit on a CPU."""
-_running: set[int] = set()
-"""The process groups of checks."""
 REHEARSED_AT_ONCE = 2
 """Checks that a rehearsal runs at a time: nothing is timed, and most of a check is one thread's start."""
+_running: set[int] = set()
+"""The process groups of checks."""
 
 
 @dataclass(frozen=True)

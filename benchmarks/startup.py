@@ -79,24 +79,27 @@ def main() -> int:
 
     from ds_slm.run import measure
 
-    on_gpu = torch.cuda.is_available()
-    recipe = schema.load(args.recipe, args.set)
-    out = args.out.resolve() / schema.recipe_path(args.recipe).stem
-    overrides = [*args.set, *train.lay_out(recipe, out)]
-    devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    bench = train.Bench(args.recipe, recipe, overrides, out, devices, on_gpu)
+    bench = train.bench_of(args.recipe, args.set, args.out.resolve() / schema.recipe_path(args.recipe).stem)
 
     first = start(bench, args.program)  # prepares the data, and compiles where torch's cache does not hold the blocks
     warm = medians([start(bench, args.program) for _ in range(args.rounds)])
 
-    device = measure.device_name(torch.device("cuda" if on_gpu else "cpu"))
-    facts = {"recipe": args.recipe, "program": args.program, "overrides": args.set, "device": device, "ranks": devices}
+    device = measure.device_name(torch.device("cuda" if bench.on_gpu else "cpu"))
+    facts = {
+        "recipe": args.recipe,
+        "program": args.program,
+        "overrides": args.set,
+        "device": device,
+        "ranks": bench.devices,
+    }
     facts |= {"torch": torch.__version__, "date": str(date.today()), "load": os.getloadavg()[0]}
     columns = {"first launch": medians([first]), f"median of {args.rounds}": warm}
     if args.json:
         print(json.dumps({**facts, "first_launch_s": columns["first launch"], "warm_s": warm}, indent=2))
     else:
-        title = f"{args.program}, {args.recipe}, {devices} ranks, {device}, {facts['date']}, load {facts['load']:.1f}"
+        title = (
+            f"{args.program}, {args.recipe}, {bench.devices} ranks, {device}, {facts['date']}, load {facts['load']:.1f}"
+        )
         Console(width=train.TABLE_WIDTH).print(tables.by_case(title, "seconds for", columns, ".2f"))
     return 0
 

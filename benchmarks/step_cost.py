@@ -56,6 +56,7 @@ def measure_launch(checkout: Path, folder: Path, ranks: int, steps: int, *flags:
 
     environment = {**tiny_runs.environment(), "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]])}
     environment |= {"STEP_PARTS": str(found), "STEP_PARTS_LAST": str(steps)}
+    environment.pop("PYTHONPATH", None)  # it would put one checkout's modules into the launches of all
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

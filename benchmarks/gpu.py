@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -45,8 +46,6 @@ REHEARSED_TIMES = 4
 """A check may take so many times its limit on a CPU."""
 REHEARSED_AT_ONCE = 2
 """Checks that a rehearsal runs at a time: nothing is timed, and most of a check is one thread's start."""
-_running: set[int] = set()
-"""The process groups of checks."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict
     begin_s = time.monotonic()
     with (out / f"{check.name}.log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        _running.add(process.pid)
         try:
             code = process.wait(timeout=limit_s)
             ended = "done" if code == 0 else f"failed, exit code {code}"
@@ -91,7 +89,6 @@ def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict
             ended = f"ended after {limit_s:.0f} s"
         finally:
             _end_group(process)
-            _running.discard(process.pid)
 
     # What was measured before a failure counts.
     found = folder / RESULT
@@ -123,9 +120,9 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 def _end_at_once(number: int, _: FrameType | None) -> None:
     """End all checks, and this process: what was measured is written, and `timeout` does not wait."""
-    for group in list(_running):
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    for started in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            started.kill()
     os._exit(128 + number)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ds_slm import files
 from ds_slm.checkpoint import resume
@@ -298,7 +299,7 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, which: str) -> No
         else:
             events = records._board._file
             events.close()
-            events._file = open("/dev/full", "wb")  # noqa: SIM115 - closed by the records
+            events._records = RecordWriter(open("/dev/full", "wb"))  # noqa: SIM115 - closed by the records
         report = Report(terminal, records, total_steps=3)
         for step in (1, 2, 3):
             report.record("train", step, {"loss": 1.0, "tokens_per_s": 1.0, "step_s": 1.0})

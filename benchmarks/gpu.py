@@ -157,7 +157,7 @@ def main() -> int:
     """Check, measure, tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [check.name for check in CHECKS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these checks alone")
+    parser.add_argument("--only", "--cases", nargs="+", choices=names, default=names, help="these checks alone")
     parser.add_argument("--seconds", type=float, default=480, help="the time for all of them")
     parser.add_argument("--rounds", type=int, default=1, help="how often each speed is measured")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "gpu")

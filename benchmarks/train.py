@@ -6,7 +6,7 @@
 
 python benchmarks/train.py RECIPE [--sides ours bare] [--rounds 2] [--micro-batches 1 2 4] [--set SECTION.KEY=VALUE]
 python benchmarks/train.py RECIPE --memory --micro-batches 8
-python benchmarks/train.py --all        the whole table (training_table.py), which goes on where it was ended
+python benchmarks/train.py --all [--precisions bf16]    the whole table (training_table.py), resumed where it was ended
 
 ours        deepspeed ds_slm/pretrain.py, one process a core (or a GPU)
 trainer     transformers.Trainer as `python script.py` runs it: one process, all threads; its Llama or Qwen3, the same
@@ -350,6 +350,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--all", action="store_true", help="the whole table, and no recipe")
+    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"), help="of --all")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4])
@@ -364,7 +365,7 @@ def main() -> int:
     if args.all:
         from benchmarks import training_table
 
-        training_table.run(args.out.resolve() / "table", args.micro_batches, args.steps)
+        training_table.run(args.out.resolve() / "table", args.micro_batches, args.steps, args.precisions)
         return 0
 
     import torch

@@ -4,7 +4,7 @@
                   --> OUT/RECIPE-PRECISION.json after each side's best micro-batch and after each round
     every OUT/RECIPE-PRECISION.json --> one table
 
-python benchmarks/train.py --all [--out runs/benchmarks]
+python benchmarks/train.py --all [--precisions bf16 fp32] [--out runs/benchmarks]
 
 A machine's speed drifts, so a ratio is that of two launches of one round, and a row is done when each side's ratios lie
 within SPREAD of their median. A row with a file goes on where it was ended: the same command ends the table in pieces.
@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,21 @@ def table(out: Path, lacking: set[str]) -> Table:
     return grid
 
 
-def run(out: Path, choices: list[int], steps: int) -> None:
-    """Measure what is not yet measured, one row after another, and print the whole table."""
+def run(out: Path, choices: list[int], steps: int, precisions: Sequence[str]) -> None:
+    """Measure what is not yet measured, one row after another, and print the whole table.
+
+    Args:
+        out: where the rows are kept.
+        choices: micro-batches, of which each side takes its best.
+        steps: steps of a launch that count.
+        precisions: in which rows are measured; all recipes in the first one, then in the next.
+    """
     out.mkdir(parents=True, exist_ok=True)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     lacking = {one for one in PRECISIONS if not kernels.multiplies(device_type, DTYPES[one])}
 
-    for name in RECIPES:
-        for precision in PRECISIONS:
+    for precision in precisions:
+        for name in RECIPES:
             path = out / f"{name}-{precision}.json"
             if precision in lacking or read(path).is_done:
                 continue

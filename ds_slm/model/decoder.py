@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_slm.model import cpu_attention, documents, kernels
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.model.kernels import attention, embed, product
-from ds_slm.model.loss import LossSums, TokenScores, chunked_loss, score_tokens
+from ds_slm.model.loss import LossSums, Targets, TokenScores, chunked_loss, score_tokens
 from ds_slm.recipe import schema
 
 __all__ = ["Continuations", "Decoder", "KVCache", "build", "exclude_own_value", "initialise"]
@@ -389,8 +389,8 @@ class Decoder(nn.Module):
         if target_ids_BT is None:
             return product(hidden_BTD if cache is None else hidden_BTD[:, -1:], self.head_weight_VD)
         weights_BT = torch.ones_like(target_ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT
-        hidden_ND, targets_N, weights_N = hidden_BTD.flatten(0, 1), target_ids_BT.flatten(), weights_BT.flatten()
-        return chunked_loss(hidden_ND, self.head_weight_VD, targets_N, weights_N, z_scale, compiled=self.compiled)
+        targets = Targets(target_ids_BT.flatten(), weights_BT.flatten(), z_scale)
+        return chunked_loss(hidden_BTD.flatten(0, 1), self.head_weight_VD, targets, compiled=self.compiled)
 
 
 def build(shape: schema.Model, seed: int, gradient_checkpointing: bool = False) -> Decoder:

@@ -13,6 +13,10 @@ gradient is formed, in the forward pass; the backward pass multiplies the stored
 Precision: softmax, sums and the accumulated d_weight are fp32. Where the device multiplies in the model's dtype, each
 chunk's three products come in that dtype; where it upcasts (see kernels.py) they stay fp32. The backward pass scales
 both gradients in fp32 and rounds them to the dtype of their tensors.
+
+An evaluation forms a chunk's d_logits_CV as well, so that it shares training's compiled graph, and leaves out the two
+products behind it.
+
 Known gaps: not differentiable twice; softmax costs five passes over a chunk unless it is compiled.
 
 Shapes: N tokens, C tokens of one chunk, V vocabulary, D hidden size.
@@ -34,6 +38,17 @@ ALIGNMENT = {"cpu": 1, "cuda": 128}
 """The vocabulary is padded to a multiple of this, inside the loss alone: a GPU's products are slow at odd sizes."""
 
 
+class Targets(NamedTuple):
+    """What the loss asks of N tokens."""
+
+    ids_N: Tensor
+    """The id to predict at each token."""
+    weights_N: Tensor
+    """Loss weight of each token, at least 0."""
+    z_scale: float = 0.0
+    """Factor of the sum of squared logsumexps."""
+
+
 class LossSums(NamedTuple):
     """Sums over one micro-batch, fp32 scalars; the trainer divides them by sums over the whole step."""
 
@@ -52,9 +67,7 @@ class LossSums(NamedTuple):
 def chunked_loss(
     hidden_ND: Tensor,
     head_weight_VD: Tensor,
-    targets_N: Tensor,
-    weights_N: Tensor,
-    z_scale: float = 0.0,
+    targets: Targets,
     chunk_tokens: int | None = None,
     compiled: bool = False,
 ) -> LossSums:
@@ -65,19 +78,14 @@ def chunked_loss(
     Args:
         hidden_ND: final hidden states.
         head_weight_VD: the output projection.
-        targets_N: the id to predict at each token.
-        weights_N: loss weight of each token, at least 0.
-        z_scale: factor of the sum of squared logsumexps.
+        targets: what each token is to predict, and how much it counts.
         chunk_tokens: tokens whose logits are held at a time; None chooses by device and vocabulary.
         compiled: whether torch.compile fuses what happens between the products.
     """
     chunk_tokens = chunk_tokens or loss_chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
-    return LossSums(
-        *_ChunkedLoss.apply(
-            hidden_ND, head_weight_VD, targets_N, weights_N.float(), z_scale, chunk_tokens, needs_grad, compiled
-        )
-    )
+    way = _Way(chunk_tokens, needs_grad, compiled)
+    return LossSums(*_ChunkedLoss.apply(hidden_ND, head_weight_VD, targets, way))
 
 
 class TokenScores(NamedTuple):
@@ -113,21 +121,20 @@ def score_tokens(hidden_ND: Tensor, head_weight_VD: Tensor, places_N: Tensor, ta
     return TokenScores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
+class _Way(NamedTuple):
+    """How the loss is computed: its sums are the same in every way."""
+
+    chunk_tokens: int
+    needs_grad: bool
+    compiled: bool
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_weight_VD: Tensor,
-        targets_N: Tensor,
-        weights_N: Tensor,
-        z_scale: float,
-        chunk_tokens: int,
-        needs_grad: bool,
-        compiled: bool,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden_ND: Tensor, head_weight_VD: Tensor, targets: Targets, way: _Way) -> tuple[Tensor, ...]:
+        weights_N = targets.weights_N.float()
         counted_N = weights_N > 0
-        targets_N = targets_N.long().masked_fill(~counted_N, 0)
+        ids_N = targets.ids_N.long().masked_fill(~counted_N, 0)
 
         # Gradients are formed with weights of at most 1: fp16 would lose small ones before the loss scale reaches them.
         unit = weights_N.max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -138,26 +145,25 @@ class _ChunkedLoss(torch.autograd.Function):
         if padding := -vocab_size % ALIGNMENT[hidden_ND.device.type]:
             matrix_VD = F.pad(matrix_VD, (0, 0, 0, padding))
 
-        z_scale_1 = hidden_ND.new_full((), z_scale, dtype=torch.float32)  # a copy from the host would wait for a GPU
-        from_logits = _compiled() if compiled else _from_logits
+        # Filled on the device: a copy from the host would wait for a GPU.
+        z_scale_1 = hidden_ND.new_full((), targets.z_scale, dtype=torch.float32)
+        from_logits = _compiled() if way.compiled else _from_logits
 
         nll = hidden_ND.new_zeros((), dtype=torch.float32)
         z2 = torch.zeros_like(nll)
-        d_hidden_ND = torch.empty_like(hidden_ND, dtype=compute_dtype) if needs_grad else None
-        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if needs_grad else None
+        d_hidden_ND = torch.empty_like(hidden_ND, dtype=compute_dtype) if way.needs_grad else None
+        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if way.needs_grad else None
 
-        for start in range(0, len(targets_N), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            counted_C, weights_C, targets_C1 = counted_N[chunk], weights_N[chunk], targets_N[chunk].unsqueeze(1)
+        for start in range(0, len(ids_N), way.chunk_tokens):
+            chunk = slice(start, start + way.chunk_tokens)
+            counted_C, weights_C, ids_C1 = counted_N[chunk], weights_N[chunk], ids_N[chunk].unsqueeze(1)
 
             # A masked token may hold anything, infinities too: zero its hidden state before, not its loss after.
             hidden_CD = hidden_ND[chunk].to(compute_dtype).masked_fill(~counted_C.unsqueeze(1), 0)
             logits_CV = F.linear(hidden_CD, matrix_VD)
             logits_CV[:, vocab_size:] = -torch.inf
 
-            nll_chunk, z2_chunk, d_logits_CV = from_logits(
-                logits_CV, targets_C1, weights_C, unit, z_scale_1, needs_grad
-            )
+            nll_chunk, z2_chunk, d_logits_CV = from_logits(logits_CV, ids_C1, weights_C, unit, z_scale_1)
             nll += nll_chunk
             z2 += z2_chunk
 
@@ -170,12 +176,12 @@ class _ChunkedLoss(torch.autograd.Function):
             else:
                 d_weight_VD += d_logits_CV.T @ hidden_CD
 
-        if needs_grad:
+        if way.needs_grad:
             assert d_weight_VD is not None
             ctx.save_for_backward(d_hidden_ND, d_weight_VD[:vocab_size], unit)
             ctx.dtypes = hidden_ND.dtype, head_weight_VD.dtype
 
-        objective = nll + z_scale * z2
+        objective = nll + targets.z_scale * z2
         constants = nll, weights_N.sum(), z2, counted_N.sum(dtype=torch.float32)
         ctx.mark_non_differentiable(*constants)
         return objective, *constants
@@ -188,21 +194,16 @@ class _ChunkedLoss(torch.autograd.Function):
         # .float() first: against a bf16 tensor the scalar itself would be rounded to bf16, and every gradient with it.
         d_hidden_ND = d_hidden_ND.float().mul(scale).to(ctx.dtypes[0])
         # in place: the weight's gradient is the largest tensor here, and a second backward pass is refused
-        return d_hidden_ND, d_weight_VD.mul_(scale).to(ctx.dtypes[1]), *[None] * 6
+        return d_hidden_ND, d_weight_VD.mul_(scale).to(ctx.dtypes[1]), None, None
 
 
 def _from_logits(
-    logits_CV: Tensor,
-    targets_C1: Tensor,
-    weights_C: Tensor,
-    unit: Tensor,
-    z_scale_1: Tensor,
-    needs_grad: bool,
+    logits_CV: Tensor, ids_C1: Tensor, weights_C: Tensor, unit: Tensor, z_scale_1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's sums of w nll and z^2 and, if asked for, its d_logits_CV / unit in the logits' place and dtype."""
+    """A chunk's sums of w nll and z^2, and its d_logits_CV / unit in the logits' place and dtype."""
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
     counted_C = weights_C > 0
-    target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
+    target_logits_C = logits_CV.gather(1, ids_C1).squeeze(1)
     peak_C1 = logits_CV.amax(1, keepdim=True)
     exp_CV = logits_CV.sub_(peak_C1).exp_()  # in place: the one large tensor of the chunk
     sum_C1 = exp_CV.sum(1, keepdim=True)
@@ -210,12 +211,10 @@ def _from_logits(
 
     nll = (weights_C * (z_C - target_logits_C)).sum()
     z2 = (z_C.square() * counted_C).sum()
-    if not needs_grad:
-        return nll, z2, exp_CV
 
     coefficient_C = (weights_C + 2 * z_scale_1 * z_C * counted_C) / unit
     d_logits_CV = exp_CV.mul_(coefficient_C.unsqueeze(1) / sum_C1)
-    d_logits_CV.scatter_add_(1, targets_C1, -(weights_C / unit).unsqueeze(1))
+    d_logits_CV.scatter_add_(1, ids_C1, -(weights_C / unit).unsqueeze(1))
     return nll, z2, d_logits_CV.to(dtype)
 
 

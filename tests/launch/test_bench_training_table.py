@@ -38,7 +38,7 @@ class Machine:
 
 def run(out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The command; the lines of its table that name demo."""
-    training_table.run(out, [1], steps=4)
+    training_table.run(out, [1], 4, training_table.PRECISIONS)
     return [line for line in capsys.readouterr().out.splitlines() if "demo, " in line]
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_slm.model import loss
 from ds_slm.model.decoder import build
-from ds_slm.model.loss import chunked_loss
+from ds_slm.model.loss import Targets, chunked_loss
 from ds_slm.recipe import schema
 from ds_slm.recipe.budget import loss_chunk_tokens
 
@@ -21,6 +21,10 @@ class Problem(NamedTuple):
     head_weight_VD: torch.Tensor
     targets_N: torch.Tensor
     weights_N: torch.Tensor
+
+    def loss(self, z_scale=0.0, chunk_tokens=None):
+        targets = Targets(self.targets_N, self.weights_N, z_scale)
+        return chunked_loss(self.hidden_ND, self.head_weight_VD, targets, chunk_tokens)
 
 
 def problem(tokens=37, size=16, vocabulary=50, dtype=torch.float32, seed=0):
@@ -52,7 +56,7 @@ def test_value_and_gradients_are_those_of_the_whole_loss(chunk_tokens, z_scale):
     """Oracle: F.cross_entropy plus z-loss in float64."""
     given = problem()
     nll, z2, d_hidden_ND, d_weight_VD = whole_loss(given, z_scale)
-    sums = chunked_loss(*given, z_scale, chunk_tokens)
+    sums = given.loss(z_scale, chunk_tokens)
     (sums.objective * 0.5).backward()
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(sums.nll.double(), nll, **close)
@@ -71,7 +75,7 @@ def test_half_precision_gradients_are_near_the_exact_ones(dtype):
     """Oracle: float64 on the same rounded inputs; errors stay at the size of the dtype's rounding, without a bias."""
     given = problem(tokens=300, dtype=dtype)
     nll, _, *exact = whole_loss(given, 0.01)
-    sums = chunked_loss(*given, 0.01, 64)
+    sums = given.loss(0.01, 64)
     (sums.objective * (2 / 3)).backward()
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(sums.nll.double(), nll, rtol=eps, atol=0)
@@ -88,7 +92,7 @@ def test_small_weights_survive_fp16():
     given = problem(dtype=torch.float16)
     given.weights_N.mul_(1e-6)
     _, _, d_hidden_ND, _ = whole_loss(given, 0.0)
-    (chunked_loss(*given).objective * 2**16).backward()
+    (given.loss().objective * 2**16).backward()
     wanted = d_hidden_ND * 2**16
     torch.testing.assert_close(given.hidden_ND.grad.double(), wanted, rtol=0.02, atol=0.01 * wanted.abs().max().item())
 
@@ -99,9 +103,9 @@ def test_a_padded_vocabulary_changes_nothing(monkeypatch, dtype):
     """Oracle: the loss without padding: 50 ids padded to 64, where a GPU's products want it."""
     given, padded = problem(dtype=dtype), problem(dtype=dtype)
     monkeypatch.setitem(loss.ALIGNMENT, "cpu", 1)
-    wanted = chunked_loss(*given, 0.1, 8)
+    wanted = given.loss(0.1, 8)
     monkeypatch.setitem(loss.ALIGNMENT, "cpu", 64)
-    got = chunked_loss(*padded, 0.1, 8)
+    got = padded.loss(0.1, 8)
     (wanted.objective + got.objective).backward()
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.01}
     torch.testing.assert_close(tuple(got), tuple(wanted), rtol=1e-5, atol=0)
@@ -118,7 +122,7 @@ def test_tokens_of_weight_zero_add_exactly_nothing(dtype):
     given.targets_N.fill_(-100)
     with torch.no_grad():
         given.hidden_ND.fill_(1e38)[3:5] = torch.inf
-    sums = chunked_loss(*given, 0.1, 8)
+    sums = given.loss(0.1, 8)
     sums.objective.backward()
     assert [value.item() for value in sums] == [0, 0, 0, 0, 0]
     assert not given.hidden_ND.grad.any() and not given.head_weight_VD.grad.any()
@@ -131,7 +135,7 @@ def test_masked_tokens_do_not_touch_the_others():
     with torch.no_grad():
         given.hidden_ND[~kept_N] = torch.nan
     alone = Problem(given.hidden_ND[kept_N], given.head_weight_VD, given.targets_N[kept_N], given.weights_N[kept_N])
-    for got, wanted in zip(chunked_loss(*given, 0.1), chunked_loss(*alone, 0.1), strict=True):
+    for got, wanted in zip(given.loss(0.1), alone.loss(0.1), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
 
 
@@ -139,10 +143,10 @@ def test_sums_of_parts_are_the_sum_of_the_whole():
     """Oracle: one call over all tokens: what lets a step be split into micro-batches and ranks at will."""
     given = problem()
     parts = [
-        chunked_loss(given.hidden_ND[part], given.head_weight_VD, given.targets_N[part], given.weights_N[part], 0.1)
+        Problem(given.hidden_ND[part], given.head_weight_VD, given.targets_N[part], given.weights_N[part]).loss(0.1)
         for part in (slice(0, 11), slice(11, None))
     ]
-    for got, wanted in zip(map(sum, zip(*parts, strict=True)), chunked_loss(*given, 0.1), strict=True):
+    for got, wanted in zip(map(sum, zip(*parts, strict=True)), given.loss(0.1), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
 
 
@@ -156,14 +160,32 @@ def test_evaluation_forms_no_gradient():
             return function(*args, **(kwargs or {}))
 
     with CountProducts():
-        wanted = chunked_loss(*given, 0.1, 8)
+        wanted = given.loss(0.1, 8)
         assert sum(products) == 3 * 5
         products.clear()
         with torch.no_grad():
-            got = chunked_loss(*given, 0.1, 8)
+            got = given.loss(0.1, 8)
         assert sum(products) == 5
     torch.testing.assert_close(tuple(got), tuple(value.detach() for value in wanted), rtol=0, atol=0)
     assert not got.objective.requires_grad
+
+
+def test_evaluation_takes_the_compiled_graph_of_training(monkeypatch):
+    """Oracle: how often the compiler is asked for a graph; the eager loss, to the last bit."""
+    graphs, given = [], problem()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(loss, "_compiled", lambda: torch.compile(loss._from_logits, dynamic=False, backend=backend))
+    targets, wanted = Targets(given.targets_N, given.weights_N, 0.1), given.loss(0.1)
+    for z_scale in (0.1, 0.2):
+        chunked_loss(*given[:2], targets._replace(z_scale=z_scale), compiled=True).objective.backward()
+    with torch.no_grad():
+        got = chunked_loss(*given[:2], targets, compiled=True)
+    torch.testing.assert_close(got.nll, wanted.nll, rtol=0, atol=0)
+    assert len(graphs) == 1
 
 
 def test_a_target_outside_the_vocabulary_is_an_error():
@@ -171,7 +193,7 @@ def test_a_target_outside_the_vocabulary_is_an_error():
     given = problem()
     given.targets_N[1] = 50
     with pytest.raises((IndexError, RuntimeError)):
-        chunked_loss(*given)
+        given.loss()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """Hosts on one machine, real enough for `deepspeed --hostfile hostfiles/two_node` typed on the first of them.
 
-    the machine         pytest ── Hosts
-                                    │ unshare, nsenter
+    the machine         this process ── Hosts
+                                          │ unshare, nsenter
     namespaces      node1 ──eth0── switch (a bridge) ──eth0── node2
                     sshd             no process but itself     sshd
 
@@ -12,7 +12,7 @@ shared, as if every host had them at the same paths.
 A host can lose its power, with no farewell to anybody, and get it back; and its cable can be cut, and mended.
 
 Nothing of the machine itself is changed: bridge, addresses, mounts and ssh settings live in unnamed namespaces, which
-end with their processes, and those end with pytest, even if it is killed. `runs/` and `data/` are made in the checkout
+end with their processes, which end with this one, even if it is killed. `runs/` and `data/` are made in the checkout
 where they are missing, as places to mount on, and removed again.
 
 Known gaps: /sys shows the machine's devices; /tmp (with torch's compile cache) and the clock are shared; each host may

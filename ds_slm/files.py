@@ -176,6 +176,10 @@ def refuse_unwritable(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(place)) from error
 
 
+class Waiting(str):
+    """A line that says that another process holds a lock: on a host with several ranks, usually the first of them."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One process of this host at a time; the lock goes with the process that holds it.
@@ -184,7 +188,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: is made where it is missing.
-        say: takes a line where another process holds the lock, or the file system has none.
+        say: takes a `Waiting` line where another process holds the lock, and a warning where there are no locks.
 
     Raises:
         UserError: something other than a file of this program has the lock's name.
@@ -232,7 +236,7 @@ def _wait_for_lock(descriptor: int, folder: Path, say: Callable[[str], None]) ->
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):  # some network file systems answer the second
             raise
-        say(f"{folder}: another process prepares or checks it, waiting")
+        say(Waiting(f"{folder}: another process prepares or checks it, waiting"))
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 

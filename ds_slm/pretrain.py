@@ -22,13 +22,14 @@ from ds_slm.cli import flags  # noqa: E402
 from ds_slm.distributed import rendezvous  # noqa: E402
 from ds_slm.distributed import world as worlds  # noqa: E402
 from ds_slm.errors import RecipeError  # noqa: E402 - after the path is right
+from ds_slm.files import Waiting  # noqa: E402
 
 first_on_host = worlds.first_on_host()
 
 
 def report(line: str) -> None:
-    """Print a line about the data, on the rank of this host that prepares them."""
-    if first_on_host or "another process" not in line:
+    """Print a line about the data; that the other ranks of a host wait for its first one goes without saying."""
+    if first_on_host or not isinstance(line, Waiting):
         print(line, flush=True)
 
 

@@ -4,7 +4,7 @@ EXAMPLES = {
     "recipes": ("recipes", "recipes --runs /data/runs --json"),
     "init": ("init mine --text my/texts", "init mine --from runs/demo --text my/texts --tokens 300M"),
     "plan": (
-        "plan slm-10m --gpus-per-node 8",
+        "plan slm-10m --devices 8",
         "plan axiom-380m --hostfile hostfiles/two_node --ds-config ds_configs/zero2.json --network 10",
     ),
     "prepare": ("prepare demo", "prepare slm-10m --source fineweb-edu=my/texts --max-tokens 1000000"),

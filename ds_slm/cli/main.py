@@ -97,7 +97,9 @@ def init(
 @app.command("plan", epilog=examples.epilog("plan"))
 def plan_recipe(
     name: RecipeName,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Devices on each host.  [default: 1]")] = None,
+    devices: Annotated[
+        int | None, typer.Option("--devices", "--gpus-per-node", min=1, help="Devices on each host.  [default: 1]")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Hosts.  [default: 1]")] = None,
     network: Annotated[
         float | None, typer.Option(min=0.001, metavar="GBIT_PER_S", help="Speed of each host's link.")
@@ -119,7 +121,7 @@ def plan_recipe(
     from ds_slm.cli import planning
     from ds_slm.recipe import schema
 
-    world_size, host_count = planning.devices(hostfile, nodes, gpus_per_node)
+    world_size, host_count = planning.devices(hostfile, nodes, devices)
     topology = planning.topology(world_size, host_count, network, host_memory)
     planning.run(name, schema.load(name, overrides), ds_config, topology, measure, as_json)
 

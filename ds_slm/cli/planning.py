@@ -12,12 +12,12 @@ from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.times import Topology
 
 
-def devices(hostfile: Path | None, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:
+def devices(hostfile: Path | None, nodes: int | None, on_each: int | None) -> tuple[int, int]:
     """Devices over all hosts, and hosts. Raises ConfigError where the flags say it twice."""
     if hostfile is None:
-        return (nodes or 1) * (gpus_per_node or 1), nodes or 1
-    if gpus_per_node or nodes:
-        raise ConfigError("--hostfile already says how many hosts and devices: leave out --gpus-per-node and --nodes.")
+        return (nodes or 1) * (on_each or 1), nodes or 1
+    if on_each or nodes:
+        raise ConfigError("--hostfile already says how many hosts and devices: leave out --devices and --nodes.")
 
     from ds_slm.cluster.hostfile import parse_hostfile
 

@@ -61,7 +61,7 @@ def agree(engine_config: EngineConfig, dtype: torch.dtype, control: Control) -> 
     device = devices.current_device()
     if reason := eager_reason(control, device):
         return replace(engine_config, compiled=False, eager_reason=reason)
-    if kernels.wants_tiles(device.type, dtype):
+    if device.type == "cpu" and dtype == torch.bfloat16:  # asked on all ranks, whatever their CPUs are
         build_attention(control)
     return engine_config
 
@@ -84,9 +84,10 @@ def eager_reason(control: Control, device: torch.device) -> str | None:
 
 def build_attention(control: Control) -> None:
     """Attention's backward pass in C++ on all ranks, or torch's own on all. Collective."""
-    reasons = [reason for reason in control.gather(cpu_attention.build()) if reason]
-    if reasons:
-        cpu_attention.leave(reasons[0])
+    wanted = kernels.wants_amx_backward("cpu", torch.bfloat16)
+    own = cpu_attention.build() if wanted else "a CPU does not multiply in bf16"
+    if reasons := [reason for reason in control.gather(own) if reason]:
+        cpu_attention.disable(reasons[0])
 
 
 def _host_reason(device: torch.device) -> str | None:

@@ -10,6 +10,7 @@ from ds_slm.distributed import network
 from ds_slm.distributed.ranks import Control
 from ds_slm.errors import DeviceError
 from ds_slm.model import kernels
+from ds_slm.recipe.budget import offloads_optimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """A recipe's precision -> what the model computes in."""
@@ -59,7 +60,8 @@ def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
     """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
 
     Without it each of them starts one thread for every core. Ranks compute on cores on hosts without a GPU, and
-    where the optimiser is offloaded. OMP_NUM_THREADS, if the user sets it, decides.
+    where the optimiser is offloaded. OMP_NUM_THREADS decides where the user has set it, or `ds-slm train`, which shares
+    cores out in the same way before any library is loaded.
 
     Args:
         control: the ranks' connection.
@@ -68,9 +70,8 @@ def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     machine = control.leaders_of_ranks[control.rank]
     everyone = control.gather([machine, cores])
-    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if not os.environ.get("OMP_NUM_THREADS"):
-        if device_type() == "cpu" or offloads:
+        if device_type() == "cpu" or offloads_optimizer(zero):
             torch.set_num_threads(max(torch.get_num_threads() // everyone.count([machine, cores]), 1))
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for bitsandbytes' own OpenMP, loaded later
     return torch.get_num_threads()

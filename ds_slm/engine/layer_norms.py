@@ -71,7 +71,7 @@ class LayerNorms:
 
 
 def layer_of(parameter: str) -> str:
-    """The layer of a parameter, so that they sort as they follow each other: `00-embedding`, `01` ... for blocks."""
+    """The layer of a parameter: `embedding`, `layer-01` and so on for the blocks, `last-norm`, `head`."""
     _, _, below = parameter.partition("layers.")
     if below:
         return f"layer-{int(below.split('.')[0]) + 1:02d}"

@@ -91,9 +91,8 @@ class Share:
 class StepRows:
     """The rows of one optimiser step."""
 
-    begin: int
-    """Where the step begins; later than asked for where all rows of a step are skipped."""
     next_position: int
+    """Where the step after it begins."""
     row_ids: dict[int, RowId]
     """All ranks' rows by global position, without skipped ones."""
     share: Share
@@ -164,7 +163,7 @@ class RowReader:
         row_ids = list(rows.values())
         own = self._read_share(row_ids, "train", self._config.accumulation_steps, self._hold)
         contents = self._source.describe(row_ids)
-        return StepRows(begin, self._source.next_position(begin), rows, own, contents, ledger_text(row_ids))
+        return StepRows(self._source.next_position(begin), rows, own, contents, ledger_text(row_ids))
 
     def _read_share(
         self, row_ids: Sequence[RowId], split: Split, count: int = 0, hold: Hold = lambda rows: rows

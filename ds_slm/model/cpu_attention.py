@@ -1,4 +1,4 @@
-"""The backward pass of causal attention where a CPU multiplies bf16 in tiles (AMX).
+"""The backward pass of causal attention where a CPU multiplies bf16 in AMX tiles.
 
     build, where blocks are compiled: cpu_attention.cpp --> torch's own compiler and its cache --> a library
     q, k, v, y, logsumexp, dy --> backward --> dq, dk, dv
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-NOT_ASKED, NO_TILES = "blocks are not compiled", "this CPU has no AMX"
 
-_library: ctypes.CDLL | str = NOT_ASKED
-"""The library, or why there is none."""
+_library: ctypes.CDLL | None = None
+_failure: str | None = None
+"""Why there is no library although it was asked for."""
 
 
 def build() -> str | None:
@@ -27,26 +27,26 @@ def build() -> str | None:
 
     The first time on a machine takes some ten seconds; torch keeps the result.
     """
-    global _library
-    if _library == NOT_ASKED:
-        _library = _load()
-    return _library if isinstance(_library, str) else None
+    global _library, _failure
+    if _library is None and _failure is None:
+        _library, _failure = _load()
+    return _failure
 
 
-def leave(reason: str) -> None:
-    """Take torch's own pass from now on, as another rank must."""
-    global _library
-    _library = reason
+def disable(reason: str) -> None:
+    """Use torch's own pass from now on: all ranks use the same."""
+    global _library, _failure
+    _library, _failure = None, reason
 
 
 def is_built(dtype: torch.dtype) -> bool:
     """Whether `backward` computes in this dtype."""
-    return not isinstance(_library, str) and dtype == torch.bfloat16
+    return _library is not None and dtype == torch.bfloat16
 
 
 def failure() -> str | None:
-    """Why there is no library although this CPU has AMX; None where there is one, or nobody asked."""
-    return _library if isinstance(_library, str) and _library not in (NOT_ASKED, NO_TILES) else None
+    """Why there is no library; None where there is one, or nobody asked for it."""
+    return _failure
 
 
 def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_BHTE: Tensor,
@@ -64,7 +64,7 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
     Returns:
         dq_BHTE, dk_BKTE, dv_BKTE.
     """
-    assert not isinstance(_library, str), _library
+    assert _library is not None, _failure
     B, H, T, E = q_BHTE.shape
     delta_BHT = (dy_BHTE.float() * y_BHTE).sum(-1)
     operands = [one.contiguous() for one in (q_BHTE, k_BKTE, v_BKTE, dy_BHTE, logsumexp_BHT, delta_BHT)]
@@ -77,10 +77,10 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
     return dq_BHTE, dk_BKTE, dv_BKTE
 
 
-def _load() -> ctypes.CDLL | str:
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()):
-        return NO_TILES
+        return None, "this CPU has no AMX"
 
     try:
         from torch._inductor.codecache import CppCodeCache
@@ -88,5 +88,5 @@ def _load() -> ctypes.CDLL | str:
         library = CppCodeCache.load(SOURCE.read_text())
         library.supported.restype, library.backward.restype = ctypes.c_bool, None
     except Exception as error:  # a compiler that lacks a header, a cache without room, a torch that moved these names
-        return f"cpu_attention.cpp: {(str(error).strip() or repr(error)).splitlines()[0]}"
-    return library if library.supported() else "this torch has no products of tiles"
+        return None, f"cpu_attention.cpp: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    return (library, None) if library.supported() else (None, "this torch has no products of tiles")

@@ -336,7 +336,7 @@ class Decoder(nn.Module):
 
             inductor.deterministic = True  # no kernel is chosen by a timing
         weight = self.model.embed_tokens.weight
-        if kernels.wants_tiles(weight.device.type, weight.dtype):
+        if kernels.wants_amx_backward(weight.device.type, weight.dtype):
             cpu_attention.build()
         kernels.make_device_checks_constant()
         for block in self.model.layers:
@@ -358,6 +358,8 @@ class Decoder(nn.Module):
         continuations: Continuations | None = None,
     ) -> LossSums | TokenScores | Tensor:
         """Loss sums where there are targets, scores where there are continuations, otherwise logits.
+
+        One entry for all three: where a module is called, and only there, ZeRO-3 gathers the weights it computes with.
 
         Args:
             input_ids_BT: tokens; none may stand at a position of max_position_embeddings or more.

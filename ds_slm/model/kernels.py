@@ -61,18 +61,18 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
-def wants_tiles(device_type: str, dtype: torch.dtype) -> bool:
+def wants_amx_backward(device_type: str, dtype: torch.dtype) -> bool:
     """Whether attention's backward pass should be that of cpu_attention.cpp, where blocks are compiled."""
     return device_type == "cpu" and dtype == torch.bfloat16 and multiplies(device_type, dtype)
 
 
-def _computes_in_tiles(device_type: str, dtype: torch.dtype) -> bool:
-    return wants_tiles(device_type, dtype) and cpu_attention.is_built(dtype)
+def _uses_amx_backward(device_type: str, dtype: torch.dtype) -> bool:
+    return wants_amx_backward(device_type, dtype) and cpu_attention.is_built(dtype)
 
 
 def make_device_checks_constant() -> None:
     """Let torch.compile ask once what a device can do and keep the answer, instead of tracing the question."""
-    for check in (multiplies, _computes_in_tiles, _is_ampere_or_newer, varlen_takes_groups):
+    for check in (multiplies, _uses_amx_backward, _is_ampere_or_newer, varlen_takes_groups):
         torch.compiler.assume_constant_result(check)  # a decorator would import the compiler in every process
 
 
@@ -153,18 +153,18 @@ def effective_kernels(
 
 
 def _attention_name(device: torch.device | str, dtype: torch.dtype, packed_head_dim: int | None) -> str:
-    in_tiles = ""
-    if wants_tiles(torch.device(device).type, dtype):
+    backward = ""
+    if wants_amx_backward(torch.device(device).type, dtype):
         built, failure = cpu_attention.is_built(dtype), cpu_attention.failure()
-        in_tiles = ", its backward pass in tiles" if built else f" ({failure})" if failure else ""
+        backward = ", backward pass in AMX tiles" if built else f" ({failure})" if failure else ""
 
     if packed_head_dim is None:
-        return f"scaled_dot_product_attention{in_tiles}"
+        return f"scaled_dot_product_attention{backward}"
     form = packed_form(device, dtype, packed_head_dim)
     return {
         "varlen": "varlen_attn of all documents in packed rows",
         "each": "scaled_dot_product_attention of each document in packed rows, or a mask where they are short"
-        + in_tiles,
+        + backward,
         "mask": f"scaled_dot_product_attention, dense mask of packed rows ({form.why})",
     }[form.name]
 
@@ -220,7 +220,7 @@ def attention(
     if offsets_C is not None and q_BHTE.device.type == "cuda":
         return attend_varlen(q_BHTE, k_BKSE, v_BKSE, offsets_C)
 
-    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and _computes_in_tiles(q_BHTE.device.type, q_BHTE.dtype):
+    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and _uses_amx_backward(q_BHTE.device.type, q_BHTE.dtype):
         offsets_C = whole_rows(q_BHTE.shape[0], q_BHTE.shape[2])
 
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)

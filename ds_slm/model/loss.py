@@ -84,8 +84,8 @@ def chunked_loss(
     """
     chunk_tokens = chunk_tokens or loss_chunk_tokens(hidden_ND.device.type, head_weight_VD.shape[0])
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_weight_VD.requires_grad)
-    way = _Way(chunk_tokens, needs_grad, compiled)
-    return LossSums(*_ChunkedLoss.apply(hidden_ND, head_weight_VD, targets, way))
+    options = _Options(chunk_tokens, needs_grad, compiled)
+    return LossSums(*_ChunkedLoss.apply(hidden_ND, head_weight_VD, targets, options))
 
 
 class TokenScores(NamedTuple):
@@ -121,8 +121,8 @@ def score_tokens(hidden_ND: Tensor, head_weight_VD: Tensor, places_N: Tensor, ta
     return TokenScores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-class _Way(NamedTuple):
-    """How the loss is computed: its sums are the same in every way."""
+class _Options(NamedTuple):
+    """How the loss is computed: its sums do not depend on it."""
 
     chunk_tokens: int
     needs_grad: bool
@@ -131,7 +131,9 @@ class _Way(NamedTuple):
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_weight_VD: Tensor, targets: Targets, way: _Way) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_weight_VD: Tensor, targets: Targets, options: _Options
+    ) -> tuple[Tensor, ...]:
         weights_N = targets.weights_N.float()
         counted_N = weights_N > 0
         ids_N = targets.ids_N.long().masked_fill(~counted_N, 0)
@@ -147,15 +149,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
         # Filled on the device: a copy from the host would wait for a GPU.
         z_scale_1 = hidden_ND.new_full((), targets.z_scale, dtype=torch.float32)
-        from_logits = _compiled() if way.compiled else _from_logits
+        from_logits = _compiled() if options.compiled else _from_logits
 
         nll = hidden_ND.new_zeros((), dtype=torch.float32)
         z2 = torch.zeros_like(nll)
-        d_hidden_ND = torch.empty_like(hidden_ND, dtype=compute_dtype) if way.needs_grad else None
-        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if way.needs_grad else None
+        d_hidden_ND = torch.empty_like(hidden_ND, dtype=compute_dtype) if options.needs_grad else None
+        d_weight_VD = torch.zeros_like(matrix_VD, dtype=torch.float32) if options.needs_grad else None
 
-        for start in range(0, len(ids_N), way.chunk_tokens):
-            chunk = slice(start, start + way.chunk_tokens)
+        for start in range(0, len(ids_N), options.chunk_tokens):
+            chunk = slice(start, start + options.chunk_tokens)
             counted_C, weights_C, ids_C1 = counted_N[chunk], weights_N[chunk], ids_N[chunk].unsqueeze(1)
 
             # A masked token may hold anything, infinities too: zero its hidden state before, not its loss after.
@@ -176,7 +178,7 @@ class _ChunkedLoss(torch.autograd.Function):
             else:
                 d_weight_VD += d_logits_CV.T @ hidden_CD
 
-        if way.needs_grad:
+        if options.needs_grad:
             assert d_weight_VD is not None
             ctx.save_for_backward(d_hidden_ND, d_weight_VD[:vocab_size], unit)
             ctx.dtypes = hidden_ND.dtype, head_weight_VD.dtype

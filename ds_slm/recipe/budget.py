@@ -80,6 +80,17 @@ class Memory:
         return sum(self.parts.values())
 
 
+def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
+    """Whether masters and moments lie in the host's memory, by DeepSpeed's zero_optimization section."""
+    section = zero.get("offload_optimizer") or {}
+    return isinstance(section, Mapping) and section.get("device", "none") != "none"
+
+
+def takes_bf16_optimizer(zero: Mapping[str, Any], precision: str) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which reduces in its own way, instead of stage 1's."""
+    return zero["stage"] == 1 and precision == "bf16" and not offloads_optimizer(zero)
+
+
 def memory(
     recipe: Recipe,
     zero: Mapping[str, Any],
@@ -115,9 +126,7 @@ def memory(
     live = min(int(zero.get(limit, MAX_LIVE_ELEMENTS)) for limit in limits)
     gathered = width * min(params, live) if stage == 3 else 0
 
-    offloaded = zero.get("offload_optimizer") or {}
-    offloads = isinstance(offloaded, Mapping) and offloaded.get("device", "none") != "none"
-    on_host = offloads and not on_cpu  # a CPU is its own host
+    on_host = offloads_optimizer(zero) and not on_cpu  # a CPU is its own host
 
     upcasts = on_cpu and half and not half_products
     block_gradients = width * (counts.attention + counts.mlp + counts.norms)
@@ -125,7 +134,7 @@ def memory(
     return Memory(
         weights_bytes=weights,
         gradients_bytes=gradients,
-        buffers_bytes=_buffer_bytes(zero, recipe.train.precision, params, on_cpu, offloads),
+        buffers_bytes=_buffer_bytes(zero, recipe.train.precision, params, on_cpu),
         masters_bytes=0 if on_host else masters,
         moments_bytes=0 if on_host else moments,
         activations_bytes=activations,
@@ -180,16 +189,15 @@ def _moment_bytes(optimizer: Optimizer, counts: ParameterCounts) -> int:
     return 2 * (in_8_bits + FP32 * in_8_bits // BLOCK_VALUES + FP32 * (params - in_8_bits))
 
 
-def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: bool, offloads: bool) -> int:
+def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: bool) -> int:
     """The buffers DeepSpeed sets aside for reducing gradients, whatever the model's size; on a CPU what is touched.
 
     A CPU gives no memory to a buffer before something is written there: a small model fills a part of it. What it
     sends is flattened once more.
     """
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
-    # BF16_Optimizer reduces the accumulated gradients themselves; it is not taken where the optimiser is offloaded.
-    in_place = zero["stage"] == 1 and precision == "bf16" and not offloads
-    contiguous = (zero.get("contiguous_gradients", True) or offloads) and not in_place
+    in_place = takes_bf16_optimizer(zero, precision)  # it reduces the accumulated gradients themselves
+    contiguous = (zero.get("contiguous_gradients", True) or offloads_optimizer(zero)) and not in_place
     width = HALF if zero["stage"] == 2 and precision != "fp32" else FP32
     copies = 2 if zero["stage"] < 3 and zero.get("overlap_comm") else 1
     if not on_cpu:

@@ -1,7 +1,6 @@
 """What a recipe costs, by arithmetic alone: parameters, FLOPs, batch; with memory (budget.py) and time (times.py).
 
-    Model --> parameter_counts, flops_per_token, first_loss
-    Recipe, world size, micro-batch --> batch --> Batch
+    Model --> flops_per_token, first_loss; counts.py --> ParameterCounts, Batch
     all of it, a ds_config and a Topology --> plan --> Plan, for people and for --json
 
 Sources: parameters are the shapes of ds_slm.model.decoder counted; FLOPs per token are 6 per parameter that is

@@ -1,6 +1,6 @@
 """How long a step takes on each kind of device, and whether it fits: estimates, each with its assumption beside it.
 
-    Recipe, Batch, Memory, Topology --> loads --> Load: what a rank computes, holds and sends, on a GPU and on a CPU
+    Recipe, Batch, Memory, Topology --> load --> Load: what a rank computes, holds and sends, on a GPU and on a CPU
     Load of each kind --> times --> Time for each kind of device; assumptions puts what they rest on into words
 
 Sources: what DeepSpeed 0.19 sends is read from its code and was compared with the counters of two hosts' interfaces
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_slm.recipe.budget import FP32, HALF, MAX_LIVE_ELEMENTS, Memory, memory, save_bytes
+from ds_slm.recipe.budget import FP32, HALF, MAX_LIVE_ELEMENTS, Memory, memory, save_bytes, takes_bf16_optimizer
 from ds_slm.recipe.counts import Batch, parameter_counts, parameter_sizes
 from ds_slm.recipe.rates import AMX_MFU, AVX2_MFU, DEVICES, GPU_MFU, Device, OwnCpu
 from ds_slm.recipe.schema import Recipe
@@ -132,9 +132,10 @@ def network_bytes(
     reduced, scattered = 2 * params * FP32, params * FP32
 
     if stage < 3:
-        # BF16_Optimizer reduces for all whatever is asked for.
         to_owners = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-        gradients = scattered if to_owners and not (stage == 1 and recipe.train.precision == "bf16") else reduced
+        if takes_bf16_optimizer(zero, recipe.train.precision):  # it reduces for all, whatever is asked for
+            to_owners = False
+        gradients = scattered if to_owners else reduced
         sent = gradients * (accumulation_steps if stage == 2 else 1) + params * width
     else:
         gradients = reduced if device_type == "cpu" else scattered

@@ -1,6 +1,6 @@
 """The ledger of a run: which rows it trained on, as a chain of hashes, one link a step, in metrics.jsonl.
 
-    metrics.jsonl --read--> step -> ledger --common_steps--> how far two runs drew the same rows in the same order
+    metrics.jsonl --read--> step -> ledger --compare--> how far two runs drew the same rows in the same order
 
 The chain begins with the hash of the data. Every link covers all rows before it (ds_slm.data.order), so one equal link
 proves every earlier step, also those that `run.log_every_steps` left out.

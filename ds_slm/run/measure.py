@@ -7,6 +7,7 @@ known GPU and a measured matrix product on a CPU; an unknown GPU has no MFU rath
 import contextlib
 import os
 import platform
+import re
 import resource
 import time
 from pathlib import Path
@@ -21,9 +22,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of one device for matrix products; None where it is not known."""
     if device.type == "cuda":
         name, half = torch.cuda.get_device_name(device), dtype != torch.float32
-        known = [one for one in DEVICES if one.name.split()[-1] in name]
+        words = re.split(r"[\s-]", name)  # NVIDIA A100-SXM4-80GB is an A100, a T400 no T4
+        known = [one for one in DEVICES if one.name.split()[-1] in words]
         return (known[0].half_flops_per_s if half else known[0].fp32_flops_per_s) if known else None
-    from ds_slm.model.decoder import product
+    from ds_slm.model.kernels import product
 
     size = 768
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)

@@ -1,38 +1,32 @@
 """One launch, from checked arguments to a finished run; pretraining and fine-tuning both come through here.
 
-    join the configuration -> prepare data, one process a host -> connect -> agree -> find a checkpoint -> train
+    this host's inputs (inputs.py) -> connect -> agree -> find a checkpoint (continuing.py) -> train (loop.py)
 
 Whatever can be wrong on one host only (its data, its run folder) is gathered from all and refused on all: a rank that
 left alone would keep the others waiting.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TextIO
 
 from ds_slm.checkpoint import resume
-from ds_slm.checkpoint.files import BASE
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave, keepers
 from ds_slm.data import skipping
-from ds_slm.distributed import network, rendezvous, sharing
+from ds_slm.distributed import rendezvous
 from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
-from ds_slm.distributed.rendezvous import Rendezvous
 from ds_slm.distributed.stop import Interrupt
 from ds_slm.engine import compile_probe, devices, micro_batch, process_group
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.profile import Profile
-from ds_slm.engine.row_reader import RowSource
 from ds_slm.errors import (
     RAISED_ON_ALL_RANKS,
-    CheckpointError,
     ReplacedByNewerLaunch,
     UserError,
-    attempt,
     problems_of,
 )
 from ds_slm.model import decoder, kernels
@@ -44,9 +38,10 @@ from ds_slm.run.launches import Launch
 from ds_slm.run.records import Records
 from ds_slm.run.report import Report, captured_output
 from ds_slm.run.start_clock import StartClock
-from ds_slm.train import agreement, loop, unused_flags
+from ds_slm.train import agreement, continuing, loop, unused_flags
 from ds_slm.train.choices import announce, effective_choices
-from ds_slm.train.task import Base, Benchmarks, Corpus, Options, Task
+from ds_slm.train.inputs import Inputs, joined_config
+from ds_slm.train.task import Options, Task
 
 
 def run(recipe: Recipe, options: Options, task: Task) -> None:
@@ -69,75 +64,10 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
 
         # Before any rank acts on its recipe or ds_config: ranks that differ would wait for different messages.
         agreement.agree_on_inputs(control, inputs.identity, recipe, inputs.engine_config, inputs.beginning)
-        if not _is_finished(inputs, control):
-            resume_point = _resume_point(inputs, control)
+        if not continuing.is_finished(inputs, control):
+            resume_point = continuing.resume_point(inputs, control)
             inputs = replace(inputs, engine_config=_compiled_and_batched(inputs, control))
             Launching(inputs, control, resume_point, differing, clock).run()
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What this host trains with."""
-
-    recipe: Recipe
-    options: Options
-    task: Task
-    engine_config: ds_config.EngineConfig
-    corpus: Corpus
-    rows: RowSource
-    base: Base | None
-    """The model to begin with; None: the recipe's initialisation."""
-    benchmarks: Benchmarks | None
-
-    @classmethod
-    def checked(cls, recipe: Recipe, options: Options, task: Task, meeting: Rendezvous) -> "Inputs":
-        """Everything that can be wrong on this host alone is found before anybody waits inside a collective.
-
-        Raises UserError with all of it, which ends the other ranks, too.
-        """
-        problems: list[str] = []
-        world_size = meeting.world.size
-
-        # What is asked for, before anything is prepared.
-        attempt(problems, network.refuse_unknown_interfaces)
-        micro_batch_rows = None if options.micro_batch == "auto" else options.micro_batch
-        engine_config = attempt(problems, lambda: _join(recipe, options, world_size, micro_batch_rows))
-        attempt(problems, lambda: unused_flags.refuse(recipe, options))
-        attempt(problems, lambda: devices.refuse_missing_precision(recipe.train.precision))
-        attempt(
-            problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
-        )
-
-        # Data that another host has are received; what nobody has is prepared on each.
-        if not problems and not meeting.world.on_one_host:
-            attempt(problems, lambda: sharing.share(meeting, task.needs(), recipe.identity_sha256(), task.report))
-
-        # A base that does not fit is refused before anything is prepared.
-        base = attempt(problems, task.base) if task.base and not problems else None
-        if base:
-            attempt(problems, lambda: run_folder.refuse_own_base(options.run_dir, base.folder))
-
-        corpus = None if problems else attempt(problems, task.prepare)
-        rows = attempt(problems, lambda: task.rows(corpus)) if corpus else None
-        benchmarks = attempt(problems, lambda: task.benchmarks(corpus)) if corpus else None
-        if problems or engine_config is None or corpus is None or rows is None:
-            raise UserError(problems)
-        return cls(recipe, options, task, engine_config, corpus, rows, base, benchmarks)
-
-    @property
-    def beginning(self) -> dict[str, str]:
-        """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
-        return {BASE: self.base.sha256} if self.base else {}
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Hashes that are equal on all hosts and, except the recipe's, at every resumption."""
-        return {
-            "recipe_sha256": self.recipe.identity_sha256(),
-            "data_sha256": self.corpus.sha256,
-            "tokenizer_sha256": self.corpus.tokenizer_sha256,
-            **self.beginning,
-        }
 
 
 @dataclass(frozen=True)
@@ -252,23 +182,11 @@ class Launching:
             profile=Profile(options.profile, options.run_dir / "profile", report.say) if options.profile else None,
         )
 
-        def leave() -> None:
-            """Called on all ranks at the end; a rank that fails alone does not wait."""
-            control.barrier()  # the launcher ends the others once one has left
-            checkpoints.close()
-
         interrupt.mark_stopped = lambda: checkpoints.mark_stopped(run.state.step)
         if state.step < stop_at_step:
             report.say(self.clock.told(compiled=inputs.engine_config.compiled))
-        try:
+        with closing(report), _ending_together(control, checkpoints):
             loop.train(run)
-        except RAISED_ON_ALL_RANKS:
-            leave()
-            raise
-        else:
-            leave()
-        finally:
-            report.close()
 
     def _engine(self, interrupt: Interrupt) -> tuple[Engine, State]:
         """The engine with its weights, which come once DeepSpeed has its partitions, and where the run stands."""
@@ -313,29 +231,21 @@ class Launching:
         return report
 
 
-def _is_finished(inputs: Inputs, control: Control) -> bool:
-    """Whether a host's folder holds the finished run; says so. Collective."""
-    recipe, run_dir, corpus = inputs.recipe, inputs.options.run_dir, inputs.corpus
-    done = max(control.gather(run_folder.finished(run_dir)), key=lambda one: one.get("step", -1))
-    if done.get("step", -1) < recipe.train.steps:
-        return False
-    resume.refuse_other_beginning(run_dir, done, inputs.identity, corpus.older_sha256s)
-    _mend_finished(control, run_dir, corpus)
-    if control.rank == 0:
-        print(f"{run_dir} is finished: {recipe.train.steps} steps. Nothing to do.", flush=True)
-    return True
+@contextmanager
+def _ending_together(control: Control, checkpoints: Checkpoints) -> Iterator[None]:
+    """Ranks wait for each other at the end, for the launcher ends the others once one has left.
 
-
-def _resume_point(inputs: Inputs, control: Control) -> resume.ResumePoint | None:
-    """The checkpoint to go on from, if there is one. Collective. Raises CheckpointError where one is asked for."""
-    options = inputs.options
-    _refuse_unwritable(control, options.run_dir)
-    found = None
-    if options.resume != "never":
-        found = resume.find(control, options.run_dir, inputs.identity, inputs.corpus.older_sha256s)
-    if found is None and options.resume == "must":
-        raise CheckpointError(f"--resume must: no host has a whole checkpoint in {options.run_dir}.")
-    return found
+    A rank that fails alone does not wait.
+    """
+    failure = None
+    try:
+        yield
+    except RAISED_ON_ALL_RANKS as error:
+        failure = error
+    control.barrier()
+    checkpoints.close()
+    if failure:
+        raise failure
 
 
 def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
@@ -345,30 +255,6 @@ def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineC
     if inputs.options.micro_batch == "auto":
         config = _with_fastest_micro_batch(inputs.recipe, inputs.options, config, control)
     return config
-
-
-def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
-    """A finished run can be exported: its tokenizer is whole, or mended. Collective."""
-    problems: list[str] = []
-    notes = None
-    if control.leads_host and run_folder.finished(run):
-        notes = attempt(problems, lambda: run_folder.mend_tokenizer(run, corpus.tokenizer_folder))
-    for line in dict.fromkeys(line for lines in control.gather([*(notes or []), *problems]) for line in lines):
-        if control.rank == 0:
-            print(f"warning: {line}", flush=True)
-
-
-def _refuse_unwritable(control: Control, run: Path) -> None:
-    """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
-    problems: list[str] = []
-    if control.leads_host:
-        attempt(problems, lambda: run_folder.refuse_unusable(run))
-    raise_on_all(control, [f"--run-dir {run}: {problem}" for problem in problems])
-
-
-def _join(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.EngineConfig:
-    ds_file = ds_config.read(options.ds_config)
-    return ds_config.join(recipe, ds_file, world_size, devices.device_type(), rows)
 
 
 def _with_fastest_micro_batch(
@@ -381,5 +267,5 @@ def _with_fastest_micro_batch(
             print(line, flush=True)
 
     trial = micro_batch.Trial(recipe, engine_config, devices.current_device(), devices.DTYPES[recipe.train.precision])
-    changed = _join(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
+    changed = joined_config(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
     return replace(changed, compiled=engine_config.compiled, eager_reason=engine_config.eager_reason)

@@ -153,7 +153,7 @@ def test_plan_json() -> None:
 
 def test_plan_table() -> None:
     """Oracle: the same figures, for people."""
-    output = CliRunner().invoke(app, ["plan", "ant-10m", "--gpus-per-node", "8", "--nodes", "2"]).stdout
+    output = CliRunner().invoke(app, ["plan", "ant-10m", "--devices", "8", "--nodes", "2"]).stdout
     assert "9,902,336 (published: 9,902,464)" in output
     assert "16 on 2 hosts, ZeRO-1" in output
     assert "Assumed: " in output
@@ -252,7 +252,7 @@ def test_plan_of_a_file(tmp_path: Path) -> None:
         (["plan", "demo", "--hostfile", "hostfiles/two_nodes"], ["hostfiles/two_node"]),
         (
             ["plan", "demo", "--hostfile", "hostfiles/two_node", "--nodes", "2"],
-            ["leave out --gpus-per-node and --nodes"],
+            ["leave out --devices and --nodes"],
         ),
         (["plan", "demo", "--ds-config", "ds_configs/zero9.json"], ["zero9.json"]),
         (["prepare", "demo", "--source", "documentation"], ["expected NAME=PATH"]),

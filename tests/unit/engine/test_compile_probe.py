@@ -269,11 +269,24 @@ def test_a_working_compiler_is_called_each_time(cache: Path, tmp_path: Path, mon
 @pytest.mark.parametrize("other", [None, "this CPU has no AMX"])
 def test_all_ranks_take_the_same_backward_pass_of_attention(monkeypatch: pytest.MonkeyPatch, other: str | None) -> None:
     """Oracle: this rank has built the library; it keeps it only if the other rank has one, too."""
+    monkeypatch.setenv("DS_SLM_HALF_PRODUCTS", "native")
     monkeypatch.setattr(cpu_attention, "_library", object())
     control: Any = SimpleNamespace(gather=lambda own: [own, other])
     compile_probe.build_attention(control)
     assert cpu_attention.is_built(torch.bfloat16) == (other is None)
     assert cpu_attention.build() == other
+
+
+def test_a_rank_without_bf16_products_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a rank that upcasts takes part in the one message, else the others would wait, and builds nothing."""
+    monkeypatch.setenv("DS_SLM_HALF_PRODUCTS", "upcast")
+    monkeypatch.setattr(compile_probe, "eager_reason", lambda *_: None)
+    monkeypatch.setattr(compile_probe.devices, "current_device", lambda: CPU)
+    monkeypatch.setattr(cpu_attention, "build", None)
+    said: list[str] = []
+    control: Any = SimpleNamespace(gather=lambda own: [said.append(own), own, None])
+    compile_probe.agree(ds_config.EngineConfig({}, 1, 1, 0, compiled=True), torch.bfloat16, control)
+    assert said == ["a CPU does not multiply in bf16"] and not cpu_attention.is_built(torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_plain_and_packed_rows_go_through_it(
         own_q, own_k, own_v = (one.detach().clone().requires_grad_() for one in (q, k, v))
         y = kernels.attention(own_q, own_k, own_v, None, causal=offsets is None, offsets_C=offsets)
         found.append([y, *torch.autograd.grad(y, (own_q, own_k, own_v), dy)])
-        cpu_attention.leave("the second time without")
+        cpu_attention.disable("the second time without")
 
     assert calls == ([64] if offsets is None else list(lengths))
     assert torch.equal(found[0][0], found[1][0])

@@ -43,7 +43,7 @@ RESULT = "result.json"
 LEAST_S = 15
 """No check is begun with less time than this."""
 REHEARSED_TIMES = 4
-"""A check may take so many times its limit on a CPU."""
+"""On a CPU a check's time limit is multiplied by this."""
 REHEARSED_AT_ONCE = 2
 """Checks that a rehearsal runs at a time: nothing is timed, and most of a check is one thread's start."""
 
@@ -100,10 +100,6 @@ def run_all(
     checks: Sequence[Check], run: Callable[[Check], dict[str, Any]], at_once: int
 ) -> Iterator[tuple[Check, dict[str, Any]]]:
     """Run checks, `at_once` at a time; each with what was seen, in their order."""
-    if at_once == 1:  # in this thread: Ctrl-C ends the check, too
-        for check in checks:
-            yield check, run(check)
-        return
     with ThreadPoolExecutor(at_once) as pool:
         yield from zip(checks, pool.map(run, checks), strict=True)
 
@@ -197,5 +193,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end_at_once)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)
     sys.exit(run_program(main))

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import gpu_cases
 from benchmarks.tiny_runs import free_port
 from ds_slm.errors import DataError, run_program
-from ds_slm.run.folder import SAVED
+from ds_slm.run.folder import newest_saved
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sysconfig.get_path("scripts"))
@@ -120,16 +120,20 @@ def demo(rows: Rows) -> None:
 
 def resume(rows: Rows) -> None:
     """Is a killed and resumed run bit for bit the one that was not?"""
-    # The demo's run; one of its own where that check failed, was not asked for, or has not come so far.
+    # The demo's run; one of its own where that check failed, was not asked for, or has saved nothing.
     run_dir = run_folder(rows, DEMO)
-    if not (run_dir / SAVED).exists():
+    if not newest_saved(run_dir)[0]:
         run_dir = run_folder(rows, "resumed")
         pretrain(rows, "resumed", 2)
 
     command = [str(PROGRAMS / "ds-slm"), "verify", str(run_dir), "--resume"]
-    command += ["--data-root", str(rows.folder.parent / "data")]
-    done = subprocess.run(command, env=environment(rows.rehearsing), check=False)
-    same = done.returncode == 0
+    command += ["--json", "--data-root", str(rows.folder.parent / "data")]
+    done = subprocess.run(command, env=environment(rows.rehearsing), stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    if not done.stdout.strip():
+        raise DataError(f"nothing was compared: `ds-slm verify --resume` ended with {done.returncode}.")
+
+    same = json.loads(done.stdout)["same"]
     rows.add("killed and resumed, deterministic", "the same bits" if same else "differs", "the same bits", same)
 
 

@@ -33,6 +33,7 @@ if __name__ == "__main__":
 from benchmarks import tiny_runs
 from benchmarks import train as bench_train
 from ds_slm.errors import DataError, run_program
+from ds_slm.files import sha256_of_json
 from ds_slm.recipe import budget, ds_config, rates, schema
 from ds_slm.recipe.schema import Recipe
 
@@ -57,12 +58,15 @@ class Case:
     micro_batch: int
     compiled: bool
     """Whether blocks are compiled."""
+    settings: tuple[str, ...] = ()
+    """What `--set` changes of the recipe."""
 
     @property
     def key(self) -> str:
         """Its file's name."""
         how = "compiled" if self.compiled else "eager"
-        return f"{self.name}-{self.recipe.train.precision}-zero{self.stage}-rows{self.micro_batch}-{how}"
+        changed = f"-{sha256_of_json(self.settings)[:8]}" if self.settings else ""
+        return f"{self.name}-{self.recipe.train.precision}-zero{self.stage}-rows{self.micro_batch}-{how}{changed}"
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -79,10 +83,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             own = ds_config.compiles_blocks(recipe, stage, RANKS, "cpu")
             compiled = {"own": own, "never": False, "always": stage < 3}[args.compiled]
             for tokens in args.tokens or TOKENS.get(name, DEFAULT_TOKENS):
-                yield Case(name, recipe, stage, max(tokens // recipe.data.seq_len, 1), compiled)
+                yield Case(name, recipe, stage, max(tokens // recipe.data.seq_len, 1), compiled, tuple(args.set))
 
 
-def measure(case: Case, out: Path, overrides: list[str]) -> dict[str, Any]:
+def measure(case: Case, out: Path) -> dict[str, Any]:
     """Launch it. Raises DataError, with what it said, where it fails."""
     folder = out / "launches" / case.key
     shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +95,7 @@ def measure(case: Case, out: Path, overrides: list[str]) -> dict[str, Any]:
     recipe, laid_out = case.recipe, out / case.name
     never_saved = "run.save_every_steps="
     settings = [
-        *overrides,
+        *case.settings,
         *(one for one in bench_train.lay_out(recipe, laid_out) if not one.startswith(never_saved)),
         f"{never_saved}{SAVED_AFTER}",
         f"train.precision={recipe.train.precision}",
@@ -176,7 +180,7 @@ def main() -> int:
         if args.table and not path.exists():
             continue
         if not path.exists():
-            measured = measure(case, out, args.set)
+            measured = measure(case, out)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(measured, indent=2) + "\n")
             print(json.dumps(measured), flush=True)

@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import step_parts, tiny_runs
-from ds_slm.errors import TrainingError, run_program
+from ds_slm.errors import ConfigError, TrainingError, run_program
+from ds_slm.files import sha256_of_json
 
 Parts = dict[str, float]
 """Milliseconds of a step by what they are for."""
@@ -29,11 +30,11 @@ Parts = dict[str, float]
 
 def data_root(folder: Path, checkout: Path) -> Path:
     """Where a checkout prepares its data: each by itself."""
-    return folder / f"data-{checkout.name}"
+    return folder / f"data-{checkout.name}-{sha256_of_json(str(checkout))[:8]}"
 
 
 def measure_launch(checkout: Path, folder: Path, ranks: int, steps: int, *flags: object) -> list[Parts]:
-    """Of each rank, what a step is made of in one launch. Raises TrainingError with what it said where it fails.
+    """Of each rank, what a step is made of in one launch.
 
     Args:
         checkout: whose program is launched, with a `.venv` of its own.
@@ -41,7 +42,14 @@ def measure_launch(checkout: Path, folder: Path, ranks: int, steps: int, *flags:
         ranks: on this machine.
         steps: of the launch.
         flags: further ones of the program.
+
+    Raises:
+        ConfigError: no step would count.
+        TrainingError: the launch failed; with what it said.
     """
+    if steps <= step_parts.WARM_STEPS + 1:
+        raise ConfigError(f"--steps {steps}: expected more than {step_parts.WARM_STEPS + 1}: the first do not count.")
+
     run_dir, found = folder / "run", folder / "parts"
     for old in (run_dir, found):
         shutil.rmtree(old, ignore_errors=True)

@@ -251,6 +251,11 @@ def measure(bench: Bench, side: str, micro_batch: int, few: Launch | None = None
     few = few or launch(bench, side, micro_batch, ACCUMULATIONS[0])
     many = launch(bench, side, micro_batch, ACCUMULATIONS[1])
     micro_s = (many.step_s - few.step_s) / (ACCUMULATIONS[1] - ACCUMULATIONS[0])
+    if micro_s <= 0:
+        raise DataError(
+            f"{side}: a step of {ACCUMULATIONS[1]} forwards took {many.step_s:.3f} s, one of {ACCUMULATIONS[0]} "
+            f"{few.step_s:.3f} s: other work runs on this machine. Measure again when it is quiet."
+        )
     optimizer_s = max(few.step_s - ACCUMULATIONS[0] * micro_s, 0.0)
     cut = plan.batch(bench.recipe, bench.ranks(side), micro_batch)
     step_s = cut.accumulation_steps * micro_s + optimizer_s
@@ -363,6 +368,9 @@ def main() -> int:
     if args.all == bool(args.recipe):
         parser.error("name a recipe, or give --all")
     if args.all:
+        for name in ("set", "sides", "rounds", "memory"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} is not for --all: name a recipe")
         from benchmarks import training_table
 
         training_table.run(args.out.resolve() / "table", args.micro_batches, args.steps, args.precisions)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks import train
 from ds_slm.engine.devices import DTYPES
+from ds_slm.errors import DataError
 from ds_slm.model import kernels
 from ds_slm.recipe import schema
 from ds_slm.run import measure
@@ -39,6 +40,8 @@ SPREAD, LEAST_ROUNDS, MOST_ROUNDS = 0.05, 2, 5
 class Row:
     """A recipe in one precision, as far as it has been measured."""
 
+    asked: dict[str, Any] = field(default_factory=dict)
+    """Micro-batches that were tried, and steps that count: rounds of a row are alike."""
     micro_batches: dict[str, int] = field(default_factory=dict)
     """Each side's best."""
     rounds: list[dict[str, dict[str, Any]]] = field(default_factory=list)
@@ -80,8 +83,11 @@ def write(path: Path, row: Row) -> None:
 
 
 def measure_row(path: Path, bench: train.Bench, choices: list[int]) -> None:
-    """Bring one row to its end, from wherever it stands."""
-    row = read(path)
+    """Bring one row to its end, from wherever it stands. Raises DataError where it was begun with other flags."""
+    row, asked = read(path), {"micro_batches": choices, "steps": bench.steps}
+    if row.asked not in ({}, asked):
+        raise DataError(f"{path} was begun with {row.asked}, this call has {asked}: name another --out, or remove it.")
+    row.asked = asked
     for side in train.SIDES:
         if side not in row.micro_batches:
             row.micro_batches[side] = train.best_micro_batch(bench, side, choices)

@@ -8,6 +8,7 @@ Exit codes: 0 done; 2 the user's mistake, said in one paragraph; 75 stopped by a
 
 import errno
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -92,6 +93,16 @@ class AgreedDataError(DataError):
 
 RAISED_ON_ALL_RANKS = (Stopped, TrainingError, AgreedDataError)
 """Once the ranks have met, all of them raise these at the same place: none is left inside a collective."""
+
+
+def telling_line(output: str) -> str | None:
+    """The line of a failed program's output that says most: a compiler's error, else Python's, else the last one.
+
+    None where there is no line. Long lines lose their beginning.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    by_tool, by_python = ([line for line in lines if re.search(p, line)] for p in (r"\berror: |cannot find", "Error: "))
+    return next((line[-200:] for line in [*by_tool, *by_python, *lines[-1:]]), None)
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:

@@ -121,8 +121,7 @@ def plan_recipe(
     from ds_slm.cli import planning
     from ds_slm.recipe import schema
 
-    world_size, host_count = planning.devices(hostfile, nodes, devices)
-    topology = planning.topology(world_size, host_count, network, host_memory)
+    topology = planning.topology(hostfile, nodes, devices, network, host_memory)
     planning.run(name, schema.load(name, overrides), ds_config, topology, measure, as_json)
 
 

@@ -7,28 +7,42 @@ from ds_slm.cli import tables
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import plan, rates, schema
-from ds_slm.recipe.ds_config import read
+from ds_slm.recipe.ds_config import join, read
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.times import Topology
 
 
-def devices(hostfile: Path | None, nodes: int | None, on_each: int | None) -> tuple[int, int]:
-    """Devices over all hosts, and hosts. Raises ConfigError where the flags say it twice."""
+def topology(
+    hostfile: Path | None,
+    nodes: int | None,
+    devices: int | None,
+    network_gbit_per_s: float | None,
+    host_memory_gb: float | None,
+) -> Topology:
+    """Where a launch would run, and this machine's CPU.
+
+    Args:
+        hostfile: hosts and their devices; None takes the next two.
+        nodes: hosts; None is one.
+        devices: devices on each host; None is one.
+        network_gbit_per_s: speed of each host's link.
+        host_memory_gb: memory of each host.
+
+    Raises:
+        ConfigError: hosts or devices are given twice.
+        HostfileError: the hostfile is missing or malformed.
+    """
+    host_bytes = round(host_memory_gb * 1e9) if host_memory_gb else None
+    known = network_gbit_per_s, host_bytes, rates.own_cpu()
     if hostfile is None:
-        return (nodes or 1) * (on_each or 1), nodes or 1
-    if on_each or nodes:
+        return Topology((nodes or 1) * (devices or 1), nodes or 1, *known)
+    if devices or nodes:
         raise ConfigError("--hostfile already says how many hosts and devices: leave out --devices and --nodes.")
 
     from ds_slm.cluster.hostfile import parse_hostfile
 
-    hosts = parse_hostfile(hostfile)
-    return sum(host.slots for host in hosts), len(hosts)
-
-
-def topology(world_size: int, nodes: int, network_gbit_per_s: float | None, host_memory_gb: float | None) -> Topology:
-    """The devices, and this machine's CPU."""
-    host_bytes = round(host_memory_gb * 1e9) if host_memory_gb else None
-    return Topology(world_size, nodes, network_gbit_per_s, host_bytes, rates.own_cpu())
+    slots = [host.slots for host in parse_hostfile(hostfile)]
+    return Topology(sum(slots), len(slots), *known, max(slots))
 
 
 def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bool, as_json: bool) -> None:
@@ -47,10 +61,12 @@ def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bo
 
     if measure:
         from ds_slm.engine.core_speed import core_speed
+        from ds_slm.run.software import find_compiler
 
-        plan.refuse_unusable(settings)
-        rows = plan.cut(recipe, settings, where.world_size, "cpu").micro_batch
-        own = replace(own, speed=core_speed(recipe, rows))
+        # As the run would compute: where it compiles its blocks, the same graph is compiled here.
+        launch = join(recipe, settings, where.world_size, "cpu", None)
+        compiled = launch.compiled and find_compiler("cpu") is not None
+        own = replace(own, speed=core_speed(recipe, launch.micro_batch, compiled))
 
     found = plan.plan(recipe, name, settings, replace(where, own=own))
     if not as_json:

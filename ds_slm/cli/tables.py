@@ -89,10 +89,11 @@ def _scaling_lines(plan: Plan) -> list[str]:
         f"bring nothing; of the rows that these {plan.world_size:,} compute, {scaling.busy_share:.0%} count."
     ]
     if scaling.network_shares:
-        shares = (
-            f"{name} {share:.0%} (half at {scaling.balanced_hosts[name]:,.0f} hosts)"
-            for name, share in scaling.network_shares.items()
-        )
+        half = {
+            name: f"half at {nodes:,} hosts" if nodes else "never half"
+            for name, nodes in scaling.balanced_hosts.items()
+        }
+        shares = (f"{name} {share:.0%} ({half[name]})" for name, share in scaling.network_shares.items())
         lines.append(f"The network's share of a step: {', '.join(shares)}.")
     return [textwrap.fill(line, width=100) for line in lines]
 

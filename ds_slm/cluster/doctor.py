@@ -72,7 +72,7 @@ class Plan:
         recipe, name = schema.load(self.recipe, run=self.run_dir), schema.recipe_path(self.recipe).stem
         zero1 = ds_config.read(software.ROOT / "ds_configs" / "zero1.json")
         world_size = sum(host.slots for host in self.places)
-        memory = plan.plan(recipe, name, zero1, plan.Topology(world_size, len(self.places))).memory
+        memory = plan.plan(recipe, name, zero1, plan.Topology(world_size, len(self.places))).cpu_memory
 
         token_bytes = 2 if recipe.model.vocab_size <= 1 << 16 else 4
         return Needs(
@@ -81,7 +81,7 @@ class Plan:
             checkpoints=recipe.run.keep_last + recipe.run.keep_best + 1,
             keepers=recipe.run.checkpoint_copies,
             data_bytes=recipe.train.steps * recipe.train.global_batch_tokens * token_bytes,
-            rank_bytes=memory.device_bytes,
+            rank_bytes=memory.device_bytes - memory.program_bytes,
         )
 
 

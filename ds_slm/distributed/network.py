@@ -18,6 +18,7 @@ import psutil
 from ds_slm.errors import DeviceError
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 
 
 def reserve_variables(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -27,8 +28,9 @@ def reserve_variables(environ: MutableMapping[str, str] = os.environ) -> None:
     in another; values of names that are there change without harm. To be called once torch is imported: its OpenMP
     has read OMP_NUM_THREADS by then.
     """
-    # Chosen later; until then an empty value is none.
-    for name in (GLOO, "OMP_NUM_THREADS"):  # NCCL would take even an empty name for more than its own nccl.conf says
+    # Chosen later; until then an empty value is none. But even an empty NCCL variable hides what nccl.conf says.
+    configured = any(os.path.exists(os.path.expanduser(file)) for file in NCCL_FILES)
+    for name in (GLOO, "OMP_NUM_THREADS", *([] if configured else [NCCL])):
         environ.setdefault(name, "")
 
     # Set by torch's compiler and by DeepSpeed themselves, to just this.
@@ -130,5 +132,5 @@ def choose(
     if found is not None:
         environ[GLOO] = environ.get(GLOO) or found
         if is_cuda and others:
-            environ.setdefault(NCCL, f"={found}")
+            environ[NCCL] = environ.get(NCCL) or f"={found}"
     return environ.get(GLOO) or None

@@ -16,7 +16,6 @@ removed later are not noticed. A GPU in exclusive-process mode refuses the child
 
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import torch
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import devices
 from ds_slm.engine.result_cache import ResultCache
+from ds_slm.errors import telling_line
 from ds_slm.model import cpu_attention, kernels
 from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.run import software
@@ -68,7 +68,19 @@ def agree(engine_config: EngineConfig, dtype: torch.dtype, control: Control) -> 
 
 def eager_reason(control: Control, device: torch.device) -> str | None:
     """Why blocks must run eagerly; None if every host can compile. Collective, and the same on every rank."""
-    own = _host_reason(device) if control.leads_host else None
+    return _reason_anywhere(control, _host_reason(device) if control.leads_host else None)
+
+
+def build_attention(control: Control) -> None:
+    """Attention's backward pass in C++ on all ranks, or torch's own on all. Collective."""
+    wanted = kernels.wants_amx_backward("cpu", torch.bfloat16)
+    own = cpu_attention.build() if wanted else "this CPU does not multiply in bf16"
+    if reason := _reason_anywhere(control, own):
+        cpu_attention.disable(reason)
+
+
+def _reason_anywhere(control: Control, own: str | None) -> str | None:
+    """All ranks' reasons as one, the same on every rank; None if no rank has one. Collective."""
     hosts_by_reason: dict[str, list[str]] = {}
     for host, reason in zip(control.hosts, control.gather(own), strict=True):
         if reason:
@@ -79,15 +91,7 @@ def eager_reason(control: Control, device: torch.device) -> str | None:
     # Hosts are named only where they differ.
     if len(hosts_by_reason) == 1 and set(*hosts_by_reason.values()) == set(control.hosts):
         return next(iter(hosts_by_reason))
-    return "; ".join(f"{', '.join(hosts)}: {reason}" for reason, hosts in hosts_by_reason.items())
-
-
-def build_attention(control: Control) -> None:
-    """Attention's backward pass in C++ on all ranks, or torch's own on all. Collective."""
-    wanted = kernels.wants_amx_backward("cpu", torch.bfloat16)
-    own = cpu_attention.build() if wanted else "a CPU does not multiply in bf16"
-    if reasons := [reason for reason in control.gather(own) if reason]:
-        cpu_attention.disable(reasons[0])
+    return "; ".join(f"{', '.join(dict.fromkeys(hosts))}: {reason}" for reason, hosts in hosts_by_reason.items())
 
 
 def _host_reason(device: torch.device) -> str | None:
@@ -131,14 +135,8 @@ def _probe(device: torch.device) -> str | None:
     except OSError as error:
         return f"torch.compile does not work: {error}"
 
-    return f"torch.compile does not work: {_cause(text, exit_code)}" if exit_code else None
-
-
-def _cause(stderr: str, exit_code: int) -> str:
-    """The line that says most: a compiler's error, else Python's, else the last one."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    by_tool, by_python = ([line for line in lines if re.search(p, line)] for p in (r"\berror: |cannot find", "Error: "))
-    return [*by_tool, *by_python, *lines[-1:], f"exit code {exit_code}"][0][-200:]
+    cause = telling_line(text) or f"exit code {exit_code}"
+    return f"torch.compile does not work: {cause}" if exit_code else None
 
 
 def _cache_key(compiler: str, device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     the optimiser over the smaller of them              --> seconds for each value
 
 A CPU's speed depends on sizes, precision, caches and kernels far more than on a datasheet, so nothing is assumed.
-Known gap: other cores are idle meanwhile, whose ranks share memory and caches with this one later.
+Known gaps: other cores are idle meanwhile, whose ranks share memory and caches with this one later; rows are not
+packed.
 """
 
 import time
@@ -24,23 +25,25 @@ BLOCKS = (1, 3)
 """Of the two models."""
 
 
-def core_speed(recipe: Recipe, micro_batch: int) -> CoreSpeed:
+def core_speed(recipe: Recipe, micro_batch: int, compiled: bool = False) -> CoreSpeed:
     """Time one core of this machine.
 
     Args:
         recipe: what is trained.
         micro_batch: rows of a forward.
+        compiled: whether blocks are compiled first, which takes up to a minute where torch's cache does not hold them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        few_s, more_s = (_micro_batch_s(_with_blocks(recipe, blocks), micro_batch) for blocks in BLOCKS)
+        few_s, more_s = (_micro_batch_s(_with_blocks(recipe, blocks), micro_batch, compiled) for blocks in BLOCKS)
         update_s_per_value = _update_s_per_value(_with_blocks(recipe, BLOCKS[0]))
     finally:
         torch.set_num_threads(threads)
 
     block_s = max(more_s - few_s, 0.0) / (BLOCKS[1] - BLOCKS[0])
-    return CoreSpeed(few_s + (recipe.model.num_hidden_layers - BLOCKS[0]) * block_s, update_s_per_value)
+    micro_batch_s = few_s + (recipe.model.num_hidden_layers - BLOCKS[0]) * block_s
+    return CoreSpeed(micro_batch_s, update_s_per_value, compiled)
 
 
 def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
@@ -48,9 +51,12 @@ def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
     return recipe.model_copy(update={"model": shape})
 
 
-def _micro_batch_s(recipe: Recipe, rows: int) -> float:
+def _micro_batch_s(recipe: Recipe, rows: int, compiled: bool) -> float:
     """Seconds of a forward and backward, and of adding up its gradients in fp32."""
-    return _least_s(TrialPass(recipe, rows, torch.device("cpu"), DTYPES[recipe.train.precision]))
+    forward_backward = TrialPass(recipe, rows, torch.device("cpu"), DTYPES[recipe.train.precision])
+    if compiled:
+        forward_backward.model.compile_parts()
+    return _least_s(forward_backward)
 
 
 def _update_s_per_value(recipe: Recipe) -> float:

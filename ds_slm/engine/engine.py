@@ -4,7 +4,7 @@
                    -> forward_backward: gradients add up -> step: clipped and applied
 
 A step has one message of ours: behind its last backward pass every rank says its sums, its request, and what the next
-step's rows hold, which are read by then. So `agree` asks nobody but at the first step of a launch.
+step's rows hold. So `agree` asks the other ranks only in the first step of a launch, and where a disk is slow.
 
 The loss of a step is the sum over all its tokens, on all ranks and in all micro-batches, divided by the sum of their
 weights: never a mean of means. DeepSpeed divides by the accumulation steps and averages over ranks, so each
@@ -128,7 +128,7 @@ class Engine:
         announced, said = self._announced
         if share is not announced:
             said = self._gather(torch.tensor(self._described(share), dtype=torch.float64).to(self.device))
-        problems, weights, counts, durations_s = said
+        _, problems, weights, counts, durations_s = said
         if any(problems):
             raise_on_all(self.control, share.problems, AgreedDataError)
         return Totals(sum(weights), sum(counts), micro_batches_per_vote(max(durations_s)))
@@ -248,10 +248,10 @@ class Engine:
         return ids[:, :-1], ids[:, 1:], weights, documents
 
     def _described(self, share: Share | None) -> list[float]:
-        """What a rank says of its rows before the first forward; zeros where there are none."""
+        """What a rank says of its rows before the first forward: 1, and what they hold; zeros where there are none."""
         if share is None:
-            return [0.0, 0.0, 0.0, 0.0]
-        return [len(share.problems), share.weight, share.count, self._micro_batch_s]
+            return [0.0] * 5
+        return [1.0, len(share.problems), share.weight, share.count, self._micro_batch_s]
 
     def _gather_sums(self, own: Tensor, following: Share | None = None) -> list[list[float]]:
         """Each sum's values on all ranks; what they say of the next step's rows is kept for `agree`.
@@ -261,7 +261,7 @@ class Engine:
         beside = torch.tensor([int(self.interrupt.request), *self._described(following)], dtype=torch.float64)
         gathered = self._gather(torch.cat([own, beside.to(self.device, non_blocking=True)]))
         sums, (requests, *said) = gathered[: len(own)], gathered[len(own) :]
-        if following is not None:
+        if following is not None and all(said[0]):  # a rank whose rows are not read yet makes all of them ask again
             self._announced = following, said
         self.interrupt.act_on(Request(int(max(requests))))
         return sums

@@ -28,7 +28,7 @@ import torch
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.result_cache import ResultCache
 from ds_slm.engine.trial_pass import TrialPass
-from ds_slm.model import kernels
+from ds_slm.model import cpu_attention, kernels
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import budget
 from ds_slm.recipe.ds_config import EngineConfig
@@ -39,7 +39,7 @@ MINIMAL_GAIN = 1.02
 REPEATS = 3
 FREE_SHARE = 0.9
 """The share of a device's free memory that may be used."""
-METHOD = 3
+METHOD = 4
 """Version of the measurement: results of an older one are not used."""
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "triton")
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
@@ -110,7 +110,13 @@ def _cache_key(trial: Trial, control: Control) -> dict[str, Any]:
         "train": recipe.train.model_dump(mode="json", include={"precision", "gradient_checkpointing", "z_loss"}),
         "optimizer": recipe.optimizer.model_dump(mode="json", include={"name", "embedding_bits"}),
         "deepspeed": {name: value for name, value in engine_config.deepspeed.items() if name not in BATCH_KEYS},
-        "kernels": [str(trial.dtype), engine_config.compiled, engine_config.deterministic, kernels.chosen_products()],
+        "kernels": [
+            str(trial.dtype),
+            engine_config.compiled,
+            engine_config.deterministic,
+            kernels.chosen_products(),
+            cpu_attention.is_built(trial.dtype),
+        ],
         "devices": control.gather(own_device),
         "versions": {name: _version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda},
     }

@@ -11,7 +11,7 @@ Known gap: the rows of two steps lie in memory at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from ds_slm.distributed.ranks import Control
 from ds_slm.errors import DataError
 from ds_slm.recipe.ds_config import EngineConfig
 
+PATIENCE_S = 1.0
+"""How long a step waits for the rows of the next one, to tell the other ranks of them in the same message."""
 ALIGNMENT = 64
 """Bytes: where an array may begin in a buffer."""
 
@@ -138,11 +140,15 @@ class RowReader:
         return rows
 
     def following(self) -> Share | None:
-        """This rank's share of the next step, once it is read; None where none follows, or where reading it failed.
+        """This rank's share of the next step; None where none follows, or where it is not read by now.
 
-        A failure is raised where the rows are used.
+        It has usually been read long ago; a slow disk is given PATIENCE_S, for this step must be applied whether the
+        next one can be read or not. A failure is raised where the rows are used.
         """
-        if self._ahead is None or self._ahead[1].exception() is not None:
+        if self._ahead is None:
+            return None
+        wait([self._ahead[1]], PATIENCE_S)
+        if not self._ahead[1].done() or self._ahead[1].exception() is not None:
             return None
         return self._ahead[1].result().share
 

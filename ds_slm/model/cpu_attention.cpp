@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <vector>
 
 using at::BFloat16;
@@ -141,10 +142,11 @@ struct Head {
 extern "C" bool supported() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
 // q, y's gradient dy, dq: [B, H, T, E]; k, v, dk, dv: [B, K, T, E]; logsumexp, delta: [B, H, T]; all contiguous.
-extern "C" void backward(
+// False where a thread finds no memory for its buffers.
+extern "C" bool backward(
     const BFloat16* q, const BFloat16* k, const BFloat16* v, const BFloat16* dy, const float* logsumexp,
     const float* delta, BFloat16* dq, BFloat16* dk, BFloat16* dv, int64_t B, int64_t H, int64_t K, int64_t T, int64_t E,
-    double scale) {
+    double scale) try {
   const int64_t shared = H / K, size = T * E;
   at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
     Head head(T, E);
@@ -162,4 +164,7 @@ extern "C" void backward(
     }
     at::native::cpublas::brgemm_release();  // the tiles: other products lay them out anew
   });
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
 }

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ds_slm.errors import telling_line
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 _library: ctypes.CDLL | None = None
@@ -63,6 +65,9 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
 
     Returns:
         dq_BHTE, dk_BKTE, dv_BKTE.
+
+    Raises:
+        MemoryError: there is no memory for a head's operands.
     """
     assert _library is not None, _failure
     B, H, T, E = q_BHTE.shape
@@ -72,7 +77,8 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
 
     pointers = (ctypes.c_void_p(one.data_ptr()) for one in (*operands, *gradients))
     sizes = (ctypes.c_int64(size) for size in (B, H, k_BKTE.shape[1], T, E))
-    _library.backward(*pointers, *sizes, ctypes.c_double(E**-0.5))
+    if not _library.backward(*pointers, *sizes, ctypes.c_double(E**-0.5)):
+        raise MemoryError(f"attention's backward pass over {T} tokens has no memory for its buffers")
     dq_BHTE, dk_BKTE, dv_BKTE = gradients
     return dq_BHTE, dk_BKTE, dv_BKTE
 
@@ -85,8 +91,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(SOURCE.read_text())
-        library.supported.restype, library.backward.restype = ctypes.c_bool, None
+        # torch keeps it by its text, also for the next version of torch, which would load what fits no more.
+        library = CppCodeCache.load(f"// torch {torch.__version__}\n{SOURCE.read_text()}")
+        library.supported.restype = library.backward.restype = ctypes.c_bool
     except Exception as error:  # a compiler that lacks a header, a cache without room, a torch that moved these names
-        return None, f"cpu_attention.cpp: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        return None, f"cpu_attention.cpp: {telling_line(str(error)) or repr(error)}"
     return (library, None) if library.supported() else (None, "this torch has no products of tiles")

@@ -20,16 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_slm.errors import ConfigError
 from ds_slm.model import cpu_attention
 from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters, varlen_takes_groups, whole_rows
+from ds_slm.recipe.rates import PRODUCTS_VARIABLE, chosen_products
 
 HALF = (torch.bfloat16, torch.float16)
-PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
-"""Environment variable: how a CPU multiplies half-precision tensors, `native` or `upcast`; unset, as is fastest on it.
-Either form runs on every CPU, so the arithmetic of another kind of CPU can be tried here; `native` without the
-instructions takes torch's reference loops."""
-
 CALL_SCORES = 25_000
 """On a CPU: a call a document is faster than a mask where it saves so many scores of queries and keys, on average: at 8
 heads and 256 tokens a row, documents of 13 tokens; at 4 heads and 128 tokens, nearly none. Measured, not derived."""
@@ -41,18 +36,6 @@ def multiplies(device_type: str, dtype: torch.dtype) -> bool:
         return True
     chosen = chosen_products()
     return chosen == "native" if chosen else _cpu_multiplies(dtype)
-
-
-def chosen_products() -> str | None:
-    """What the environment says of a CPU's half-precision products; None where it leaves that to the CPU.
-
-    Raises:
-        ConfigError: it is neither `native` nor `upcast`.
-    """
-    chosen = os.environ.get(PRODUCTS_VARIABLE) or None
-    if chosen not in (None, "native", "upcast"):
-        raise ConfigError(f"{PRODUCTS_VARIABLE}={chosen}: expected native, upcast, or unset.")
-    return chosen
 
 
 @lru_cache

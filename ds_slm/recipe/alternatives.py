@@ -6,8 +6,10 @@
 All of it is predicted by ds_slm.recipe.budget; nothing is run.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ds_slm.recipe.budget import Memory, memory
@@ -38,8 +40,9 @@ class Scaling:
     """Rows of the recipe among all rows that the asked devices compute; the rest is filler."""
     network_shares: dict[str, float]
     """By kind of device: the network's share of a step's time. Empty on one host, or without a network's speed."""
-    balanced_hosts: dict[str, float]
-    """By kind of device: hosts at which a step's network takes as long as its computing, with as many devices each."""
+    balanced_hosts: dict[str, int | None]
+    """By kind of device: the fewest hosts on which the network takes half of a step; None where the batch has too few
+    rows for so many."""
 
 
 def alternatives(
@@ -78,24 +81,29 @@ def alternatives(
     return found
 
 
-def scaling(cuts: Mapping[str, Batch], times: list[Time], topology: Topology) -> Scaling:
+def scaling(
+    cuts: Mapping[str, Batch], times: list[Time], topology: Topology, times_on: Callable[[Topology], list[Time]]
+) -> Scaling:
     """Where the asked devices stand.
-
-    n hosts of r ranks compute for C / n seconds and send S (1 - 1 / rn) bytes' worth of seconds: equal at
-    n = C / S + 1 / r.
 
     Args:
         cuts: device type -> a step on the asked devices.
-        times: theirs, one for each kind.
+        times: the durations there, one for each kind.
         topology: the asked devices.
+        times_on: the durations on another number of hosts of the same kind.
     """
-    busy = {name: cut.rows_per_step / (cut.rows_per_step + cut.filler_rows) for name, cut in cuts.items()}
-    crossing = 1 - 1 / topology.world_size
-    shares, balanced = {}, {}
-    for time in times:
-        if not time.network_s:
-            continue
-        shares[time.device] = time.network_s / time.step_s
-        computing_s = (time.step_s - time.network_s) * busy[time.device_type] * topology.nodes
-        balanced[time.device] = computing_s * crossing / time.network_s + topology.nodes / topology.world_size
-    return Scaling(cuts["cuda"].rows_per_step, busy["cuda"], shares, balanced)
+    rows, cut = cuts["cuda"].rows_per_step, cuts["cuda"]
+    most_hosts = max(rows // topology.ranks_per_host, 2)
+
+    @cache
+    def network_shares(nodes: int) -> dict[str, float]:
+        return {time.device: time.network_s / time.step_s for time in times_on(topology.on(nodes))}
+
+    # More hosts compute fewer rows each and send about as much: the first host count whose share is a half or more.
+    hosts = range(2, most_hosts + 1)
+    shares = {time.device: time.network_s / time.step_s for time in times if time.network_s}
+    balanced: dict[str, int | None] = {}
+    for device in shares:
+        index = bisect_left(hosts, 0.5, key=lambda nodes, device=device: network_shares(nodes)[device])
+        balanced[device] = hosts[index] if index < len(hosts) else None
+    return Scaling(rows, rows / (rows + cut.filler_rows), shares, balanced)

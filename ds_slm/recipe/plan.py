@@ -20,7 +20,7 @@ from ds_slm.recipe.budget import Memory, save_bytes
 from ds_slm.recipe.counts import Batch, ParameterCounts, batch, parameter_counts, parameters
 from ds_slm.recipe.effects import warnings
 from ds_slm.recipe.schema import Model, Recipe
-from ds_slm.recipe.times import Time, Topology, assumptions, load, times
+from ds_slm.recipe.times import Load, Time, Topology, assumptions, load, times
 
 __all__ = ["Batch", "ParameterCounts", "Plan", "Topology", "batch", "parameter_counts", "parameters", "plan"]
 
@@ -117,12 +117,11 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
     counts, per_token = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.data.seq_len)
 
     # Each type of device cuts a step up in its own way: what it computes, holds and sends follows from that.
-    loads = {
-        device_type: load(
-            recipe, per_token, zero, topology, cut(recipe, ds_config, world_size, device_type), device_type
-        )
-        for device_type in DEFAULT_MICRO_BATCH_TOKENS
-    }
+    def loads_on(where: Topology) -> dict[str, Load]:
+        cuts = {kind: cut(recipe, ds_config, where.world_size, kind) for kind in DEFAULT_MICRO_BATCH_TOKENS}
+        return {kind: load(recipe, per_token, zero, where, one, kind) for kind, one in cuts.items()}
+
+    loads = loads_on(topology)
     gpu, cpu = loads["cuda"], loads["cpu"]
     durations = times(recipe, loads, topology)
 
@@ -149,7 +148,12 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
         cpu_alternatives=alternatives(
             recipe, zero, world_size, cpu.cut.micro_batch, "cpu", topology.multiplies(recipe.train.precision)
         ),
-        scaling=scaling({device_type: one.cut for device_type, one in loads.items()}, durations, topology),
+        scaling=scaling(
+            {kind: one.cut for kind, one in loads.items()},
+            durations,
+            topology,
+            lambda where: times(recipe, loads_on(where), where),
+        ),
         times=durations,
         assumptions=assumptions(recipe, loads, topology),
         warnings=warnings(recipe),

@@ -8,6 +8,9 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from ds_slm.errors import ConfigError
 
 AMX_MFU, AVX2_MFU, GPU_MFU = 0.3, 0.94, 0.15
 """Share of the peak that training is assumed to reach: on CPUs as measured, on a GPU as the published runs did (12 % on
@@ -23,7 +26,8 @@ class Device:
     fp32_flops_per_s: float
     memory_bytes: int | None
     """None: a CPU core, which has its host's."""
-    has_bf16: bool = True
+    precisions: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    """In which it trains."""
     mfu: float = GPU_MFU
 
     @property
@@ -32,15 +36,15 @@ class Device:
         return "cpu" if self.memory_bytes is None else "cuda"
 
 
-AMX_CORE = Device("CPU core (AMX)", 0.6e12, 0.065e12, None, mfu=AMX_MFU)
-AVX2_CORE = Device("CPU core (AVX2)", 0.062e12, 0.0715e12, None, mfu=AVX2_MFU)
+AMX_CORE = Device("CPU core (AMX)", 0.6e12, 0.065e12, None, ("bf16", "fp32"), AMX_MFU)
+AVX2_CORE = Device("CPU core (AVX2)", 0.062e12, 0.0715e12, None, ("bf16", "fp32"), AVX2_MFU)
 """fp32: what two cores of a Zen 3 reached training slm-124m, halved (docs/benchmarks.md). Half precision is upcast and
 rounded, which took 17.7 ms where fp32 took 15.3 ms (docs/log.md)."""
 
 DEVICES = (
     AMX_CORE,
     AVX2_CORE,
-    Device("NVIDIA T4", 65e12, 8.1e12, 16 * 10**9, has_bf16=False),
+    Device("NVIDIA T4", 65e12, 8.1e12, 16 * 10**9, ("fp16", "fp32")),
     Device("NVIDIA RTX 4090", 165.2e12, 82.6e12, 24 * 10**9),
     Device("NVIDIA A100", 312e12, 19.5e12, 80 * 10**9),
     Device("NVIDIA H100", 989.5e12, 67e12, 80 * 10**9),
@@ -55,6 +59,24 @@ HALF_PRODUCTS = {
 """Flags of a CPU on which torch takes oneDNN's products of a half precision."""
 
 
+PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
+"""Environment variable: how a CPU multiplies half-precision tensors, `native` or `upcast`; unset, as is fastest on it.
+Either form runs on every CPU, so the arithmetic of another kind of CPU can be tried here; `native` without the
+instructions takes torch's reference loops."""
+
+
+def chosen_products() -> Literal["native", "upcast"] | None:
+    """What the environment says of a CPU's half-precision products; None where it leaves that to the CPU.
+
+    Raises:
+        ConfigError: it is neither `native` nor `upcast`.
+    """
+    chosen = os.environ.get(PRODUCTS_VARIABLE) or None
+    if chosen not in (None, "native", "upcast"):
+        raise ConfigError(f"{PRODUCTS_VARIABLE}={chosen}: expected native, upcast, or unset.")
+    return chosen
+
+
 @dataclass(frozen=True)
 class CoreSpeed:
     """What one core of this machine took for a recipe (ds_slm.engine.core_speed measures it)."""
@@ -63,6 +85,8 @@ class CoreSpeed:
     """Forward and backward of one micro-batch."""
     update_s_per_value: float
     """The optimiser's step, for each value of its share."""
+    compiled: bool = False
+    """Whether blocks were compiled."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +112,8 @@ def own_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> OwnCpu:
     except OSError:  # not Linux
         flags = set()
     device, basis = _row(flags)
-    half_products = frozenset(name for name, needed in HALF_PRODUCTS.items() if needed <= flags)
+    by_flags = {name for name, needed in HALF_PRODUCTS.items() if needed <= flags}
+    half_products = frozenset({"native": HALF_PRODUCTS, "upcast": (), None: by_flags}[chosen_products()])
     return OwnCpu(device, basis, own_memory_bytes(), half_products)
 
 

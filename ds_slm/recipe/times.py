@@ -11,7 +11,7 @@ no link: between two CPUs bytes were as planned, but steps took up to 1.4 times 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_slm.recipe.budget import FP32, HALF, MAX_LIVE_ELEMENTS, Memory, memory, save_bytes, takes_bf16_optimizer
@@ -42,11 +42,17 @@ class Topology:
     """Memory of each host; None where it is not known."""
     own: OwnCpu | None = None
     """This machine; None where nothing of it counts."""
+    most_ranks_per_host: int | None = None
+    """Devices of the host with the most; None: they are spread evenly."""
 
     @property
     def ranks_per_host(self) -> int:
-        """Of the host with the most."""
-        return -(-self.world_size // self.nodes)
+        """Devices of the host with the most."""
+        return self.most_ranks_per_host or -(-self.world_size // self.nodes)
+
+    def on(self, nodes: int) -> "Topology":
+        """The same kind of hosts, in another number."""
+        return replace(self, world_size=nodes * self.ranks_per_host, nodes=nodes)
 
     def multiplies(self, precision: str) -> bool:
         """Whether CPUs like this machine's multiply in this half precision; False where nothing is known of it."""
@@ -162,7 +168,7 @@ def times(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -> list
     recomputed = RECOMPUTED if recipe.train.gradient_checkpointing else 1.0
     found = []
     for device in DEVICES:
-        if precision == "bf16" and not device.has_bf16:
+        if precision not in device.precisions:
             continue
         asked = loads[device.device_type]
         peak = device.fp32_flops_per_s if precision == "fp32" else device.half_flops_per_s
@@ -215,6 +221,11 @@ def assumptions(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -
             f"each host sends {sent} at {rate:g} Gbit/s, {PAYLOAD_SHARE:.0%} of which are payload; nothing overlaps"
             if rate
             else f"the network is left out: each host sends {sent} (--network adds its time)"
+        )
+
+    if topology.own and (speed := topology.own.speed):
+        stated.append(
+            f"the measured core computed rows that are not packed, {'compiled' if speed.compiled else 'eager'} blocks"
         )
 
     return [

@@ -10,7 +10,7 @@ import time
 
 import psutil
 
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch")
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "ds-slm")
 """The programs, or modules, that stand between what a user types and a rank."""
 
 

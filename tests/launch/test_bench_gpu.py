@@ -91,14 +91,21 @@ def test_a_check_that_fails_or_hangs_keeps_what_it_had(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_checks_run_one_by_one_or_two_at_a_time(at_once: int) -> None:
-    """Oracle: a barrier that opens for so many at once and no others; what was seen comes in the checks' order."""
+    """Oracle: a barrier that opens once `at_once` run, and their count; what was seen comes in the checks' order."""
     barrier, checks = threading.Barrier(at_once), [gpu.Check(name, 9) for name in "abcd"]
+    running, most = 0, 0
 
     def run(check: gpu.Check) -> dict[str, str]:
+        nonlocal running, most
+        running += 1
         barrier.wait(timeout=60)
+        most = max(most, running)
+        barrier.wait(timeout=60)  # nobody ends before all have counted
+        running -= 1
         return {"ended": check.name}
 
     assert list(gpu.run_all(checks, run, at_once)) == [(check, {"ended": check.name}) for check in checks]
+    assert most == at_once
 
 
 def test_sigterm_ends_the_check_that_runs(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
 from ds_slm.publish.export import WeightFormat
 from ds_slm.recipe import plan, rates, schema, times
+from ds_slm.run.software import find_compiler
 
 ROOT = Path(__file__).resolve().parents[3]
 INSTALLED = Path(sys.executable).parent / "ds-slm"
@@ -191,16 +192,17 @@ def test_plan_says_whether_a_host_holds_its_ranks() -> None:
 
 
 def test_plan_measures_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the measured core's row, of 1 s a micro-batch, at the rows that a launch here takes."""
+    """Oracle: the measured core's row, of 1 s a micro-batch, with the rows and blocks that a launch here takes."""
     measured = []
 
-    def core_speed(_: schema.Recipe, rows: int) -> rates.CoreSpeed:
-        measured.append(rows)
-        return rates.CoreSpeed(1.0, 0.0)
+    def core_speed(_: schema.Recipe, rows: int, compiled: bool) -> rates.CoreSpeed:
+        measured.append((rows, compiled))
+        return rates.CoreSpeed(1.0, 0.0, compiled)
 
     monkeypatch.setattr("ds_slm.engine.core_speed.core_speed", core_speed)
     found = json.loads(CliRunner().invoke(app, ["plan", "slm-10m", "--measure", "--json"]).stdout)
-    assert measured == [found["cpu_batch"]["micro_batch"]]
+    assert measured == [(found["cpu_batch"]["micro_batch"], find_compiler("cpu") is not None)]
+    assert any("not packed, compiled blocks" in one for one in found["assumptions"]) == measured[0][1]
     assert found["times"][-1]["device"] == times.MEASURED
     assert found["times"][-1]["step_s"] == found["cpu_batch"]["accumulation_steps"]
 

@@ -271,10 +271,10 @@ def test_all_ranks_take_the_same_backward_pass_of_attention(monkeypatch: pytest.
     """Oracle: this rank has built the library; it keeps it only if the other rank has one, too."""
     monkeypatch.setenv("DS_SLM_HALF_PRODUCTS", "native")
     monkeypatch.setattr(cpu_attention, "_library", object())
-    control: Any = SimpleNamespace(gather=lambda own: [own, other])
+    control: Any = SimpleNamespace(gather=lambda own: [own, other], hosts=["one", "two"])
     compile_probe.build_attention(control)
     assert cpu_attention.is_built(torch.bfloat16) == (other is None)
-    assert cpu_attention.build() == other
+    assert cpu_attention.failure() == (other and f"two: {other}")
 
 
 def test_a_rank_without_bf16_products_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +284,10 @@ def test_a_rank_without_bf16_products_is_asked_too(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compile_probe.devices, "current_device", lambda: CPU)
     monkeypatch.setattr(cpu_attention, "build", None)
     said: list[str] = []
-    control: Any = SimpleNamespace(gather=lambda own: [said.append(own), own, None])
+    control: Any = SimpleNamespace(gather=lambda own: said.append(own) or [None, own], hosts=["one", "two"])
     compile_probe.agree(ds_config.EngineConfig({}, 1, 1, 0, compiled=True), torch.bfloat16, control)
-    assert said == ["a CPU does not multiply in bf16"] and not cpu_attention.is_built(torch.bfloat16)
+    assert said == ["this CPU does not multiply in bf16"]
+    assert cpu_attention.failure() == f"two: {said[0]}"
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ def test_blocks_are_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, threads = schema.load("slm-10m"), torch.get_num_threads()
     used = []
 
-    def micro_batch_s(part: schema.Recipe, rows: int) -> float:
-        used.append((part.model.num_hidden_layers, rows, torch.get_num_threads()))
+    def micro_batch_s(part: schema.Recipe, rows: int, compiled: bool) -> float:
+        used.append((part.model.num_hidden_layers, rows, compiled, torch.get_num_threads()))
         return 2.0 + 3.0 * part.model.num_hidden_layers
 
     monkeypatch.setattr(core_speed, "_micro_batch_s", micro_batch_s)
     monkeypatch.setattr(core_speed, "_update_s_per_value", lambda _: 1e-9)
-    found = core_speed.core_speed(recipe, 2)
+    found = core_speed.core_speed(recipe, 2, compiled=True)
     assert found.micro_batch_s == pytest.approx(2.0 + 3.0 * recipe.model.num_hidden_layers)
     assert found.update_s_per_value == 1e-9
-    assert used == [(1, 2, 1), (3, 2, 1)] and torch.get_num_threads() == threads
+    assert used == [(1, 2, True, 1), (3, 2, True, 1)] and found.compiled and torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -160,7 +160,7 @@ def test_one_message_says_what_a_step_holds(run: loop.Run, monkeypatch: pytest.M
     """Oracle: by hand: sums in the order of ranks, of values whose sum depends on it; the slowest rank's pace."""
     own_s = run.engine._micro_batch_s
     weights = [1.0, 1e16, 1.0, -1e16]
-    said = {rank: torch.tensor([0, weights[rank], 3, 0.25], dtype=torch.float64) for rank in range(1, 4)}
+    said = {rank: torch.tensor([1, 0, weights[rank], 3, 0.25], dtype=torch.float64) for rank in range(1, 4)}
     ranks = as_ranks(run, monkeypatch, 4, lambda rank, own: said[rank])
     found = run.engine.agree(share(0.5))
     assert found == Totals(sum(weights), 2.0 + 9.0, micro_batches_per_vote(max(own_s, 0.25)))
@@ -169,7 +169,7 @@ def test_one_message_says_what_a_step_holds(run: loop.Run, monkeypatch: pytest.M
 
 def test_any_ranks_problem_with_its_rows_is_raised_here(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: both ranks' problems; no first forward."""
-    as_ranks(run, monkeypatch, 2, lambda rank, own: torch.tensor([1, 0, 0, 0], dtype=torch.float64))
+    as_ranks(run, monkeypatch, 2, lambda rank, own: torch.tensor([1, 1, 0, 0, 0], dtype=torch.float64))
     with pytest.raises(DataError) as error:
         run.engine.agree(share(1.0))
     assert error.value.problems == ["host1: theirs"]
@@ -184,7 +184,7 @@ def test_a_problem_with_the_next_rows_is_raised_behind_this_step(
     """Oracle: the other of two ranks cannot read its next rows: this step is applied, the next one raises that here."""
 
     def others(rank: int, own: torch.Tensor) -> torch.Tensor:
-        return torch.cat([own[:-4], torch.tensor([1, 0, 0, 0], dtype=torch.float64)])
+        return torch.cat([own[:-5], torch.tensor([1, 1, 0, 0, 0], dtype=torch.float64)])
 
     ranks = as_ranks(run, monkeypatch, 2, others)
     rows = run.reader.of_step(run.state.position, another_follows=True).share
@@ -198,12 +198,34 @@ def test_a_problem_with_the_next_rows_is_raised_behind_this_step(
     assert error.value.problems == ["host1: theirs"] and ranks.gathered == 1
 
 
+def test_a_rank_whose_next_rows_are_not_read_yet_makes_all_ranks_ask_again(
+    run: loop.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the other of two ranks says nothing of its next rows: a second message, before the next step, does."""
+    late = [True]
+
+    def others(rank: int, own: torch.Tensor) -> torch.Tensor:
+        return torch.cat([own[:-5], torch.zeros(5, dtype=torch.float64)]) if late.pop() else own
+
+    ranks = as_ranks(run, monkeypatch, 2, others)
+    rows = run.reader.of_step(run.state.position, another_follows=True).share
+    run.engine.forward_backward(rows.micro_batches, Totals(224.0, 224.0, 100), run.reader.following)
+    assert run.engine.step(0.0)
+
+    following = run.reader.following()
+    assert following is not None and ranks.gathered == 1
+    late.append(False)
+    assert run.engine.agree(following).weight == 2 * following.weight and ranks.gathered == 2
+
+
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_another_ranks_wish_comes_with_its_sums(run: loop.Run, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     """Oracle: one message behind the last micro-batch; SAVE is noted, STOP raised, none changes nothing."""
 
     def requests(request: Request) -> Any:
-        return lambda rank, own: torch.cat([own[:-5], torch.tensor([float(request), 0, 0, 0, 0], dtype=torch.float64)])
+        return lambda rank, own: torch.cat(
+            [own[:-6], torch.tensor([float(request), 0, 0, 0, 0, 0], dtype=torch.float64)]
+        )
 
     rows = run.reader.of_step(0, another_follows=False).share.micro_batches
     totals = Totals(224.0, 224.0, 100)

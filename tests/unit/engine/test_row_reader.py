@@ -11,6 +11,7 @@ import pytest
 from ds_slm.data.order import RowId
 from ds_slm.data.rows import Rows
 from ds_slm.data.skipping import Ranges
+from ds_slm.engine import row_reader
 from ds_slm.engine.row_reader import PageLocked, RowReader
 from ds_slm.errors import DataError
 
@@ -191,3 +192,18 @@ def test_page_locked_rows_are_the_rows_and_outlive_the_next_ones(packed: bool) -
     assert len(sizes) == 2
     pages.hold(some_rows(9, packed, size=5))
     assert len(sizes) == 3 and sizes[2] > sizes[0]
+
+
+def test_rows_that_are_slow_do_not_hold_up_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a source that gives no rows until it may: the next step's share is not there, then it is."""
+    monkeypatch.setattr(row_reader, "PATIENCE_S", 0.01)
+    source = Source()
+    rows = reader(source)
+    rows.of_step(0, another_follows=False)
+    source.may_read.clear()
+    rows._ahead = 4, rows._thread.submit(rows._read_step, 4)
+    assert rows.following() is None
+    source.may_read.set()
+    rows._ahead[1].result(10)
+    assert rows.following() is rows.of_step(4, another_follows=False).share
+    rows.close()

@@ -114,19 +114,34 @@ def test_a_cpu_is_its_own_host() -> None:
 
 
 def test_scaling_stops_at_a_row_a_device_and_at_the_network() -> None:
-    """Oracle: by hand; 512 rows on 1,024 devices, and as many hosts as make computing and network equal."""
+    """Oracle: by hand; 512 rows on 1,024 devices, and the network's share of the planned step."""
     recipe = schema.load("slm-10m")
     found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(1024, 128, 10.0))
     assert found.scaling.most_devices == 512 and found.scaling.busy_share == 0.5
-    name, nodes = "NVIDIA H100", 128
+    name = "NVIDIA H100"
     time = next(one for one in found.times if one.device == name)
     assert found.scaling.network_shares[name] == time.network_s / time.step_s
-    hosts = found.scaling.balanced_hosts[name]
-    computing_s = (time.step_s - time.network_s) * 0.5 * nodes / hosts  # without the filler rows, on fewer hosts
-    network_s = time.network_s * 1024 / 1023 * (1 - 1 / (8 * hosts))  # a ring over all ranks
-    assert computing_s == pytest.approx(network_s)
+
     alone = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(8, 1, 10.0))
     assert alone.scaling.network_shares == alone.scaling.balanced_hosts == {}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("network_gbit_per_s", [1.0, 100.0, 3_000.0])
+def test_half_a_step_is_the_networks_on_the_hosts_that_are_named(stage: int, network_gbit_per_s: float) -> None:
+    """Oracle: the plans of that many hosts, and of one host less; None where no number up to the batch's rows does."""
+    recipe, ds_config = schema.load("slm-10m"), {"zero_optimization": {**ZERO1, "stage": stage}}
+
+    def share(device: str, nodes: int) -> float:
+        there = plan.plan(recipe, "slm-10m", ds_config, plan.Topology(8 * nodes, nodes, network_gbit_per_s))
+        return next(time.network_s / time.step_s for time in there.times if time.device == device)
+
+    found = plan.plan(recipe, "slm-10m", ds_config, plan.Topology(16, 2, network_gbit_per_s)).scaling
+    for device, nodes in found.balanced_hosts.items():
+        if nodes is None:
+            assert share(device, 512 // 8) < 0.5
+        else:
+            assert share(device, nodes) >= 0.5 and (nodes == 2 or share(device, nodes - 1) < 0.5)
 
 
 @pytest.mark.parametrize(

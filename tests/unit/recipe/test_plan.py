@@ -1,12 +1,14 @@
 """The arithmetic of a plan: parameters, FLOPs, batch, memory, network, time."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_slm.cli import planning
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import counts, plan, rates, schema, times
 
@@ -171,6 +173,16 @@ def test_what_a_host_sends(device_type: str, precision: str, stage: int, bytes_p
     assert times.network_bytes(recipe, zero, plan.Topology(16, 1), 5, device_type) == 0
 
 
+def test_gradients_of_an_offloaded_optimizer_go_to_their_owners() -> None:
+    """Oracle: DeepSpeed's code: it takes BF16_Optimizer, which reduces for all, unless the optimiser is offloaded."""
+    recipe = schema.load("slm-10m", ["train.precision=bf16"])
+    zero, offload = {"stage": 1, "use_multi_rank_bucket_allreduce": False}, {"offload_optimizer": {"device": "cpu"}}
+    on_device, offloaded = (
+        times.network_bytes(recipe, one, plan.Topology(2, 2), 5, "cuda") for one in (zero, {**zero, **offload})
+    )
+    assert (on_device, offloaded) == (9_968_640 * (8 + 2) // 2, 9_968_640 * (4 + 2) // 2)
+
+
 @pytest.mark.parametrize("stage", ZERO)
 def test_a_cpu_is_planned_by_its_own_cut(stage: int) -> None:
     """Oracle: the same step as ds_slm.recipe.ds_config cuts it on a CPU, and what that computes, holds and sends."""
@@ -210,6 +222,19 @@ def test_a_cpu_fits_where_its_host_holds_all_ranks() -> None:
     assert here[core.name] is False and here[rates.AVX2_CORE.name] is None
 
 
+def test_a_host_with_more_devices_than_others_must_hold_them(tmp_path: Path) -> None:
+    """Oracle: by hand; eight ranks on one host of two, where even shares would be five."""
+    (tmp_path / "hosts").write_text("big slots=8\nsmall slots=1\n")
+    topology = planning.topology(tmp_path / "hosts", None, None, 10.0, 64.0)
+    assert (topology.world_size, topology.nodes, topology.ranks_per_host) == (9, 2, 8)
+    recipe = schema.load("slm-124m")
+    rank_bytes = plan.plan(recipe, "slm-124m", ZERO[1], topology)
+    needed = 8 * (rank_bytes.cpu_memory.device_bytes + rank_bytes.save_bytes)
+    for host_bytes, expected in ((needed, True), (needed - 1, False)):
+        found = plan.plan(recipe, "slm-124m", ZERO[1], replace(topology, host_memory_bytes=host_bytes))
+        assert next(time.fits for time in found.times if time.device == rates.AMX_CORE.name) is expected
+
+
 def test_a_gpu_needs_its_hosts_memory_for_what_is_offloaded() -> None:
     """Oracle: by hand; masters, moments and the copies of a save of one rank, and a byte less."""
     recipe = schema.load("slm-124m")
@@ -232,7 +257,7 @@ def test_this_machine_as_measured() -> None:
 
 
 def test_devices_without_the_precision_are_left_out() -> None:
-    """Oracle: the T4's datasheet has fp16 and no bf16."""
+    """Oracle: the T4's datasheet has fp16 and no bf16; training refuses fp16 on a CPU."""
     devices = {
         precision: {
             time.device
@@ -242,6 +267,7 @@ def test_devices_without_the_precision_are_left_out() -> None:
     }
     assert "NVIDIA T4" not in devices["bf16"]
     assert "NVIDIA T4" in devices["fp16"] & devices["fp32"]
+    assert rates.AMX_CORE.name in (devices["bf16"] & devices["fp32"]) - devices["fp16"]
 
 
 @pytest.mark.parametrize("name", schema.library_names())

@@ -77,8 +77,8 @@ def numerics(recipe: Recipe, where: "torch.device") -> Numerics:
     """Loss and gradient of a fresh model, in fp32 eager and in the recipe's precision compiled, on the same tokens."""
     import torch
 
-    from ds_slm.engine.devices import DTYPES
     from ds_slm.model import decoder, kernels
+    from ds_slm.model.kernels import DTYPES
 
     kernels.fix_sums(deterministic=False)  # as a run does
     generator = torch.Generator().manual_seed(0)

@@ -33,10 +33,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_slm.data.rows import Rows
-from ds_slm.engine.devices import DTYPES
 from ds_slm.errors import DeviceError, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.model.documents import PackedDocuments
+from ds_slm.model.kernels import DTYPES
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure

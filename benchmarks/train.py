@@ -378,7 +378,7 @@ def main() -> int:
 
     import torch
 
-    from ds_slm.engine.devices import DTYPES
+    from ds_slm.model.kernels import DTYPES
     from ds_slm.run import measure as device_measure
 
     out = args.out.resolve() / schema.recipe_path(args.recipe).stem

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import train
-from ds_slm.engine.devices import DTYPES
 from ds_slm.errors import DataError
 from ds_slm.model import kernels
+from ds_slm.model.kernels import DTYPES
 from ds_slm.recipe import schema
 from ds_slm.run import measure
 

@@ -11,11 +11,12 @@ from ds_slm.checkpoint.files import BASE, read_state
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError, DataError
 from ds_slm.evaluate.benchmarks import BENCHMARKS
+from ds_slm.model.kernels import DTYPES
 from ds_slm.publish import hub, importing
 from ds_slm.publish.card.header import HubDataset
 from ds_slm.publish.card.page import README, Page
 from ds_slm.publish.card.page import describe as describe_card
-from ds_slm.publish.export import DTYPES, WeightFormat, export_run, name_of, name_of_gguf
+from ds_slm.publish.export import WeightFormat, export_run, name_of, name_of_gguf
 from ds_slm.recipe import schema
 from ds_slm.recipe.schema import Recipe
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from ds_slm.engine.devices import DTYPES
 from ds_slm.engine.optim import build_optimizer
 from ds_slm.engine.trial_pass import TrialPass
 from ds_slm.model import decoder
+from ds_slm.model.kernels import DTYPES
 from ds_slm.recipe.rates import CoreSpeed
 from ds_slm.recipe.schema import Recipe
 

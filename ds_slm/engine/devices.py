@@ -12,9 +12,6 @@ from ds_slm.errors import DeviceError
 from ds_slm.model import kernels
 from ds_slm.recipe.budget import offloads_optimizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""A recipe's precision -> what the model computes in."""
-
 
 def device_type() -> str:
     """'cpu', or the accelerator DeepSpeed found."""

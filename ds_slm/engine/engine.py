@@ -32,11 +32,12 @@ from ds_slm.data.rows import Rows
 from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.stop import Interrupt, Request, Vote, micro_batches_per_vote
-from ds_slm.engine import devices, masters, partitions
+from ds_slm.engine import masters, partitions
 from ds_slm.engine.layer_norms import LayerNorms
 from ds_slm.engine.optim import build_optimizer, set_learning_rate
 from ds_slm.engine.row_reader import Share
 from ds_slm.errors import AgreedDataError
+from ds_slm.model import kernels
 from ds_slm.model.decoder import Decoder
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe.ds_config import EngineConfig
@@ -113,7 +114,7 @@ class Engine:
         self.topology = {**partitions.topology(self.deepspeed), "partitions": masters.layout(self.deepspeed, control)}
         """What must be equal for a resumed run to be bit-exact."""
         self.device = torch.device(self.deepspeed.device)
-        self.dtype = devices.DTYPES[recipe.train.precision]
+        self.dtype = kernels.DTYPES[recipe.train.precision]
         self._micro_batch_s = 0.0
         self._announced: tuple[Share | None, list[list[float]]] = None, []
 

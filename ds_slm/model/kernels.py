@@ -24,6 +24,8 @@ from ds_slm.model import cpu_attention
 from ds_slm.model.documents import attend_each, attend_varlen, varlen_parameters, varlen_takes_groups, whole_rows
 from ds_slm.recipe.rates import PRODUCTS_VARIABLE, chosen_products
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""A recipe's precision -> what the model computes in."""
 HALF = (torch.bfloat16, torch.float16)
 CALL_SCORES = 25_000
 """On a CPU: a call a document is faster than a mask where it saves so many scores of queries and keys, on average: at 8

@@ -32,12 +32,11 @@ from ds_slm.errors import CheckpointError
 from ds_slm.files import read_json, sha256_of
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
+from ds_slm.model.kernels import DTYPES
 from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import schema
 
 WEIGHTS = "model.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What weights can be stored as, by the names that recipes use."""
 
 
 @dataclass(frozen=True)

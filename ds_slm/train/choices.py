@@ -23,7 +23,7 @@ def effective_choices(
     """The effective choices of this launch, by name: they stand in env.json. Needs the process group."""
     device = torch.device(devices.device_type())
     packed_head_dim = recipe.model.head_dim if recipe.sft is not None and recipe.sft.packing else None
-    computes = kernels.effective_kernels(device, devices.DTYPES[recipe.train.precision], packed_head_dim)
+    computes = kernels.effective_kernels(device, kernels.DTYPES[recipe.train.precision], packed_head_dim)
 
     return {
         "recipe": recipe.card.name,

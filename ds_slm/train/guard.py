@@ -19,7 +19,7 @@ from ds_slm.engine.engine import Sums
 from ds_slm.engine.row_reader import StepRows
 from ds_slm.errors import CheckpointError, TrainingError
 from ds_slm.files import read_json, write_json
-from ds_slm.model import decoder
+from ds_slm.model import decoder, kernels
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.recipe import schema
 from ds_slm.train.task import Run
@@ -117,7 +117,7 @@ def replay(run: Path, step: int) -> Iterator[str]:
         raise CheckpointError(f"{folder} is damaged ({error!r}): remove it; the step leaves it again.") from error
 
     # The weights are looked at as they were dumped, before they are rounded to the recipe's precision.
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.train.precision]
+    dtype = kernels.DTYPES[recipe.train.precision]
     wrong_weights = [name for name, one in model.named_parameters() if not one.isfinite().all()]
     yield f"step {step}: {what['why']}; {count} rows again, each alone, on this CPU in {recipe.train.precision}"
     if wrong_weights:

@@ -250,7 +250,7 @@ def _ending_together(control: Control, checkpoints: Checkpoints) -> Iterator[Non
 
 def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
     """The configuration once it is known what works here and what is fastest. Collective."""
-    config = compile_probe.agree(inputs.engine_config, devices.DTYPES[inputs.recipe.train.precision], control)
+    config = compile_probe.agree(inputs.engine_config, kernels.DTYPES[inputs.recipe.train.precision], control)
     kernels.fix_sums(config.deterministic and (config.compiled or devices.device_type() != "cpu"))
     if inputs.options.micro_batch == "auto":
         config = _with_fastest_micro_batch(inputs.recipe, inputs.options, config, control)
@@ -266,6 +266,6 @@ def _with_fastest_micro_batch(
         if control.rank == 0:
             print(line, flush=True)
 
-    trial = micro_batch.Trial(recipe, engine_config, devices.current_device(), devices.DTYPES[recipe.train.precision])
+    trial = micro_batch.Trial(recipe, engine_config, devices.current_device(), kernels.DTYPES[recipe.train.precision])
     changed = joined_config(recipe, options, control.world_size, micro_batch.choose(trial, control, say))
     return replace(changed, compiled=engine_config.compiled, eager_reason=engine_config.eager_reason)

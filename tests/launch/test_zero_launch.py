@@ -14,8 +14,8 @@ import torch
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards import prepared
-from ds_slm.engine.devices import DTYPES
 from ds_slm.model import decoder
+from ds_slm.model.kernels import DTYPES
 from ds_slm.recipe import schema, zero_keys
 from tests.support import runs
 

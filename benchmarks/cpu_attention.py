@@ -1,4 +1,4 @@
-"""Attention's backward pass in bf16 on a CPU with AMX: ours, in tiles, beside torch's.
+"""Attention's backward pass in bf16 on a CPU: ours, in blocks, beside torch's.
 
     q, k, v, dy of a recipe's shape, random --> both passes' errors beside float64's, on one row
                                             --> each in turn, ROUNDS times --> a table of least times

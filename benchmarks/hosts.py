@@ -21,6 +21,7 @@ anew. Needs root, and the programs that `host_tools.missing_requirements` names.
 """
 
 import contextlib
+import math
 import os
 import pwd
 import signal
@@ -42,6 +43,7 @@ _ALL_ADDRESSES = {**ADDRESSES, "node3": "192.0.2.13", "head": "192.0.2.14"}
 _PREFIX_LENGTH = 24
 _INTERFACE = "eth0"
 _START_DEADLINE_S = 30.0
+_UNLIMITED_PACKETS = 100_000
 _BURST_S, _QUEUE_S = 1e-3, 5.0
 """Of a limited cable: what may pass at once after a pause, and what waits: a host does not lose its own packets."""
 
@@ -193,7 +195,15 @@ class Hosts:
         self._ip(self._switch.first_pid, "link", "set", node, "master", "bridge")
 
     def limit(self, node: str, gbit_per_s: float) -> None:
-        """Let a host send at most so much, as a slower cable would; a limit of both ends is one of the cable."""
+        """Let a host send at most so much, as a slower cable would; `math.inf` takes the limit away.
+
+        A limit of both ends is one of the cable.
+        """
+        if math.isinf(gbit_per_s):
+            shaping = f"qdisc replace dev {_INTERFACE} root pfifo limit {_UNLIMITED_PACKETS}"
+            self._ip(self._hosts[node].first_pid, *shaping.split(), program="tc")
+            return
+
         rate = f"rate {gbit_per_s * 1e9:.0f}bit burst {gbit_per_s * 1e9 / 8 * _BURST_S:.0f}"
         shaping = f"qdisc replace dev {_INTERFACE} root tbf {rate} latency {_QUEUE_S * 1000:.0f}ms"
         self._ip(self._hosts[node].first_pid, *shaping.split(), program="tc")

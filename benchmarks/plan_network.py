@@ -1,25 +1,27 @@
 """Does `ds-slm plan` tell the truth about time on two hosts: planned beside measured, over links of known speed.
 
-    two hosts in network namespaces, a rank each --> their cable limited to a rate --> a launch --> OUT/CASE.json
-    one core of this machine, timed with the recipe's blocks --> OUT/core-*.json
-    the plan of the same topology from both --> a table: planned and measured seconds and bytes
+    one core of this machine, timed with the recipe's blocks
+    two hosts in network namespaces, a rank each --> a launch over a cable without a limit, then over limited ones
+                                                 --> OUT/CASE.json, with the core's speed just before
+    the plan of the same topology and core --> a table: planned and measured seconds and bytes
 
 python -m benchmarks.plan_network [RECIPE ...] [--stages 1 2 3] [--precisions fp32 bf16] [--links 1 0.1] [--table]
 
 A case that has its file is not run again, so the same command goes on where it was ended. Measured is the median of the
-steps after the first, and what the first host has sent in each of them, by its interface's own counter. Blocks are
-eager. Needs root and the Debian packages that benchmarks/hosts.py names; the hosts share this machine's cores.
+steps after the first, and what the first host has sent in each of them, by its interface's own counter. What a step
+takes longer than over the cable without a limit is the network's. Blocks are eager. Needs root and the Debian packages that benchmarks/hosts.py names; the hosts share this machine's cores.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from ds_slm.recipe.schema import Recipe
 
 RECIPES = ("demo", "slm-10m")
 LINKS_GBIT_PER_S = (1.0, 0.1)
+UNLIMITED = math.inf
 NODES = ("node1", "node2")
 STEPS, ACCUMULATION = 5, 2
 POLL_S = 0.02
@@ -75,13 +78,16 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         rows = plan.default_micro_batch("cpu", recipe.data.seq_len)
         for precision in args.precisions:
             for stage in args.stages:
-                for link in args.links:
+                for link in (UNLIMITED, *args.links):
                     yield Case(name, precision, stage, link, rows)
 
 
 def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
-    """Launch it. Raises DataError, with what it said, where it fails."""
+    """Time a core, then launch it. Raises DataError, with what it said, where it fails."""
+    from ds_slm.engine.core_speed import core_speed
+
     recipe = case.recipe
+    speed = core_speed(recipe, case.micro_batch)
     laid_out = folder / case.name
     settings = [*bench_train.lay_out(recipe, laid_out), f"train.precision={case.precision}"]
     bench = bench_train.Bench(
@@ -116,6 +122,7 @@ def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
         "steps_s": [one["step_s"] for one in steps],
         "mfu": statistics.median(one["mfu"] for one in steps[1:]),
         "sent_bytes": (counters[-1] - counters[0]) / (len(counters) - 1) if len(counters) > 1 else None,
+        "core": asdict(speed),
         "date": date.today().isoformat(),
     }
 
@@ -128,16 +135,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def core(case: Case, out: Path) -> rates.CoreSpeed:
-    """What one core of this machine takes for the recipe, measured once."""
-    path = out / f"core-{case.name}-{case.precision}-rows{case.micro_batch}.json"
-    if not path.exists():
-        from ds_slm.engine.core_speed import core_speed
-
-        path.write_text(json.dumps(asdict(core_speed(case.recipe, case.micro_batch))) + "\n")
-    return rates.CoreSpeed(**json.loads(path.read_text()))
-
-
 def planned(case: Case, speed: rates.CoreSpeed) -> tuple[float, float, int]:
     """What the plan says: seconds of a step, of these the network's, and bytes that a host sends."""
     settings = ds_config.read(bench_train.ROOT / "ds_configs" / f"zero{case.stage}.json")
@@ -148,19 +145,23 @@ def planned(case: Case, speed: rates.CoreSpeed) -> tuple[float, float, int]:
     return time_.step_s, time_.network_s, sent
 
 
-def table(found: list[tuple[Case, dict[str, Any]]], out: Path, device: str) -> Table:
-    """A row for each measured case, planned anew."""
-    dates = sorted({one["date"] for _, one in found})
+def table(found: dict[Case, dict[str, Any]], device: str) -> Table:
+    """A row for each measured case with a limit, planned anew."""
+    dates = sorted({one["date"] for one in found.values()})
     grid = Table(title=f"a step on two hosts with a core each, {device}, {' and '.join(dates)}")
-    names = ("planned s", "of it network s", "measured s", "ratio", "planned MB sent", "measured MB sent")
+    names = ("s: planned", "measured", "ratio", "network s: planned", "measured", "MB sent: planned", "measured")
     for name in ("case", *names):
         grid.add_column(name, justify="left" if name == "case" else "right")
-    for case, one in found:
-        step_s, network_s, sent = planned(case, core(case, out))
-        ratio = f"{step_s / one['step_s']:.2f}"
+
+    for case, one in found.items():
+        if case.link_gbit_per_s == UNLIMITED:
+            continue
+        step_s, network_s, sent = planned(case, rates.CoreSpeed(**one["core"]))
+        unlimited = found.get(replace(case, link_gbit_per_s=UNLIMITED))
+        measured_network_s = f"{one['step_s'] - unlimited['step_s']:.2f}" if unlimited else "-"
         measured_mb = "-" if one["sent_bytes"] is None else f"{one['sent_bytes'] / 1e6:.1f}"
-        seconds = f"{step_s:.2f}", f"{network_s:.2f}", f"{one['step_s']:.2f}"
-        grid.add_row(case.key, *seconds, ratio, f"{sent / 1e6:.1f}", measured_mb)
+        seconds = f"{step_s:.2f}", f"{one['step_s']:.2f}", f"{step_s / one['step_s']:.2f}"
+        grid.add_row(case.key, *seconds, f"{network_s:.2f}", measured_network_s, f"{sent / 1e6:.1f}", measured_mb)
     return grid
 
 
@@ -186,11 +187,10 @@ def main() -> int:
     if missing and not args.table:
         measure_all(missing, out)
 
-    there = [(case, path) for case in asked if (path := out / f"{case.key}.json").exists()]
-    if not there:
+    found = {case: json.loads(path.read_text()) for case in asked if (path := out / f"{case.key}.json").exists()}
+    if not found:
         raise DataError(f"{out} holds none of these cases: leave out --table.")
-    found = [(case, json.loads(path.read_text())) for case, path in there]
-    Console(width=TABLE_WIDTH).print(table(found, out, device_name(torch.device("cpu"))))
+    Console(width=TABLE_WIDTH).print(table(found, device_name(torch.device("cpu"))))
     return 0
 
 
@@ -200,7 +200,6 @@ def measure_all(missing: list[Case], out: Path) -> None:
         raise DataError(" ".join(problems))
     with tempfile.TemporaryDirectory() as folder, TwoHosts(bench_train.ROOT, Path(folder) / "hosts") as hosts:
         for case in missing:
-            core(case, out)
             measured = measure(case, hosts, Path(folder))
             (out / f"{case.key}.json").write_text(json.dumps(measured, indent=2) + "\n")
             print(json.dumps(measured), flush=True)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from ds_slm.distributed.ranks import Control
-from ds_slm.engine import devices
+from ds_slm.engine import devices, instruction_sets
 from ds_slm.engine.result_cache import ResultCache
 from ds_slm.errors import telling_line
 from ds_slm.model import cpu_attention, kernels
@@ -61,6 +61,8 @@ def agree(engine_config: EngineConfig, dtype: torch.dtype, control: Control) -> 
     device = devices.current_device()
     if reason := eager_reason(control, device):
         return replace(engine_config, compiled=False, eager_reason=reason)
+    if device.type == "cpu":
+        instruction_sets.believe_passed_tests()
     if device.type == "cpu" and dtype == torch.bfloat16:  # asked on all ranks, whatever their CPUs are
         build_attention(control)
     return engine_config
@@ -73,7 +75,7 @@ def eager_reason(control: Control, device: torch.device) -> str | None:
 
 def build_attention(control: Control) -> None:
     """Attention's backward pass in C++ on all ranks, or torch's own on all. Collective."""
-    wanted = kernels.wants_amx_backward("cpu", torch.bfloat16)
+    wanted = kernels.wants_blocked_backward("cpu", torch.bfloat16)
     own = cpu_attention.build() if wanted else "this CPU does not multiply in bf16"
     if reason := _reason_anywhere(control, own):
         cpu_attention.disable(reason)
@@ -145,17 +147,8 @@ def _cache_key(compiler: str, device: torch.device) -> dict[str, Any]:
     names, switches = ("CC", "CXX", "CPATH", "LIBRARY_PATH"), ("TORCH_", "TORCHDYNAMO", "TORCHINDUCTOR", "TRITON")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "files": {str(path): _size_and_mtime(path) for path in (Path(compiler).resolve(), header)},
+        "files": {str(path): software.size_and_mtime(path) for path in (Path(compiler).resolve(), header)},
         "environment": {k: v for k, v in os.environ.items() if k in names or k.startswith(switches)},
         "device": [str(device), gpu],
         "versions": [sys.version, torch.__version__, torch.version.cuda, platform.platform()],
     }
-
-
-def _size_and_mtime(path: Path) -> list[int] | None:
-    """Both change where another file takes the path; None if it is missing."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]

@@ -14,6 +14,7 @@ Ranks talk in two ways: `Control` carries JSON over gloo, and each `Vote` asks a
 whether a signal has reached any of them (`Interrupt`), so that all stop or save after the same one (distributed/).
 """
 
+import gc
 import importlib
 import math
 import time
@@ -97,6 +98,9 @@ class Engine:
         _import_muon_uncompiled()
 
         self.recipe, self.engine_config, self.control, self.interrupt = recipe, engine_config, control, interrupt
+
+        # DeepSpeed collects garbage ten times while it is set up: without what was imported, that takes no time.
+        gc.freeze()
 
         # The process group is there already: process_group.connect() made it. DeepSpeed would send rank 0's weights to
         # all ranks, but these have no values yet: checkpoint/resume.py gives every rank its own, and checks them.

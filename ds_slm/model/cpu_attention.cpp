@@ -1,4 +1,4 @@
-// The backward pass of causal attention in bf16, block by block, on a CPU with products of tiles (AMX).
+// The backward pass of causal attention in bf16, block by block, on a CPU that multiplies bf16 (AVX-512 bf16, AMX).
 //
 //   P = exp(scale Q K' - logsumexp)       dS = scale P * (dY V' - delta)       delta = the rows of dY * Y, summed
 //   dV = P' dY                            dK = dS' Q                           dQ = dS K
@@ -139,7 +139,15 @@ struct Head {
 }  // namespace
 
 // Whether this CPU, and this build of torch, have the products.
-extern "C" bool supported() { return at::native::cpublas::could_pack(at::kBFloat16); }
+extern "C" bool supported() try {
+  std::vector<BFloat16> A(ALIGNMENT * ALIGNMENT), B(ALIGNMENT * ALIGNMENT);
+  std::vector<float> C(ALIGNMENT * ALIGNMENT);
+  product(ALIGNMENT, ALIGNMENT, ALIGNMENT, A.data(), ALIGNMENT, B.data(), C.data(), false);
+  at::native::cpublas::brgemm_release();
+  return true;
+} catch (const c10::Error&) {
+  return false;
+}
 
 // q, y's gradient dy, dq: [B, H, T, E]; k, v, dk, dv: [B, K, T, E]; logsumexp, delta: [B, H, T]; all contiguous.
 // False where a thread finds no memory for its buffers.

@@ -1,4 +1,4 @@
-"""The backward pass of causal attention where a CPU multiplies bf16 in AMX tiles.
+"""The backward pass of causal attention where a CPU multiplies bf16 (AVX-512 bf16, AMX).
 
     build, where blocks are compiled: cpu_attention.cpp --> torch's own compiler and its cache --> a library
     q, k, v, y, logsumexp, dy --> backward --> dq, dk, dv
@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_slm.errors import telling_line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+NO_INSTRUCTIONS = "this CPU has no AVX-512 bf16"
 
 _library: ctypes.CDLL | None = None
 _failure: str | None = None
@@ -85,8 +86,8 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()):
-        return None, "this CPU has no AMX"
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()):
+        return None, NO_INSTRUCTIONS
 
     try:
         from torch._inductor.codecache import CppCodeCache
@@ -96,4 +97,4 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library.supported.restype = library.backward.restype = ctypes.c_bool
     except Exception as error:  # a compiler that lacks a header, a cache without room, a torch that moved these names
         return None, f"cpu_attention.cpp: {telling_line(str(error)) or repr(error)}"
-    return (library, None) if library.supported() else (None, "this torch has no products of tiles")
+    return (library, None) if library.supported() else (None, "this torch has no such products")

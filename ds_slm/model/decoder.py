@@ -336,7 +336,7 @@ class Decoder(nn.Module):
 
             inductor.deterministic = True  # no kernel is chosen by a timing
         weight = self.model.embed_tokens.weight
-        if kernels.wants_amx_backward(weight.device.type, weight.dtype):
+        if kernels.wants_blocked_backward(weight.device.type, weight.dtype):
             cpu_attention.build()
         kernels.make_device_checks_constant()
         for block in self.model.layers:

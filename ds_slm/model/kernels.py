@@ -46,18 +46,18 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, check)())
 
 
-def wants_amx_backward(device_type: str, dtype: torch.dtype) -> bool:
+def wants_blocked_backward(device_type: str, dtype: torch.dtype) -> bool:
     """Whether attention's backward pass should be that of cpu_attention.cpp, where blocks are compiled."""
     return device_type == "cpu" and dtype == torch.bfloat16 and multiplies(device_type, dtype)
 
 
-def _uses_amx_backward(device_type: str, dtype: torch.dtype) -> bool:
-    return wants_amx_backward(device_type, dtype) and cpu_attention.is_built(dtype)
+def _uses_blocked_backward(device_type: str, dtype: torch.dtype) -> bool:
+    return wants_blocked_backward(device_type, dtype) and cpu_attention.is_built(dtype)
 
 
 def make_device_checks_constant() -> None:
     """Let torch.compile ask once what a device can do and keep the answer, instead of tracing the question."""
-    for check in (multiplies, _uses_amx_backward, _is_ampere_or_newer, varlen_takes_groups):
+    for check in (multiplies, _uses_blocked_backward, _is_ampere_or_newer, varlen_takes_groups):
         torch.compiler.assume_constant_result(check)  # a decorator would import the compiler in every process
 
 
@@ -139,9 +139,9 @@ def effective_kernels(
 
 def _attention_name(device: torch.device | str, dtype: torch.dtype, packed_head_dim: int | None) -> str:
     backward = ""
-    if wants_amx_backward(torch.device(device).type, dtype):
+    if wants_blocked_backward(torch.device(device).type, dtype):
         built, failure = cpu_attention.is_built(dtype), cpu_attention.failure()
-        backward = ", backward pass in AMX tiles" if built else f" ({failure})" if failure else ""
+        backward = ", backward pass in blocks" if built else f" ({failure})" if failure else ""
 
     if packed_head_dim is None:
         return f"scaled_dot_product_attention{backward}"
@@ -205,7 +205,7 @@ def attention(
     if offsets_C is not None and q_BHTE.device.type == "cuda":
         return attend_varlen(q_BHTE, k_BKSE, v_BKSE, offsets_C)
 
-    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and _uses_amx_backward(q_BHTE.device.type, q_BHTE.dtype):
+    if causal and q_BHTE.shape[2] == k_BKSE.shape[2] and _uses_blocked_backward(q_BHTE.device.type, q_BHTE.dtype):
         offsets_C = whole_rows(q_BHTE.shape[0], q_BHTE.shape[2])
 
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)

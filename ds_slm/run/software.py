@@ -58,6 +58,15 @@ def find_compiler(device_type: str) -> str | None:
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
+def size_and_mtime(path: Path) -> list[int] | None:
+    """Of a file: both change where another one takes its path; None if it is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
 def sources_sha256(root: Path) -> str:
     """One hash of every source file of the packages, with its place; caches and everything else are left out."""
     found = hashlib.sha256()

@@ -6,6 +6,7 @@ Whatever can be wrong on one host only (its data, its run folder) is gathered fr
 left alone would keep the others waiting.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     clock, meeting = StartClock(), rendezvous.current()
     meeting.open()
     devices.accelerator()  # imports DeepSpeed
+    gc.freeze()
+    gc.enable()
     clock.lap("imports")
 
     inputs = Inputs.checked(recipe, options, task, meeting)

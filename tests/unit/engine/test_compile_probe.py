@@ -195,7 +195,9 @@ def test_a_launch_says_why_its_blocks_are_eager(monkeypatch: pytest.MonkeyPatch,
 
     trials: list[Any] = []
     monkeypatch.setattr(launch.micro_batch, "choose", lambda trial, *_: trials.append(trial) or 4)
-    monkeypatch.setattr(launch, "_join", lambda *given: ds_config.EngineConfig({}, given[-1], 1, 0, compiled=True))
+    monkeypatch.setattr(
+        launch, "joined_config", lambda *given: ds_config.EngineConfig({}, given[-1], 1, 0, compiled=True)
+    )
     recipe: Any = SimpleNamespace(train=SimpleNamespace(precision="fp32"))
     changed = launch._with_fastest_micro_batch(recipe, SimpleNamespace(), engine_config, control)  # type: ignore[arg-type]
     assert (changed.micro_batch, choices.blocks(changed)) == (4, expected)
@@ -266,7 +268,7 @@ def test_a_working_compiler_is_called_each_time(cache: Path, tmp_path: Path, mon
     assert 0 < counts[0] < counts[1]
 
 
-@pytest.mark.parametrize("other", [None, "this CPU has no AMX"])
+@pytest.mark.parametrize("other", [None, "this CPU has no AVX-512 bf16"])
 def test_all_ranks_take_the_same_backward_pass_of_attention(monkeypatch: pytest.MonkeyPatch, other: str | None) -> None:
     """Oracle: this rank has built the library; it keeps it only if the other rank has one, too."""
     monkeypatch.setenv("DS_SLM_HALF_PRODUCTS", "native")

@@ -1,4 +1,4 @@
-"""The backward pass of attention in tiles: as float64's whatever the lengths; else torch's."""
+"""The backward pass of attention in blocks: as float64's whatever the lengths; else torch's."""
 
 from unittest.mock import Mock
 
@@ -19,9 +19,9 @@ forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @pytest.fixture
 def built() -> None:
-    """The library; skipped on a CPU without products of tiles."""
-    if not torch.cpu._is_amx_tile_supported():
-        pytest.skip("this CPU has no AMX")
+    """The library; skipped on a CPU without bf16 products."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no AVX-512 bf16")
     assert cpu_attention.build() is None
 
 
@@ -115,7 +115,7 @@ def test_operands_that_are_upcast_go_through_torch(built: None, monkeypatch: pyt
     q, k, v = (one.requires_grad_() for one in (q, k, v))
     found = torch.autograd.grad(kernels.attention(q, k, v, None, causal=True), (q, k, v), dy)
     assert all(error(one, other) < 8e-3 for one, other in zip(found, wanted, strict=True))
-    assert "tiles" not in kernels.effective_kernels("cpu", torch.bfloat16)["attention"]
+    assert "blocks" not in kernels.effective_kernels("cpu", torch.bfloat16)["attention"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -130,7 +130,7 @@ def test_a_model_whose_blocks_are_compiled_builds_it(monkeypatch: pytest.MonkeyP
 
 def test_a_compiler_that_fails_leaves_torchs_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the reason is the compiler's own line, nothing is raised, and documents are taken by torch's pass."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     failure = CppCompileError(
         ["g++", "x.cpp"], "x.cpp: In function:\nx.cpp:3:1: fatal error: omp.h: No such file\nended."
     )

@@ -9,7 +9,8 @@ python -m benchmarks.plan_network [RECIPE ...] [--stages 1 2 3] [--precisions fp
 
 A case that has its file is not run again, so the same command goes on where it was ended. Measured is the median of the
 steps after the first, and what the first host has sent in each of them, by its interface's own counter. What a step
-takes longer than over the cable without a limit is the network's. Blocks are eager. Needs root and the Debian packages that benchmarks/hosts.py names; the hosts share this machine's cores.
+takes longer than over the cable without a limit is the network's. Blocks are eager. Needs root and the Debian packages
+that benchmarks/hosts.py names; the hosts share this machine's cores.
 """
 
 import argparse

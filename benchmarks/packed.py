@@ -7,8 +7,9 @@
 
 python benchmarks/packed.py [--recipe slm-10m] [--rows 4] [--rounds 5] [--lengths 100 600] [--compiled] [--threads 1]
 
-On a GPU where there is one, in the recipe's precision; else on a CPU in fp32, in seconds of its processor divided by
-the threads, so that other programs on the machine count less. Sides take turns, and a round's are compared.
+On a GPU where there is one; else on a CPU, in seconds of its processor divided by the threads, so that other programs
+count less. In the recipe's precision where the device multiplies in it, else in fp32. Sides take turns, and a round's
+are compared.
 """
 
 import argparse
@@ -129,7 +130,9 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = schema.load(args.recipe)
-    dtype = DTYPES[recipe.train.precision] if device.type == "cuda" else torch.float32
+    dtype = DTYPES[recipe.train.precision]
+    if not kernels.multiplies(device.type, dtype):
+        dtype = torch.float32
     model = decoder.build(recipe.model, 0).to(device, dtype).train()
     if args.compiled:
         model.compile_parts()
@@ -149,7 +152,7 @@ def main() -> int:
     print(
         f"{recipe.card.name}, {args.rows} rows of {recipe.data.seq_len} tokens, {rows.document_count} documents, "
         f"{'compiled' if args.compiled else 'eager'}, {args.threads} threads, {measure.device_name(device)}, "
-        f"torch {torch.__version__}, {datetime.date.today()}\n"
+        f"{str(dtype).removeprefix('torch.')}, torch {torch.__version__}, {datetime.date.today()}\n"
         f"packed: {how}; cosine with the mask's gradient {cosine:.9f}\n"
         f"{'side':<14}{'tokens/s':>10}{'of plain rows':>15}{'least':>8}{'most':>8}"
     )

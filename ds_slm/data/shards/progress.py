@@ -19,7 +19,7 @@ REPORT_EVERY_S = 10.0
 
 
 class Amount(NamedTuple):
-    """How much of one source's text."""
+    """An amount of one source's text."""
 
     tokens: float
     text_bytes: int | None

@@ -1,4 +1,4 @@
-"""`ds-slm plan`: where a launch would run, as its flags say it, and the plan of it."""
+"""`ds-slm plan`: the devices of a launch, from its flags, and its plan."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from ds_slm.recipe.times import Topology
 
 
 def devices(hostfile: Path | None, nodes: int | None, on_each: int | None) -> tuple[int, int]:
-    """Devices over all hosts, and hosts. Raises ConfigError where the flags say it twice."""
+    """Devices over all hosts, and hosts. Raises ConfigError if two flags give the same number."""
     if hostfile is None:
         return (nodes or 1) * (on_each or 1), nodes or 1
     if on_each or nodes:
@@ -32,15 +32,15 @@ def topology(world_size: int, nodes: int, network_gbit_per_s: float | None, host
 
 
 def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bool, as_json: bool) -> None:
-    """Plan, and print it.
+    """Make a plan and print it.
 
     Args:
-        name: what the user called the recipe.
+        name: the user's name for the recipe.
         recipe: what is trained.
         ds_config: a ds_configs file.
         where: the devices.
-        measure: whether a core of this machine is timed before.
-        as_json: one JSON object instead of tables.
+        measure: whether to time a core of this machine first.
+        as_json: whether to print one JSON object instead of tables.
     """
     settings, own = read(ds_config), where.own
     assert own is not None

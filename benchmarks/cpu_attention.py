@@ -1,11 +1,11 @@
-"""Attention's backward pass in bf16 on a CPU: ours, in blocks, beside torch's.
+"""Attention's backward pass in bf16 on a CPU: ours, in blocks, compared with torch's.
 
-    q, k, v, dy of a recipe's shape, random --> both passes' errors beside float64's, on one row
+    q, k, v, dy of a recipe's shape, random --> both passes' errors against float64, on one row
                                             --> each in turn, ROUNDS times --> a table of least times
 
 python -m benchmarks.cpu_attention [RECIPE ...] [--rows 2] [--tokens 64 1024] [--rounds 7] [--threads 1]
 
-The least of the rounds counts, and the ratio of a round's two: other programs only add to a time.
+The least time of the rounds counts, and the ratio of a round's two times: other programs only add to a time.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Pass = Callable[[], tuple[Tensor, ...]]
 
 
 def operands(shape: schema.Model, rows: int, tokens: int) -> tuple[Tensor, ...]:
-    """dy, q, k, v in bf16, as a block's heads lie in memory."""
+    """dy, q, k, v in bf16, in the memory layout of a block's heads."""
     generator, heads, keys = torch.Generator().manual_seed(0), shape.num_attention_heads, shape.num_key_value_heads
     return tuple(
         torch.randn(rows, tokens, count, shape.head_dim, generator=generator).bfloat16().transpose(1, 2)
@@ -42,7 +42,7 @@ def operands(shape: schema.Model, rows: int, tokens: int) -> tuple[Tensor, ...]:
 
 
 def passes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Pass, Pass]:
-    """torch's and ours, each with all that it needs."""
+    """torch's pass and ours, each with everything that it needs."""
     y, logsumexp = forward(q, k, v, 0.0, True)
     return (
         lambda: torch_backward(dy, q, k, v, y, logsumexp, 0.0, True),
@@ -51,7 +51,7 @@ def passes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Pass, Pass]:
 
 
 def errors(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[float]:
-    """The largest relative error of dq, dk and dv beside float64: torch's, ours."""
+    """The largest relative error of dq, dk and dv against float64: torch's, ours."""
     exact = [one.double().requires_grad_() for one in (q, k, v)]
     y = F.scaled_dot_product_attention(exact[0], exact[1], exact[2], is_causal=True, enable_gqa=True)
     wanted = torch.autograd.grad(y, exact, dy.double())
@@ -62,7 +62,7 @@ def errors(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[float]:
 
 
 def times_ms(runs: tuple[Pass, Pass], rounds: int) -> list[list[float]]:
-    """Of each pass in each round, after one that does not count; who begins changes."""
+    """Milliseconds of each pass in each round, after one that does not count; the passes take turns to begin."""
     found: list[list[float]] = [[], []]
     for number in range(rounds + 1):
         for which in (0, 1) if number % 2 else (1, 0):
@@ -74,7 +74,7 @@ def times_ms(runs: tuple[Pass, Pass], rounds: int) -> list[list[float]]:
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipes", nargs="*", default=["gpt-s-1.4m", "slm-10m", "slm-124m", "axiom-380m"])
     parser.add_argument("--rows", type=int, default=2)

@@ -1,6 +1,6 @@
-"""What the demo's fine-tuning made, measured: held-out assistant loss before and after, and answers from the export.
+"""The result of the demo's fine-tuning: held-out assistant loss before and after, and answers from the export.
 
-    runs/demo-instruct + exports/demo-instruct --> table, answers; exit code 1 where the loss fell by less than 0.5 nats
+    runs/demo-instruct + exports/demo-instruct --> table, answers; exit code 1 if the loss fell by less than 0.5 nats
     or an answer did not end by itself
 
 python benchmarks/demo_answers.py runs/demo-instruct exports/demo-instruct
@@ -29,7 +29,7 @@ LONGEST_ANSWER_TOKENS = 96
 
 
 def answers(folder: Path, questions: tuple[str, ...]) -> dict[str, tuple[str, bool]]:
-    """Each question's answer through transformers, the likeliest token each time, and whether it ended by itself."""
+    """Each question's answer through transformers, always with the likeliest token, and whether it ended by itself."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -1,6 +1,6 @@
-"""What `make demo` made, measured: held-out bits per byte beside three baselines, and text from the exported model.
+"""The result of `make demo`: held-out bits per byte beside three baselines, and text from the exported model.
 
-    runs/demo + data/demo + exports/demo --> table, samples, exit code 1 where a baseline was not beaten
+    runs/demo + data/demo + exports/demo --> table, samples, exit code 1 if a baseline was not beaten
 
 python benchmarks/demo_report.py runs/demo exports/demo [--data-root data]
 """
@@ -23,7 +23,7 @@ PROMPTS = ("The function returns", "If the file does not exist,")
 
 
 def continuations(folder: Path, prompts: tuple[str, ...]) -> tuple[int, dict[str, str]]:
-    """Parameters as transformers counts them, and each prompt continued through `AutoModelForCausalLM`."""
+    """The number of parameters by transformers, and each prompt continued through `AutoModelForCausalLM`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

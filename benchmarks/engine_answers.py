@@ -1,9 +1,9 @@
-"""What an engine says of an export: the part of benchmarks/engines.py that runs in the engine's own environment.
+"""An engine's answers about an export: the part of benchmarks/engines.py that runs in the engine's own environment.
 
 python -m benchmarks.engine_answers ENGINE questions.json answers.json
 
-It imports the standard library and the engine, and nothing of the project. Weights are fp32, everything runs on the CPU
-unless the engine knows only a GPU.
+It imports only the standard library and the engine, not the project. Weights are fp32, and everything runs on the CPU
+unless the engine supports only a GPU.
 
     questions   folder, gguf_file, texts, conversations, given (ids), prompts (ids), new_tokens, context, vocab_size
     answers     versions, device, ids of the texts, ids of the conversations as prompts, log-probabilities of given[1:],
@@ -23,7 +23,7 @@ Answers = dict[str, Any]
 
 
 def transformers_answers(questions: Questions) -> Answers:
-    """transformers, whichever version is installed."""
+    """The answers of transformers, in the installed version."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,7 +60,7 @@ def transformers_answers(questions: Questions) -> Answers:
 
 
 def mlx_answers(questions: Questions) -> Answers:
-    """MLX through mlx-lm."""
+    """The answers of MLX through mlx-lm."""
     import mlx.core as mx  # type: ignore[import-not-found]
     from mlx_lm import load, stream_generate  # type: ignore[import-not-found]
 
@@ -85,7 +85,7 @@ def mlx_answers(questions: Questions) -> Answers:
 
 
 def vllm_answers(questions: Questions) -> Answers:
-    """vLLM, in this process."""
+    """The answers of vLLM, in this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
@@ -118,7 +118,7 @@ def vllm_answers(questions: Questions) -> Answers:
 
 
 def llama_cpp_answers(questions: Questions) -> Answers:
-    """llama.cpp through xllamacpp, from the GGUF file: weights and cache are float16."""
+    """The answers of llama.cpp through xllamacpp, from the GGUF file: weights and cache are float16."""
     from benchmarks.llama_server import LlamaCpp
 
     model, given = LlamaCpp(Path(questions["gguf_file"]), questions["context"]), questions["given"]
@@ -149,7 +149,7 @@ def ids_of(tokenizer: Any, questions: Questions) -> Answers:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """The installed version of each."""
+    """The installed version of each distribution."""
     return {name: metadata.version(name) for name in distributions}
 
 
@@ -159,7 +159,7 @@ ANSWERS: dict[str, Callable[[Questions], Answers]] = {
     "mlx": mlx_answers,
     "vllm": vllm_answers,
 }
-"""How to ask, by the kind of engine."""
+"""Kind of engine -> the function that asks it."""
 
 if __name__ == "__main__":
     kind, asked, answered = sys.argv[1:]

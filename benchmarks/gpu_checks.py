@@ -1,12 +1,12 @@
 """The checks of benchmarks/gpu.py, each run as `python -m benchmarks.gpu_checks NAME --out FOLDER`.
 
-    demo       the demo recipe's first steps, profiled; their losses beside a CPU's
-    resume     a killed and resumed run beside one that was not, with deterministic algorithms: bit for bit
+    demo       the demo recipe's first steps, profiled; their losses compared with a CPU's
+    resume     a killed and resumed run compared with one that was not, with deterministic algorithms: bit for bit
     auto       the micro-batch that is found by measuring
-    packed     fine-tuning's packed rows beside plain ones, with and without a mask (benchmarks/packed.py)
+    packed     fine-tuning's packed rows compared with plain ones, with and without a mask (benchmarks/packed.py)
     the rest   a case of benchmarks/gpu_cases.py: numerics against fp32 first, then speed and memory
 
-Each writes rows into FOLDER/result.json as soon as it has them: what was measured, beside what was promised.
+Each writes rows into FOLDER/result.json as soon as it has them: what was measured, beside the promise.
 """
 
 import argparse
@@ -36,50 +36,50 @@ ALONE = (sys.executable, "-u")
 """One device needs no launcher, and starts seconds sooner."""
 DEMO = "demo"
 LOSS_TOLERANCE = 5e-3
-"""Relative, of the first steps' losses on a GPU and on a CPU, both in bf16."""
+"""Relative tolerance of the first steps' losses on a GPU and on a CPU, both in bf16."""
 STEPS, PROFILED = 60, "40:50"
 REHEARSED_STEPS, REHEARSED_PROFILED = 4, "2:4"
 COMPARED_STEPS = 3
 PACKED = ("slm-10m", "--rows", "32")
 REHEARSED_PACKED = (DEMO, "--rows", "2", "--rounds", "1", "--lengths", "20", "60")
 PACKED_SHARE = 0.9
-"""Of the speed of plain rows."""
+"""The promised share of the speed of plain rows."""
 
 
 @dataclass
 class Rows:
-    """What a check found, written whenever there is more of it."""
+    """A check's figures, written whenever one is added."""
 
     folder: Path
     rehearsing: bool
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, what: str, measured: str, promised: str = "", kept: bool | None = None) -> None:
-        """One figure."""
+        """Add one figure."""
         self.found.append({"what": what, "measured": measured, "promised": promised, "kept": kept})
         (self.folder / "result.json").write_text(json.dumps(self.found, indent=2) + "\n")
 
 
 def environment(on_cpu: bool) -> dict[str, str]:
-    """What a launch finds in its environment: no GPU, where it is to compute on the CPU."""
+    """The environment of a launch; without a GPU if it should compute on the CPU."""
     return os.environ | ({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {})
 
 
 def run_folder(rows: Rows, name: str) -> Path:
-    """A run's folder, beside those of the checks."""
+    """A run's folder, beside the folders of the checks."""
     return rows.folder.parent / "runs" / name
 
 
 def pretrain(
     rows: Rows, name: str, steps: int, *flags: str, starter: Sequence[str] = ALONE, on_cpu: bool = False
 ) -> list[dict[str, Any]]:
-    """Train the demo recipe for some steps on one device; the records of its steps.
+    """Train the demo recipe for some steps on one device; returns the records of its steps.
 
-    The run lies beside the check's folder, where the next checks find it. One that lies there is replaced: it would be
-    resumed, and its figures be told again.
+    The run is beside the check's folder, where the next checks find it. An existing run is replaced; otherwise it would
+    be resumed, and its old figures reported again.
 
     Raises:
-        DataError: the launch failed; what it said is in the log.
+        DataError: the launch failed; its output is in the log.
     """
     run_dir = run_folder(rows, name)
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -87,7 +87,7 @@ def pretrain(
     command += ["--data-root", str(rows.folder.parent / "data"), "--max-steps", str(steps)]
     command += ["--set", "run.log_every_steps=1", *flags]
 
-    # A cache of its own: what an earlier launch has measured is measured again.
+    # It has its own cache, so that it measures again what an earlier launch has measured.
     environ = environment(on_cpu or rows.rehearsing) | {"XDG_CACHE_HOME": str(rows.folder / "cache")}
     done = subprocess.run(command, env=environ, check=False)
     if done.returncode:
@@ -98,7 +98,7 @@ def pretrain(
 
 
 def demo(rows: Rows) -> None:
-    """Does it train at all, as a user starts it, and as on a CPU?"""
+    """Does it train at all, started as a user would, and with the same losses as on a CPU?"""
     steps, profiled = (REHEARSED_STEPS, REHEARSED_PROFILED) if rows.rehearsing else (STEPS, PROFILED)
     records = pretrain(rows, DEMO, steps, "--profile", profiled, starter=(*LAUNCHER, str(free_port())))
     losses = [record["loss"] for record in records]
@@ -119,8 +119,8 @@ def demo(rows: Rows) -> None:
 
 
 def resume(rows: Rows) -> None:
-    """Is a killed and resumed run bit for bit the one that was not?"""
-    # The demo's run; one of its own where that check failed, was not asked for, or has saved nothing.
+    """Does a killed and resumed run equal, bit for bit, one that was not killed?"""
+    # Use the demo's run, or a new one if that check failed, was not asked for, or saved nothing.
     run_dir = run_folder(rows, DEMO)
     if not newest_saved(run_dir)[0]:
         run_dir = run_folder(rows, "resumed")
@@ -147,7 +147,7 @@ def auto(rows: Rows) -> None:
 
 
 def packed(rows: Rows) -> None:
-    """How fast are fine-tuning's packed rows beside plain ones?"""
+    """How fast are fine-tuning's packed rows compared with plain ones?"""
     recipe, *size = REHEARSED_PACKED if rows.rehearsing else PACKED
     command = [sys.executable, str(ROOT / "benchmarks" / "packed.py"), "--recipe", recipe, "--compiled", *size]
     done = subprocess.run(command, env=environment(rows.rehearsing), stdout=subprocess.PIPE, text=True, check=False)
@@ -163,7 +163,7 @@ def packed(rows: Rows) -> None:
 
 
 def case(name: str, rows: Rows, rounds: int) -> None:
-    """Numerics, then speed and memory; nothing is timed where the numerics are wrong."""
+    """Check numerics, then speed and memory; nothing is timed if the numerics are wrong."""
     chosen = gpu_cases.named(name, rows.rehearsing)
     recipe, _ = gpu_cases.load(chosen, rows.rehearsing)
     seen = gpu_cases.numerics(recipe, gpu_cases.device(rows.rehearsing))

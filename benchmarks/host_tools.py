@@ -1,4 +1,4 @@
-"""What hosts in namespaces are made with (hosts.py): programs, where they lie, and what this machine lacks."""
+"""The programs that make hosts in namespaces (hosts.py): their paths, and which of them this machine lacks."""
 
 import os
 import shutil
@@ -23,13 +23,13 @@ _PACKAGES = {
 }
 
 
-# Whatever happens to this process, the host's first one ends with it, and with that every process of the host.
+# Whatever happens to this process, the host's first process ends with it, and so do all processes of the host.
 UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare"]
 UNSHARE += ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def missing_requirements() -> list[str]:
-    """What this machine lacks for hosts, each with its way out; empty if they can be made."""
+    """What this machine lacks to make hosts, each with its way out; empty if hosts can be made."""
     problems = []
     if os.geteuid() != 0:
         problems.append("Hosts need root: run as root, or with sudo.")
@@ -42,7 +42,7 @@ def missing_requirements() -> list[str]:
 
 
 def which(program: str) -> str | None:
-    """Where a host finds a program; None where it is missing."""
+    """The path at which a host finds a program; None if it is missing."""
     return shutil.which(program, path=search_path())
 
 
@@ -52,7 +52,7 @@ def search_path() -> str:
 
 
 def run(*argv: str) -> None:
-    """Run a program as a host finds it. Raises RuntimeError, with what it said, where it fails."""
+    """Run a program as a host finds it. Raises RuntimeError with its output if it fails."""
     done = subprocess.run(
         argv, capture_output=True, text=True, check=False, env={"PATH": search_path()}, stdin=subprocess.DEVNULL
     )

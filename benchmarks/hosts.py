@@ -9,15 +9,15 @@ Each host has its own network, host name, process list, System V IPC, /dev/shm, 
 and its own `runs/` and `data/` mounted over those of the checkout. The checkout, the Python environment and /tmp are
 shared, as if every host had them at the same paths.
 
-A host can lose its power, with no farewell to anybody, and get it back; and its cable can be cut, and mended.
+A host can lose its power without any message, and get it back; its cable can be cut, and mended.
 
-Nothing of the machine itself is changed: bridge, addresses, mounts and ssh settings live in unnamed namespaces, which
-end with their processes, which end with this one, even if it is killed. `runs/` and `data/` are made in the checkout
-where they are missing, as places to mount on, and removed again.
+The machine itself does not change: bridge, addresses, mounts and ssh settings live in unnamed namespaces. They end with
+their processes, which end with this process, even if it is killed. If `runs/` and `data/` are missing in the checkout,
+they are made as places to mount on, and removed again.
 
 Known gaps: /sys shows the machine's devices; /tmp (with torch's compile cache) and the clock are shared; each host may
-use all cores (one thread is asked for by OMP_NUM_THREADS); with homes of their own, the hosts compile any DeepSpeed op
-anew. Needs root, and the programs that `host_tools.missing_requirements` names.
+use all cores (OMP_NUM_THREADS asks for one thread); because hosts have their own homes, they compile any DeepSpeed op
+again. Needs root, and the programs that `host_tools.missing_requirements` names.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ import psutil
 
 from benchmarks.host_tools import UNSHARE, run, search_path, which
 
-# A network reserved for documentation (RFC 5737): nothing real answers on it.
+# A network reserved for documentation (RFC 5737): no real host answers on it.
 ADDRESSES = {"node1": "192.0.2.11", "node2": "192.0.2.12"}
 _ALL_ADDRESSES = {**ADDRESSES, "node3": "192.0.2.13", "head": "192.0.2.14"}
 _PREFIX_LENGTH = 24
@@ -45,9 +45,9 @@ _INTERFACE = "eth0"
 _START_DEADLINE_S = 30.0
 _UNLIMITED_PACKETS = 100_000
 _BURST_S, _QUEUE_S = 1e-3, 5.0
-"""Of a limited cable: what may pass at once after a pause, and what waits: a host does not lose its own packets."""
+"""For a limited cable: what may pass at once after a pause, and what waits, so that hosts do not lose packets."""
 
-# Run inside a host's fresh namespaces, whose first process it becomes. $HOST names the folder of the host's own files.
+# This runs inside a host's new namespaces as their first process. $HOST names the folder of the host's own files.
 _BOOT = """
 set -e
 hostname "$NODE"
@@ -92,7 +92,7 @@ Host *
 
 @dataclass
 class _Namespaces:
-    """A process of ours, and the namespaces it was started in."""
+    """A process of ours, and the namespaces in which it was started."""
 
     process: subprocess.Popen[bytes]
     name: str
@@ -107,9 +107,9 @@ class Hosts:
         """Nothing is started before the `with` block.
 
         Args:
-            checkout: the folder launches are typed in; its `runs/` and `data/` are replaced on each host.
+            checkout: the folder in which launches are typed; its `runs/` and `data/` are replaced on each host.
             workdir: an empty folder for the hosts' own files, kept afterwards; no spaces in its path.
-            nodes: their names, node1, node2, node3 or head.
+            nodes: the hosts' names: node1, node2, node3 or head.
         """
         self.nodes = nodes
         self._checkout = checkout.resolve()
@@ -134,8 +134,8 @@ class Hosts:
 
         Args:
             argv: the command, unchanged.
-            timeout_s: after this every process on all hosts but sshd is ended.
-            env: more environment, there and, through DeepSpeed's environment file, for the ranks of all hosts.
+            timeout_s: after this time every process on all hosts except sshd is ended.
+            env: more environment, for the command and, through DeepSpeed's environment file, for all hosts' ranks.
 
         Raises:
             subprocess.TimeoutExpired: with the output until then.
@@ -160,7 +160,7 @@ class Hosts:
         variables.write_text("".join(f"{key}={value}\n" for key, value in (env or {}).items()))
         first = self.nodes[0]
         return subprocess.Popen(
-            # A working folder given to nsenter would be the machine's, under whose runs/ nothing is mounted.
+            # A working folder given to nsenter would be the machine's, in which nothing is mounted on runs/.
             self._enter(first, "sh", "-c", 'cd "$0" && exec "$@"', str(self._checkout), *argv),
             env={**self._environment(first), "DS_ENV_FILE": str(variables), **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -171,7 +171,7 @@ class Hosts:
         )
 
     def power_off(self, node: str) -> None:
-        """Take a host's power away: the cable first, so that no word of its end leaves it."""
+        """Turn a host's power off: first cut the cable, so that no message of its end leaves it."""
         assert self._switch is not None
         self._ip(self._switch.first_pid, "link", "delete", node)
         host = self._hosts.pop(node)
@@ -179,13 +179,13 @@ class Hosts:
         host.process.wait()
 
     def power_on(self, node: str) -> None:
-        """Start a host again; its disk is as it was. Returns when it can be reached."""
+        """Start a host again with its old disk. Returns when it can be reached."""
         (self._folder(node) / "sshd.pid").unlink(missing_ok=True)
         self._start_host(node)
         self._await(f"sshd of {node} to listen", (self._folder(node) / "sshd.pid").exists)
 
     def cut(self, node: str) -> None:
-        """Cut a host's cable behind its socket: neither end notices."""
+        """Cut a host's cable in the middle, so that neither end notices."""
         assert self._switch is not None
         self._ip(self._switch.first_pid, "link", "set", node, "nomaster")
 
@@ -195,9 +195,9 @@ class Hosts:
         self._ip(self._switch.first_pid, "link", "set", node, "master", "bridge")
 
     def limit(self, node: str, gbit_per_s: float) -> None:
-        """Let a host send at most so much, as a slower cable would; `math.inf` takes the limit away.
+        """Limit what a host sends, like a slower cable; `math.inf` removes the limit.
 
-        A limit of both ends is one of the cable.
+        Limits at both ends act like a limit of the cable.
         """
         if math.isinf(gbit_per_s):
             shaping = f"qdisc replace dev {_INTERFACE} root pfifo limit {_UNLIMITED_PACKETS}"
@@ -209,12 +209,12 @@ class Hosts:
         self._ip(self._hosts[node].first_pid, *shaping.split(), program="tc")
 
     def sent_bytes(self, node: str) -> int:
-        """What a host has sent since it started, headers included."""
+        """Bytes that a host has sent since it started, including headers."""
         counters = Path(f"/proc/{self._hosts[node].first_pid}/net/dev").read_text()
         return int(counters.partition(f"{_INTERFACE}:")[2].split()[8])
 
     def processes(self, node: str) -> list[psutil.Process]:
-        """The host's processes but for its sshd: what launches have left running."""
+        """The host's processes except its sshd: what launches have left running."""
         first_pid = self._hosts[node].first_pid
         namespace = os.readlink(f"/proc/{first_pid}/ns/pid")
         found = []
@@ -225,7 +225,7 @@ class Hosts:
         return found
 
     def end_processes(self) -> None:
-        """End every process on all hosts but their sshd."""
+        """End every process on all hosts except their sshd."""
         left = [process for node in self._hosts for process in self.processes(node)]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -270,7 +270,7 @@ class Hosts:
     def _stop(self) -> None:
         started = [*self._hosts.values(), *([self._switch] if self._switch else [])]
         for namespaces in started:
-            # The end of a host's first process is the end of them all; `unshare` waits for that.
+            # When a host's first process ends, all its processes end; `unshare` waits for that.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(namespaces.first_pid or namespaces.process.pid, signal.SIGKILL)
         for namespaces in started:
@@ -282,7 +282,7 @@ class Hosts:
                 self._made.pop().rmdir()
 
     def _start_switch(self) -> None:
-        """A network of its own, holding the bridge that joins the hosts."""
+        """Start a separate network with the bridge that joins the hosts."""
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sh", "-c", "echo up; exec sleep infinity"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         self._switch = _Namespaces(process, "switch", process.pid)
@@ -313,7 +313,7 @@ class Hosts:
         """Lay a cable from the host's eth0 to the switch."""
         assert self._switch is not None
         switch, host = self._switch.first_pid, self._hosts[node].first_pid
-        # The card's address stays when the host starts again: the others remember it for a while.
+        # The card's address must not change when the host starts again, because the others remember it for a while.
         card = f"02:00:00:00:00:{_ALL_ADDRESSES[node].rpartition('.')[2]}"
         peer = ["peer", "name", _INTERFACE, "address", card, "netns", str(host)]
         self._ip(switch, "link", "add", node, "type", "veth", *peer)
@@ -339,7 +339,7 @@ class Hosts:
             (folder / "etc" / name).write_text(text)
 
     def _environment(self, node: str) -> dict[str, str]:
-        """What a login on the host finds: its own home, one thread."""
+        """The environment of a login on the host: its own home, one thread."""
         return {
             "PATH": search_path(),
             "HOME": str(self._folder(node) / "home"),
@@ -369,14 +369,14 @@ class Hosts:
 
 
 class TwoHosts(Hosts):
-    """node1 and node2: those of `hostfiles/two_node`."""
+    """The hosts of `hostfiles/two_node`: node1 and node2."""
 
     def __init__(self, checkout: Path, workdir: Path) -> None:
         super().__init__(checkout, workdir, ("node1", "node2"))
 
 
 def _first_child(host: _Namespaces) -> bool:
-    """Note the host's first process once it is started; says whether it is."""
+    """Note the host's first process once it is started; returns whether it is."""
     with contextlib.suppress(psutil.NoSuchProcess):
         children = psutil.Process(host.process.pid).children()
         host.first_pid = children[0].pid if children else 0

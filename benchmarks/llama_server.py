@@ -11,7 +11,7 @@ class LlamaCpp:
     """A GGUF file, loaded. Its server listens on a free port of 127.0.0.1 for as long as the object lives."""
 
     def __init__(self, path: Path, context: int) -> None:
-        """Loads a file; `context` is the number of tokens it may hold."""
+        """Loads a file; `context` is the number of tokens that it may hold."""
         import xllamacpp  # type: ignore[import-not-found]
 
         params = xllamacpp.CommonParams()
@@ -31,7 +31,7 @@ class LlamaCpp:
             return json.load(answer)
 
     def ids(self, text: str, parse_special: bool = True, add_special: bool = True) -> list[int]:
-        """The ids of a text; by default control tokens are parsed, and what belongs around a text is added."""
+        """The ids of a text; by default control tokens are parsed, and the tokens around a text are added."""
         return self._post("/tokenize", content=text, parse_special=parse_special, add_special=add_special)["tokens"]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -49,8 +49,8 @@ class LlamaCpp:
         return self._post("/completion", prompt=asked, n_predict=count, **fixed, **options)
 
     def log_probabilities(self, prompt: Sequence[int], vocab_size: int) -> dict[int, float]:
-        """Of every id that may follow."""
-        # The answer tells them only of a token that is text: neither of an end, nor of a part of a letter.
+        """The log-probability of every id that may follow."""
+        # The server gives them only for a token that is text, not for an end or a part of a letter.
         text = [[self.ids("a")[-1], 1e4]]
         first = self.greedy(prompt, 1, n_probs=vocab_size, logit_bias=text)["completion_probabilities"][0]
         return {one["id"]: one["logprob"] for one in first["top_logprobs"]}

@@ -1,18 +1,18 @@
 """Another trainer's published figure, reproduced: nanoGPT's character model of tinyshakespeare in its CPU shape.
 
     tinyshakespeare.txt --> FOLDER/{characters/, tinyshakespeare.txt} --ds_slm/pretrain.py--> FOLDER/runs/nanogpt_char
-    done.json + metrics.jsonl --> loss beside nanoGPT's 1.88, seconds, tokens/s; exit code 1 where it is missed
+    done.json + metrics.jsonl --> loss beside nanoGPT's 1.88, seconds, tokens/s; exit code 1 if it is missed
 
 python benchmarks/nanogpt_char.py tinyshakespeare.txt [--folder runs/nanogpt_char] [--set section.key=value ...]
 
-The text is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn. Its last 10 % are held out, cut at the
-character where nanoGPT cuts it. The loss is the mean over every held-out character, in consecutive rows of 64: the n-th
+The text is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn. Its last 10 % are held out, cut at the same
+character as in nanoGPT. The loss is the mean over every held-out character, in consecutive rows of 64: the n-th
 character of a row is predicted from n before it, as in nanoGPT's random crops, so contexts have the same lengths. It
 also counts two targets of 111,541 that nanoGPT does not have: the text's first character, after an EOS, and the EOS at
-its end. Held-out losses on the way are of 240 rows, as many as nanoGPT's 20 batches of 12.
+its end. Held-out losses during training are over 240 rows, the same number as nanoGPT's 20 batches of 12.
 
-Known gaps: our decoder is no GPT-2 (RoPE, RMSNorm, SwiGLU instead of learned positions, LayerNorm, GELU), so this shows
-that the trainer learns what it should, not that two programs are equal. Rows begin at multiples of 64, not anywhere.
+Known gaps: our decoder is not a GPT-2 (RoPE, RMSNorm, SwiGLU instead of learned positions, LayerNorm, GELU). So this
+shows that the trainer learns what it should, not that two programs are equal. Rows begin only at multiples of 64.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def lay_out(text: Path, folder: Path) -> None:
-    """The text and its character tokenizer, ids in the order of the characters, where the recipe looks for them."""
+    """Write the text and its character tokenizer, with ids in the order of characters, where the recipe reads them."""
     import tokenizers
 
     content = text.read_bytes() if text.is_file() else b""
@@ -43,7 +43,7 @@ def lay_out(text: Path, folder: Path) -> None:
             "get data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn."
         )
 
-    # Every character is a token of its own.
+    # Every character is one token.
     characters = sorted(set(content.decode()))
     vocabulary = {character: number for number, character in enumerate(characters)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))

@@ -1,15 +1,15 @@
-"""Packed rows beside plain ones: tokens a second of one forward and backward pass, in the same model and batch.
+"""Packed rows compared with plain ones: tokens a second of one forward and backward pass, in the same model and batch.
 
     conversations of 100 to 600 tokens --sft/packing.py--> rows
-    --> packed with and without a mask: the same gradient? no: nothing is timed, exit code 2
+    --> packed with and without a mask: the same gradient? if not, nothing is timed, exit code 2
     --> each side in turn, ROUNDS times --> a table
     sides: plain rows (pretraining); packed, as a run computes them; packed, with a mask over T x T
 
 python benchmarks/packed.py [--recipe slm-10m] [--rows 4] [--rounds 5] [--lengths 100 600] [--compiled] [--threads 1]
 
-On a GPU where there is one; else on a CPU, in seconds of its processor divided by the threads, so that other programs
-count less. In the recipe's precision where the device multiplies in it, else in fp32. Sides take turns, and a round's
-are compared.
+It runs on a GPU if there is one; otherwise on a CPU, where it counts CPU seconds divided by the threads, so that other
+programs on the machine matter less. The precision is the recipe's if the device multiplies in it, otherwise fp32. Sides
+take turns, and times of the same round are compared.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from sft.packing import rows_of_epoch
 
 WARM_ROUNDS = 1
 LEAST_COSINE = {torch.float32: 0.9999999, torch.bfloat16: 0.995, torch.float16: 0.999}
-"""Of the whole gradient with and without a mask."""
+"""Least cosine of the whole gradients with and without a mask."""
 SIDES = ("plain rows", "packed", "packed, mask")
 
 
@@ -59,7 +59,7 @@ class Bench:
     rows: Rows
 
     def pass_s(self, side: str) -> float:
-        """Seconds of one forward and backward pass, which leaves its gradients."""
+        """Seconds of one forward and backward pass; its gradients are kept."""
         self.model.zero_grad()
         packed: dict[str, Any] = {}
         if side != "plain rows" and self.rows.document_ids is not None:
@@ -74,7 +74,7 @@ class Bench:
         return self._now_s() - begin_s
 
     def cosine(self) -> float:
-        """Of the whole gradient of packed rows with and without a mask."""
+        """The cosine of the whole gradients of packed rows with and without a mask."""
         found: list[list[Tensor]] = []
         for side in SIDES[1:]:
             self.pass_s(side)
@@ -94,7 +94,7 @@ class Bench:
 
 
 def packed_rows(recipe: Recipe, rows: int, lengths: tuple[int, int]) -> Rows:
-    """Rows full of documents whose lengths are drawn evenly, packed as fine-tuning packs them."""
+    """Rows full of documents with uniformly drawn lengths, packed as fine-tuning packs them."""
     T = recipe.data.seq_len
     drawn = np.random.default_rng(0).integers(lengths[0], lengths[1] + 1, size=64 * rows * T // sum(lengths))
     document_ids = np.full((rows, T + 1), -1, dtype=np.int32)
@@ -106,7 +106,7 @@ def packed_rows(recipe: Recipe, rows: int, lengths: tuple[int, int]) -> Rows:
 
 
 def measure_sides(one_pass_s: Callable[[str], float], rounds: int) -> dict[str, list[float]]:
-    """Side -> seconds of each round; who begins changes from round to round."""
+    """Side -> seconds of each round; the sides take turns to begin."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(WARM_ROUNDS + rounds):
         for side in SIDES[:: -1 if number % 2 else 1]:
@@ -117,7 +117,7 @@ def measure_sides(one_pass_s: Callable[[str], float], rounds: int) -> dict[str, 
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="slm-10m")
     parser.add_argument("--rows", type=int, default=4)

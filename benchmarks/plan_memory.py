@@ -1,15 +1,15 @@
-"""Does `ds-slm plan` tell the truth about memory: planned beside measured, on this machine's CPU.
+"""Is `ds-slm plan` right about memory? Planned figures beside measured ones, on this machine's CPU.
 
     recipe x ZeRO stage x micro-batch --> a real launch of three steps on random ids --> OUT/CASE.json, at once
-    every CASE.json, planned anew --> a table: planned, measured, their ratio, the largest parts
+    every CASE.json, planned again --> a table: planned, measured, their ratio, the largest parts
 
 python benchmarks/plan_memory.py [RECIPE ...] [--stages 1 2 3] [--tokens 1024 4096] [--precision own|fp32|bf16|fp16]
                                  [--compiled own|never|always] [--table]
 
-A case that has its file is not run again, so the same command goes on where it was ended. Blocks are compiled where the
-recipe's own run would compile them. Measured is the kernel's peak of rank 0's resident memory, from its start to the
-end of the second step; `save` is by how much the peak has grown by the end of the third, during which a checkpoint is
-written behind training.
+A case that has its file is not run again, so the same command goes on where it ended. Blocks are compiled if the
+recipe's own run would compile them. The measured figure is the kernel's peak of rank 0's resident memory, from its
+start to the end of the second step. `save` is the growth of the peak by the end of the third step, during which a
+checkpoint is written in the background.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from ds_slm.recipe.schema import Recipe
 RECIPES = ("demo", "gpt-s-1.4m", "slm-10m", "ant-10m", "slm-124m")
 RANKS = 2
 ACCUMULATION = 2
-"""Forwards of a step: what is kept between two of them counts."""
+"""Forwards of a step, so that memory that is kept between two of them counts."""
 DEFAULT_TOKENS, TOKENS = (1024, 4096), {"slm-124m": (1024, 2048), "axiom-380m": (1024,)}
-"""Of a micro-batch: half and twice what a CPU takes by itself; less where a step would take minutes."""
+"""Tokens of a micro-batch: half and twice a CPU's default; less if a step would take minutes."""
 STEPS, SAVED_AFTER = 3, 2
 LARGEST_PARTS = 4
 TABLE_WIDTH = 150
@@ -75,7 +75,7 @@ class Case:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """What was asked for, the quickest first."""
+    """The cases that were asked for, the fastest first."""
     for name in args.recipes:
         precision = [] if args.precision == "own" else [f"train.precision={args.precision}"]
         recipe = schema.load(name, [*precision, *args.set])
@@ -87,7 +87,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def measure(case: Case, out: Path) -> dict[str, Any]:
-    """Launch it. Raises DataError, with what it said, where it fails."""
+    """Launch a case. Raises DataError with its output if it fails."""
     folder = out / "launches" / case.key
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -130,7 +130,7 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
 
 
 def planned(case: Case) -> budget.Memory:
-    """What the plan says of the same topology."""
+    """The plan's memory for the same topology."""
     half_products = case.recipe.train.precision in rates.own_cpu().half_products
     return budget.memory(case.recipe, case.zero, RANKS, case.micro_batch, "cpu", half_products)
 
@@ -142,7 +142,7 @@ def largest_parts(memory: budget.Memory) -> str:
 
 
 def table(found: list[tuple[Case, dict[str, Any]]], device: str) -> Table:
-    """A row for each measured case, planned anew."""
+    """A table with a row for each measured case, planned again."""
     dates = sorted({one["date"] for _, one in found})
     grid = Table(title=f"memory of rank 0 of {RANKS}, {device}, {' and '.join(dates)}")
     for name in ("case", "planned GB", "measured GB", "ratio", "save GB", "largest planned parts"):
@@ -156,7 +156,7 @@ def table(found: list[tuple[Case, dict[str, Any]]], device: str) -> Table:
 
 
 def main() -> int:
-    """Measure what is missing, and compare."""
+    """Measure the missing cases, and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])

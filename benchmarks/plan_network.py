@@ -1,4 +1,4 @@
-"""Does `ds-slm plan` tell the truth about time on two hosts: planned beside measured, over links of known speed.
+"""Is `ds-slm plan` right about time on two hosts? Planned figures beside measured ones, over links of known speed.
 
     one core of this machine, timed with the recipe's blocks
     two hosts in network namespaces, a rank each --> a launch over a cable without a limit, then over limited ones
@@ -7,10 +7,10 @@
 
 python -m benchmarks.plan_network [RECIPE ...] [--stages 1 2 3] [--precisions fp32 bf16] [--links 1 0.1] [--table]
 
-A case that has its file is not run again, so the same command goes on where it was ended. Measured is the median of the
-steps after the first, and what the first host has sent in each of them, by its interface's own counter. What a step
-takes longer than over the cable without a limit is the network's. Blocks are eager. Needs root and the Debian packages
-that benchmarks/hosts.py names; the hosts share this machine's cores.
+A case that has its file is not run again, so the same command goes on where it ended. Measured are the median of the
+steps after the first, and the bytes that the first host sends in each of them, by its interface's own counter. The
+network's time is the difference to a step over the cable without a limit. Blocks are eager. Needs root and the Debian
+packages that benchmarks/hosts.py names; the hosts share this machine's cores.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def recipe(self) -> Recipe:
-        """With a step of ACCUMULATION forwards on each host."""
+        """The recipe with a step of ACCUMULATION forwards on each host."""
         recipe = schema.load(self.name, [f"train.precision={self.precision}"])
         tokens = len(NODES) * self.micro_batch * ACCUMULATION * recipe.data.seq_len
         train = recipe.train.model_copy(update={"global_batch_tokens": tokens})
@@ -73,7 +73,7 @@ class Case:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """What was asked for."""
+    """The cases that were asked for."""
     for name in args.recipes:
         recipe = schema.load(name)
         rows = plan.default_micro_batch("cpu", recipe.data.seq_len)
@@ -84,7 +84,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
-    """Time a core, then launch it. Raises DataError, with what it said, where it fails."""
+    """Time a core, then launch a case. Raises DataError with its output if it fails."""
     from ds_slm.engine.core_speed import core_speed
 
     recipe = case.recipe
@@ -102,7 +102,7 @@ def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
     for node in NODES:
         hosts.limit(node, case.link_gbit_per_s)
 
-    # What the first host has sent when each step is recorded, in a run folder that this process sees, too.
+    # Note what the first host has sent when each step is recorded, in a run folder that this process sees, too.
     counters: list[int] = []
     with (own / "said").open("w") as said:
         process = hosts.start(command, said, subprocess.STDOUT, {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"})
@@ -137,7 +137,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def planned(case: Case, speed: rates.CoreSpeed) -> tuple[float, float, int]:
-    """What the plan says: seconds of a step, of these the network's, and bytes that a host sends."""
+    """The plan's figures: seconds of a step, the network's part of them, and bytes that a host sends."""
     settings = ds_config.read(bench_train.ROOT / "ds_configs" / f"zero{case.stage}.json")
     own = rates.OwnCpu(None, "", speed=speed)
     topology = plan.Topology(len(NODES), len(NODES), case.link_gbit_per_s, None, own)
@@ -147,7 +147,7 @@ def planned(case: Case, speed: rates.CoreSpeed) -> tuple[float, float, int]:
 
 
 def table(found: dict[Case, dict[str, Any]], device: str) -> Table:
-    """A row for each measured case with a limit, planned anew."""
+    """A table with a row for each measured case that has a limit, planned again."""
     dates = sorted({one["date"] for one in found.values()})
     grid = Table(title=f"a step on two hosts with a core each, {device}, {' and '.join(dates)}")
     names = ("s: planned", "measured", "ratio", "network s: planned", "measured", "MB sent: planned", "measured")
@@ -167,7 +167,7 @@ def table(found: dict[Case, dict[str, Any]], device: str) -> Table:
 
 
 def main() -> int:
-    """Measure what is missing, and compare."""
+    """Measure the missing cases, and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
@@ -196,7 +196,7 @@ def main() -> int:
 
 
 def measure_all(missing: list[Case], out: Path) -> None:
-    """Launch each case on two hosts; what was measured is written at once. Raises DataError where none can be made."""
+    """Launch each case on two hosts, and write its figures at once. Raises DataError if hosts cannot be made."""
     if problems := missing_requirements():
         raise DataError(" ".join(problems))
     with tempfile.TemporaryDirectory() as folder, TwoHosts(bench_train.ROOT, Path(folder) / "hosts") as hosts:

@@ -1,7 +1,7 @@
-"""The rivals of benchmarks/train.py, each a process of its own: the same model shape, ids, optimiser and micro-batch.
+"""The rivals of benchmarks/train.py, each in its own process: the same model shape, ids, optimiser and micro-batch.
 
-    trainer   transformers.Trainer with LlamaForCausalLM or Qwen3ForCausalLM; under DeepSpeed where --deepspeed is given
-    bare      our decoder and optimiser in a plain PyTorch loop: what is left to gain beside DeepSpeed
+    trainer   transformers.Trainer with LlamaForCausalLM or Qwen3ForCausalLM; under DeepSpeed if --deepspeed is given
+    bare      our decoder and optimiser in a plain PyTorch loop: what could be gained without DeepSpeed
 
 deepspeed benchmarks/rivals.py bare --recipe slm-10m --ids ids.bin --micro-batch 2 --accumulation 4 --steps 5 --out x
 
@@ -36,7 +36,7 @@ def rows_of(ids: Path, seq_len: int, vocab_size: int) -> np.ndarray:
 
 
 def now_s() -> float:
-    """The time at which everything asked of the device is done."""
+    """The time once the device has finished all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -95,7 +95,7 @@ def trainer(args: argparse.Namespace, recipe: Recipe) -> list[float]:
         }
     arguments = transformers.TrainingArguments(**options)
 
-    # exclusive attention is nobody else's: their model goes without it
+    # only our model has exclusive attention: theirs runs without it
     config = hf.hf_config(recipe.model.model_copy(update={"exclusive_attention": False}), eos_id=None, dtype="float32")
     shape = transformers.AutoConfig.for_model(**config)
     model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
@@ -151,7 +151,7 @@ def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
                 total.add_(one.grad)
                 one.grad = None
 
-        # Once a step, all gradients in one message.
+        # Once a step, send all gradients in one message.
         if world_size > 1:
             flat = torch.cat([one.flatten() for one in gradients])
             dist.all_reduce(flat)
@@ -163,7 +163,7 @@ def bare(args: argparse.Namespace, recipe: Recipe) -> list[float]:
         torch.nn.utils.clip_grad_norm_(masters.parameters(), recipe.optimizer.grad_clip or float("inf"))
         optimizer.step()
 
-        # The model takes the masters' new weights.
+        # Copy the masters' new weights into the model.
         with torch.no_grad():
             for one, master in zip(weights, masters.parameters(), strict=True):
                 master.grad = None

@@ -1,11 +1,11 @@
-"""How long a save keeps training waiting, beside one optimiser step; and what it costs a step that it runs behind.
+"""How long training waits for a save, compared with an optimiser step; and what a save costs the step beside it.
 
     a model in the recipe's shape, one short row --> a step alone (timed) --> save begun (timed) --> a step beside it
 
 deepspeed --num_accelerators 2 benchmarks/saving.py [--recipe axiom-380m] [--rounds 3]
 python benchmarks/saving.py                                       one process, all threads
 
-The checkpoint is written for real, below --out; rows are short, for neither time depends on them.
+The checkpoint is really written, below --out; rows are short, because neither time depends on them.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SEQ_LEN = 64
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds of an action, the device's part included."""
+    """Seconds of an action, including the device's part."""
     import torch
 
     if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="axiom-380m")
     parser.add_argument("--ds-config", type=Path, default=ROOT / "ds_configs" / "zero1.json")

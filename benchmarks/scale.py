@@ -1,13 +1,13 @@
 """What grows with the number of ranks, shown with tiny ranks on one machine.
 
     for each number of ranks: one launch --step_parts.py--> CPU time of a rank for a step and its parts, and to start
-    some readers of one data root at once --> how long each takes, and that all see the same data
+    some readers of one data root at once --> how long each takes, and whether all see the same data
 
 python -m benchmarks.scale [--ranks 1 2 8 16 32] [--steps 120] [--readers 128] [--out FILE]
 
-Every rank trains one row a step, so its own arithmetic stays the same. CPU time is counted, because ranks that share
-two cores wait for each other. What a step costs beyond a ring's share shows as growth. Numbers of ranks can be measured
-one by one (`--ranks 32 --readers 0`), and the readers alone (`--ranks --readers 128`).
+Every rank trains one row a step, so its own arithmetic is always the same. CPU time is counted, because ranks that
+share two cores wait for each other. The cost of a step beyond a ring's share shows as growth. Numbers of ranks can be
+measured one by one (`--ranks 32 --readers 0`), and the readers alone (`--ranks --readers 128`).
 """
 
 import argparse
@@ -39,9 +39,9 @@ print(prepare(recipe, root / "tiny", report=lambda line: None).sha256, time.proc
 
 
 def of_ranks(folder: Path, ranks: int, steps: int) -> dict[str, float]:
-    """CPU time of a rank, the mean of all: milliseconds of a step and its parts, seconds until the first one is taken.
+    """CPU time of a rank, the mean of all: milliseconds of a step and its parts, seconds until the first step is taken.
 
-    Raises TrainingError with what the launch said where it fails.
+    Raises TrainingError with the launch's output if it fails.
     """
     settings = [f"train.global_batch_tokens={32 * ranks}", "schedule.warmup_steps=4"]
     words = [word for one in settings for word in ("--set", one)]
@@ -53,7 +53,7 @@ def of_ranks(folder: Path, ranks: int, steps: int) -> dict[str, float]:
 
 
 def readers(folder: Path, data_root: Path, count: int) -> dict[str, float]:
-    """Open the prepared data in so many processes at once: CPU and wall seconds.
+    """Open the prepared data in `count` processes at once: CPU and wall seconds.
 
     Raises:
         TrainingError: one failed, or saw other data than the rest.
@@ -73,7 +73,7 @@ def readers(folder: Path, data_root: Path, count: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description="What grows with the number of ranks.")
     parser.add_argument("--ranks", nargs="*", type=int, default=[1, 2, 8, 16, 32])
     parser.add_argument("--steps", type=int, default=120)

@@ -5,11 +5,11 @@
 python benchmarks/sft_380m.py CONVERSATIONS.jsonl --ranks cl100k_base.tiktoken [--out runs/sft_380m]
 
 All 24 layers and 385,849,344 parameters, micro-batch 1 of 1,024 tokens, two micro-batches, gradient checkpointing and
-8-bit AdamW, the embedding's moments in 8 bits too; one process. A step of the recipe has 312 rows: here two, for memory
-does not depend on how many follow each other. The weights are random, so the loss is no result.
+8-bit AdamW, with the embedding's moments in 8 bits too; one process. A step of the recipe has 312 rows, here it has
+two, because memory does not depend on their number. The weights are random, so the loss means nothing.
 
-Memory is the kernel's peak of resident memory up to the end of the step (loading the base and an evaluation included)
-less what the process held before it built the model. The card's 5.32 GB are CUDA's, of the allocator.
+Memory is the kernel's peak of resident memory up to the end of the step (including loading the base and an evaluation)
+minus what the process held before it built the model. The card's 5.32 GB are the figure of CUDA's allocator.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CARD_GB = 5.32
 
 
 def write_base(ranks: Path, folder: Path) -> int:
-    """Fresh weights in the recipe's shape as a Hugging Face folder; returns how many parameters."""
+    """Write fresh weights in the recipe's shape as a Hugging Face folder; returns the number of parameters."""
     from ds_slm.data.tokenizers.tokenizer import build_tokenizer
     from ds_slm.model import decoder
     from ds_slm.publish.export import export

@@ -1,18 +1,18 @@
-"""slm-10m trained for some hundred steps, beside transformers' Qwen3 of the same shape in a plain PyTorch loop.
+"""slm-10m trained for some hundred steps, compared with transformers' Qwen3 of the same shape in a plain PyTorch loop.
 
     PROSE --ds-slm prepare--> OUT/data --deepspeed ds_slm/pretrain.py--> OUT/run       losses of every step, held-out
     OUT/data, our initial weights --train_qwen3--> OUT/qwen3.jsonl                 the same
-    both --> slm_10m_qwen3.csv and .png in OUT, the differences; exit code 1 where they are above 0.02
+    both --> slm_10m_qwen3.csv and .png in OUT, the differences; exit code 1 if they are above 0.02
 
 python benchmarks/slm_10m_qwen3.py PROSE [--steps 300] [--out runs/slm_10m_qwen3] [--set section.key=value ...]
 
 PROSE is a folder with the files of SOURCES, which stand in for the recipe's four datasets. One step of the recipe's
-524,288 tokens takes minutes on two cores: here a step is 4 rows, learning rate, schedule and held-out share are cut to
-fit, and all else is the recipe's. The loop shares our rows, initial weights and learning rates and nothing else: its
-model, loss, clipping and optimiser are transformers' and torch's. It computes in fp32 on a CPU and under bf16 autocast
-on a GPU; ours in the recipe's bf16 with fp32 masters.
+524,288 tokens takes minutes on two cores. So here a step is 4 rows, and learning rate, schedule and held-out share are
+reduced to fit; all else is the recipe's. The loop shares only our rows, initial weights and learning rates: its model,
+loss, clipping and optimiser are transformers' and torch's. It computes in fp32 on a CPU and under bf16 autocast on a
+GPU; ours computes in the recipe's bf16 with fp32 masters.
 
-Known gaps: one seed; the loop's GPU path is as plain as the other and has no test.
+Known gaps: one seed; the loop's GPU path has no test.
 """
 
 import argparse
@@ -40,15 +40,15 @@ SOURCES = {
     "fineweb-hq": "c4_demo.jsonl",
     "finemath": "openstax_val.jsonl",
 }
-"""Source of the recipe -> the file in PROSE that takes its place."""
+"""Source of the recipe -> the file in PROSE that replaces it."""
 CPU_CORES = 2
 """Ranks of one thread for ours, threads of one process for the loop."""
 MICRO_BATCH_ROWS = 2
-"""Rows of one forward of the loop: as many as one rank of ours takes on a CPU."""
+"""Rows of one forward of the loop: the number that one of our ranks takes on a CPU."""
 TOLERANCE = 0.02
-"""Nats per token."""
+"""Largest allowed difference, in nats per token."""
 WINDOW_STEPS = 10
-"""Losses are smoothed over so many steps."""
+"""Number of steps over which losses are smoothed."""
 LAST_STEPS = 20
 """Steps at the end whose mean training loss is compared."""
 
@@ -56,9 +56,9 @@ Record = dict[str, Any]
 
 
 def overrides(steps: int, given: Sequence[str] = ()) -> list[str]:
-    """What is changed in the recipe: a batch and a schedule for two cores, in the proportions of the recipe's.
+    """Changes to the recipe: a batch and a schedule for two cores, in the recipe's proportions.
 
-    Settings that the user has given take the place of these.
+    Settings that the user has given replace these.
     """
     decay_start_step = steps * 85 // 100
     ours = [
@@ -84,7 +84,7 @@ def overrides(steps: int, given: Sequence[str] = ()) -> list[str]:
 
 
 def run_ours(prose: Path, out: Path, settings: list[str], on_gpu: bool) -> int:
-    """Prepare and train as a user would; returns the exit code of what failed, or 0."""
+    """Prepare and train as a user would; returns the exit code of the command that failed, or 0."""
     programs = Path(sys.executable).parent
     sources = [word for name, file in SOURCES.items() for word in ("--source", f"{name}={prose / file}")]
     flags = ["--data-root", str(out / "data"), *(word for pair in settings for word in ("--set", pair))]
@@ -164,7 +164,7 @@ def train_qwen3(recipe: Recipe, prepared: Any, device: str, report: Callable[[Re
 
 
 def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
-    """Train the loop, its records printed now and then and all written to OUT/qwen3.jsonl."""
+    """Train the loop; prints some of its records, and writes all to OUT/qwen3.jsonl."""
     import torch
 
     from ds_slm.data.shards.prepared import open_prepared
@@ -184,7 +184,7 @@ def run_qwen3(recipe: Recipe, out: Path, on_gpu: bool) -> list[Record]:
 
 
 def loading_s(recipe: Recipe, out: Path) -> float:
-    """Seconds that drawing and reading one step's rows takes, all of them by one process: the mean over the run."""
+    """Mean seconds, over the run, in which one process draws and reads all rows of a step."""
     from ds_slm.data.rows import PretrainRows
     from ds_slm.data.shards.prepared import open_prepared
 
@@ -202,13 +202,13 @@ def of_kind(records: Sequence[Record], kind: str, field: str = "loss") -> dict[i
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Means over the last WINDOW_STEPS values, once there are so many."""
+    """Means over the last WINDOW_STEPS values, from the first place that has enough of them."""
     window = min(WINDOW_STEPS, len(values))
     return [statistics.fmean(values[end - window : end]) for end in range(window, len(values) + 1)]
 
 
 class Difference(NamedTuple):
-    """How far the two are apart in one respect, in nats per token."""
+    """The difference of the two runs in one respect, in nats per token."""
 
     what: str
     value: float
@@ -239,12 +239,12 @@ def compare(ours: Sequence[Record], qwen3: Sequence[Record]) -> list[Difference]
 
 
 def misses(differences: Sequence[Difference]) -> list[str]:
-    """Those that decide and are not within the tolerance."""
+    """The differences that decide and are not within the tolerance."""
     return [one.what for one in differences if one.decides and not one.value <= TOLERANCE]
 
 
 def write_csv(path: Path, ours: Sequence[Record], qwen3: Sequence[Record]) -> None:
-    """Both curves, one step a line; held-out losses where there are any, those of the last step on 16 rows as well."""
+    """Write both curves, a line a step; with held-out losses if there are any, for the last step also on 16 rows."""
     columns = {
         f"{side}_{name}": of_kind(records, kind, field)
         for name, kind, field in (
@@ -262,7 +262,7 @@ def write_csv(path: Path, ours: Sequence[Record], qwen3: Sequence[Record]) -> No
 
 
 def draw(path: Path, ours: Sequence[Record], qwen3: Sequence[Record]) -> None:
-    """Training and held-out losses above, the difference of the smoothed training losses below."""
+    """Draw training and held-out losses above, the difference of the smoothed training losses below."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""What the seconds from the command to the first step are for: the real program, with what is cached and without.
+"""How the seconds from the command to the first step are spent, in the real program, with cached results and without.
 
     random ids, made-up tokenizer --> one launch that fills the caches --> ROUNDS launches --> medians, and a table
 
 python benchmarks/startup.py RECIPE [--program deepspeed] [--rounds 3] [--set SECTION.KEY=VALUE] [--json]
 
-The parts are what `ds_slm.run.start_clock` tells of rank 0, as the run's record of its launch holds them. `first step`
-is the step itself: where blocks are compiled, the pause in which torch takes them from its cache. With `--program
-ds-slm` it is `ds-slm train` that starts the ranks; its own time, that of `ds-slm plan`, is not in the parts.
+The parts are the times of `ds_slm.run.start_clock` on rank 0, from the run's record of its launch. `first step` is the
+step itself; if blocks are compiled, it includes the pause in which torch takes them from its cache. With `--program
+ds-slm`, `ds-slm train` starts the ranks; its own time, like that of `ds-slm plan`, is not in the parts.
 """
 
 import argparse
@@ -33,14 +33,14 @@ FIRST_STEP = "first step"
 
 
 def start(bench: train.Bench, program: str) -> dict[str, float]:
-    """One launch of one step: its seconds by what they were for. Raises DataError, with what it said, if it fails."""
+    """Launch one step; returns the seconds of each part. Raises DataError with its output if it fails."""
     folder = bench.out / "launches" / f"start-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
     command = train.our_command(bench, folder, micro_batch=1, accumulation=1, steps=1)
     if program == "ds-slm":
         flags = command[command.index(str(train.PRETRAIN)) + 1 :]
         named = flags.index("--recipe")
-        flags = flags[:named] + flags[named + 2 :]  # it takes the recipe by itself
+        flags = flags[:named] + flags[named + 2 :]  # `ds-slm train` takes the recipe without a flag
         command = [str(train.PROGRAMS / program), "train", bench.name, "--devices", str(bench.devices), *flags]
 
     environment = bench.environment("ours")
@@ -58,7 +58,7 @@ def start(bench: train.Bench, program: str) -> dict[str, float]:
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of each part, and of the time to the first forward, over the rounds."""
+    """Medians over the rounds, of each part and of the time to the first forward."""
     parts = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
     first_forward = [sum(seconds for what, seconds in one.items() if what != FIRST_STEP) for one in rounds]
     return {**parts, "first forward after": statistics.median(first_forward)}
@@ -81,7 +81,7 @@ def main() -> int:
 
     bench = train.bench_of(args.recipe, args.set, args.out.resolve() / schema.recipe_path(args.recipe).stem)
 
-    first = start(bench, args.program)  # prepares the data, and compiles where torch's cache does not hold the blocks
+    first = start(bench, args.program)  # prepares the data, and compiles blocks that torch's cache does not hold
     warm = medians([start(bench, args.program) for _ in range(args.rounds)])
 
     device = measure.device_name(torch.device("cuda" if bench.on_gpu else "cpu"))

@@ -1,13 +1,13 @@
-"""What a step costs beside its arithmetic, and how much of that is ours: the tiny recipe of tiny_runs.py.
+"""What a step costs beyond its arithmetic, and how much of that is our code: the tiny recipe of tiny_runs.py.
 
     checkouts A, B --> A B B A A B ..., each launch --step_parts.py--> CPU ms of a step: ours, DeepSpeed's with torch
                    --> medians over the rounds, and the pairs' ratio
 
 python -m benchmarks.step_cost [CHECKOUT ...] [--ranks 1 2 8] [--micro-batch 4] [--rounds 3] [--steps 120]
 
-Several checkouts (each with a `.venv` of its own) take turns, so that a machine whose speed drifts is the same for all;
-the pairs' ratios are what to quote. Without one, this checkout alone is measured. Rank 0 keeps the records; the others
-are told as their mean. Eight ranks on two cores take a minute a launch, nearly all of it their start.
+Several checkouts (each with its own `.venv`) take turns, so that a drift in the machine's speed is the same for all;
+quote the pairs' ratios. Without CHECKOUT only this checkout is measured. Rank 0 keeps the records; the other ranks are
+reported as their mean. Eight ranks on two cores take a minute a launch, nearly all of it their start.
 """
 
 import argparse
@@ -25,27 +25,27 @@ from ds_slm.errors import ConfigError, TrainingError, run_program
 from ds_slm.files import sha256_of_json
 
 Parts = dict[str, float]
-"""Milliseconds of a step by what they are for."""
+"""Part of a step -> milliseconds."""
 
 
 def data_root(folder: Path, checkout: Path) -> Path:
-    """Where a checkout prepares its data: each by itself."""
+    """The folder in which a checkout prepares its data; each checkout has its own."""
     return folder / f"data-{checkout.name}-{sha256_of_json(str(checkout))[:8]}"
 
 
 def measure_launch(checkout: Path, folder: Path, ranks: int, steps: int, *flags: object) -> list[Parts]:
-    """Of each rank, what a step is made of in one launch.
+    """The parts of a step in one launch, for each rank.
 
     Args:
-        checkout: whose program is launched, with a `.venv` of its own.
+        checkout: the checkout whose program is launched, with its own `.venv`.
         folder: holds tiny.toml; data and the run go there.
-        ranks: on this machine.
-        steps: of the launch.
-        flags: further ones of the program.
+        ranks: number of ranks, on this machine.
+        steps: number of steps of the launch.
+        flags: further flags of the program.
 
     Raises:
         ConfigError: no step would count.
-        TrainingError: the launch failed; with what it said.
+        TrainingError: the launch failed; with its output.
     """
     if steps <= step_parts.WARM_STEPS + 1:
         raise ConfigError(f"--steps {steps}: expected more than {step_parts.WARM_STEPS + 1}: the first do not count.")
@@ -74,7 +74,7 @@ def measure_launch(checkout: Path, folder: Path, ranks: int, steps: int, *flags:
 
 
 def summary(by_rank: list[Parts]) -> Parts:
-    """One launch: rank 0's parts, what is ours of it, and the mean of what is ours of the other ranks."""
+    """One launch: rank 0's parts, our code's share of them, and the mean of our code's share on the other ranks."""
 
     def ours(parts: Parts) -> float:
         return parts["ours_main"] + parts["ours_threads"]
@@ -88,7 +88,7 @@ def summary(by_rank: list[Parts]) -> Parts:
 
 
 def measure(checkouts: list[Path], folder: Path, ranks: int, micro_batch: int, args: argparse.Namespace) -> None:
-    """Launch the checkouts in turns, and print each one's medians; who begins changes from round to round."""
+    """Launch the checkouts in turns, and print each one's medians; the checkouts take turns to begin a round."""
     found: dict[Path, list[Parts]] = {one: [] for one in checkouts}
     for number in range(args.rounds):
         for checkout in checkouts[:: -1 if number % 2 else 1]:
@@ -109,7 +109,7 @@ def measure(checkouts: list[Path], folder: Path, ranks: int, micro_batch: int, a
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkouts", nargs="*", type=Path, default=[tiny_runs.ROOT])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 8])

@@ -1,11 +1,11 @@
 """The program that step_cost.py launches: a checkout's own pretrain.py, whose CPU time is split while it trains.
 
     step begins --> CPU of the main thread within DeepSpeed's forward, backward and step --> next step begins
-                    the rest of the main thread, and the other Python threads: what is ours of a step
+                    the rest of the main thread, and the other Python threads: our code's share of a step
 
 CPU time is counted, because ranks that share cores wait for each other. DeepSpeed's calls contain torch's arithmetic
-and our model's forward pass. Threads of gloo and of torch are not Python's: only `process` holds them. The checkout is
-the one whose interpreter runs this file; every rank leaves a file in the folder $STEP_PARTS.
+and our model's forward pass. Threads of gloo and of torch are not Python threads: only `process` includes them. The
+checkout is the one whose interpreter runs this file; every rank writes a file into the folder $STEP_PARTS.
 """
 
 import functools
@@ -31,13 +31,13 @@ class Parts:
         self._path = path
         self._deepspeed_s, self._start_s = 0.0, 0.0
         self._beside_s = 0.0, 0.0
-        """Of the other Python threads, and of the whole process, when the steps that count began."""
+        """CPU seconds of the other Python threads, and of the whole process, when the steps that count began."""
         self._steps: list[tuple[float, float, float]] = []
-        """CPU seconds of the main thread, of them in DeepSpeed's calls, and seconds by the wall's clock."""
+        """For each step: CPU seconds of the main thread, those in DeepSpeed's calls, and wall-clock seconds."""
         self._last: tuple[float, float, float] | None = None
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time counted as DeepSpeed's."""
+        """The function, with its time counted as DeepSpeed's."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ class Parts:
             self._beside_s = other_threads_s(), time.process_time()
 
     def write(self) -> None:
-        """In milliseconds medians of the main thread's parts, and means of the other threads and of the process."""
+        """Write medians of the main thread's parts, and means of the other threads and the process, in milliseconds."""
         steps = self._steps[WARM_STEPS:]
         beside_s = other_threads_s(), time.process_time()
         threads_s, process_s = (
@@ -79,7 +79,7 @@ class Parts:
 
 
 def other_threads_s() -> float:
-    """CPU seconds so far of this process's Python threads but the one that calls."""
+    """CPU seconds so far of this process's Python threads, except the calling one."""
     return sum(
         int(Path(f"/proc/self/task/{one.native_id}/schedstat").read_text().split()[0]) / 1e9
         for one in threading.enumerate()
@@ -88,7 +88,7 @@ def other_threads_s() -> float:
 
 
 def watch(engine_type: Any, parts: Parts, last_step: int) -> None:
-    """Make every engine of this class count; the file is written behind its last step."""
+    """Let every engine of this class count its time; the file is written after its last step."""
     initialise = engine_type.__init__
 
     @functools.wraps(initialise)

@@ -6,13 +6,13 @@ from rich.table import Table
 
 
 def by_case(title: str, corner: str, cases: Mapping[str, Mapping[str, float]], form: str) -> Table:
-    """The figures of some cases, all of which have the same.
+    """A table of some cases, which all have the same figures.
 
     Args:
-        title: above the table.
-        corner: what stands above the names of the figures.
+        title: the title above the table.
+        corner: the text above the names of the figures.
         cases: name -> figure -> value.
-        form: how a value is written, as `format` takes it.
+        form: the format of a value, as `format` takes it.
     """
     grid = Table(title=title)
     grid.add_column(corner)

@@ -59,11 +59,11 @@ save_every_steps = 10
 [eval]
 prompts = ["the cat"]
 """
-"""Seven rows a step: they divide by neither 2 nor 3 ranks."""
+"""A recipe with seven rows a step, which do not divide evenly among 2 or 3 ranks."""
 
 
 def write_corpus(path: Path, documents: int = 400, seed: int = 0) -> Path:
-    """Seeded sentences from a small grammar, one document a line."""
+    """Write seeded sentences from a small grammar, one document a line."""
     rng = random.Random(seed)
     nouns, verbs = (
         ["cat", "dog", "bird", "teacher", "river", "engine", "garden"],
@@ -80,7 +80,7 @@ def write_corpus(path: Path, documents: int = 400, seed: int = 0) -> Path:
 
 
 def write_recipe(folder: Path, name: str = "tiny", text: str = TINY) -> Path:
-    """The tiny recipe and its corpus in a folder; returns the recipe's path."""
+    """Write the tiny recipe and its corpus into a folder; returns the recipe's path."""
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
         write_corpus(corpus)
@@ -90,7 +90,7 @@ def write_recipe(folder: Path, name: str = "tiny", text: str = TINY) -> Path:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port on which no program listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -103,7 +103,7 @@ def deepspeed_command(ranks: int, *arguments: object, script: Path = ROOT / "ds_
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread a rank, the virtual environment first on the path, no GPU."""
+    """An environment with one thread a rank, the virtual environment first on the path, and no GPU."""
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 

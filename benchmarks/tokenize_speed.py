@@ -1,15 +1,15 @@
-"""How fast text becomes shards: beside `tokenizers`' own encode_batch and `datasets.map`, on the same text and cores.
+"""How fast text becomes shards, compared with `tokenizers`' encode_batch and `datasets.map` on the same text and cores.
 
     text --> bpe trained on it, cl100k if its ranks are given --> three ways in turn, ROUNDS times --> MB/s, ratios
 
 python benchmarks/tokenize_speed.py [FILE or FOLDER] [--ranks cl100k_base.tiktoken] [--rounds 3] [--max-mb 25]
 
-encode_batch   tokenizers.Tokenizer.encode_batch over everything at once: ids in memory, no more
+encode_batch   tokenizers.Tokenizer.encode_batch over everything at once: only ids in memory
 shards         ds_slm.data.shards.writer.write_documents: split, ids, hashes and files, synchronised
 datasets.map   one row at a time through the folder as transformers loads it
 
-Each round runs all three, so what else the machine does falls on all of them; ratios are medians over the rounds.
-Without a file the text is the built-in corpus. Reading it is in none of the times.
+Each round runs all three, so that other work on the machine affects all of them; ratios are medians over the rounds.
+Without a file the text is the built-in corpus. No time includes reading it.
 """
 
 import argparse
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def read_texts(place: Path | None, max_bytes: float) -> list[str]:
-    """The documents of a file or folder, or of the built-in corpus, up to so many bytes."""
+    """The documents of a file or folder, or of the built-in corpus, up to `max_bytes`."""
     source = schema.Source(name="text", kind="builtin", weight=1)
     texts, size_bytes = [], 0
     for text in filter(None, documents.documents(source, place)):
@@ -69,13 +69,13 @@ def make_tokenizer(kind: str, texts: Sequence[str], ranks: Path | None, folder: 
 
 
 def with_encode_batch(tokenizer: Tokenizer, texts: list[str]) -> int:
-    """Tokens by the library's own method."""
+    """The number of tokens by the library's own method."""
     encodings = tokenizer._encoder.encode_batch(texts, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings)
 
 
 def with_shards(tokenizer: Tokenizer, texts: list[str]) -> int:
-    """Tokens written into shards, without the EOS of each document."""
+    """The number of tokens written into shards, without the EOS of each document."""
     data, dtype = schema.load("demo").data, id_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         shards = ShardsInProgress(Path(folder), dtype, {})
@@ -89,7 +89,7 @@ def with_shards(tokenizer: Tokenizer, texts: list[str]) -> int:
 
 
 def with_map(tokenizer: Tokenizer, texts: list[str]) -> int:
-    """Tokens by a row at a time of `datasets.map`."""
+    """The number of tokens by `datasets.map`, a row at a time."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -115,7 +115,7 @@ WAYS: dict[str, Callable[[Tokenizer, list[str]], int]] = {
 
 
 def measure(tokenizer: Tokenizer, texts: list[str], rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each way in each round, and the tokens, which must be the same."""
+    """Seconds of each way in each round, and the number of tokens, which must be the same for all."""
     elapsed_s: dict[str, list[float]] = {name: [] for name in WAYS}
     tokenizer.encode_batch(["what is made on first use"])
     counts = set()

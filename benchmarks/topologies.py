@@ -1,4 +1,4 @@
-"""Every writer of a checkpoint against every reader: how far a resumed run is from one that never moved.
+"""Every writer of a checkpoint with every reader: how much a resumed run differs from one that never moved.
 
     writer: WRITTEN steps, saved --> reader: the same run folder, STEPS more in the reader's topology
     reader: all steps in its own topology, undisturbed            |
@@ -7,8 +7,8 @@
 
 python -m benchmarks.topologies [--out DIR] [--precision bf16]
 
-A tiny recipe (benchmarks/tiny_runs.py) on a CPU: what is compared does not depend on size. Losses of two undisturbed
-topologies differ too, by the order of their sums: the diagonal and the last row show by how much.
+It uses a tiny recipe (benchmarks/tiny_runs.py) on a CPU, because the comparison does not depend on size. Losses of two
+undisturbed topologies also differ, by the order of their sums: the diagonal and the last row show by how much.
 """
 
 import argparse
@@ -40,12 +40,12 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As the table calls it."""
+        """Its name in the table."""
         short = {"adamw": "32", "adamw8bit": "8"}[self.optimizer]
         return f"z{self.zero.replace('_offload', 'o')}-w{self.ranks}-{short}bit"
 
     def settings(self, precision: str) -> str:
-        """For the test program."""
+        """The settings for the test program."""
         values = f"optimizer.name={self.optimizer}", f"train.precision={precision}", f"train.steps={WRITTEN + STEPS}"
         quiet = "run.eval_every_steps=1000", "run.save_every_steps=1000"
         return ",".join([f"zero={self.zero}", *(f"set={one}" for one in (*values, *quiet))])
@@ -110,7 +110,7 @@ def measure(folder: Path, precision: str, topologies: list[Topology]) -> dict[st
 
 
 def difference(found: list[dict], whole: list[dict]) -> float:
-    """Largest relative difference of a loss after the move. Raises DataError where the rows were others."""
+    """Largest relative difference of a loss after the move. Raises DataError if the rows differ."""
     if [one["ledger"] for one in found] != [one["ledger"] for one in whole]:
         raise DataError("the ledgers differ: other rows, or another number of steps.")
     after = [(a["loss"], b["loss"]) for a, b in zip(found, whole, strict=True) if a["step"] > WRITTEN]
@@ -118,7 +118,7 @@ def difference(found: list[dict], whole: list[dict]) -> float:
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks" / "topologies")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")

@@ -1,4 +1,4 @@
-"""How fast a recipe trains: the real program beside its rivals, in one run on one machine.
+"""How fast a recipe trains: the real program compared with its rivals, in one run on one machine.
 
     random ids, made-up tokenizer --> OUT/ids.bin, OUT/tokenizer
     each side at each micro-batch, once --> its best micro-batch
@@ -6,17 +6,17 @@
 
 python benchmarks/train.py RECIPE [--sides ours bare] [--rounds 2] [--micro-batches 1 2 4] [--set SECTION.KEY=VALUE]
 python benchmarks/train.py RECIPE --memory --micro-batches 8
-python benchmarks/train.py --all [--precisions bf16]    the whole table (training_table.py), resumed where it was ended
+python benchmarks/train.py --all [--precisions bf16]    the whole table (training_table.py), resumed where it ended
 
 ours        deepspeed ds_slm/pretrain.py, one process a core (or a GPU)
 trainer     transformers.Trainer as `python script.py` runs it: one process, all threads; its Llama or Qwen3, the same
             precision, optimiser and gradient checkpointing
-trainer-ds  the same under DeepSpeed's ZeRO-1, as many processes as ours
-bare        our model and optimiser in a plain PyTorch loop, as many processes as ours: the limit
+trainer-ds  the same under DeepSpeed's ZeRO-1, with the same number of processes as ours
+bare        our model and optimiser in a plain PyTorch loop, with the same number of processes as ours: the limit
 
-A step of a recipe has hundreds of forwards, so it is put together from its parts: steps of ACCUMULATIONS[0] and of
-ACCUMULATIONS[1] micro-batches are timed, which gives the time of a micro-batch and that of the optimiser step.
-Memory is the kernel's peak of rank 0 on a CPU (what its imports hold included), the allocator's on a GPU.
+A step of a recipe has hundreds of forwards, so its time is computed from its parts: steps of ACCUMULATIONS[0] and of
+ACCUMULATIONS[1] micro-batches are timed, which gives the times of a micro-batch and of the optimiser step. Memory is
+the kernel's peak of rank 0 on a CPU (including what its imports hold), the allocator's peak on a GPU.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Launch:
     """Median of its steps."""
     peak_gb: float
     start_s: float | None
-    """From the command to the first forward; of ours alone."""
+    """Seconds from the command to the first forward; only for ours."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all launches share."""
+    """Settings that all launches share."""
 
     name: str
     recipe: Recipe
@@ -91,19 +91,19 @@ class Bench:
     """Steps of a launch whose median counts, after one to warm up."""
     stage: int = ZERO_STAGE
     compile_blocks: bool | None = None
-    """None: where the recipe's own run would."""
+    """Whether to compile blocks; None: if the recipe's own run would."""
     under_launcher: bool = True
     """Whether `deepspeed` starts ours; a single device needs no launcher, which takes seconds."""
     threads: int | None = None
-    """Of each process; None divides the cores among them."""
+    """Threads of each process; None divides the cores among them."""
 
     def ranks(self, side: str) -> int:
-        """Processes of a side."""
+        """Number of processes of a side."""
         return 1 if side == "trainer" else self.devices
 
     @property
     def compiled(self) -> bool:
-        """Whether blocks are compiled: a launch, of a few small steps, does as the recipe's own run does."""
+        """Whether blocks are compiled; although short, a launch does what the recipe's own run does."""
         if self.compile_blocks is not None:
             return self.compile_blocks
         return ds_config.compiles_blocks(self.recipe, self.stage, self.devices, "cuda" if self.on_gpu else "cpu")
@@ -114,14 +114,14 @@ class Bench:
         return ROOT / "ds_configs" / f"zero{self.stage}.json"
 
     def environment(self, side: str) -> dict[str, str]:
-        """One thread a process, or all of them for the process that is alone; nothing asks a hub."""
+        """The environment: one thread a process, or all threads for a single process; no access to a hub."""
         threads = self.threads or (os.cpu_count() or 1) // self.ranks(side) or 1
         accelerator = {} if self.on_gpu else {"DS_ACCELERATOR": "cpu"}
         return os.environ | accelerator | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 def lay_out(recipe: Recipe, out: Path) -> list[str]:
-    """Random ids and a tokenizer of as many names, instead of the recipe's; returns the overrides that use them."""
+    """Write random ids and a made-up tokenizer of the recipe's size; returns the overrides that use them."""
     import tokenizers
 
     out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def lay_out(recipe: Recipe, out: Path) -> list[str]:
     (out / "tokenizer").mkdir(exist_ok=True)
     backend.save(str(out / "tokenizer" / "tokenizer.json"))
 
-    # as frequent as words are, by Zipf's law: what a repeated id costs belongs to the embedding's backward pass
+    # with the frequencies of words, by Zipf's law: repeated ids cost time in the embedding's backward pass
     ids = np.random.default_rng(0).zipf(1.1, size=ROWS * (recipe.data.seq_len + 1)) % vocab_size
     ids.astype("<u2" if vocab_size <= 1 << 16 else "<u4").tofile(out / "ids.bin")
 
@@ -151,7 +151,7 @@ def lay_out(recipe: Recipe, out: Path) -> list[str]:
 
 
 def write_ds_config(bench: Bench, folder: Path) -> Path:
-    """What a user's launch would take, with blocks compiled or not as in the recipe's own run."""
+    """Write the ds_config of a user's launch, with blocks compiled or not as in the recipe's own run."""
     path = folder / "ds_config.json"
     path.write_text(json.dumps(ds_config.read(bench.zero_config) | {"compile_blocks": bench.compiled}))
     return path
@@ -164,7 +164,7 @@ def under_deepspeed(ranks: int) -> list[str]:
 
 
 def shared_flags(bench: Bench, ranks: int, micro_batch: int, accumulation: int) -> list[str]:
-    """What each side is told of the recipe and its batch."""
+    """The flags of each side for the recipe and its batch."""
     settings = [f"train.global_batch_tokens={ranks * micro_batch * accumulation * bench.recipe.data.seq_len}"]
     flags = [word for pair in [*bench.overrides, *settings] for word in ("--set", pair)]
     return [*flags, "--recipe", bench.name, "--micro-batch", str(micro_batch)]
@@ -173,15 +173,15 @@ def shared_flags(bench: Bench, ranks: int, micro_batch: int, accumulation: int) 
 def our_command(
     bench: Bench, folder: Path, micro_batch: int, accumulation: int, steps: int, launcher: Sequence[str] = ()
 ) -> list[str]:
-    """The real program, whose run goes into `folder`.
+    """The command of the real program, whose run goes into `folder`.
 
     Args:
         bench: what is trained.
         folder: where its ds_config and its run go.
         micro_batch: rows of a forward.
         accumulation: forwards of a rank in a step.
-        steps: how many are taken.
-        launcher: the beginning of the command; left out, all ranks start on this machine.
+        steps: the number of steps.
+        launcher: the beginning of the command; if left out, all ranks start on this machine.
     """
     flags = shared_flags(bench, bench.devices, micro_batch, accumulation)
     for source in bench.recipe.data.source:
@@ -193,7 +193,7 @@ def our_command(
 
 
 def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Launch:
-    """Start one side and wait for its end. Raises DataError, with what it said, where it fails."""
+    """Start one side and wait for its end. Raises DataError with its output if it fails."""
     ranks = bench.ranks(side)
     folder = bench.out / "launches" / f"{side}-{micro_batch}-{accumulation}-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
@@ -240,13 +240,13 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
 
 
 def measure(bench: Bench, side: str, micro_batch: int, few: Launch | None = None) -> Round:
-    """Both accumulations of one side, and the recipe's step put together from them.
+    """Measure both accumulations of one side, and compute the recipe's step from them.
 
     Args:
         bench: what is trained.
-        side: who trains it.
+        side: the side that trains it.
         micro_batch: rows of a forward.
-        few: a launch of the first accumulation, where there was one.
+        few: a launch of the first accumulation, if there was one.
     """
     few = few or launch(bench, side, micro_batch, ACCUMULATIONS[0])
     many = launch(bench, side, micro_batch, ACCUMULATIONS[1])
@@ -264,7 +264,7 @@ def measure(bench: Bench, side: str, micro_batch: int, few: Launch | None = None
 
 
 def memory(bench: Bench, micro_batch: int, sides: Sequence[str]) -> Table:
-    """Peak memory of each side at one micro-batch: of a single forward and backward before each step."""
+    """Peak memory of each side at one micro-batch, with a single forward and backward before each step."""
     grid = Table(title=f"{bench.name}, micro-batch {micro_batch}: peak memory of rank 0")
     for name in ("side", "ranks", "GB"):
         grid.add_column(name, justify="left" if name == "side" else "right")
@@ -280,7 +280,7 @@ def best_micro_batch(bench: Bench, side: str, choices: Sequence[int]) -> int:
 
 
 def try_micro_batches(bench: Bench, side: str, choices: Sequence[int]) -> dict[int, Launch]:
-    """A launch of the first accumulation at each micro-batch; one that does not fit is passed over."""
+    """A launch of the first accumulation at each micro-batch; a micro-batch that does not fit is skipped."""
     tried: dict[int, Launch] = {}
     for choice in choices:
         try:
@@ -301,7 +301,7 @@ def fastest(tried: dict[int, Launch]) -> int:
 
 
 def table(bench: Bench, rounds: dict[str, list[Round]], device: str, peak_flops: float | None) -> Table:
-    """A row for each side."""
+    """A table with a row for each side."""
     kind = "GPU" if bench.on_gpu else "CPU"
     grid = Table(title=f"{bench.name}, {bench.recipe.train.precision}, {bench.devices} {kind} ranks, {device}")
 
@@ -397,7 +397,7 @@ def main() -> int:
 
     device = torch.device("cuda" if bench.on_gpu else "cpu")
     peak = device_measure.peak_flops(device, DTYPES[bench.recipe.train.precision])
-    peak = peak and peak * (bench.devices if bench.on_gpu else 1)  # of a CPU it is measured with all its threads
+    peak = peak and peak * (bench.devices if bench.on_gpu else 1)  # on a CPU it is measured with all threads
     name = device_measure.device_name(device)
     starts = [one.start_s for one in rounds.get("ours", []) if one.start_s is not None]
 

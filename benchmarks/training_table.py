@@ -1,4 +1,4 @@
-"""The table of benchmarks/train.py: every recipe in every precision that this machine multiplies, beside its rivals.
+"""The table of benchmarks/train.py: every recipe in every precision that this machine multiplies, and its rivals.
 
     for each row: each side's best micro-batch --> ours, trainer, trainer-ds, bare; ours, ... until the ratios agree
                   --> OUT/RECIPE-PRECISION.json after each side's best micro-batch and after each round
@@ -6,8 +6,8 @@
 
 python benchmarks/train.py --all [--precisions bf16 fp32] [--out runs/benchmarks]
 
-A machine's speed drifts, so a ratio is that of two launches of one round, and a row is done when each side's ratios lie
-within SPREAD of their median. A row with a file goes on where it was ended: the same command ends the table in pieces.
+A machine's speed drifts, so a ratio compares two launches of one round, and a row is done when each side's ratios lie
+within SPREAD of their median. A row with a file goes on where it ended, so the same command makes the table in pieces.
 """
 
 import datetime
@@ -33,7 +33,7 @@ from ds_slm.run import measure
 RECIPES = ("gpt-s-1.4m", "slm-10m", "ant-10m", "slm-124m", "axiom-380m")
 PRECISIONS = ("bf16", "fp32")
 SPREAD, LEAST_ROUNDS, MOST_ROUNDS = 0.05, 2, 5
-"""Rounds end where the ratios' range is below this share of their median, or at the most."""
+"""Rounds end if the ratios' range is below this share of their median, or at MOST_ROUNDS."""
 
 
 @dataclass
@@ -43,14 +43,14 @@ class Row:
     asked: dict[str, Any] = field(default_factory=dict)
     """Micro-batches that were tried, and steps that count: rounds of a row are alike."""
     micro_batches: dict[str, int] = field(default_factory=dict)
-    """Each side's best."""
+    """Each side's best micro-batch."""
     rounds: list[dict[str, dict[str, Any]]] = field(default_factory=list)
-    """Side -> its figures (`train.Round`), of each whole round."""
+    """Side -> its figures (`train.Round`), for each whole round."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Device, PyTorch, date and load of the last round."""
 
     def ratios(self, side: str) -> list[float]:
-        """Our tokens a second to this side's, of each round."""
+        """The ratio of our tokens a second to this side's, for each round."""
         return [one["ours"]["tokens_per_s"] / one[side]["tokens_per_s"] for one in self.rounds]
 
     @property
@@ -66,24 +66,24 @@ class Row:
         return count >= MOST_ROUNDS or (count >= LEAST_ROUNDS and self.spread < SPREAD)
 
     def median(self, side: str, figure: str) -> float:
-        """Over the rounds."""
+        """The median of a figure over the rounds."""
         return statistics.median(one[side][figure] for one in self.rounds)
 
 
 def read(path: Path) -> Row:
-    """What an earlier call left; an empty row where none did."""
+    """The row that an earlier call left; an empty row if there is none."""
     return Row(**json.loads(path.read_text())) if path.exists() else Row()
 
 
 def write(path: Path, row: Row) -> None:
-    """All of a row, or what stood there before: a call may be ended at any moment."""
+    """Write the whole row, or keep the old file: a call may be ended at any moment."""
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(asdict(row), indent=2) + "\n")
     beside.replace(path)
 
 
 def measure_row(path: Path, bench: train.Bench, choices: list[int]) -> None:
-    """Bring one row to its end, from wherever it stands. Raises DataError where it was begun with other flags."""
+    """Measure the rest of one row. Raises DataError if it was begun with other flags."""
     row, asked = read(path), {"micro_batches": choices, "steps": bench.steps}
     if row.asked not in ({}, asked):
         raise DataError(f"{path} was begun with {row.asked}, this call has {asked}: name another --out, or remove it.")
@@ -106,7 +106,7 @@ def measure_row(path: Path, bench: train.Bench, choices: list[int]) -> None:
 
 
 def table(out: Path, lacking: set[str]) -> Table:
-    """A line for each row; those that this machine cannot do, or nobody has measured, say so."""
+    """A table with a line for each row; rows that this machine cannot run, or that are not measured, say so."""
     grid = Table(title="Tokens/s of ours; in brackets its ratio to the side, median (least, most) of the rounds")
     for name in ("recipe", "ours", "Trainer", "Trainer, ZeRO-1", "bare loop", "GB: ours, Trainer", "start s", "rounds"):
         grid.add_column(name)
@@ -134,9 +134,9 @@ def run(out: Path, choices: list[int], steps: int, precisions: Sequence[str]) ->
 
     Args:
         out: where the rows are kept.
-        choices: micro-batches, of which each side takes its best.
+        choices: micro-batches; each side takes its best.
         steps: steps of a launch that count.
-        precisions: in which rows are measured; all recipes in the first one, then in the next.
+        precisions: the precisions to measure; all recipes in the first one, then in the next.
     """
     out.mkdir(parents=True, exist_ok=True)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,11 +1,11 @@
-"""What a GPU machine without a network lacks, as wheels: gathered where the package index is reachable.
+"""The packages that a GPU machine without a network lacks, as wheels, gathered where the package index is reachable.
 
     setup.py's requirements, and theirs, in the versions installed here --> minus what that machine has --> .whl/*.whl
 
 python benchmarks/wheels.py --python 3.12 [--has NAME... | --has-file FILE] [--out .whl]
 
-`torch` and what only torch needs are taken to be there. On that machine, `make bench-gpu` installs what it finds in
-.whl/ (benchmarks/bare_gpu.sh). DeepSpeed has no wheel on the index and is built: it is Python alone until an op is
+`torch` and what only torch needs are assumed to be there. On that machine, `make bench-gpu` installs what it finds in
+.whl/ (benchmarks/bare_gpu.sh). DeepSpeed has no wheel on the index, so it is built: it is pure Python until an op is
 compiled.
 """
 
@@ -28,17 +28,17 @@ from ds_slm.errors import DataError, run_program
 PROJECT = "ds-slm"
 THERE = ("torch", "setuptools")
 BUILT = ("deepspeed",)
-"""Published as source alone."""
+"""Packages that are published only as source."""
 GLIBC = (39, 35, 34, 31, 28, 27, 26, 24, 17)
-"""Minor versions of glibc 2 by which manylinux names its wheels; pip wants each of them named."""
+"""Minor versions of glibc 2 in the names of manylinux wheels; pip needs each of them named."""
 
 
 def needed(project: str, has: frozenset[str]) -> list[str]:
-    """Names of the packages that a project needs, and those need, without what is there. Sorted.
+    """Sorted names of all packages that a project needs, directly or not, without those that are there.
 
     Args:
         project: an installed package.
-        has: canonical names; what only they need is left out, too.
+        has: canonical names of packages that are there; what only they need is left out, too.
     """
     found: set[str] = set()
     waiting = [project]
@@ -51,7 +51,7 @@ def needed(project: str, has: frozenset[str]) -> list[str]:
 
 
 def _requirements(name: str) -> Iterator[str]:
-    """Canonical names of what a package needs without extras on this platform."""
+    """Canonical names of the packages that a package needs, without extras, on this platform."""
     for line in metadata.requires(name) or ():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -59,7 +59,7 @@ def _requirements(name: str) -> Iterator[str]:
 
 
 def gather(name: str, python: str, out: Path) -> None:
-    """Bring one package, in the version that is installed here. Raises DataError where there is no wheel of it."""
+    """Fetch one package in the version that is installed here. Raises DataError if it has no wheel."""
     pinned = f"{name}=={metadata.version(name)}"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     if name in BUILT:
@@ -75,7 +75,7 @@ def gather(name: str, python: str, out: Path) -> None:
 
 
 def main() -> int:
-    """Gather them all; every package that cannot be had is named."""
+    """Gather all packages; names every package that cannot be fetched."""
     parser = argparse.ArgumentParser(description="What a GPU machine without a network lacks, as wheels.")
     parser.add_argument("--python", default="3.12", help="that machine's version of Python")
     parser.add_argument("--has", nargs="*", default=[], help="packages that are there")

@@ -1,9 +1,9 @@
-"""The typed errors a user can meet, and the one rule that turns them into exit codes.
+"""The typed errors that a user can meet, and the one rule that turns them into exit codes.
 
 Every error lists all the problems found, each as: what was got, what was expected, the way out.
 
-Exit codes: 0 done; 2 the user's mistake, said in one paragraph; 75 stopped by a signal with a whole checkpoint saved;
-130 interrupted before training began; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake, explained in one paragraph; 75 stopped by a signal with a whole checkpoint
+saved; 130 interrupted before training began; 1 anything else.
 """
 
 import errno
@@ -26,7 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Holds every problem found, so that one round of mending is enough."""
+    """A mistake that the user can mend. Holds every problem found, so that one round of mending is enough."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -52,7 +52,7 @@ class ConfigError(UserError):
 
 
 class HostfileError(UserError):
-    """A hostfile that is missing, malformed or would launch somewhere else than it says."""
+    """A hostfile that is missing, malformed, or would launch on other machines than it names."""
 
 
 class CheckpointError(UserError):
@@ -64,7 +64,7 @@ class DeviceError(UserError):
 
 
 class MeetingError(DeviceError):
-    """Ranks that cannot reach each other. Another try, with other ports or other hosts, may go better."""
+    """Ranks that cannot reach each other. Another try, with other ports or other hosts, may succeed."""
 
 
 class TrainingError(Exception):
@@ -72,10 +72,10 @@ class TrainingError(Exception):
 
 
 class ReplacedByNewerLaunch(TrainingError):
-    """A run folder has one writer at a time: an older launch leaves it alone."""
+    """A newer launch holds the run folder: it has one writer at a time, so the older launch ends."""
 
     def __init__(self, newer: str = "") -> None:
-        """`newer` says which launch holds the folder now: its host, process and beginning."""
+        """`newer` describes the launch that holds the folder now: its host, process and beginning."""
         which = f" ({newer})" if newer else ""
         super().__init__(f"a newer launch writes into this run folder{which}: this one ends, and leaves it alone.")
 
@@ -88,11 +88,11 @@ class Stopped(Exception):
 
 
 class AgreedDataError(DataError):
-    """Problems of any rank with data, gathered and raised on all of them."""
+    """Problems of any rank with data, gathered and raised on all ranks."""
 
 
 RAISED_ON_ALL_RANKS = (Stopped, TrainingError, AgreedDataError)
-"""Once the ranks have met, all of them raise these at the same place: none is left inside a collective."""
+"""Once the ranks have met, all of them raise these at the same place, so none is left inside a collective."""
 
 
 def telling_line(output: str) -> str | None:
@@ -106,7 +106,7 @@ def telling_line(output: str) -> str | None:
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
-    """What to print of an error without a traceback, and the exit code; None where a traceback is due."""
+    """The text to print for an error instead of a traceback, and the exit code; None if a traceback is needed."""
     if isinstance(error, UserError):
         return "error: " + "\n  ".join(error.told), EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
@@ -121,7 +121,7 @@ def describe(error: BaseException) -> tuple[str, int] | None:
 
 
 def attempt(problems: list[str], action: Callable[[], Result], place: str = "a file") -> Result | None:
-    """The action's result; or None, and its problem, in `place` if the error names no file, added to the problems."""
+    """The action's result; or None, with its problems added. `place` stands in if the error names no file."""
     try:
         return action()
     except (UserError, OSError) as error:
@@ -130,14 +130,14 @@ def attempt(problems: list[str], action: Callable[[], Result], place: str = "a f
 
 
 def problems_of(error: UserError | OSError, place: str) -> list[str]:
-    """The problems that an error holds; `place` stands in where it names no file."""
+    """The problems that an error holds; `place` stands in if it names no file."""
     if isinstance(error, UserError):
         return error.problems
     return [f"{error.filename or place}: {error.strerror or error}."]
 
 
 def print_any_name() -> None:
-    """Let this process print a file's name that holds what the terminal's encoding has not."""
+    """Let this process print names of files with characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,10 +1,10 @@
-"""Files that are there whole, or not at all: durable writes, atomic replacement, locks. Every package may use this one.
+"""Files that appear whole or not at all: durable writes, atomic replacement, locks. Every package may import this one.
 
 content --> .NAME.tmp-HOST-PID --> fsync --> rename over NAME --> fsync of the folder
 
-File systems differ. What one cannot do (fsync of a folder, locks) is reported once, and left out where that is safe.
-Links are followed where a user may have put one, never where this program makes a file of its own: temporary files and
-locks are opened with O_NOFOLLOW, and a temporary is always a new file.
+File systems differ. If one lacks a feature (fsync of a folder, locks), this is reported once, and the feature is left
+out if that is safe. Links are followed where a user may have put one, but never for this program's own files: temporary
+files and locks are opened with O_NOFOLLOW, and a temporary is always a new file.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ from typing import Any
 from ds_slm.errors import UserError
 
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
-"""What file systems answer that have no fsync for a folder: some network and FUSE ones."""
+"""Errors of file systems without fsync for folders: some network and FUSE ones."""
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems answer that have no flock."""
+"""Errors of file systems without flock."""
 CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
-"""What a file system or folder answers in which this user may not write."""
+"""Errors of a file system or folder in which this user may not write."""
 
 
 on_write_point: list[Callable[[str, Path], None]] = []
-"""Tests add a function of (point, path) here; what it raises is a fault of the disk that the path lies on."""
+"""Tests add a function of (point, path) here; an error that it raises simulates a fault of the path's disk."""
 
 
 def write_point(point: str, path: Path) -> None:
-    """Writing has come to a point. Here tests let a disk fail, or end the process: DS_SLM_DIE_AT=POINT.
+    """Mark a point in writing, at which tests can let a disk fail, or end the process: DS_SLM_DIE_AT=POINT.
 
     syncing              before a file's or folder's content is waited for
     replacing, replaced  before and after a small file gets its name
@@ -93,7 +93,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None where the file is missing, cannot be read, or holds no object."""
+    """The object of a JSON file; None if the file is missing, cannot be read, or does not hold an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # not UTF-8 is a ValueError as well
@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def fsync(path: Path) -> None:
     """Wait until a file's or folder's content is on the disk.
 
-    A warning says once that a folder's file system cannot do this: after a power failure its names may be older ones.
+    One warning says if a folder's file system cannot do this: after a power failure its names may be older ones.
     """
     write_point("syncing", path)
     try:
@@ -123,7 +123,7 @@ def fsync(path: Path) -> None:
 
 
 def new_folder(path: Path) -> None:
-    """Make an empty folder for temporary files; whatever has its name, a link or a killed writer's rest, is removed."""
+    """Make an empty folder for temporary files; removes what has its name, such as a link or a killed writer's rest."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -136,12 +136,12 @@ class NeededFolder:
     """A folder that every host of a launch needs, at the same path."""
 
     name: str
-    """What it is called towards users, different for each folder of a launch."""
+    """Its name for users, different for each folder of a launch."""
     path: Path
     files: tuple[str, ...] | None
-    """Its files, relative to it, where it is whole on this host; the last one is the sign of that. None elsewhere."""
+    """Its files, relative to it, if it is whole on this host; the last one marks it as whole. None if it is not."""
     is_absent: bool
-    """Whether this host lacks it, and has nothing in its place: only then it may be received."""
+    """Whether this host lacks it and has nothing in its place: only then may it be received."""
     lock: Path
     """The folder whose lock keeps other processes from writing there."""
 
@@ -152,7 +152,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def obstacle(folder: Path) -> str | None:
-    """Why a folder can neither be used nor made, with the way out; None where nothing is in its way."""
+    """Why a folder can neither be used nor made, with the way out; None if nothing is in its way."""
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
             return None
@@ -164,9 +164,9 @@ def obstacle(folder: Path) -> str | None:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise OSError, with the place and the reason, where no file can be made in a folder, or the folder not made.
+    """Raise OSError, with the place and the reason, if a folder cannot be made, or no file can be made in it.
 
-    Leaves nothing behind. Permission bits say too little: they do not bind root, and a mount may be read-only.
+    Leaves no file behind. Permission bits are not enough: they do not bind root, and a mount may be read-only.
     """
     place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     try:
@@ -177,22 +177,22 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 class Waiting(str):
-    """A line that says that another process holds a lock: on a host with several ranks, usually the first of them."""
+    """A line that says that another process holds a lock: on a host with several ranks usually the first rank."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process of this host at a time; the lock goes with the process that holds it.
+    """Let one process of this host in at a time; the lock ends with the process that holds it.
 
-    Where the folder's file system has no locks, a file in this machine's own temporary folder stands in for it.
+    If the folder's file system has no locks, a file in this machine's own temporary folder stands in for it.
 
     Args:
-        folder: is made where it is missing.
-        say: takes a `Waiting` line where another process holds the lock, and a warning where there are no locks.
+        folder: the folder to lock; made if it is missing.
+        say: takes a `Waiting` line if another process holds the lock, and a warning if there are no locks.
 
     Raises:
         UserError: something other than a file of this program has the lock's name.
-        OSError: where the folder cannot be written to.
+        OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _open_lock(folder / ".lock")
@@ -246,7 +246,7 @@ def _tell_once(text: str) -> None:
 
 
 def writer_name() -> str:
-    """Tells writers of several hosts apart where they share a disk."""
+    """A name that distinguishes writers of several hosts that share a disk."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
@@ -258,7 +258,7 @@ def remove_where_dead(temporary: Path) -> None:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process of this host is there."""
+    """Whether a process of this host is alive."""
     with contextlib.suppress(PermissionError):
         try:
             os.kill(pid, 0)
@@ -268,11 +268,11 @@ def lives(pid: int) -> bool:
 
 
 NAMES_TOLD = 5
-"""Files that a message names one by one."""
+"""The most files that a message names one by one."""
 
 
 def printable(name: str) -> str:
-    """A file's name for a terminal: what is not UTF-8, or steers a terminal, is spelled out."""
+    """A file's name for a terminal: bytes that are not UTF-8, or would control a terminal, are spelled out."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 

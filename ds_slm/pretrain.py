@@ -1,4 +1,4 @@
-"""What DeepSpeed launches for pretraining: read the flags, then hand over to the loop.
+"""The program that DeepSpeed launches for pretraining: it reads the flags and starts the loop.
 
 deepspeed ds_slm/pretrain.py                                          the demo recipe on this machine
 deepspeed --hostfile hostfiles/two_node ds_slm/pretrain.py --recipe slm-10m
@@ -28,7 +28,7 @@ first_on_host = worlds.first_on_host()
 
 
 def report(line: str) -> None:
-    """Print a line about the data; that the other ranks of a host wait for its first one goes without saying."""
+    """Print a line about the data; leaves out that a host's other ranks wait for its first one, which is normal."""
     if first_on_host or not isinstance(line, Waiting):
         print(line, flush=True)
 

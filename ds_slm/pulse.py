@@ -1,11 +1,11 @@
 """Signs of life of a supervised rank, in files: ranks write them, the agent of their host reads them.
 
-    $DS_SLM_PULSES/PID.pulse    touched whenever the rank gets on; holds the newest step it has applied
+    $DS_SLM_PULSES/PID.pulse    touched whenever the rank makes progress; holds the newest step it has applied
     $DS_SLM_PULSES/PID.stopped  a signal stopped the rank, and the newest step is saved
     $DS_SLM_PULSES/PID.final    the exit code of a rank that no restart can help
 
-A rank is watched from its first sign on: what comes before, preparing data or compiling, may take any time. Without
-$DS_SLM_PULSES nobody watches, and nothing is written.
+A rank is watched from its first sign on: preparing data or compiling before that may take any time. Without
+$DS_SLM_PULSES ranks are not watched, and nothing is written.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ FOLDER = "DS_SLM_PULSES"
 
 
 def is_watched() -> bool:
-    """Whether this rank's run is supervised: what all hosts print then comes together on one terminal."""
+    """Whether this rank's run is supervised: then one terminal shows the output of all hosts."""
     return bool(os.environ.get(FOLDER))
 
 
 def beat(applied_step: int | None = None) -> None:
-    """This rank gets on; it may have applied a step."""
+    """Note that this rank makes progress; it may have applied a step."""
     _write("pulse", None if applied_step is None else str(applied_step))
 
 
 def stopped() -> None:
-    """This rank ends because a signal stopped all ranks: that is not a failure."""
+    """Note that this rank ends because a signal stopped all ranks, which is not a failure."""
     _write("stopped")
 
 
 def final(code: int) -> None:
-    """This rank ends with an exit code that a restart would only repeat."""
+    """Note that this rank ends with an exit code that a restart would only repeat."""
     _write("final", str(code))
 
 
@@ -44,7 +44,7 @@ def _write(kind: str, text: str | None = None) -> None:
 
 
 def stamp(folder: Path, pid: int) -> int | None:
-    """What changes with every sign of a rank; None before its first one."""
+    """A number that changes with every sign of a rank; None before its first sign."""
     try:
         return (folder / f"{pid}.pulse").stat().st_mtime_ns
     except OSError:
@@ -52,12 +52,12 @@ def stamp(folder: Path, pid: int) -> int | None:
 
 
 def newest_step(folder: Path) -> int:
-    """The newest step that any rank has applied; 0 where none has."""
+    """The newest step that any rank has applied; 0 if none has."""
     return max(_numbers(folder, "pulse"), default=0)
 
 
 def final_code(folder: Path) -> int | None:
-    """The exit code of a rank that no restart can help; None where there is none."""
+    """The exit code of a rank that no restart can help; None if there is none."""
     return max(_numbers(folder, "final"), default=None)
 
 
@@ -74,4 +74,4 @@ def forget(folder: Path) -> None:
 
 def _numbers(folder: Path, kind: str) -> list[int]:
     texts = [path.read_text(encoding="utf-8") for path in folder.glob(f"*.{kind}")]
-    return [int(text) for text in texts if text]  # one that was killed while it wrote leaves an empty file
+    return [int(text) for text in texts if text]  # a rank that is killed while it writes leaves an empty file

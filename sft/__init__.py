@@ -1,1 +1,1 @@
-"""Supervised fine-tuning on conversations: what it adds to ds_slm.train."""
+"""Supervised fine-tuning on conversations: its additions to ds_slm.train."""

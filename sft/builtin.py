@@ -1,15 +1,16 @@
-"""Conversations that every installation already has: what a function, class or module does, answered by its docstring.
+"""Conversations that every installation already has: a docstring answers what a function, class or module does.
 
     sources --ast--> definitions, imports --> the names that users know --> docstrings' first sentences --> answers
     answers --a hash of each name--> question, system turn, company --> conversations, in the order of another hash
 
-Nothing is imported. An object is named where users find it: `json.JSONEncoder`, not `json.encoder.JSONEncoder`, as far
-as a package's `from ... import` says so. Choices hang on hashes of names, so that one changed docstring changes one
-conversation. Every object is in one conversation only: held-out conversations ask what was not trained.
+Nothing is imported. An object gets the name under which users find it: `json.JSONEncoder`, not
+`json.encoder.JSONEncoder`, as far as a package's `from ... import` says so. Choices depend on hashes of names, so one
+changed docstring changes one conversation. Every object is in only one conversation: held-out conversations ask about
+objects that were not trained.
 
-Known gaps: objects written in C come from `builtins` alone, and one that is written in C and in Python has the latter's
+Known gaps: objects written in C come only from `builtins`, and an object written in C and in Python has the latter's
 docstring; definitions under `if` and `try` are not seen; the text changes with the versions of Python and of the
-packages, as the built-in corpus does.
+packages, like the built-in corpus.
 """
 
 import ast
@@ -27,13 +28,13 @@ from pathlib import Path
 from ds_slm.data.sources.builtin import PLAIN_WORD, module_files, package_folder
 
 PACKAGES = ("numpy", "networkx")
-"""Read beside the standard library: well documented, and no installation is without them."""
+"""Packages that are read beside the standard library: they are well documented, and every installation has them."""
 _SKIPPED = (
     "antigravity conftest distutils encodings ensurepip idlelib msilib ntpath nturl2path popen_spawn_win32 this "
     "turtledemo windows_events windows_utils"
 )
 SKIPPED_MODULES = frozenset(_SKIPPED.split())
-"""For one system alone, gone from later Pythons, or nothing that users call."""
+"""Modules that exist on one system only, are gone from later Pythons, or hold nothing that users call."""
 KNOWN_AS = {
     "_collections_abc": "collections.abc",
     "_pydatetime": "datetime",
@@ -47,7 +48,7 @@ KNOWN_AS = {
 MAX_NAME_CHARACTERS = 56
 MIN_ANSWER_CHARACTERS, MAX_ANSWER_CHARACTERS = 20, 220
 SHORT_ANSWER_CHARACTERS = 60
-"""A first sentence below this takes the second one with it."""
+"""If the first sentence is shorter than this, the second one is added."""
 MAX_EQUAL_ANSWERS = 3
 MIN_WORDS = 4
 MIN_PLAIN_WORDS = 0.65
@@ -55,7 +56,7 @@ MIN_PLAIN_WORDS = 0.65
 
 SYSTEM_SHARE = 1 / 6
 THREE_OBJECTS, TWO_OBJECTS, WHICH_MODULE = 0.03, 0.08, 0.17
-"""Conversations below each of these numbers have that form, the others one question."""
+"""Conversations whose draw is below one of these numbers have that form; the others have one question."""
 
 SYSTEM_TURNS = (
     "You answer questions about Python in a sentence or two.",
@@ -85,7 +86,7 @@ Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that can be asked about."""
+    """An object that can be asked about."""
 
     name: str
     kind: str
@@ -94,7 +95,7 @@ class Entry:
 
     @property
     def place(self) -> str:
-        """The class, module or package that holds it; nothing holds modules like `json`."""
+        """The class, module or package that holds it; empty for modules like `json`."""
         return self.name.rpartition(".")[0] or ("" if self.kind == "module" else self.module)
 
 
@@ -108,20 +109,20 @@ class _Definition:
 class _Module:
     docstring: str
     definitions: dict[str, _Definition] = field(default_factory=dict)
-    """By name inside the module: `JSONEncoder.encode`."""
+    """Definitions by name inside the module, such as `JSONEncoder.encode`."""
     imports: list[tuple[str, str, str]] = field(default_factory=list)
     """(module, name there or *, name here)."""
     listed: set[str] | None = None
-    """`__all__`, where it can be read."""
+    """`__all__`, if it can be read."""
 
 
 def conversations() -> list[Conversation]:
-    """All conversations, messages of "role" and "content", in an order that depends on what is installed only."""
+    """All conversations, messages of "role" and "content", in an order that depends only on what is installed."""
     return conversations_about(entries())
 
 
 def conversations_about(asked: Iterable[Entry]) -> list[Conversation]:
-    """Conversations about these entries; the order in which they come changes nothing."""
+    """Conversations about these entries, whose order does not matter."""
     places: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(asked, key=lambda entry: _draw("company", entry.name)):
         places[entry.place].append(entry)
@@ -130,7 +131,7 @@ def conversations_about(asked: Iterable[Entry]) -> list[Conversation]:
 
 
 def entries() -> list[Entry]:
-    """Everything with an answer, each name once; of equal answers no more than MAX_EQUAL_ANSWERS."""
+    """All objects with an answer, each name once; at most MAX_EQUAL_ANSWERS of them have the same answer."""
     found: dict[str, Entry] = {}
     for name, kind, module, docstring in (*_builtins(), *_objects(_read_modules())):
         if len(name) <= MAX_NAME_CHARACTERS and name not in found and (answer := answer_of(docstring)):
@@ -145,7 +146,7 @@ def entries() -> list[Entry]:
 
 
 def answer_of(docstring: str) -> str:
-    """The first sentence of a docstring without markup, or two short ones; nothing where that is not plain English."""
+    """The first sentence of a docstring without markup, or two short ones; empty if that is not plain English."""
     lines = inspect.cleandoc(docstring).partition("\n\n")[0]
     paragraph = _QUOTED.sub(r"\2", _ROLE.sub("", " ".join(lines.split())))
     paragraph = _EMPHASIS.sub(r"\2", paragraph)
@@ -174,7 +175,7 @@ def _is_answer(text: str) -> bool:
 
 
 def _conversations_of(company: Sequence[Entry]) -> Iterator[tuple[str, Conversation]]:
-    """The entries of one place, each in one conversation, which goes by the name of its first."""
+    """Conversations about the entries of one place, each entry in one, with the name of the conversation's first."""
     place = 0
     while place < len(company):
         first = company[place]
@@ -199,7 +200,7 @@ def _conversations_of(company: Sequence[Entry]) -> Iterator[tuple[str, Conversat
 
 
 def _draw(purpose: str, name: str) -> float:
-    """A number in [0, 1) that hangs on the two words alone."""
+    """A number in [0, 1) that depends only on the two words."""
     return int.from_bytes(hashlib.sha256(f"{purpose} {name}".encode()).digest()[:6]) / 2**48
 
 
@@ -222,7 +223,7 @@ def _builtins() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _objects(modules: Mapping[str, _Module]) -> Iterator[tuple[str, str, str, str]]:
-    """Name that users know, kind, module that users know, docstring."""
+    """For each object: the name that users know, its kind, the module that users know, its docstring."""
     doors = _doors(modules)
     for path, module in modules.items():
         known = KNOWN_AS.get(path, path)
@@ -235,9 +236,9 @@ def _objects(modules: Mapping[str, _Module]) -> Iterator[tuple[str, str, str, st
 
 
 def _doors(modules: Mapping[str, _Module]) -> dict[str, str]:
-    """For each function and class outside of classes, by where it is defined, the shortest name it has for users.
+    """For each function and class outside of classes, by the place of its definition, its shortest name for users.
 
-    It has one where it is defined and one in every package around that exports it, unless a part is private.
+    It has a name where it is defined, and one in every enclosing package that exports it, unless a part is private.
     """
     doors: dict[str, str] = {}
     exports: dict[str, dict[str, str]] = {}
@@ -279,13 +280,13 @@ def _is_public(path: str) -> bool:
 
 
 def _roots() -> list[tuple[Path, Path]]:
-    """Folders to read, and the folder that their modules' names begin under."""
+    """Folders to read, and the folder below which their modules' names begin."""
     library = Path(sysconfig.get_path("stdlib"))
     return [(library, library), *((folder, folder.parent) for folder in map(package_folder, PACKAGES) if folder)]
 
 
 def _read_modules() -> dict[str, _Module]:
-    """By dotted name."""
+    """All modules by dotted name."""
     modules = {}
     for root, above in _roots():
         for file in module_files(root):
@@ -321,7 +322,7 @@ def _read_module(path: str, is_package: bool, file: Path) -> _Module | None:
 
 
 def _source(statement: ast.ImportFrom, path: str, is_package: bool) -> str:
-    """The module that is imported from; each dot but the first goes up one package."""
+    """The module from which names are imported; each dot except the first goes up one package."""
     if not statement.level:
         return statement.module or ""
     up = statement.level - is_package

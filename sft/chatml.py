@@ -4,18 +4,18 @@ r"""Conversations as token ids, and which of them are trained: one function for 
              --encode--> [im_start] role \n content [im_end] \n, for each turn; ids and a mask of the same length
 
 Ids and masks are what the exported tokenizer gives for the chat template's text (`sft.probe` proves it), with one
-exception: control tokens come by id alone, so a literal `<|im_end|>` in a message stays text. The literal of an added
-token that is not special (`<think>` in many a base) gives its id, as it does in the template's text. A prompt's ids
-are a prefix of the whole conversation's, unless an answer begins with white space that the tokenizer joins with the
-header's newline: that token is then a target.
+exception: control tokens are inserted only by id, so a literal `<|im_end|>` in a message stays text. The literal of an
+added token that is not special (such as `<think>` in many bases) gives its id, as in the template's text. A prompt's
+ids are a prefix of the whole conversation's ids, unless an answer begins with white space that the tokenizer joins with
+the header's newline: then that token is a target.
 
 Masks, each True where the token is a target:
     assistant  content and im_end of every assistant turn; not the header, which a prompt supplies, nor the newline
                after im_end, before which decoding stops
-    last       the same of the last assistant turn alone
-    card       the whole segment of every assistant turn, header and newline included
+    last       the same, for the last assistant turn only
+    card       the whole segment of every assistant turn, including header and newline
     all        every token
-A message with "weight": 0 is trained by none of them.
+No mask trains a message with "weight": 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,13 +45,13 @@ class Encoded:
     trained: np.ndarray
     """bool [N]: the tokens that are targets."""
     answers: np.ndarray
-    """bool [N]: the tokens of assistant turns, header and newline included."""
+    """bool [N]: the tokens of assistant turns, including header and newline."""
 
 
 def problem_of(messages: Any) -> str | None:
-    """Why these messages cannot be trained on; None where they can.
+    """Why these messages cannot be used for training; None if they can.
 
-    A system turn may come first; after it user and assistant take turns, the user begins.
+    A system turn may come first. Then user and assistant alternate, beginning with the user.
     """
     if not isinstance(messages, list) or not messages:
         return "no list of messages"
@@ -81,7 +81,7 @@ class ChatML:
     """ChatML in the ids of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises DataError where the tokenizer lacks a control token."""
+        """Raises DataError if the tokenizer lacks a control token."""
         if missing := [token for token in (IM_START, IM_END) if not tokenizer.has_token(token)]:
             raise DataError(
                 f"the tokenizer has no {' and no '.join(map(repr, missing))}, which ChatML puts around every turn: "
@@ -93,7 +93,7 @@ class ChatML:
 
     @cached_property
     def _newline(self) -> list[int]:
-        """The ids behind an im_end."""
+        """The ids of the newline after an im_end."""
         if self.tokenizer.cuts_alone:
             return self.tokenizer.encode("\n")
         ids = self.encode([{"role": "user", "content": "a"}]).ids.tolist()
@@ -108,7 +108,7 @@ class ChatML:
         return self.tokenizer.control_text((IM_START, IM_END))
 
     def encode(self, messages: Sequence[Message], mask: Mask = "assistant") -> Encoded:
-        """The ids of a conversation that `problem_of` finds right, and its mask."""
+        """The ids and the mask of a conversation in which `problem_of` finds no problem."""
         return self.encode_batch([messages], mask)[0]
 
     def encode_batch(self, conversations: Sequence[Sequence[Message]], mask: Mask = "assistant") -> list[Encoded]:
@@ -116,12 +116,12 @@ class ChatML:
         if not self.tokenizer.cuts_alone:
             return self._encode_whole(conversations, mask)
 
-        # A turn's header and content are one text; most often the header's ids stand at its beginning.
+        # A turn's header and content are one text; most often its ids begin with the header's ids.
         texts = [f"{turn['role']}\n{turn['content']}" for turns in conversations for turn in turns]
         segments = iter(self.tokenizer.encode_batch(texts))
         encoded = [self._join(turns, [next(segments) for _ in turns], mask) for turns in conversations]
 
-        # Of the others the header's end is found in the text.
+        # For the others, find the header's end in the text.
         joined = [place for place, one in enumerate(encoded) if one is None]
         whole = iter(self._encode_whole([conversations[place] for place in joined], mask))
         return [next(whole) if one is None else one for one in encoded]
@@ -136,11 +136,11 @@ class ChatML:
         return self._control_text.encode_batch([text])[0][0]
 
     def ending(self, mask: Mask) -> list[int]:
-        """The last ids that are trained of a finished answer."""
+        """The last trained ids of a finished answer."""
         return [self.end_id, *(self._newline if mask in ("card", "all") else [])]
 
     def _join(self, turns: Sequence[Message], segments: Sequence[Sequence[int]], mask: Mask) -> Encoded | None:
-        """Turns behind each other; None where a header and its content share a token."""
+        """Turns joined one after the other; None if a header and its content share a token."""
         ids: list[int] = []
         trained: list[bool] = []
         in_answers: list[bool] = []
@@ -155,7 +155,7 @@ class ChatML:
         return Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool), np.array(in_answers, dtype=bool))
 
     def _encode_whole(self, conversations: Sequence[Sequence[Message]], mask: Mask) -> list[Encoded]:
-        """Each conversation as one text, its masks by where tokens lie in it."""
+        """Encode each conversation as one text; its masks follow from the places of tokens in the text."""
         written = [self._written(turns) for turns in conversations]
         encoded = self._control_text.encode_batch([text for text, _ in written])
         return [
@@ -164,7 +164,7 @@ class ChatML:
         ]
 
     def _written(self, turns: Sequence[Message]) -> tuple[str, list[tuple[int, int, int, int]]]:
-        """The template's text with marks; where each turn, its content, its newline and the next turn begin."""
+        """The template's text with marks, and where each turn, its content, its newline and the next turn begin."""
         start, end = (self._control_text.marks[token] for token in (IM_START, IM_END))
         text, borders = [], []
         begin = 0
@@ -179,7 +179,7 @@ class ChatML:
 
 
 def _targets(turns: Sequence[Message], mask: Mask) -> list[tuple[bool, bool, bool]]:
-    """For each turn: whether its content is trained, whether what is around it is, and whether it is an answer."""
+    """For each turn: whether its content is trained, whether the text around it is, and whether it is an answer."""
     answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     found = []
     for place, turn in enumerate(turns):

@@ -1,7 +1,7 @@
-"""What fine-tuning refuses before it trains: recipes that are not for conversations, and masks that cannot be meant.
+"""What fine-tuning refuses before it trains: recipes that are not for conversations, and masks that must be mistakes.
 
 recipe --section--> its [sft];  --refuse_unfit_settings--> a setting that rows of conversations do not have
-shards --refuse_wrong_masks--> nothing trained, everything trained, or an answer that does not end
+shards --refuse_wrong_masks--> no token trained, every token trained, or an answer that does not end
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from sft.shards import CUT, IDS, TRAINED, Conversations
 
 
 def section(recipe: Recipe) -> Sft:
-    """The recipe's [sft]. Raises DataError where it has none."""
+    """The recipe's [sft]. Raises DataError if it has none."""
     if recipe.sft is None:
         raise DataError(f"recipe {recipe.card.name!r} has no [sft] section: pretrain it with ds_slm/pretrain.py.")
     return recipe.sft
 
 
 def refuse_unfit_settings(recipe: Recipe) -> None:
-    """Raise DataError where a recipe asks for what rows of conversations do not have."""
+    """Raise DataError if a recipe asks for something that rows of conversations do not have."""
     if recipe.train.last_batch != "wrap":
         raise DataError("train.last_batch: rows of conversations always run on into the next epoch, use 'wrap'.")
     if any(source.weight != 1 for source in recipe.data.source):
@@ -32,10 +32,10 @@ def refuse_unfit_settings(recipe: Recipe) -> None:
 
 
 def refuse_wrong_masks(conversations: Conversations, mask: str, ending: Sequence[int]) -> None:
-    """Refuse data whose masks cannot be meant: all zero, all one, or a finished answer without its terminator.
+    """Refuse data whose masks must be mistakes: all zero, all one, or a finished answer without its terminator.
 
     Args:
-        conversations: of the training split.
+        conversations: the conversations of the training split.
         mask: the recipe's `sft.mask`.
         ending: the ids at the end of a trained answer.
 
@@ -75,11 +75,11 @@ def _wrong_ends(tokens: Tokens, ending: Sequence[int]) -> Iterator[int]:
     """Places of the last tokens of trained answers that do not end with `ending`."""
     reach = len(ending) - 1
     for begin in range(0, len(tokens), shards.SCAN_TOKENS):
-        # A block begins earlier, so that an ending across its border is seen whole.
+        # A block begins earlier, so that it holds the whole of an ending across its border.
         first, end = max(begin - reach, 0), begin + shards.SCAN_TOKENS
         block = tokens[first : end + 1]  # one more, to see whether an answer goes on
 
-        # Where answers end within this block.
+        # Find where answers end within this block.
         trained = np.append(block & TRAINED, 0) != 0
         ends = np.flatnonzero(trained[:-1] & ~trained[1:])
         ends = ends[(ends >= begin - first) & (ends < end - first)]

@@ -1,4 +1,4 @@
-"""How conversations are read and encoded: the document format that `ds_slm.data.shards` prepares shards with.
+"""How conversations are read and encoded: the document format with which `ds_slm.data.shards` prepares shards.
 
     a row's JSON --sft.forms--> messages --sft.chatml--> ids with masks --sft.shards.flagged--> ids with flags
                  --> a problem: left out and counted, or refused
@@ -24,12 +24,12 @@ from sft.probe import refuse_other_encoding
 from sft.shards import flagged
 
 ENCODING = {"conversations": 2}
-"""In manifests: encoded as the chat template's text. Older versions, which say nothing, encoded contents alone."""
+"""The encoding's version in manifests: the chat template's text. Older versions, without it, encoded contents alone."""
 WAY_OUT = f"expected: {EXPECTED}; mend them, or set sft.invalid = 'drop' to leave such ones out and count them."
 
 
 def conversation_format(recipe: Recipe, tokenizer_folder: Path | None = None) -> DocumentFormat:
-    """How conversations are read and encoded; in the recipe's tokenizer, where no other is given."""
+    """How conversations are read and encoded; with the recipe's tokenizer if no other is given."""
     settings = section(recipe)
     deciding = settings.dump_for_hash(include={"mask", "system_turns", "max_rows", "invalid"})
     notes: Counter[str] = Counter()

@@ -1,16 +1,16 @@
-"""The forms in which conversations are published, and the one that is trained on.
+"""The forms in which conversations are published, and the one form that is used for training.
 
     one value of the column --read_messages--> messages of `role` and `content`, and why they cannot be used
 
     role, content                      as they are
     from, value                        human, user: user; gpt, chatgpt, assistant, bot, model: assistant; system: system
-    content or value as a list of      joined, where every part is {"type": "text", "text": ...}
+    content or value as a list of      joined, if every part is {"type": "text", "text": ...}
     parts
 
-A message that has both pairs of keys, and a conversation with messages of both forms, say two things at once: they
-cannot be used, and neither can a message whose flags say both that it is trained and that it is not. `"train": false`
-(or `training`, `loss`) is `"weight": 0`. What stands beside a content and would be text of its own (UNREAD) is counted
-and left out; other keys of a message are left alone. A byte order mark at the start of a content is not part of it.
+A message that has both pairs of keys, or a conversation with messages of both forms, is ambiguous and cannot be used.
+The same holds for a message whose flags say both that it is trained and that it is not. `"train": false` (or
+`training`, `loss`) is `"weight": 0`. Other text beside a content (UNREAD) is counted and left out; other keys of a
+message are ignored. A byte order mark at the start of a content is not part of it.
 """
 
 from collections import Counter
@@ -30,12 +30,12 @@ SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "bot", "model"), "assistant"),
 }
-"""Who speaks in messages of `from` and `value`, and the role that is."""
+"""The speaker in messages of `from` and `value` -> the role."""
 
 FLAGS = ("train", "training", "loss")
 """Keys that say, as true or false, whether a message is trained."""
 UNREAD = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "images", "audio", "videos")
-"""Keys whose values are a part of what was said."""
+"""Keys whose values are text, or other content, beside the message's content."""
 
 UNREAD_KEY = "messages have {!r} beside their content, which is not read"
 TWO_WEIGHTS = "a message that is to be trained and not to be trained"
@@ -49,8 +49,8 @@ def read_messages(value: Any, notes: Counter[str]) -> tuple[Any, str | None]:
     """A conversation in the one form; and, if its form is unclear, the reason.
 
     Args:
-        value: what the column holds. Anything but a list of messages comes back as it is.
-        notes: counts the messages of each form that was found, beside `role` and `content`.
+        value: the column's value. Anything but a list of messages is returned unchanged.
+        notes: counts the messages of each form other than `role` and `content`.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return value, None
@@ -76,13 +76,13 @@ def _with_role(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flags(message: dict[str, Any]) -> set[bool]:
-    """Whether a message is trained, as far as its keys say so: nothing, one answer, or both."""
+    """Whether a message is trained, by its keys: no answer, one answer, or both."""
     weight = [bool(message["weight"])] if message.get("weight") in (0, 1) else []
     return {*weight, *(message[key] for key in FLAGS if isinstance(message.get(key), bool))}
 
 
 def _with_weight(message: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    """The message with what its flags say as its weight; what it holds beside its content is counted."""
+    """The message with its flags turned into its weight; counts what it holds beside its content."""
     notes.update(UNREAD_KEY.format(key) for key in UNREAD if message.get(key))
     if _flags(message) != {False} or message.get("weight") == 0:
         return message
@@ -101,7 +101,7 @@ def _with_text(message: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
 
 
 def _is_text(part: Any) -> bool:
-    """Whether a part is a text and nothing else; keys that hold nothing are parquet's."""
+    """Whether a part is only a text; empty keys come from parquet."""
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         return False
     return all(held is None for key, held in part.items() if key not in ("type", "text"))

@@ -1,4 +1,4 @@
-"""Conversations that an older version has prepared: used where they have the chat template's ids, else refused.
+"""Conversations that an older version has prepared: used if they have the chat template's ids, else refused.
 
     older ids = header, content and newline each encoded alone, literals of added tokens as letters
 
@@ -19,13 +19,13 @@ from sft.probe import refuse_other_encoding
 from sft.shards import IDS, Conversations
 
 CONTENT = "The cat, 3 of them: e.g. (one)\n\nand two."
-"""Ordinary text, to see whether contents may be encoded alone."""
+"""Ordinary text, to find out whether contents may be encoded alone."""
 SAMPLE = 256
-"""Conversations of a split that are looked at for added tokens."""
+"""Conversations of a split that are checked for added tokens."""
 
 
 def refuse_older_ids(prepared: Prepared) -> None:
-    """Refuse what an older version has prepared with ids that the exported chat template does not give.
+    """Refuse data that an older version prepared with ids that the exported chat template does not give.
 
     Raises:
         DataError: with an example and the way out, for each folder.
@@ -36,7 +36,7 @@ def refuse_older_ids(prepared: Prepared) -> None:
         return
     refuse_other_encoding(tokenizer)
 
-    # Ordinary text with other ids concerns every folder, an added token only the folders that hold it.
+    # If ordinary text has other ids, every folder is affected; an added token affects only folders that hold it.
     chatml = ChatML(tokenizer)
     talk = [{"role": "user", "content": CONTENT}, {"role": "assistant", "content": CONTENT}]
     alone, whole = _encoded_alone(chatml, talk), chatml.encode(talk).ids.tolist()

@@ -16,7 +16,7 @@ import numpy as np
 from ds_slm.data.order import splitmix64
 
 PACK_WINDOW = 4_096
-"""Conversations that are packed together."""
+"""Number of conversations that are packed together."""
 
 
 def rows_of_epoch(lengths: np.ndarray, capacity: int | None, seed: int, epoch: int) -> list[list[int]]:
@@ -24,9 +24,9 @@ def rows_of_epoch(lengths: np.ndarray, capacity: int | None, seed: int, epoch: i
 
     Args:
         lengths: tokens of each conversation.
-        capacity: tokens of a row; None puts each conversation into a row of its own.
-        seed: the recipe's.
-        epoch: which one, from 0.
+        capacity: tokens of a row; None puts each conversation into a separate row.
+        seed: the recipe's seed.
+        epoch: the number of the epoch, from 0.
     """
     order = shuffled(seed, epoch, len(lengths))
     if capacity is None:
@@ -64,7 +64,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A seeded permutation of range(count), another one in each epoch: the order of SplitMix64 keys."""
+    """A seeded permutation of range(count), different in each epoch: the order of SplitMix64 keys."""
     with np.errstate(over="ignore"):
         keys = np.arange(count, dtype=np.uint64) + np.uint64(1)
         for salt in (seed, epoch):

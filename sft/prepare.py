@@ -26,13 +26,13 @@ def prepare_conversations(
     sources: Mapping[str, Path] | None = None,
     report: Callable[[str], None] = print,
 ) -> Prepared:
-    """Conversations as shards, in the base's tokenizer; as `ds_slm.data.shards.prepare.prepare` does it.
+    """Prepare conversations as shards, in the base's tokenizer, with `ds_slm.data.shards.prepare.prepare`.
 
-    Without a `tokenizer_folder` the tokenizer is the one they were prepared with before, or the recipe's where that
+    Without a `tokenizer_folder` the tokenizer is the one with which they were prepared before, or the recipe's if that
     needs no training.
 
     Raises:
-        DataError: with every problem found, a base with another tokenizer than the data were made with among them.
+        DataError: with every problem found, such as a base whose tokenizer is not the one that made the data.
     """
     if tokenizer_folder is None and recipe.tokenizer.kind == "bpe" and not (folder / TOKENIZER).exists():
         raise DataError(

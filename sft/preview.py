@@ -1,15 +1,15 @@
-"""The masks that will be trained, shown before they are: conversations of the training split, from the prepared shards.
+"""The masks, shown before training: conversations of the training split, from the prepared shards.
 
     shards --read_shown--> runs of tokens that share a colour --> as_text: the terminal
                                                               --> as_html: one file, no script
 
-Nothing is derived again: a token is shown as trained if it carries the shard's flag and a token stands before it to
-predict it from. Control tokens stand out, so that a literal `<|im_end|>` in a message looks different. Line ends are
-drawn as ⏎, because each is a target or not like any token; other control characters as Unicode's pictures of
-them, so that no text of a data set can steer a terminal.
+Masks are not computed again: a token is shown as trained if it carries the shard's flag and follows another token, from
+which it is predicted. Control tokens stand out, so that a literal `<|im_end|>` in a message looks different. Line ends
+are drawn as ⏎, because each is a target or not, like any token. Other control characters are drawn as Unicode's
+pictures of them, so that no text of a data set can control a terminal.
 
-A character of several tokens is shown once, with all their ids. Bytes that are not a character, after a cut for
-instance, are shown as U+FFFD.
+A character of several tokens is shown once, with all their ids. Bytes that are not a character, for example after a
+cut, are shown as U+FFFD.
 """
 
 import html
@@ -29,13 +29,13 @@ from sft.rows import ConversationRows, summary_line
 from sft.shards import CUT, IDS, TRAINED
 
 Piece = tuple[str, list[int]]
-"""Some text and the tokens it is made of."""
+"""A piece of text and its tokens."""
 
 TRAINED_STYLE, MASKED_STYLE, ID_STYLE = "bold green", "cyan", "dim"
 TRAINED_MARKS = "⟦", "⟧"
-"""Around what is trained, on a terminal without colours."""
+"""The brackets around trained text on a terminal without colours."""
 TOKENS_PER_CHARACTER = 4
-"""UTF-8 has no longer character."""
+"""The longest character in UTF-8 has 4 bytes."""
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
 _PICTURES |= {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
@@ -47,12 +47,12 @@ class Run:
 
     trained: bool
     control: bool
-    """A token that no text gives."""
+    """Whether it is a control token, which no text gives."""
     pieces: list[Piece]
 
     @property
     def text(self) -> str:
-        """That of all pieces."""
+        """The text of all pieces."""
         return "".join(text for text, _ in self.pieces)
 
 
@@ -77,7 +77,7 @@ def read_shown(recipe: Recipe, prepared: Prepared, count: int) -> tuple[list[Sho
     """The first conversations of the training split, and the summary of all.
 
     Raises:
-        DataError: where training would refuse the data.
+        DataError: training would refuse the data.
     """
     rows = ConversationRows(recipe, prepared)
     chatml = ChatML(load_tokenizer(prepared.tokenizer_folder))
@@ -104,7 +104,7 @@ def show(number: int, flagged: np.ndarray, decode: Callable[[list[int]], str], c
 
 
 def pieces(ids: list[int], decode: Callable[[list[int]], str]) -> list[Piece]:
-    """Tokens and their texts, which joined are the text of all; tokens that share a character stay together."""
+    """Tokens and their texts, which together are the whole text; tokens that share a character stay together."""
     found: list[Piece] = []
     context = begin = 0  # one piece more is decoded: some tokenizers give a leading space only after another token
     for end in range(1, len(ids) + 1):
@@ -123,7 +123,7 @@ def visible(text: str) -> str:
 
 
 def as_text(shown: Shown, with_ids: bool = False, with_marks: bool = False) -> Text:
-    """For a terminal. `with_marks` puts what is trained into brackets, for terminals without colours."""
+    """The text for a terminal. `with_marks` puts trained text into brackets, for terminals without colours."""
     line = Text()
     marked = False
     for run in [*shown.runs, Run(False, False, [])]:
@@ -141,7 +141,7 @@ def as_text(shown: Shown, with_ids: bool = False, with_marks: bool = False) -> T
 
 
 def as_html(recipe_name: str, shown: Sequence[Shown], summary: Mapping[str, Any], with_ids: bool = False) -> str:
-    """For a browser: a whole page, which loads nothing and runs nothing."""
+    """A whole page for a browser, which loads no files and runs no script."""
     title = html.escape(f"{recipe_name}: the first {len(shown):,} conversations as they will be trained")
     conversations = "\n".join(
         f'<section><h2>conversation {one.number:,}</h2><p class="counts">{one.counts}</p>\n'
@@ -169,7 +169,7 @@ def _escaped(text: str) -> str:
 
 
 def _body_and_line_end(text: str, with_ids: bool) -> tuple[str, str]:
-    """Ids are printed before the line ends, not on the next line."""
+    """The text without its line end, and the line end, because ids are printed before the line ends."""
     body = text.removesuffix("\n") if with_ids else text
     return body, text[len(body) :]
 

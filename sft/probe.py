@@ -1,10 +1,10 @@
-"""Proof, before conversations are prepared, that a tokenizer gives the same ids and targets in others' hands.
+"""Proof, before conversations are prepared, that a tokenizer gives the same ids and targets in other programs.
 
     hard conversations --ChatML--> ids, targets
                        --the folder that is exported, transformers' apply_chat_template--> ids, targets: the same
 
-The comparison covers everything, literals of added tokens included, except literals of control tokens: they are text
-here and control tokens to transformers. For those it checks that no control token comes out of them.
+The comparison covers everything, including literals of added tokens. The exception is literals of control tokens, which
+are text here and control tokens in transformers: here the check is that they give no control token.
 """
 
 from functools import lru_cache
@@ -38,7 +38,7 @@ SHOWN_TOKENS = 12
 
 
 def hard_conversations() -> list[list[dict[str, Any]]]:
-    """Each hard content in each place, in conversations of one turn and of many."""
+    """Conversations of one turn and of many, with each hard content in each place."""
     pairs = [(content, other) for content, other in zip(HARD, (*HARD[3:], *HARD[:3]), strict=True)]
     short = [_turns([content, other]) for content, other in pairs]
     system = [{"role": "system", "content": content} for content in HARD]
@@ -46,7 +46,7 @@ def hard_conversations() -> list[list[dict[str, Any]]]:
 
 
 def _with_added_tokens(tokens: list[str]) -> list[list[dict[str, Any]]]:
-    """Literals of added tokens alone, first, last, between words, between spaces and beside each other."""
+    """Conversations with literals of added tokens alone, first, last, between words or spaces, and side by side."""
     places = ("{0}", "{0}a", "a{0}", "a{0}b", "a {0} b", " {0}\n", "{0}{0}")
     return [_turns([place.format(token) for place in places for _ in range(2)]) for token in tokens]
 
@@ -57,7 +57,7 @@ def _turns(contents: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=4)
 def refuse_other_encoding(tokenizer: Tokenizer) -> None:
-    """Raise DataError, with an example, where transformers would encode a conversation in another way than training."""
+    """Raise DataError, with an example, if transformers would encode a conversation in another way than training."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def refuse_other_encoding(tokenizer: Tokenizer) -> None:
             if ours != others:
                 raise DataError(_told(what, messages, ours, others))
 
-    # transformers takes these literals for control tokens: here they must stay text.
+    # transformers takes these literals as control tokens; here they must stay text.
     literal = _turns([IM_END, f"{IM_START}{IM_START}a{IM_END}"])
     ids = chatml.encode(literal).ids.tolist()
     if (ids.count(chatml.start_id), ids.count(chatml.end_id)) != (len(literal), len(literal)):
@@ -92,7 +92,7 @@ _WAY_OUT = "fine-tune a base with another tokenizer."
 
 
 def _told(what: str, messages: list[dict[str, Any]], ours: list[int], others: list[int]) -> str:
-    """Where two encodings part, in a sentence."""
+    """A sentence on where two encodings begin to differ."""
     place = next((n for n, pair in enumerate(zip(ours, others, strict=False)) if pair[0] != pair[1]), len(ours))
     place = min(place, len(others))
     shown = [f"{one[place : place + SHOWN_TOKENS]}" for one in (ours, others)]

@@ -1,10 +1,10 @@
-"""From shards of conversations to the rows that are trained on, in the recipe's order.
+"""From shards of conversations to rows for training, in the recipe's order.
 
     shards --Conversations--> one by one --sft.packing--> rows of an epoch --read--> ids, weights, document ids
 
 An epoch is a seeded permutation of all conversations, packed into rows of seq_len + 1 tokens or one a row: a pure
 function of seed and epoch. Held-out rows are never packed and never shuffled. With the `card` mask a target weighs
-1 / targets of its conversation.
+1 / (number of targets in its conversation).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class ConversationRows:
     """Rows of conversations, in the recipe's order: what the loop trains on."""
 
     def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
-        """Raises DataError where the masks cannot be right, or the recipe asks for what rows of conversations lack."""
+        """Raises DataError if the masks cannot be right, or the recipe asks for what rows of conversations lack."""
         self._recipe, self._sft = recipe, section(recipe)
         self._seq_len, self._rows_per_step = recipe.data.seq_len, recipe.rows_per_step
         self._pad_id = prepared.pad_id
@@ -87,8 +87,8 @@ class ConversationRows:
     def read(self, row_ids: Sequence[RowId | None], split: Split = "train") -> Rows:
         """The rows with these ids; None is a filler row of weight 0.
 
-        `val` is weighted as the recipe trains, but each token alike; `val_card` counts as the published card does: the
-        whole assistant segment, the mean of each conversation.
+        `val` is weighted as in training, but with equal weights for all targets; `val_card` counts as the published
+        card does: the whole assistant segment, the mean of each conversation.
         """
         token_ids = np.full((len(row_ids), self._seq_len + 1), self._pad_id, dtype=np.int64)
         weights = np.zeros((len(row_ids), self._seq_len), dtype=np.float32)
@@ -112,7 +112,7 @@ class ConversationRows:
             end = begin + len(tokens)
             token_ids[begin:end] = tokens & IDS
             document_ids[begin : min(end, self._seq_len)] = document
-            targets = (tokens[1:] & flag) != 0  # its first token is predicted by nothing of its own
+            targets = (tokens[1:] & flag) != 0  # no token of the conversation predicts its first one
             share = 1.0 / max(int(targets.sum()), 1) if mean else 1.0
             weights[begin : end - 1] = targets * np.float32(share)
             begin = end
@@ -127,7 +127,7 @@ class ConversationRows:
         return {"conversations": len(numbers), "real": real, "supervised": supervised, "padded": padded}
 
     def warnings(self) -> list[str]:
-        """What a user may not expect of these rows, a line each."""
+        """A line for each thing that a user may not expect of these rows."""
         rows, steps = len(self._epoch(0)), self._recipe.train.steps
         lines = []
         if steps * self._rows_per_step > rows:
@@ -149,7 +149,7 @@ class ConversationRows:
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
-    """What a user should know of the conversations, in one line."""
+    """One line on the conversations, for the user."""
     train, val = summary["train"], summary["val"]
     return (
         f"conversations: {train['conversations']:,} to train on ({train['truncated']:,} truncated), "

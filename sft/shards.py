@@ -5,11 +5,11 @@
 A shard is a flat file of them, so preparing, resuming, hashing and checking work as in pretraining.
 
     TRAINED      the token is a target under the recipe's mask
-    ANSWER       it belongs to an assistant turn, header and newline included: what the `card` mask trains
+    ANSWER       it belongs to an assistant turn, including header and newline, which the `card` mask trains
     BEGIN, CUT   the first token of a conversation; of one that was truncated
 
-A conversation longer than a row is cut: its partial content stays, no terminator is invented, and one whose targets
-were all cut off is left out and counted.
+A conversation longer than a row is cut: its partial content stays, and no terminator is invented. If all its targets
+were cut off, it is left out and counted.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ IDS = np.uint32((1 << 28) - 1)
 
 NO_TARGETS = "without a target"
 SCAN_TOKENS = 1 << 24
-"""Tokens that are read at once."""
+"""Number of tokens that are read at once."""
 
 
 def flagged(conversation: Encoded, limit: int) -> np.ndarray | str:
@@ -53,11 +53,11 @@ class Conversations:
         self._begin_of = np.concatenate(self.begins)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of conversations."""
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """The flagged ids of one."""
+        """The flagged ids of one conversation."""
         begin = int(self._begin_of[number])
         return self.sources[self._source_of[number]][begin : begin + int(self.lengths[number])]
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed launches for fine-tuning: read the flags, open the base, then hand over to the loop of pretraining.
+"""The program that DeepSpeed launches for fine-tuning: it reads the flags, opens the base and starts the loop.
 
 deepspeed sft/train.py --recipe demo-instruct --base runs/demo
 deepspeed --hostfile hostfiles/two_node sft/train.py --recipe axiom-380m-instruct --base runs/axiom-380m

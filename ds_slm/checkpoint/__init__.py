@@ -1,1 +1,1 @@
-"""A run's checkpoints: what is on disk, saving behind training, resuming, which one is the best."""
+"""A run's checkpoints: files on disk, saving in the background, resuming, and which one is the best."""

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: that of the lowest held-out loss, over always the same held-out rows."""
+"""Which checkpoint is the best: the one with the lowest loss on the same held-out rows."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ class Best:
     """The best checkpoint of a run."""
 
     val_loss: float | None = None
-    """In nats per token; None where there is none yet."""
+    """Its held-out loss in nats per token; None if there is no best yet."""
     step: int = -1
     eval_rows: int | None = None
     """Held-out rows of the evaluations that are compared; None in checkpoints of older versions."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Best":
-        """The best as a checkpoint's state.json says it."""
+        """The best checkpoint, by a checkpoint's state.json."""
         loss, step = content.get("best_val_loss"), content.get("best_step", -1)
         return cls(loss, step, content.get("best_eval_rows"))
 
     def fields(self) -> dict[str, Any]:
-        """For a checkpoint's state.json."""
+        """The fields for a checkpoint's state.json."""
         return {"best_val_loss": self.val_loss, "best_step": self.step, "best_eval_rows": self.eval_rows}
 
     def improved_by(self, step: int, val_loss: float | None) -> "Best":
-        """The best once a step is saved whose evaluation gave this loss; None: it was not evaluated."""
+        """The best after saving a step whose evaluation gave this loss; None: the step was not evaluated."""
         if val_loss is None or (self.val_loss is not None and not val_loss < self.val_loss):
             return self
         return replace(self, val_loss=val_loss, step=step)
@@ -40,7 +40,7 @@ class Best:
 
         Args:
             eval_rows: this launch's number of held-out rows in an evaluation.
-            was_changed: whether any launch changed that number: asked of checkpoints that do not say it.
+            was_changed: whether any launch changed that number; used for checkpoints that do not record it.
         """
         before = self.eval_rows
         if self.step < 0 or before == eval_rows or (before is None and not was_changed):
@@ -54,7 +54,7 @@ class Best:
         return Best(eval_rows=eval_rows), note
 
     def held(self, held_by_rank: Sequence[Sequence[Sequence[float]]]) -> tuple["Best", str]:
-        """The best checkpoint that a host holds; and a note, if that is another one than before.
+        """The best checkpoint that a host holds; and a note, if it is not the same as before.
 
         Args:
             held_by_rank: pairs of step and held-out loss that each rank's host holds (`held_best`).

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole, or they do not exist.
+"""Checkpoints on disk: a checkpoint is whole, or it does not exist.
 
     writing   .step-00000012.tmp-PID/ -> every file fsynced -> manifest.json last -> rename -> `latest` replaced
     reading   manifest.json -> sizes and sha256 of every file -> safetensors, never pickle
@@ -27,7 +27,7 @@ from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
 from ds_slm.errors import CheckpointError
 from ds_slm.files import fsync, is_plain_name, read_json, replace_text, sha256_of, write_json, write_point, writer_name
 
-if TYPE_CHECKING:  # `ds-slm recipes` reads checkpoints' names and manifests, and does not wait for torch
+if TYPE_CHECKING:  # `ds-slm recipes` reads checkpoints' names and manifests, and must not wait for torch
     from torch import Tensor
 
 CHECKPOINTS = "checkpoints"
@@ -36,7 +36,7 @@ STATE = "state.json"
 MODEL = "model.safetensors"
 ABSMAX = "optimizer-absmax.safetensors"
 BASE = "base_sha256"
-"""In state.json, done.json and env.json: the hash of the weights that the run began with, where it had a base."""
+"""In state.json, done.json and env.json: the hash of the weights with which the run began, if it had a base."""
 FORMAT_VERSION = 1
 REPLACED = "-replaced"
 
@@ -56,7 +56,7 @@ WRITE_POINTS = (
     "begun", *(f"{name}{end}" for name in TENSOR_FILES for end in ("", "-synced")),
     "state", "manifest", "manifest-synced", "old-moved", "renamed", "latest", "best", "retained",
 )  # fmt: skip
-"""The write points of a save, POINT@STEP, in the order of one with 8-bit moments."""
+"""The write points of a save, POINT@STEP, in the order of a save with 8-bit moments."""
 
 
 class Writer:
@@ -75,11 +75,11 @@ class Writer:
         write_point(f"{point}@{self._step}", self._run)
 
     def begin_tensors(self, file_name: str, shapes: Mapping[str, Iterable[int]]) -> TensorFile:
-        """Begin a safetensors file of fp32 tensors, whose values follow piece by piece; `end_tensors` ends it."""
+        """Begin a safetensors file of fp32 tensors. Their values follow piece by piece; `end_tensors` ends it."""
         return TensorFile(self.folder / file_name, shapes)
 
     def end_tensors(self, file_name: str, file: TensorFile) -> None:
-        """Wait until a file lies on the disk, and close it."""
+        """Wait until a file is on the disk, and close it."""
         with file:
             self._reached(file_name)
             self._fingerprints[file_name] = file.sync()
@@ -97,7 +97,7 @@ class Writer:
 
         Args:
             state: what the trainer knows at this step.
-            allowed: called right before the folder gets its name; raises where it may not.
+            allowed: called right before the folder gets its name; raises if it may not.
         """
         write_json(self.folder / STATE, state)
         self._reached("state")
@@ -121,7 +121,7 @@ class Writer:
             put_back(self._run)
             raise
 
-        # The new name is on the disk before the old checkpoint goes.
+        # The new name is on the disk before the old checkpoint is removed.
         self._reached("renamed")
         fsync(self.final.parent)
         remove(replaced)
@@ -133,7 +133,7 @@ class Writer:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all it holds, a file, or a link but not what it names; what cannot be removed stays."""
+    """Remove a folder with all it holds, a file, or a link without its target; what cannot be removed stays."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -146,12 +146,12 @@ def put_back(run: Path) -> None:
     for moved in sorted(checkpoints_folder(run).glob(f".step-*{REPLACED}")):
         final = moved.with_name(moved.name[1:].partition(".")[0])
         if not os.path.lexists(final):
-            with contextlib.suppress(OSError):  # where hosts share a disk another one was first
+            with contextlib.suppress(OSError):  # if hosts share a disk, another one was first
                 os.rename(moved, final)
 
 
 def mark_latest(checkpoint: Path) -> None:
-    """Let `latest` name this checkpoint, for people and other programs: resuming looks for the newest whole one."""
+    """Let `latest` name this checkpoint, for people and other programs; resuming looks for the newest whole one."""
     replace_text(checkpoint.parent / "latest", checkpoint.name)
 
 
@@ -161,7 +161,7 @@ def mark_best(checkpoint: Path) -> None:
 
 
 def named_by(run: Path, pointer: str) -> int | None:
-    """The step of the checkpoint that `latest` or `best` names; None where the pointer is missing or damaged."""
+    """The step of the checkpoint that `latest` or `best` names; None if the pointer is missing or damaged."""
     try:
         name = (checkpoints_folder(run) / pointer).read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -170,7 +170,7 @@ def named_by(run: Path, pointer: str) -> int | None:
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint's name; None of any other name."""
+    """The step in a checkpoint's name; None for any other name."""
     match = re.fullmatch(r"step-([0-9]{8,})", name)
     return int(match[1]) if match and name == f"step-{int(match[1]):08d}" else None
 
@@ -178,7 +178,7 @@ def step_of(name: str) -> int | None:
 def verify(checkpoint: Path, read: bool = True) -> list[str]:
     """Everything that is wrong with a checkpoint; an empty list means it is whole.
 
-    Without `read` names and sizes of its files are looked at, not what is in them.
+    Without `read`, only the names and sizes of its files are checked, not their content.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -246,7 +246,7 @@ def newest_whole_and_damaged(run: Path, say: Callable[[str], None] = say_on_stde
 
 
 def choose(run: Path, step: int | None = None, best: bool = False) -> Path:
-    """The checkpoint of a step, the best, or the newest whole one. Raises CheckpointError where it is not there."""
+    """The checkpoint of a step, the best, or the newest whole one. Raises CheckpointError if it is missing."""
     if step is not None:
         checkpoint = folder_of_step(run, step)
     elif best:
@@ -260,7 +260,7 @@ def choose(run: Path, step: int | None = None, best: bool = False) -> Path:
             raise CheckpointError(f"{run} holds no whole checkpoint: expected checkpoints/step-*/ with a manifest.")
         return whole
 
-    # A checkpoint that was asked for by step or as the best is still unverified.
+    # A checkpoint that was asked for by step, or as the best, is not verified yet.
     problems = verify(checkpoint) if checkpoint.is_dir() else [f"{checkpoint} is not there."]
     if problems:
         found = ", ".join(str(number) for number in steps(run)) or "none"
@@ -284,7 +284,7 @@ def model_sha256(checkpoint: Path) -> str:
 
 
 def model_sha256s(run: Path) -> list[str]:
-    """What the manifests of a run's checkpoints, the newest first, say of their weights; damaged ones are left out."""
+    """Hashes of the weights, by the manifests of a run's checkpoints, the newest first; damaged ones are left out."""
     found = []
     for step in reversed(steps(run)):
         manifest = read_json(folder_of_step(run, step) / MANIFEST) or {}

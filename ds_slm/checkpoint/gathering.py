@@ -1,10 +1,10 @@
 """From what every rank holds to whole tensors on the writers: a window of values at a time, in the order of a file.
 
-    all tensors by name, one behind the other:  |- window -|- window -|- window -|
-    each window:  every rank packs what it holds of it --send--> each writer puts the parts in place --> its file
+    all tensors by name, one after the other:  |- window -|- window -|- window -|
+    each window:  every rank packs its part of it --send--> each writer puts the parts in place --> its file
 
-A writer needs a few windows of memory, however large the model, and all of it is taken before anything is sent. A rank
-that fails later goes on sending and receiving, so that the others need not wait, and reports it at the end.
+A writer needs a few windows of memory, however large the model, and allocates all of it before anything is sent. A rank
+that fails later goes on sending and receiving, so that the others need not wait, and reports the failure at the end.
 """
 
 import math
@@ -26,16 +26,16 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Span:
-    """Values that lie together: `numel` from `start`, counted over all tensors in the order of the file."""
+    """Contiguous values: `numel` from `start`, counted over all tensors in the order of the file."""
 
     start: int
     numel: int
     read: Callable[[int, int], Tensor]
-    """fp32 values from the first to before the second, counted from the span's start."""
+    """fp32 values from the first index to before the second, counted from the span's start."""
 
 
 def spans_of_kind(own: Snapshot, kind: str) -> list[Span]:
-    """What this rank holds of all weights, or of one moment of them."""
+    """This rank's part of all weights, or of one of their moments."""
     starts = _starts(own.shapes)
     return [
         Span(starts[part.name] + part.param_start, part.numel, _reader(stored.decoded, part.flat_start))
@@ -45,7 +45,7 @@ def spans_of_kind(own: Snapshot, kind: str) -> list[Span]:
 
 
 def notes_of(own: Snapshot, control: Control) -> tuple[Shapes, list[Span]]:
-    """Shapes of all ranks' block scales, and this rank's; nothing where there are no 8-bit states. Collective."""
+    """Shapes of all ranks' block scales, and this rank's scales; empty without 8-bit states. Collective."""
     mine = absmax_notes(own, control.rank)
     sizes = control.gather({name: note.numel() for name, note in mine.items()})
     shapes = {name: [numel] for theirs in sizes for name, numel in theirs.items()}
@@ -71,7 +71,7 @@ def _starts(shapes: Shapes) -> dict[str, int]:
 
 
 class Gathering:
-    """Brings values of all ranks to the writers. Taking the memory for it may fail; nothing was sent then."""
+    """Brings values of all ranks to the writers. Allocating its memory may fail; then nothing was sent."""
 
     def __init__(self, writers: list[int], control: Control) -> None:
         self._writers, self._control = writers, control
@@ -79,15 +79,15 @@ class Gathering:
         if control.rank in writers:
             self._received, self._window = _empty(WINDOW_VALUES), _empty(WINDOW_VALUES)
         self.problem: str | None = None
-        """Why what this rank sent was not what it holds."""
+        """Why this rank sent other values than it holds."""
 
     def stream(self, shapes: Shapes, own: list[Span], write: Callable[[Tensor], None] | None) -> None:
         """Give all values of some tensors to `write` on the writers, window after window. Collective.
 
         Args:
-            shapes: of all tensors, by name; the same on all ranks.
-            own: what this rank holds of them.
-            write: takes a flat tensor, which it must not keep; raises nothing. None on ranks that do not write.
+            shapes: the shapes of all tensors, by name; the same on all ranks.
+            own: this rank's part of them.
+            write: takes a flat tensor, which it must not keep; never raises. None on ranks that do not write.
         """
         own = sorted((span for span in own if span.numel), key=lambda span: span.start)
         layout = [[tuple(pair) for pair in theirs] for theirs in self._control.gather([_place(one) for one in own])]
@@ -118,7 +118,7 @@ class Gathering:
                     self._unpack(values, spans, parts, begin)
 
     def _pack(self, own: list[Span], parts: list[tuple[int, int, int]]) -> Tensor:
-        """This rank's values of a window, one part behind the other."""
+        """This rank's values of a window, one part after the other."""
         filled = 0
         for index, first, numel in parts:
             try:
@@ -148,7 +148,7 @@ def _place(span: Span) -> tuple[int, int]:
 
 
 def _overlaps(spans: Sequence[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """What sorted spans hold of a window: (index of the span, first value within it, number of values)."""
+    """The parts of sorted spans that lie in a window: (index of the span, first value within it, number of values)."""
     index = max(bisect_right(spans, begin, key=lambda span: span[0]) - 1, 0)
     while index < len(spans) and spans[index][0] < end:
         start, numel = spans[index]
@@ -159,7 +159,7 @@ def _overlaps(spans: Sequence[tuple[int, int]], begin: int, end: int) -> Iterato
 
 
 def _covers(layout: Iterable[Iterable[tuple[int, int]]], total: int) -> bool:
-    """Whether the spans of all ranks are every value once."""
+    """Whether the spans of all ranks hold every value exactly once."""
     end = 0
     for start, numel in sorted(span for theirs in layout for span in theirs):
         if start != end:

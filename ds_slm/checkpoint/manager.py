@@ -1,11 +1,11 @@
-"""A run's checkpoints, as the loop sees them: save, wait, is it durable; and which of them is the best.
+"""A run's checkpoints, as the loop sees them: save, wait, ask whether one is durable; and which one is the best.
 
-    save   --BackgroundSave--> files of one checkpoint on every writer, behind training
-    wait   what became of it: a save that no host holds counts as never begun, and the best is the one before
-    resume what earlier launches left is put in order: damaged ones set aside, `latest` and `best` marked
+    save   --BackgroundSave--> files of one checkpoint on every writer, while training goes on
+    wait   the result: a save that no host holds counts as never begun, and the best is the one before
+    resume puts in order what earlier launches left: sets damaged ones aside, marks `latest` and `best`
 
-`best` is the saved checkpoint whose evaluation, at its very step, gave the lowest held-out loss. It follows what is
-durable on any host: nothing but this file and best.py decides it.
+`best` is the saved checkpoint whose evaluation, at exactly its step, gave the lowest held-out loss. It follows what is
+durable on any host. Only this file and best.py decide it.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ class Checkpoints:
     """All checkpoints of a run, and its signs of an end."""
 
     def __init__(self, background: BackgroundSave, identity: Mapping[str, Any]) -> None:
-        """Begins as a new run does; a run that goes on calls `resume` after it.
+        """Begin as for a new run; a run that goes on calls `resume` after this.
 
         Args:
             background: writes them.
-            identity: stored in every checkpoint: hashes of recipe, data and tokenizer.
+            identity: hashes of recipe, data and tokenizer, stored in every checkpoint.
         """
         self._background, self._identity = background, identity
         self._engine, self._run = background.engine, background.run
         self._control, self._say = background.control, background.say
         self.best = Best(eval_rows=self._engine.recipe.run.eval_rows)
-        """The best checkpoint, one that is being saved included."""
+        """The best checkpoint, possibly one that is being saved."""
         self._durable_best = self.best
         self._saved: State | None = None
         self._resumed_step = -1
@@ -60,15 +60,15 @@ class Checkpoints:
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, state: State, val_loss: float | None) -> None:
-        """Save a state, behind training; waits for the save before it.
+        """Save a state while training goes on; waits for the save before it.
 
         Args:
             state: what is saved.
-            val_loss: held-out loss of an evaluation at this very step; None where there was none.
+            val_loss: held-out loss of an evaluation at exactly this step; None if there was none.
 
         Raises:
             ReplacedByNewerLaunch: a newer launch holds a host's folder.
-            TrainingError: on all ranks, where the weights to be written are not those the model computes with.
+            TrainingError: on all ranks, if the weights to write are not the weights that the model computes with.
         """
         self.wait()
         best = self.best.improved_by(state.step, val_loss)
@@ -77,9 +77,9 @@ class Checkpoints:
         self._saved, self.best = state, best
 
     def wait(self) -> Saved | None:
-        """Wait for the save in flight, and say what became of it: one that no host holds counts as never begun.
+        """Wait for the save in flight, and return its result: a save that no host holds counts as never begun.
 
-        Returns None where no save is in flight. Raises ReplacedByNewerLaunch.
+        Returns None if no save is in flight. Raises ReplacedByNewerLaunch.
         """
         saved = self._background.finish()
         if saved is None:
@@ -93,21 +93,21 @@ class Checkpoints:
         return saved
 
     def is_saved(self, state: State) -> bool:
-        """Whether the newest checkpoint, one that is being saved included, holds this state."""
+        """Whether the newest checkpoint, possibly one that is being saved, holds this state."""
         return self._saved == state
 
     def is_durable(self, step: int) -> bool:
-        """Whether a checkpoint of this step is known to lie whole on a disk."""
+        """Whether a checkpoint of this step is known to be whole on a disk."""
         return step in (self._background.durable_step, self._resumed_step)
 
     def close(self) -> None:
-        """Wait for the save in flight, whatever becomes of it. Before the process group is gone."""
+        """Wait for the save in flight, whatever its result. Call it before the process group is gone."""
         self._background.finish()
 
     # --- beside saving ----------------------------------------------------------------------------------------------
 
     def resume(self, state: State, found: ResumePoint) -> None:
-        """Put every host's checkpoints in order as a launch goes on from one. Collective.
+        """Put every host's checkpoints in order when a launch goes on from one. Collective.
 
         Checkpoints that were passed over as damaged are set aside. `best` names the run's best checkpoint if a host
         holds it. If none does (its only host is gone), the best of the checkpoints that are there takes its place. If
@@ -139,7 +139,7 @@ class Checkpoints:
                 self._say(f"{host}: {note}")
 
     def _set_damaged_aside(self, found: ResumePoint) -> list[str]:
-        """Set aside what is damaged, and mark the newest whole one; returns what to say."""
+        """Set damaged checkpoints aside, and mark the newest whole one; returns lines for the user."""
         notes: list[str] = []
         if found.own_step >= 0:
             self._background.know_whole(found.own_step)
@@ -177,9 +177,9 @@ class Checkpoints:
         return self._named(gathering.problem or (reason_of(disk.error) if disk.error else None))
 
     def mark_stopped(self, step: int) -> bool:
-        """Leave a sign that a signal ended the run, where its last step is durable; returns whether it is.
+        """If the last step is durable, record that a signal ended the run; returns whether it is durable.
 
-        Exit codes do not outlive the launcher.
+        The record is needed because exit codes do not outlive the launcher.
         """
         if not self.is_durable(step):
             return False
@@ -202,7 +202,7 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             own = checkpoint_files.manifest_sha256(checkpoint) if self.writes else None
         everyone = zip(self._control.hosts, self._control.gather(own), strict=True)
-        held = {host: sha256 for host, sha256 in everyone if sha256}  # of a host's ranks one writes
+        held = {host: sha256 for host, sha256 in everyone if sha256}  # one of a host's ranks writes
         if not held:
             raise TrainingError(f"{checkpoint} is not there any more on any host that keeps checkpoints.")
 

@@ -2,7 +2,7 @@
 
     resume   every host offers its newest whole checkpoint -> the newest wins -> its host sends it to all ranks
 
-No shared file system is needed; where hosts share one, a single host writes for all (`Control.writers`).
+No shared file system is needed; if hosts share one, a single host writes for all (`Control.writers`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ from ds_slm.run import folder as run_folder
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands: all that a resumed run continues from, beside the tensors."""
+    """Where a run stands: everything that a resumed run continues from, except the tensors."""
 
     step: int = 0
     """Optimiser steps applied."""
@@ -57,11 +57,11 @@ class ResumePoint:
     source: int
     """The rank that can read it."""
     folder: Path | None
-    """Where it lies, on that rank alone."""
+    """Its folder; None on all other ranks."""
     content: dict[str, Any]
     """Its state.json."""
     own_step: int = -1
-    """The newest whole checkpoint of this rank's host, where it leads it."""
+    """The step of the newest whole checkpoint on this rank's host, if the rank leads its host."""
     damaged: tuple[Path, ...] = ()
     """The newer ones there that are not whole."""
     lost: str = ""
@@ -77,7 +77,7 @@ def find(
         control: the ranks' connection.
         run: the run folder, each host's own.
         identity: hashes of what this launch trains with.
-        older: the hashes that an older version gave the same.
+        older: hashes by which an older version named the same things.
 
     Raises:
         CheckpointError: on every rank, if it was made from other data or another tokenizer, if there are checkpoints
@@ -110,7 +110,7 @@ def find(
             )
         return None
 
-    # The host with the newest whole checkpoint tells all ranks what is in it.
+    # The host with the newest whole checkpoint sends its state to all ranks.
     is_source = control.rank == source
     content = control.broadcast(checkpoint_files.read_state(own) if is_source and own else None, source)
     refuse_other_beginning(run, content, identity, older or {})
@@ -124,13 +124,13 @@ def find(
 def refuse_other_beginning(
     run: Path, content: Mapping[str, Any], identity: Mapping[str, Any], older: Mapping[str, str]
 ) -> None:
-    """Raise CheckpointError where a run began with other data, another tokenizer or another base than this launch.
+    """Raise CheckpointError if a run began with other data, another tokenizer or another base than this launch.
 
     Args:
         run: the run folder.
-        content: what a checkpoint, or done.json, says.
+        content: the content of a checkpoint's state, or of done.json.
         identity: hashes of what this launch trains with.
-        older: the hashes that an older version gave the same.
+        older: hashes by which an older version named the same things.
     """
     if "imported" in content:
         raise CheckpointError(
@@ -159,10 +159,10 @@ def refuse_other_beginning(
 
 
 def begin(engine: Engine, weights: Iterable[tuple[str, Tensor]] | None) -> None:
-    """Give a fresh run its fp32 weights: the ones passed in, or the recipe's initialisation. Collective.
+    """Give a new run its fp32 weights: the weights passed in, or the recipe's initialisation. Collective.
 
     Raises:
-        DataError: on all ranks, where one of them cannot read them.
+        DataError: on all ranks, if one of them cannot read the weights.
     """
     recipe, problems = engine.recipe, []
     if weights is None:
@@ -204,9 +204,9 @@ def load(engine: Engine, found: ResumePoint) -> State:
 
 
 def is_same_topology(stored: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's block scales may be of this launch's partitions.
+    """Whether a checkpoint's block scales may belong to this launch's partitions.
 
-    Older checkpoints have no hash of the partitions: there each scale is looked at before it is used.
+    Older checkpoints have no hash of the partitions: then each scale is checked before it is used.
     """
     return {**here, **stored} == here
 

@@ -1,10 +1,10 @@
-"""Which checkpoints stay: the newest whole ones, the best one, and what `latest` names.
+"""Which checkpoints are kept: the newest whole ones, the best one, and what `latest` names.
 
     damaged      -> checkpoints/damaged/: out of the way, for a user to look at; `ds-slm verify` still lists them
-    superfluous  -> deleted; of a link the link alone
-    killed writers' temporary folders of this host -> deleted, once their process is gone
+    superfluous  -> deleted; if it is a link, only the link
+    temporary folders that killed writers of this host left -> deleted, once their process is gone
 
-Nothing outside the folder is ever deleted, and nothing inside that does not look like a checkpoint: it is set aside.
+Nothing outside the folder is ever deleted. Inside it, what does not look like a checkpoint is set aside, not deleted.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ Stamps = dict[str, tuple[int, int, int]]
 def retain(
     run: Path, keep_last: int, keep_best: bool, whole: dict[int, Stamps] | None = None, best_step: int | None = None
 ) -> list[str]:
-    """Delete all but the newest whole checkpoints and the best; set aside what is in their place and is not whole.
+    """Delete all but the newest whole checkpoints and the best; set aside what has their name and is not whole.
 
     Args:
         run: the run folder.
         keep_last: number of whole checkpoints to keep.
         keep_best: whether to keep what `best` names, and `best_step`.
-        whole: steps known to be whole, with the stamps under which they were found so (`stamps`); a checkpoint that is
-            found whole is added, so that each is read once. One whose files have changed since is read again.
+        whole: steps known to be whole, with the stamps of their files at that time (`stamps`). A checkpoint that is
+            found whole is added, so that each is read once. If its files have changed since, it is read again.
         best_step: the run's best step, which `best` may not name yet on this disk.
 
     Returns:
-        What was set aside, and what could not be put in order: a line each.
+        A line for each thing that was set aside or could not be put in order.
     """
     known = {} if whole is None else whole
     kept = {named_by(run, "latest"), *((named_by(run, "best"), best_step) if keep_best else ())}
@@ -61,7 +61,7 @@ def retain(
 
 
 def stamps(checkpoint: Path) -> Stamps:
-    """How a checkpoint's files are now: equal stamps say that none was changed, cut, removed or put back."""
+    """The state of a checkpoint's files now: equal stamps mean that none was changed, cut, removed or put back."""
     with contextlib.suppress(OSError):
         found = {path.name: path.lstat() for path in checkpoint.iterdir()}
         return {name: (one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found.items()}
@@ -69,7 +69,7 @@ def stamps(checkpoint: Path) -> Stamps:
 
 
 def _is_whole(checkpoint: Path, step: int, known: dict[int, Stamps]) -> bool:
-    """Whether a checkpoint is whole: by its files' names and sizes where nothing changed since it was known to be."""
+    """Whether a checkpoint is whole; if nothing changed since it was, only its files' names and sizes are checked."""
     now = stamps(checkpoint)
     whole = not verify(checkpoint, read=not now or known.pop(step, None) != now)
     if whole:
@@ -78,7 +78,7 @@ def _is_whole(checkpoint: Path, step: int, known: dict[int, Stamps]) -> bool:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Move a damaged checkpoint, or whatever has the name of one, into `checkpoints/damaged/`. Returns where it is."""
+    """Move a damaged checkpoint, or whatever has the name of one, into `checkpoints/damaged/`. Returns its new path."""
     folder = checkpoint.parent / DAMAGED
     folder.mkdir(exist_ok=True)
     place, number = folder / checkpoint.name, 1
@@ -99,7 +99,7 @@ def _looks_like_one(checkpoint: Path) -> bool:
 
 
 def _attempt(said: list[str], path: Path, action: Callable[[Path], None]) -> None:
-    """One checkpoint that cannot be moved or deleted keeps no other from it."""
+    """Run the action; if it fails, note that, so that one checkpoint does not keep others from being put in order."""
     try:
         action(path)
     except OSError as error:
@@ -107,7 +107,7 @@ def _attempt(said: list[str], path: Path, action: Callable[[Path], None]) -> Non
 
 
 def _delete(checkpoint: Path) -> None:
-    """Rename it first: a kill half-way through deleting must not leave what looks like a damaged checkpoint."""
+    """Rename, then delete: a kill half-way through deleting must not leave what looks like a damaged checkpoint."""
     leaving = checkpoint.with_name(f".{checkpoint.name}.tmp-{writer_name()}-deleted")
     remove(leaving)
     os.rename(checkpoint, leaving)
@@ -117,7 +117,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _delete_leftovers(run: Path) -> None:
-    """What killed writers of this host left behind; a process that lives may be writing."""
+    """Delete what killed writers of this host left; what a living process writes stays."""
     ours = re.compile(rf"\.step-[0-9]+\.tmp-{re.escape(socket.gethostname())}-([0-9]+)(-[a-z]+)?")
     for leftover in checkpoints_folder(run).glob(".step-*.tmp-*"):
         match = ours.fullmatch(leftover.name)

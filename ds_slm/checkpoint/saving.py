@@ -1,16 +1,16 @@
-"""Writing one checkpoint behind training, on the leaders of the first `checkpoint_copies` hosts.
+"""Writing one checkpoint while training goes on, on the leaders of the first `checkpoint_copies` hosts.
 
     begin   every rank copies its partitions to host memory; training goes on
-    thread  memory for it? -> gather, window by window, over a gloo group of its own -> files, hashes
+    thread  memory for it? -> gather, window by window, over its own gloo group -> files, hashes
             -> is the folder still ours? -> rename -> `latest`, `best`, retention, each after the same question
-    finish  wait for the thread; what became of the save on every host
+    finish  wait for the thread; the result of the save on every host
 
-A step is saved where at least one writer holds it whole. A disk that is full, or a host short of memory, costs its
-copy, not the run: the writer goes on receiving, so that the others need not wait, and reports it. A host deletes its
-older checkpoints only once it holds the new one, and the best one only once it holds a better one.
+A step counts as saved if at least one writer holds it whole. A full disk, or a lack of memory, costs a host its copy,
+not the run: the writer goes on receiving, so that the others need not wait, and reports it. A host deletes its older
+checkpoints only once it holds the new one, and the best one only once it holds a better one.
 
 Known gap: the copy takes host memory while a save is in flight: 12 bytes a parameter over all ranks, 6 with 8-bit
-moments; a rank needs a window of values besides (gathering.py), a writer three.
+moments. In addition a rank needs one window of values (gathering.py), a writer three.
 """
 
 import contextlib
@@ -42,33 +42,33 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save on one rank."""
+    """The result of a save on one rank."""
 
     kind: Literal["held", "failed", "replaced", "no writer"]
     reason: str = ""
     notes: tuple[str, ...] = ()
-    """What else its user should know."""
+    """What else the user should know."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save, the same on every rank."""
+    """The result of a save, the same on every rank."""
 
     held_by: tuple[str, ...] = ()
     """Hosts that hold the checkpoint whole."""
     failed: tuple[str, ...] = ()
-    """Host and reason of each that does not."""
+    """Host and reason for each host that does not."""
     replaced: bool = False
     """Whether a newer launch holds a host's folder."""
 
     @property
     def durable(self) -> bool:
-        """Whether it lies whole on a disk."""
+        """Whether the checkpoint is whole on a disk."""
         return bool(self.held_by)
 
 
 def keepers(writers: list[int], recipe: Recipe) -> list[int]:
-    """Of the ranks that write into a folder of their own: those whose hosts keep checkpoints, and records."""
+    """The ranks, among those with their own folder, whose hosts keep checkpoints and records."""
     return writers[: recipe.run.checkpoint_copies]
 
 
@@ -83,7 +83,7 @@ class BackgroundSave:
         Args:
             engine: whose weights and moments are saved.
             run: the run folder, each host's own.
-            launch: this one; where another holds the folder nothing is written.
+            launch: this launch; if another one holds the folder, nothing is written.
             writers: ranks that may keep checkpoints; the first `checkpoint_copies` of them do.
             say: takes a line.
         """
@@ -94,9 +94,9 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
         self._result = Saved()
         self.durable_step = -1
-        """The step of the newest checkpoint that this launch wrote and knows to lie on a disk."""
+        """The step of the newest checkpoint that this launch wrote and knows to be on a disk."""
         self._whole: dict[int, retention.Stamps] = {}
-        """Steps of this host's checkpoints that this launch wrote or read to the end, and how their files were then."""
+        """Steps of this host's checkpoints that this launch wrote or read to the end, with their files' stamps then."""
 
     @property
     def writes(self) -> bool:
@@ -109,9 +109,9 @@ class BackgroundSave:
         return self.writes and launches.is_replaced(self.run, self._launch)
 
     def begin(self, content: Mapping[str, Any]) -> None:
-        """Copy this rank's part, and write it behind the caller's back. Wait for the one before with `finish`.
+        """Copy this rank's part, and write it in a thread. Wait for the save before with `finish`.
 
-        Raises TrainingError, on all ranks, where the weights to be written are not those the model computes with.
+        Raises TrainingError, on all ranks, if the weights to write are not the weights that the model computes with.
         """
         assert self._thread is None, "one save at a time"
         masters.check(self.engine.deepspeed, self.engine.control)
@@ -121,7 +121,7 @@ class BackgroundSave:
         self._thread.start()
 
     def finish(self) -> Saved | None:
-        """Wait for the save in flight, and say what became of it; None where there is none."""
+        """Wait for the save in flight, and return its result; None if there is none."""
         if self._thread is None:
             return None
         self._thread.join()
@@ -145,7 +145,7 @@ class BackgroundSave:
             return None, reason_of(error)
 
     def know_whole(self, step: int) -> None:
-        """This host's checkpoint of a step was written, or read to the end, by this launch."""
+        """Remember that this launch wrote this host's checkpoint of a step, or read it to the end."""
         self._whole[step] = retention.stamps(checkpoint_files.folder_of_step(self.run, step))
 
     # --- in the thread; collective, whatever fails on a rank --------------------------------------------------------
@@ -174,7 +174,7 @@ class BackgroundSave:
                 self.say(f"step {step}: {host}: {note}")
 
     def _leave_sign(self, step: int, saved: Saved) -> None:
-        """In every host's folder: a later launch on hosts that hold no checkpoint knows that there was one."""
+        """Record the save in every host's folder, for a later launch on hosts that hold no checkpoint."""
         if saved.durable and self._has_folder and not launches.is_replaced(self.run, self._launch):
             with contextlib.suppress(OSError):  # the checkpoint is there
                 run_folder.tell_saved(self.run, step, saved.held_by)
@@ -189,7 +189,7 @@ class BackgroundSave:
             self.say(f"step {step}: saved {name}")
 
     def _write(self, own: Snapshot | None, problem: str | None, content: Mapping[str, Any]) -> Outcome:
-        # Every rank takes the memory it needs before anything is sent.
+        # Every rank allocates the memory it needs before anything is sent.
         gathering, problem = self.gathering(problem)
         if any(self.control.gather(problem is not None)):
             return Outcome("failed", problem) if problem else Outcome("no writer")
@@ -203,7 +203,7 @@ class BackgroundSave:
         if shapes:
             _stream(gathering, attempt, checkpoint_files.ABSMAX, shapes, notes)
 
-        # A rank that could not read its own values has sent others: no writer gives that a name.
+        # A rank that could not read its own values has sent other values: no writer names such a checkpoint.
         if any(self.control.gather(gathering.problem is not None)):
             if attempt:
                 attempt.abandon()
@@ -215,7 +215,7 @@ class BackgroundSave:
         return self._put_in_order(content) if outcome.kind == "held" else outcome
 
     def _put_in_order(self, content: Mapping[str, Any]) -> Outcome:
-        """`latest`, `best` and retention, once the checkpoint is durable: what fails of these costs no checkpoint."""
+        """Update `latest`, `best` and retention once the checkpoint is durable: a failure here costs no checkpoint."""
         step, best_step, settings = content["step"], content["best_step"], self.engine.recipe.run
         self.know_whole(step)
         notes: list[str] = []
@@ -231,7 +231,7 @@ class BackgroundSave:
         return Outcome("held", notes=tuple(notes))
 
     def _if_ours(self, notes: list[str], action: Callable[[], object]) -> None:
-        """Do it if no newer launch holds the folder; a disk that refuses is noted. Raises ReplacedByNewerLaunch."""
+        """Act if no newer launch holds the folder; note it if the disk refuses. Raises ReplacedByNewerLaunch."""
         launches.refuse_replaced(self.run, self._launch)
         with noted(notes):
             action()
@@ -244,7 +244,7 @@ class BackgroundSave:
 
 @contextlib.contextmanager
 def noted(notes: list[str]) -> Iterator[None]:
-    """What a disk refuses within it is added to the notes."""
+    """Within it, errors of the disk are added to the notes."""
     try:
         yield
     except OSError as error:
@@ -252,13 +252,13 @@ def noted(notes: list[str]) -> Iterator[None]:
 
 
 class Disk:
-    """A disk that may fail, or memory: after the first failure nothing more is tried."""
+    """A disk, or memory, that may fail: after the first failure nothing more is tried."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
 
     def attempt(self, action: Callable[[], Result]) -> Result | None:
-        """The action's result; None where it or one before it failed."""
+        """The action's result; None if it or an earlier one failed."""
         if self.error is None:
             try:
                 return action()
@@ -287,12 +287,12 @@ class _Attempt:
         self._file = self._attempt(lambda writer: writer.begin_tensors(file_name, shapes))
 
     def write(self, values: Tensor) -> None:
-        """The next values of it."""
+        """Write the file's next values."""
         if file := self._file:
             self._attempt(lambda writer: file.write(values))
 
     def close(self, file_name: str) -> None:
-        """End it."""
+        """End the file."""
         if file := self._file:
             self._attempt(lambda writer: writer.end_tensors(file_name, file))
         self._file = None
@@ -307,7 +307,7 @@ class _Attempt:
         return Outcome("failed", reason_of(self._disk.error))
 
     def abandon(self) -> None:
-        """Remove what was written, and give its room back."""
+        """Remove what was written, which frees its space."""
         if self._file:
             self._file.close()
             self._file = None
@@ -326,5 +326,5 @@ def _stream(gathering: Gathering, attempt: _Attempt | None, file_name: str, shap
 
 
 def reason_of(error: Exception) -> str:
-    """What to say of an error."""
+    """The text of an error, for the user."""
     return str(error) if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""A safetensors file written from front to back: no tensor need be whole in memory.
+"""A safetensors file written from front to back, so that no tensor must be whole in memory.
 
     shapes --> header (8 bytes of length, JSON, spaces up to 8 bytes) --> values, tensor after tensor by name --> fsync
 
@@ -37,7 +37,7 @@ class TensorFile:
 
         Args:
             path: the file, which must not exist.
-            shapes: of every tensor, by name.
+            shapes: the shape of every tensor, by name.
         """
         self._path = path
         header: dict[str, Any] = {}
@@ -63,12 +63,12 @@ class TensorFile:
             left = left[self._file.write(left) or 0 :]
 
     def write(self, values: "Tensor") -> None:
-        """The next values: a flat, contiguous fp32 tensor on the CPU, of any length."""
+        """Write the next values: a flat, contiguous fp32 tensor on the CPU, of any length."""
         if values.numel():  # an empty view cannot be cast
             self._write(values.numpy().data.cast("B"))
 
     def sync(self) -> dict[str, Any]:
-        """Wait until all is on the disk; returns size and sha256. Raises CheckpointError where values are missing."""
+        """Wait until all is on the disk; returns size and sha256. Raises CheckpointError if values are missing."""
         if self._written != self._expected:
             raise CheckpointError(f"{self._path}: {self._written} bytes were written, expected {self._expected}.")
         os.fsync(self._file.fileno())
@@ -83,5 +83,5 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Close it, whole or not."""
+        """Close the file, whole or not."""
         self._file.close()

@@ -3,8 +3,8 @@
     MODEL --speaker_of--> Speaker --> Conversation --Terminal: a question or /command a line--> pieces of an answer
                                                    --one_answer: --prompt--> text, or one JSON object
 
-Lines are read by `input` with readline, so pasted lines stay together where the terminal marks what is pasted. Control
-characters that a model makes up are shown as pictures of themselves: none reaches the terminal.
+`input` reads lines with readline, so pasted lines stay together if the terminal marks pasted text. Control characters
+that a model generates are shown as pictures of themselves: none reaches the terminal.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ds_slm.publish.sampling import Settings
 from ds_slm.recipe.problems import nearest
 
 QUOTES = '"""'
-"""Around a question of several lines."""
+"""The marks around a question of several lines."""
 COMMANDS = {
     "/reset": "forget the conversation; the system prompt stays",
     "/undo": "take the last question and its answer back",
@@ -41,24 +41,24 @@ COMMANDS = {
 }
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-"""What is shown for a control character."""
+"""Control character -> the character that is shown for it."""
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Those of `ds-slm chat`, but for the model."""
+    """The flags of `ds-slm chat`, except the model."""
 
     settings: Settings
     system: str | None
     prompt: str | None
-    """One question, `-` for that of stdin; None for a conversation."""
+    """One question, `-` to read it from stdin; None for a conversation."""
     plain: bool
-    """Continue each text by itself, as a base does."""
+    """Whether to continue each text by itself, as a base model does."""
     as_json: bool
 
 
 def run(model: Path, flags: Flags) -> None:
-    """Talk, or answer once. Raises UserError for what keeps a model from it."""
+    """Talk, or answer once. Raises UserError if the model cannot."""
     if flags.as_json and flags.prompt is None:
         raise ConfigError("--json prints one answer as an object: add --prompt TEXT.")
     if flags.plain and flags.system is not None:
@@ -67,7 +67,7 @@ def run(model: Path, flags: Flags) -> None:
 
     opened = open_model(model)
     speaker = speaker_of(opened, model, flags.plain, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    Reader(speaker.model, capacity=1).read([speaker.tokenizer.eos_id])  # weights that are not finite are told at once
+    Reader(speaker.model, capacity=1).read([speaker.tokenizer.eos_id])  # reports at once if weights are not finite
     conversation = Conversation(speaker, flags.settings, flags.system or None)
 
     if question is not None:
@@ -122,7 +122,7 @@ def _write(piece: str) -> None:
 
 
 def _cost(answer: Answer) -> str:
-    """What an answer took, and what a person should know of how it ended."""
+    """The cost of an answer, and what a person should know of how it ended."""
     parts = [f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}, {answer.tokens_per_s:,.0f} tokens/s"]
     if answer.stopped_by == "max_new_tokens":
         parts.append("cut: it has max_new_tokens")
@@ -151,7 +151,7 @@ class Terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - lets `input` edit and repeat lines
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told with the question
+            sys.stdin.reconfigure(errors="surrogateescape")  # the question reports bytes that are not text
         if self._is_typed:
             self._say(greeting)
 
@@ -171,7 +171,7 @@ class Terminal:
             print()
 
     def _take(self, line: str) -> None:
-        """Do what a line says. Raises EOFError to end."""
+        """Act on a line. Raises EOFError to end."""
         if line.startswith(QUOTES):
             self._ask(self._block(line))
         elif line.startswith("/"):
@@ -200,7 +200,7 @@ class Terminal:
         if self._plain:
             self._conversation.reset()
 
-        # Ctrl-C ends the answer alone.
+        # Ctrl-C ends only the answer.
         pieces = self._conversation.ask(question)
         with contextlib.closing(pieces), contextlib.suppress(KeyboardInterrupt):
             for piece in pieces:
@@ -247,7 +247,7 @@ class Terminal:
             path = Path(name).expanduser()
             with contextlib.suppress(OSError):
                 path.lstat()
-        except (RuntimeError, ValueError) as error:  # ~NAME of nobody; a name that the system does not allow
+        except (RuntimeError, ValueError) as error:  # ~NAME of an unknown user; a name that the system does not allow
             raise ConfigError(f"/save {name!r}: {error}; expected a file, in a folder that exists.") from error
 
         if not name or not path.parent.is_dir() or path.is_dir():

@@ -1,4 +1,4 @@
-"""What `ds-slm doctor` prints: one line a finding, as it comes, or one JSON object."""
+"""The output of `ds-slm doctor`: a line for each finding, as it comes, or one JSON object."""
 
 import time
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ MARKS = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
 
 
 def run(hostfile: Path | None, recipe: str | None, data_root: Path, run_dir: Path | None, as_json: bool) -> None:
-    """Look at every host before a run. Ends with exit code 2 where anything would break it.
+    """Check every host before a run. Ends with exit code 2 if anything would break it.
 
     Raises:
-        HostfileError: a hostfile that is missing or malformed.
-        RecipeError: a recipe that this machine cannot read.
+        HostfileError: the hostfile is missing or malformed.
+        RecipeError: this machine cannot read the recipe.
     """
     began = time.monotonic()
     name = schema.recipe_path(recipe).stem if recipe else "demo"

@@ -1,4 +1,4 @@
-"""`ds-slm eval`: the model opened, its tasks answered, the table printed, eval.json written beside the model."""
+"""`ds-slm eval`: open the model, answer the tasks, print the table, write eval.json beside the model."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ from ds_slm.run.scores import EVAL_FILE, rows_of
 
 @dataclass(frozen=True)
 class Flags:
-    """Those of `ds-slm eval`, but for the model."""
+    """The flags of `ds-slm eval`, except the model."""
 
     tasks: str
     bench_dir: Path | None
@@ -37,7 +37,7 @@ class Flags:
 
 
 def run(model: Path, flags: Flags) -> None:
-    """Evaluate a model. Raises UserError with all that keeps it from being scored, before anything is."""
+    """Evaluate a model. Raises UserError before scoring, with every reason why it cannot be scored."""
     report = report_to(flags.as_json)
     paths = [path for path in (model, flags.against) if path]
     with opened_on(flags.devices, paths) as (opened, *others):
@@ -70,7 +70,7 @@ def run(model: Path, flags: Flags) -> None:
 def _score(
     opened: Opened, tasks: list[evaluation.Task], flags: Flags, report: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, list[Item]]]:
-    """Answer the tasks, store the results beside the model, and say what was cut and where they are."""
+    """Answer the tasks, store the results beside the model, and print what was cut and where results are."""
     begun_s = time.monotonic()
     with Progress(
         TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,} rows"),
@@ -88,7 +88,7 @@ def _score(
 
 
 def _remarks(results: list[evaluation.TaskResult]) -> list[str]:
-    """What was cut to fit the model's context."""
+    """Lines on what was cut to fit the model's context."""
     lines = []
     for result in results:
         if count := result.counts.cut_contexts:
@@ -126,7 +126,7 @@ def rank(model: Path, texts: list[str], file: Path | None, by_mean: bool, as_jso
 
 
 def _questions_of(file: Path) -> list[tuple[str, list[str]]]:
-    """A context and its choices from each line of a JSON-lines file. Raises DataError with every line that has none."""
+    """A context and its choices from each line of a JSON-lines file. Raises DataError with every line without them."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ EXAMPLES = {
         'chat exports/demo-instruct --prompt "What does json.dumps do?" --json',
     ),
 }
-"""Two of each verb, as they are typed behind `ds-slm`."""
+"""Two examples for each verb, as they are typed after `ds-slm`."""
 
 
 def of(verb: str) -> str:
@@ -40,5 +40,5 @@ def of(verb: str) -> str:
 
 
 def epilog(verb: str) -> str:
-    """The same for typer, which fills the lines of a paragraph unless this mark stands before it."""
+    """The same for typer, which joins the lines of a paragraph unless this mark stands before it."""
     return f"\b\n{of(verb)}"

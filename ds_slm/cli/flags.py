@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 MOST_TOKENS = 1e15
-"""More than anybody has trained on."""
+"""More tokens than anybody has trained on."""
 
 
 def of_pretraining(prog: str = "pretrain.py", examples: str | None = None) -> "FlagParser":
@@ -37,7 +37,7 @@ def of_fine_tuning(prog: str = "train.py", examples: str | None = None) -> "Flag
 
 def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> None:
     """The flags that pretraining and fine-tuning share."""
-    # What is trained, and where it lies.
+    # What is trained, and where it is.
     parser.add_argument("--recipe", default=default_recipe, help="name in the library, or path of a .toml file")
     parser.add_argument(
         "--base",
@@ -83,7 +83,7 @@ def add_training_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
         help="leave out the rows at global positions A to B - 1, in later launches too; may come more than once; "
         "none takes again what earlier launches left out",
     )
-    # Signals, and what is not refused.
+    # Signals, and permissions.
     parser.add_argument(
         "--grace",
         type=_seconds,
@@ -140,7 +140,7 @@ def run_dir(args: argparse.Namespace, recipe_name: str) -> Path:
 
 
 def options(args: argparse.Namespace, recipe_name: str) -> "Options":
-    """What a launch takes of them."""
+    """A launch's options, from the flags."""
     from ds_slm.train.task import Options
 
     return Options(
@@ -174,7 +174,7 @@ class FlagParser(argparse.ArgumentParser):
     """A training program's parser: a mistake is one sentence, printed once for all ranks; rank 0 prints the help."""
 
     def __init__(self, prog: str, description: str, examples: str | None) -> None:
-        """Examples end the help, in lines as they are given."""
+        """Examples end the help, with their lines unchanged."""
         lines_as_they_are = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, None, description, examples, formatter_class=lines_as_they_are, allow_abbrev=False)
 
@@ -183,7 +183,7 @@ class FlagParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. {self.prog} --help lists the flags.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; the nearest flag is named for one that is not known."""
+        """As in argparse, but for an unknown flag the nearest one is named."""
         found, unknown = self.parse_known_args(args, namespace)
         known = [name for name in self._option_string_actions if name.startswith("--")]
         problems = []
@@ -195,6 +195,6 @@ class FlagParser(argparse.ArgumentParser):
         return found
 
     def print_help(self, file: Any = None) -> None:
-        """On rank 0."""
+        """Print the help, on rank 0 only."""
         if os.environ.get("RANK", "0") == "0":
             super().print_help(file)

@@ -1,4 +1,4 @@
-"""`ds-slm init`: the text surveyed, a recipe of a dozen lines written, the commands that follow said."""
+"""`ds-slm init`: survey the text, write a recipe of a dozen lines, print the next commands."""
 
 import contextlib
 import re
@@ -18,14 +18,14 @@ from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER, Fit, Text, TooLi
 from ds_slm.recipe.schema import RECIPE_FILE, Source
 
 MUCH_HELD_OUT = 0.2
-"""Share of the text."""
+"""Share of held-out text above which a warning is printed."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, as_json: bool) -> None:
-    """Write NAME.toml, from a recipe or, with the words of a run folder, for its model to be trained further.
+    """Write NAME.toml from a recipe, or from a run folder, whose model is then trained further.
 
-    Raises UserError where the name is taken, the base fine-tunes, or the text does not do.
+    Raises UserError if the name is taken, the base fine-tunes, or the text is not suitable.
     """
     report = report_to(as_json)
     name = name.removesuffix(".toml")
@@ -67,7 +67,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
 def _survey(
     source: Source, base_name: str, base: schema.Recipe, tokens: int | None, report: Callable[[str], None]
 ) -> tuple[Text, Fit]:
-    """What the text holds, and the run that follows. Raises UserError with this verb's flags as the ways out."""
+    """What the text holds, and the run that fits it. Raises UserError, whose ways out name this command's flags."""
     try:
         place = locate(source)
         report(f"{source.path}: {'reading all of it' if place.is_one_file else place.tell(source.split)}")
@@ -84,7 +84,7 @@ def _survey(
 
 
 def _who_takes(source: Source, refused: str) -> str:
-    """A sentence on the smallest other recipe that takes this little text: surveyed and fitted as it will be."""
+    """A sentence on the smallest other recipe that takes this little text; it is surveyed and fitted to be sure."""
     recipes = {name: recipe for name in schema.library_names() if not (recipe := schema.load(name)).sft}
     for name in sorted(recipes, key=lambda name: plan.parameters(recipes[name].model)):
         with contextlib.suppress(TooLittleText):
@@ -98,7 +98,7 @@ def _who_takes(source: Source, refused: str) -> str:
 
 
 def _held_out(found: Text) -> str:
-    """A line on the text that losses are measured on; a warning where it is much of all text."""
+    """A line on the text on which losses are measured; a warning if it is much of all text."""
     share = f"{found.held_out_share:.1%}"
     if not found.held_out_documents:
         return f"held out: the last {share} of the only document; text in more files is held out in whole documents"
@@ -131,6 +131,6 @@ def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Pat
 
 
 def _refuse_own_run(name: str, run_folder: Path | None) -> None:
-    """Raise ConfigError where the run of the new recipe would be the one whose model it begins with."""
+    """Raise ConfigError if the new recipe's run would be the run whose model it begins with."""
     if run_folder and (Path("runs") / name).resolve() == run_folder.resolve():
         raise ConfigError(f"NAME = {name!r}: its run folder would be {run_folder}, which --from names: choose another.")

@@ -29,11 +29,11 @@ class CommandLine:
     script: list[str]
     """The program's own flags, as they were typed."""
     runner: list[str]
-    """DeepSpeed's, likewise."""
+    """DeepSpeed's flags, as they were typed."""
 
     @property
     def recipe(self) -> str:
-        """Name or path."""
+        """The recipe's name or path."""
         return self.args.recipe_name
 
 
@@ -42,15 +42,15 @@ def read(
     arguments: Sequence[str],
     add_own: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> CommandLine:
-    """Read a verb's command line; flags may stand before and behind RECIPE.
+    """Read a verb's command line; flags may stand before and after RECIPE.
 
     Args:
-        parser: the program's.
-        arguments: all that was typed behind the verb.
-        add_own: adds the verb's further flags, which the program does not see.
+        parser: the program's parser.
+        arguments: everything that was typed after the verb.
+        add_own: adds the verb's own flags, which the program does not see.
 
     Raises:
-        ConfigError: a flag or a value that is not known, or no RECIPE.
+        ConfigError: a flag or a value is not known, or RECIPE is missing.
     """
     programs = set(parser._option_string_actions)  # argparse has no public list
     parser._option_string_actions["--recipe"].help = argparse.SUPPRESS
@@ -67,7 +67,7 @@ def read(
     if "--recipe" in [argument.partition("=")[0] for argument in arguments]:
         raise ConfigError(f"the recipe is named twice, {args.recipe_name} and {args.recipe}: leave out --recipe.")
 
-    # Which token belongs to whom: argparse has checked all, and keeps none.
+    # Find out which token belongs to whom: argparse has checked all tokens, but does not keep them.
     runner, rest = launch.split(arguments)
     script, left = [], iter(rest)
     for argument in left:
@@ -96,7 +96,7 @@ def _without(arguments: Sequence[str], names: tuple[str, ...]) -> list[str]:
 def start(script: Path, line: CommandLine) -> None:
     """Run a training program under DeepSpeed, and end with its exit code."""
     args = line.args
-    if args.restarts:  # this process serves a store, whose log is the terminal; torch reads that when it is imported
+    if args.restarts:  # this process serves a store that logs to the terminal; torch reads this at its import
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ds_slm.run.folder import STOPPED
 
@@ -119,7 +119,7 @@ def start(script: Path, line: CommandLine) -> None:
     runner_flags.refuse_unusable(args, hosts)
     port = None
     if args.master_port is None and not runner_flags.over_ssh(args, hosts):
-        port = world.free_port()  # so that two launches on a machine are two
+        port = world.free_port()  # so that two launches on a machine do not meet
         runner += ["--master_port", str(port)]
     if not args.no_ssh_check and runner_flags.over_ssh(args, hosts):
         runner_flags.refuse_unreachable(hosts, args.ssh_port)
@@ -131,12 +131,12 @@ def start(script: Path, line: CommandLine) -> None:
 
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
-    if cpu_ranks and port and not line.runner:  # nothing that DeepSpeed's first program would have to find out
+    if cpu_ranks and port and not line.runner:  # DeepSpeed's first program would have nothing to find out
         command = launch.local_command(script, flags, cpu_ranks, port)
     else:
         command = launch.command(script, flags, args.hostfile, devices, [*quiet, *runner])
 
-    # The sign that a signal ended the run counts only if this launch left it.
+    # The file that says a signal ended the run counts only if this launch wrote it.
     sign = run_folder / STOPPED
     before = _content(sign)
     hold_back = bool(hosts) and not args.log_level  # over ssh DeepSpeed drops --quiet

@@ -1,4 +1,4 @@
-"""`ds-slm recipes`: the recipes there are, published beside what the runs there are say. Imports no torch.
+"""`ds-slm recipes`: the existing recipes, with published figures beside those of existing runs. Imports no torch.
 
 library, runs/* --ours_of--> rows --> a table, or one JSON object
 """
@@ -16,7 +16,7 @@ def run(runs: Path, as_json: bool) -> None:
     """Print the table.
 
     Args:
-        runs: where the run folders lie.
+        runs: the folder of the run folders.
         as_json: print one object instead.
     """
     rows = []

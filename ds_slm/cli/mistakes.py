@@ -13,17 +13,17 @@ from ds_slm.recipe import ds_config, schema
 from ds_slm.recipe.schema import Recipe
 
 MOST_RANKS_PER_CORE = 4
-"""More ranks on a CPU cannot be meant: each of them loads Python and torch first."""
+"""More ranks than this on a CPU must be a mistake: each of them loads Python and torch first."""
 
 
 def refuse_recipe(args: argparse.Namespace, recipe: Recipe, world_size: int, fine_tunes: bool) -> None:
-    """Raise UserError where the verb does not train this recipe, or its ds_config does not go with it.
+    """Raise UserError if the verb does not train this recipe, or the ds_config does not fit it.
 
     Args:
         args: the command line.
-        recipe: what it names.
+        recipe: the recipe that it names.
         world_size: devices over all hosts.
-        fine_tunes: what the verb does.
+        fine_tunes: whether the verb fine-tunes.
     """
     problems: list[str] = []
     attempt(problems, lambda: _refuse_other_verb(args.recipe_name, recipe, fine_tunes))
@@ -34,9 +34,9 @@ def refuse_recipe(args: argparse.Namespace, recipe: Recipe, world_size: int, fin
 
 
 def refuse_files(args: argparse.Namespace, recipe: Recipe, run_folder: Path) -> None:
-    """Raise UserError where this machine's files do not do: the run folder, the base, or the sources that are named.
+    """Raise UserError if this machine's files are not suitable: the run folder, the base, or the named sources.
 
-    Reads names alone: neither weights nor text.
+    Reads only names, neither weights nor text.
     """
     from ds_slm.data.shards.prepare import refuse_wrong_sources
     from ds_slm.run import folder
@@ -60,14 +60,14 @@ def refuse_files(args: argparse.Namespace, recipe: Recipe, run_folder: Path) -> 
 
 
 def refuse_devices(devices: int, cuda_devices: int) -> str | None:
-    """What to warn of where a machine has fewer CPU cores than ranks; None where all is well.
+    """A warning if a machine has fewer CPU cores than ranks; None if all is well.
 
     Args:
         devices: ranks on this machine.
         cuda_devices: GPUs that it shows; 0: the ranks share its CPU.
 
     Raises:
-        ConfigError: so many devices cannot be meant.
+        ConfigError: this number of devices must be a mistake.
     """
     if cuda_devices:
         if devices > cuda_devices:

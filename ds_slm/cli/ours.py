@@ -1,9 +1,9 @@
-"""What the runs there are say of a recipe: the figure beside the published one, or why there is none.
+"""A recipe's figure in the existing runs, to stand beside the published one, or why there is none.
 
     RUNS/*/recipe.toml, done.json, eval.json, env.json, checkpoints/ --ours_of--> one sentence and its parts for --json
 
-A figure counts as ours where the run is finished and its recipe and data are the library's; otherwise it is shown with
-the word that says what differs. Imports no torch.
+A figure counts as ours if the run is finished and its recipe and data are the library's; otherwise it is shown with a
+remark on what differs. Imports no torch.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ FIGURES = (
     ("val_card_loss", "card loss {:.4g}"),
     ("val_loss", "validation loss {:.4g}"),
 )
-"""What done.json holds, the most comparable first."""
+"""Figures in done.json, the most comparable first."""
 NAMED_CHANGES = 3
 
 
@@ -36,11 +36,11 @@ class Ours:
     step: int
     steps: int
     figures: dict[str, float]
-    """As done.json names them; empty for a run that is not finished."""
+    """Figures by their names in done.json; empty for a run that is not finished."""
     differs: list[str]
-    """What keeps it from being a run of the library's recipe; empty where nothing does."""
+    """Why it is not a run of the library's recipe; empty if it is one."""
     scored: dict[str, str]
-    """Benchmarks' figures by TASK/METRIC, each with the word that says what keeps it from being the published one's."""
+    """Benchmarks' figures by TASK/METRIC, each with a remark if it may not be compared with the published one."""
     headline: str | None = None
     """The metric of the recipe's first published figure."""
 
@@ -60,7 +60,7 @@ class Ours:
 
 
 def ours_of(name: str, recipe: Recipe, runs: Path) -> Ours | None:
-    """The run that says most of a recipe: one that counts, else the furthest of the runs called by its name."""
+    """The run that says most about a recipe: one that counts, else the furthest of the runs with its name."""
     found = [run for folder in _run_folders(runs) if (run := _read(folder, name, recipe))]
     return max(found, key=lambda run: (run.counts, bool(run.figures), -len(run.differs), run.step), default=None)
 
@@ -71,7 +71,7 @@ def _run_folders(runs: Path) -> Iterator[Path]:
 
 
 def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
-    """What a folder says, where its run was launched by this recipe's name or has its very content."""
+    """The run of a folder, if it was launched under this recipe's name or has exactly its content."""
     environment, done = read_json(folder / "env.json") or {}, read_json(folder / "done.json") or {}
     try:
         recorded = schema.load_recorded(folder)
@@ -108,11 +108,11 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
 
 
 def _scored(folder: Path, recorded: Recipe) -> dict[str, str]:
-    """What `ds-slm eval` found of the run, and what keeps a figure from standing beside the published one."""
+    """The run's figures from `ds-slm eval`, with a remark if one may not be compared with the published one."""
     try:
         weights = checkpoint_files.model_sha256s(folder)
         found, remarks = scores.newest(folder, weights, recorded.train.steps)
-    except DataError:  # an eval.json that is damaged, or of another program
+    except DataError:  # eval.json is damaged, or another program's
         return {}
     if not found:
         return {}

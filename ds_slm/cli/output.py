@@ -1,4 +1,4 @@
-"""What every verb prints with: one JSON object on stdout, or text; progress beside it."""
+"""Printing for every verb: one JSON object on stdout, or text; and progress."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def report_to(as_json: bool) -> Callable[[str], None]:
 
 
 def print_either(content: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """With --json the object, else a text whose {names} are filled from it."""
+    """Print the object with --json, else a text whose {names} are filled from it."""
     if as_json:
         print_json(content)
     else:
@@ -24,12 +24,12 @@ def print_either(content: Mapping[str, Any], text: str, as_json: bool) -> None:
 
 
 def print_json(content: Any) -> None:
-    """The one object on stdout."""
+    """Print the one object on stdout."""
     print(json.dumps(content, indent=2, default=str))
 
 
 def print_version(asked: bool) -> None:
-    """`--version`: print it, and end."""
+    """Print the version for `--version`, and end."""
     if asked:
         print(f"ds-slm {__version__}")
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""`ds-slm plan`: where a launch would run, as its flags say it, and the plan of it."""
+"""`ds-slm plan`: the devices of a launch, from its flags, and its plan."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,9 +22,9 @@ def topology(
     """Where a launch would run, and this machine's CPU.
 
     Args:
-        hostfile: hosts and their devices; None takes the next two.
-        nodes: hosts; None is one.
-        devices: devices on each host; None is one.
+        hostfile: names hosts and their devices; None uses the next two.
+        nodes: number of hosts; None means one.
+        devices: devices on each host; None means one.
         network_gbit_per_s: speed of each host's link.
         host_memory_gb: memory of each host.
 
@@ -46,15 +46,15 @@ def topology(
 
 
 def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bool, as_json: bool) -> None:
-    """Plan, and print it.
+    """Make a plan and print it.
 
     Args:
-        name: what the user called the recipe.
+        name: the user's name for the recipe.
         recipe: what is trained.
         ds_config: a ds_configs file.
         where: the devices.
-        measure: whether a core of this machine is timed before.
-        as_json: one JSON object instead of tables.
+        measure: whether to time a core of this machine first.
+        as_json: whether to print one JSON object instead of tables.
     """
     settings, own = read(ds_config), where.own
     assert own is not None

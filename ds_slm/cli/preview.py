@@ -9,7 +9,7 @@ from ds_slm.errors import ConfigError
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """Those of a preview, which the training program does not see."""
+    """Add the flags of a preview, which the training program does not see."""
     group = parser.add_argument_group("a look at the masks")
     group.add_argument("--preview", type=positive, metavar="N", help="show the masks of N conversations; train nothing")
     group.add_argument("--ids", action="store_true", help="with --preview: print the id of every token")
@@ -17,7 +17,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def show(name: str, args: Namespace) -> None:
-    """The masks of some conversations, in the terminal and as HTML; without a base in the recipe's own tokenizer."""
+    """Show the masks of some conversations, in the terminal and as HTML; without a base in the recipe's tokenizer."""
     from rich.console import Console
 
     from ds_slm.files import replace_text

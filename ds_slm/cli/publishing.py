@@ -1,6 +1,6 @@
-"""`ds-slm export`: a run's checkpoint as a Hugging Face folder, with the model card that its run tells.
+"""`ds-slm export`: a run's checkpoint as a Hugging Face folder, with a model card from its run.
 
-flags, card --the hub's check, where it is asked for--> folder --upload, where it is asked for--> the hub
+flags, card --the hub's check, if asked for--> folder --upload, if asked for--> the hub
 """
 
 import sys
@@ -23,7 +23,7 @@ from ds_slm.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Flags:
-    """Those of `ds-slm export`, but for the run."""
+    """The flags of `ds-slm export`, except the run."""
 
     out: Path
     step: int | None
@@ -32,14 +32,14 @@ class Flags:
     weights: WeightFormat
     validate: bool
     push: str | None
-    """The repository's id."""
+    """The id of the repository to upload to; None uploads nothing."""
     as_json: bool
 
 
 def run(run_folder: Path, flags: Flags) -> None:
-    """Export a run. Raises UserError with all that is in the way, before anything is written.
+    """Export a run. Raises UserError with every problem, before anything is written.
 
-    An upload that fails raises HubError: the folder is there by then, and stays.
+    If the upload fails, HubError is raised: by then the folder exists, and it stays.
     """
     problems = ["--step and --best name two checkpoints: choose one."] if flags.step is not None and flags.best else []
     problems += [
@@ -96,7 +96,7 @@ def run(run_folder: Path, flags: Flags) -> None:
 
 
 def _validated(described: dict[str, bytes], flags: Flags) -> dict[str, bytes]:
-    """The same files, once the hub has checked the card among them, where that is asked for."""
+    """The same files, after the hub has checked the card among them, if that is asked for."""
     if flags.validate or flags.push is not None:
         try:
             card = described[README].decode()
@@ -107,7 +107,7 @@ def _validated(described: dict[str, bytes], flags: Flags) -> dict[str, bytes]:
 
 
 def _with(recorded: Recipe, overrides: list[str]) -> Recipe:
-    """A recorded recipe whose card says more. Raises RecipeError with every problem."""
+    """A recorded recipe with additions to its card. Raises RecipeError with every problem."""
     return schema.parse(schema.to_toml(recorded), overrides, origin="--set", recorded=True) if overrides else recorded
 
 

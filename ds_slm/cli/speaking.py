@@ -1,4 +1,4 @@
-"""A model that can be spoken to: its chat template's ids, and the tokens that end an answer.
+"""A model to talk with: its chat template's ids, and the tokens that end an answer.
 
 tokenizer folder --> our chat template: sft.chatml --> Speaker
                  --> another template: transformers --> Speaker
@@ -28,11 +28,11 @@ Render = Callable[[Sequence[Message]], list[int]]
 
 
 def speaker_of(opened: OpenModel, path: Path, plain: bool, device: torch.device) -> Speaker:
-    """A model as it is spoken to; where `plain`, each text is continued as it is.
+    """A model to talk with; if `plain`, each text is continued as it is.
 
     Raises:
-        CheckpointError: its weights are not those of its shape.
-        ConfigError: it is a base, and `plain` was not asked for; `path` is what the user calls it.
+        CheckpointError: its weights do not fit its shape.
+        ConfigError: it is a base, and `plain` was not asked for; the message names it by `path`.
         DataError: it has no tokenizer, or its chat template is not UTF-8.
     """
     folder = opened.tokenizer_folder
@@ -53,7 +53,7 @@ def speaker_of(opened: OpenModel, path: Path, plain: bool, device: torch.device)
 
 
 def _plain(tokenizer: Tokenizer) -> Render:
-    """The ids of the last message's text alone, as transformers encodes it."""
+    """Renders only the last message's text, with the ids of transformers."""
 
     def render(messages: Sequence[Message]) -> list[int]:
         return tokenizer.encode_with_control_tokens([messages[-1]["content"]], add_special_tokens=True)[0]
@@ -62,7 +62,7 @@ def _plain(tokenizer: Tokenizer) -> Render:
 
 
 def _template(folder: Path, tokenizer: Tokenizer) -> Render | None:
-    """How a conversation becomes ids; None where there is no chat template."""
+    """Renders a conversation as ids; None if there is no chat template."""
     template = chat_template(folder)
     if template is None:
         return None
@@ -70,7 +70,7 @@ def _template(folder: Path, tokenizer: Tokenizer) -> Render | None:
 
 
 def _theirs(folder: Path) -> Render:
-    """Another's chat template, by transformers."""
+    """Renders a conversation by another chat template than ours, with transformers."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -85,6 +85,6 @@ def _theirs(folder: Path) -> Render:
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The EOS, and what else a Hugging Face folder says ends a text."""
+    """The EOS, and other ids that end a text according to a Hugging Face folder."""
     named = (number for number in end_ids(folder / GENERATION_CONFIG) if isinstance(number, int))
     return frozenset({tokenizer.eos_id, *named})

@@ -1,4 +1,4 @@
-"""Tables for people: what the verbs print without --json. Plain text: rich takes as long to import as Python itself."""
+"""Tables for people, printed without --json. They are plain text: importing rich takes as long as starting Python."""
 
 import shutil
 import sys
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ds_slm.evaluate.ranking import Ranked
 
 WORDS = ("published", "ours")
-"""Columns whose cells begin at the left, as those of a table's first column do."""
+"""Columns that are aligned to the left, like a table's first column."""
 FITS = {True: "yes", False: "no", None: "-"}
 GAP = "  "
 LEAST_WIDTH = 20
-"""Of a last column that is wrapped."""
+"""The least width of a last column that is wrapped."""
 
 
 def show_recipes(rows: list[dict[str, Any]]) -> None:
@@ -34,12 +34,12 @@ def show_recipes(rows: list[dict[str, Any]]) -> None:
 
 
 def show_plan(plan: Plan, inherited: str, own: OwnCpu) -> None:
-    """The plan's figures, the time on each kind of device, and what both rest on; first what the recipe inherits.
+    """Print what the recipe inherits, the plan's figures, the time on each kind of device, and what both rest on.
 
     Args:
         plan: all figures.
-        inherited: TOML.
-        own: which kind of device this machine's CPU is.
+        inherited: the inherited part of the recipe as TOML.
+        own: the kind of device that this machine's CPU is.
     """
     print(f"{plan.recipe}: {plan.reproduces}\n" if plan.reproduces else f"{plan.recipe}\n")
     if inherited:
@@ -80,7 +80,7 @@ def show_plan(plan: Plan, inherited: str, own: OwnCpu) -> None:
 
 
 def _scaling_lines(plan: Plan) -> list[str]:
-    """Where more devices stop helping, and why; nothing for one device."""
+    """Lines on where more devices stop helping, and why; none for one device."""
     scaling = plan.scaling
     if plan.world_size == 1:
         return []
@@ -99,7 +99,7 @@ def _scaling_lines(plan: Plan) -> list[str]:
 
 
 def show_evaluation(rows: list[Row]) -> None:
-    """Published beside ours."""
+    """Print published figures beside ours."""
     table: list[Sequence[str]] = [
         ("task", "metric", "published", "ours", "±", "chance", "commonest", "bits/byte", "items", "what")
     ]
@@ -113,7 +113,7 @@ def show_evaluation(rows: list[Row]) -> None:
 
 
 def show_differences(differences: "list[Difference]") -> None:
-    """Two models on the same items."""
+    """Print the differences of two models on the same items."""
     table: list[Sequence[str]] = [
         ("task", "metric", "ours", "theirs", "difference", "±", "only ours", "only theirs", "p", "items")
     ]
@@ -127,7 +127,7 @@ def show_differences(differences: "list[Difference]") -> None:
 
 
 def show_ranking(context: str, choices: "list[Ranked]") -> None:
-    """The choices of one context, the likeliest first."""
+    """Print the choices of one context, the likeliest first."""
     print(context)
     table: list[Sequence[str]] = [("sum", "mean", "tokens", "choice")]
     for one in choices:
@@ -168,7 +168,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 
 def _cut(batch: Batch, world_size: int) -> str:
-    """How a step's rows are dealt out."""
+    """How a step's rows are divided, in words."""
     rows = batch.rows_per_step + batch.filler_rows
     filler = f", {batch.filler_rows} of them filler" if batch.filler_rows else ""
     return (

@@ -1,6 +1,6 @@
-"""What `ds-slm verify RUN` looks at: its checkpoints, its ledger of rows, a bad step, or resuming itself.
+"""The checks of `ds-slm verify RUN`: its checkpoints, its ledger of rows, a bad step, or resuming itself.
 
-Each prints its answer, or with `as_json` one object, and raises what a user should know.
+Each prints its answer, or with `as_json` one object, and raises an error if the user should act.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from ds_slm.errors import CheckpointError, DataError
 
 
 def checkpoints(run: Path, as_json: bool) -> None:
-    """Every checkpoint: whole or not, and why. Raises CheckpointError where there is none, or a damaged one.
+    """Print whether each checkpoint is whole, and why not. Raises CheckpointError if there is none, or a damaged one.
 
     Checkpoints that a launch has set aside are listed too, and do not count as a mistake.
     """
@@ -38,7 +38,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
 
 
 def resuming(run: Path, flags: Sequence[str], as_json: bool) -> None:
-    """Train a few steps, kill, resume, compare. Raises CheckpointError where the two runs differ."""
+    """Train a few steps, kill, resume, compare. Raises CheckpointError if the two runs differ."""
     from ds_slm.cluster.prove_resume import prove
 
     scratch = run.with_name(f"{run.name}.verify-resume")
@@ -53,7 +53,7 @@ def resuming(run: Path, flags: Sequence[str], as_json: bool) -> None:
 
 
 def bad_step(run: Path, step: int, as_json: bool) -> None:
-    """Run a refused step's rows again, one by one. Raises CheckpointError where no such step was refused."""
+    """Run a refused step's rows again, one by one. Raises CheckpointError if no such step was refused."""
     from ds_slm.train import guard
 
     found = guard.replay(run, step)
@@ -65,7 +65,7 @@ def bad_step(run: Path, step: int, as_json: bool) -> None:
 
 
 def rows(run: Path, against: Path | None, as_json: bool) -> None:
-    """The ledger of rows, or whether another run drew the same. Raises DataError where it did not."""
+    """Print the ledger of rows, or whether another run drew the same rows. Raises DataError if it did not."""
     from ds_slm.run import ledger
 
     ours = ledger.read(run)
@@ -80,7 +80,7 @@ def rows(run: Path, against: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(asdict(compared))
 
-    # A difference is an error, also where it was printed as JSON.
+    # A difference is an error, even if it was printed as JSON.
     if compared.differ_at_step is not None:
         raise DataError(
             f"{run} and {against} drew the same rows up to step {compared.same_until_step} and others by step "

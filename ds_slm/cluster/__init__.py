@@ -1,1 +1,1 @@
-"""Where a run runs: the hosts of a hostfile, and what DeepSpeed's launcher is given about them."""
+"""Where a run runs: the hosts of a hostfile, and what DeepSpeed's launcher gets to know about them."""

@@ -1,6 +1,6 @@
-"""One question to all hosts at once, over an ssh that asks for no password; what is wrong is told of all together.
+"""One question to all hosts at once, over ssh without a password; the problems of all hosts are reported together.
 
-hosts --ssh HOST QUESTION--> not reached: what ssh says | reached: what a judge says of the answer --> one error
+hosts --ssh HOST QUESTION--> not reached: ssh's message | reached: a judge's message on the answer --> one error
 """
 
 import os
@@ -16,29 +16,29 @@ from ds_slm.errors import HostfileError
 CONNECT_S = 10
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"]
 SSH_FAILED = 255
-"""Its exit code where it did not reach the host, or lost it."""
+"""ssh's exit code if it did not reach the host, or lost it."""
 WAY_OUT = "`ssh HOST true` must work from here without a password; --no_ssh_check skips this check."
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of the question on a host that was reached."""
+    """The answer of a host that was reached."""
 
     code: int
     """The exit code."""
     output: str
     last_words: str
-    """What was said last of what went wrong, without its full stop."""
+    """The last line of its error output, without the full stop."""
     asked_s: float
     answered_s: float
-    """By this machine's clock: what the host printed was printed in between."""
+    """When it was asked and when it had answered, by this machine's clock."""
 
 
 Judge = Callable[[Host, Answer], str | None]
 
 
 def port_option(ssh_port: int | None) -> list[str]:
-    """For ssh; None for the port that it takes itself."""
+    """ssh's option for a port; None for its default port."""
     return ["-p", str(ssh_port)] if ssh_port else []
 
 
@@ -53,12 +53,12 @@ def refuse_hosts(
     """Raise HostfileError for every host that ssh does not reach, or whose answer is wrong.
 
     Args:
-        hosts: to be asked, all at once.
-        ssh: its command, up to the host.
+        hosts: the hosts to ask, all at once.
+        ssh: ssh's command, up to the host.
         question: a command for the shell of a host.
         judge: says what is wrong with an answer; None: a host whose exit code is not 0 counts as not reached.
         patience_s: how long an answer may take.
-        environ: what ssh finds.
+        environ: ssh's environment.
     """
     unreached: list[Host] = []
 
@@ -73,7 +73,7 @@ def refuse_hosts(
             unreached.append(host)
             return f"host {host.name} does not answer over ssh within {patience_s:.0f} s."
 
-        # Reached, or not.
+        # Either the host was reached, or it was not.
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip().rstrip(".")
         if judge and done.returncode != SSH_FAILED:
             return judge(host, Answer(done.returncode, done.stdout, said, asked_s, time.time()))

@@ -1,4 +1,4 @@
-"""What a doctor makes of what a run reads and writes: folders and their space, memory, the recipe, prepared data."""
+"""The doctor's findings on what a run reads and writes: folders and their space, memory, the recipe, prepared data."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,29 +8,29 @@ from ds_slm.cluster.findings import Answers, Finding, everywhere, failure, healt
 from ds_slm.cluster.hostfile import Host
 
 SMALLEST_FREE_BYTES = 100e6
-"""Below this a disk counts as full, whatever is trained."""
+"""With less free space than this a disk counts as full, whatever is trained."""
 RANK_BYTES = 1e9
-"""What a rank takes before it has a model: Python, torch and DeepSpeed."""
+"""Memory of a rank before it has a model: Python, torch and DeepSpeed."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe takes, where one was named."""
+    """What a recipe needs, if one was named."""
 
     name: str = ""
     checkpoint_bytes: float = 0.0
     checkpoints: int = 1
-    """That are kept at a time, the one that is being written included."""
+    """Checkpoints that are kept at a time, including the one that is being written."""
     keepers: int = 1
-    """The first hosts, which keep every checkpoint."""
+    """Number of the first hosts, which keep every checkpoint."""
     data_bytes: float = 0.0
-    """Of prepared data with all tokens that the run draws."""
+    """Bytes of prepared data with all tokens that the run draws."""
     rank_bytes: float = 0.0
     """The memory of one rank at its peak, as `ds-slm plan` estimates it."""
 
 
 def of_folders(hosts: Sequence[Host], answers: Answers, needs: Needs, unprepared: Container[str]) -> list[Finding]:
-    """Folders that a run writes into, and memory. `unprepared`: the hosts whose data are still to be prepared."""
+    """Folders into which a run writes, and memory. `unprepared`: the hosts whose data are not prepared yet."""
     found = []
     keepers = [host.name for host in hosts][: needs.keepers]
     for host, answer in answers.items():
@@ -56,7 +56,7 @@ def _of_home(host: str, folder: Mapping[str, Any]) -> list[Finding]:
 
 
 def _of_folder(host: str, folder: Mapping[str, Any], flag: str) -> list[Finding]:
-    """A folder that cannot be written to, or is as good as full."""
+    """A folder that cannot be written to, or is almost full."""
     if folder["problem"]:
         said = f"{host}: nothing can be written to {folder['path']} ({folder['place']}: {folder['problem']})"
         return [failure("disk", said, f"make space or make it writable there, or name another {flag}")]
@@ -132,7 +132,7 @@ def of_recipes(answers: Answers, name: str) -> list[Finding]:
 def of_data(answers: Answers, name: str) -> list[Finding]:
     """Prepared data: the same on all hosts that have them, and not damaged."""
     found = [
-        failure("data", f"{host}: {problem.rstrip('.')}")  # which says the way out
+        failure("data", f"{host}: {problem.rstrip('.')}")  # the problem names the way out
         for host, answer in answers.items()
         for problem in answer.get("problems", ())
     ]
@@ -146,7 +146,7 @@ def of_data(answers: Answers, name: str) -> list[Finding]:
         if not answer["is_read"]
     ]  # fmt: skip
 
-    # A difference in the tokenizer is one in the shards, too.
+    # If tokenizers differ, the shards differ, too.
     there = {host: answer for host, answer in answers.items() if "sha256" in answer}
     for what, key in (("tokenizer", "tokenizer_sha256"), ("prepared data", "sha256")):
         hashes = {host: answer[key] for host, answer in there.items()}

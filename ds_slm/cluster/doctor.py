@@ -1,13 +1,13 @@
-"""Every host looked at before a run: what would break it, and how that is mended.
+"""Checks of every host before a run: what would break it, and how to mend that.
 
     hostfile --> a probe on every host at once (probing.py) --questions--> answers --judges--> findings, as they come
                                                                         (*findings.py)
 
-A host that does not answer is named, and the others are looked at without it; so is a host that cannot answer one
-question. Nothing is changed on any host.
+A host that does not answer, or cannot answer one question, is named, and the others are checked without it. Nothing is
+changed on any host.
 
-Known gaps: GPUs are counted, not used, and NCCL is not tried; the conversations of a fine-tuning recipe are not looked
-at. What is said is true of the moment.
+Known gaps: GPUs are counted, not used, and NCCL is not tried; the conversations of a fine-tuning recipe are not
+checked. Findings are true only at the moment.
 """
 
 import os
@@ -34,25 +34,25 @@ from ds_slm.run import software
 CONNECT_PATIENCE_S = 3
 DATA_PATIENCE_S = 6
 ALL_REDUCE_S = 10
-"""From the beginning on: torch takes long to start on a loaded host, and the doctor does not wait for it."""
+"""Limit from the beginning on: torch takes long to start on a loaded host, and the doctor does not wait for it."""
 MOST_AT_ONCE = 64
 CHECKPOINT_BYTES = 12
-"""Of a parameter: fp32 weights and two moments."""
+"""Bytes of a checkpoint for each parameter: fp32 weights and two moments."""
 Details = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to be launched."""
+    """The launch that is planned."""
 
     hosts: Sequence[Host]
-    """In the hostfile's order; none for this machine alone, with all its devices."""
+    """The hosts in the hostfile's order; empty for this machine alone, with all its devices."""
     run_dir: Path
     data_root: Path
     recipe: str | None = None
-    """Name or path."""
+    """The recipe's name or path."""
     folder: Path = field(default_factory=Path.cwd)
-    """Where the launch is typed."""
+    """The folder in which the launch is typed."""
 
     @property
     def places(self) -> Sequence[Host]:
@@ -61,11 +61,11 @@ class Plan:
 
     @property
     def over_ssh(self) -> bool:
-        """Whether the hosts are reached over ssh, as DeepSpeed does where there are several."""
+        """Whether the hosts are reached over ssh, as DeepSpeed does if there are several."""
         return len(self.hosts) > 1 or any(not is_this_machine(host.name) for host in self.hosts)
 
     def needs(self) -> Needs:
-        """What the recipe takes of disks and memory."""
+        """What the recipe needs on disks and in memory."""
         if self.recipe is None:
             return Needs()
 
@@ -86,10 +86,10 @@ class Plan:
 
 
 def examine(launch: Plan) -> Iterator[Finding]:
-    """Look at every host; findings come as soon as they are known.
+    """Check every host; yields findings as soon as they are known.
 
     Raises:
-        RecipeError: a recipe that this machine cannot read.
+        RecipeError: this machine cannot read the recipe.
     """
     needs = launch.needs()
     if launch.over_ssh:
@@ -115,7 +115,7 @@ def examine(launch: Plan) -> Iterator[Finding]:
 
 
 def _environment_files(folder: Path) -> Iterator[Finding]:
-    """The files of variables that DeepSpeed's launcher reads where it is typed."""
+    """The files of variables that DeepSpeed's launcher reads on the machine where it is typed."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     for path in dict.fromkeys((Path.home() / name, folder / name)):
         if path.is_file():
@@ -123,7 +123,7 @@ def _environment_files(folder: Path) -> Iterator[Finding]:
 
 
 class _Examination:
-    """The hosts that answer, and what they said so far."""
+    """The hosts that answer, and their answers so far."""
 
     def __init__(self, launch: Plan, needs: Needs) -> None:
         self.launch = launch
@@ -155,7 +155,7 @@ class _Examination:
             yield findings.healthy("ssh", said)
 
     def hosts(self) -> Iterator[Finding]:
-        """What each host is, and what is installed on it."""
+        """Findings on each host and its software."""
         checkout, folder = str(software.ROOT), str(self.launch.folder)
         written = {"run": str(self.launch.run_dir), "data": str(self.launch.data_root), "home": "~"}
         self.described = yield from self._ask("describe", checkout=checkout, folder=folder, folders=written)
@@ -180,7 +180,7 @@ class _Examination:
             yield from findings.of_compilers(there, installed, cuda)
 
     def links(self) -> Iterator[Finding]:
-        """Clocks, names, ports and speed, and the way back here."""
+        """Findings on clocks, names, ports and speed, and on the way back to this machine."""
         offsets = dict(zip(self.sessions, self._pool.map(Session.clock_offset, self.sessions.values()), strict=True))
         yield from link_findings.of_clocks({host: offset for host, offset in offsets.items() if offset})
 
@@ -214,7 +214,7 @@ class _Examination:
         if first in listening:
             yield from link_findings.of_ports(first, listening[first]["ports"], ports[first]["ports"])
 
-        # In round k each host connects to the k-th one behind it, so that no link is measured twice at once.
+        # In round k each host connects to the k-th one after it, so that no link is measured twice at the same time.
         answers: dict[str, dict[str, Any]] = {}
         circle = list(listening)
         for step in range(1, len(circle)):
@@ -243,7 +243,7 @@ class _Examination:
         self._adding = list(begun)
 
     def all_reduce(self) -> Iterator[Finding]:
-        """What came of it, if there is time left to wait."""
+        """Findings on the all-reduce, if there is time left to wait for it."""
         if not self._adding:
             return
         left_s = max(self._began + ALL_REDUCE_S - time.monotonic(), 0.1)
@@ -253,7 +253,7 @@ class _Examination:
             yield from link_findings.of_all_reduce(answers, ALL_REDUCE_S)
 
     def contents(self) -> Iterator[Finding]:
-        """The run folder, the recipe, prepared data, and the space for them."""
+        """Findings on the run folder, the recipe, prepared data, and the space for them."""
         unprepared: list[str] = []
         alive = yield from self._ask("launches", run=str(self.launch.run_dir))
         if alive:
@@ -275,13 +275,13 @@ class _Examination:
     def _ask(
         self, question: str, about: str = "", each: Details | None = None, **details: Any
     ) -> Generator[Finding, None, dict[str, dict[str, Any]]]:
-        """Ask hosts at the same time; returns their answers, after findings about hosts that have none.
+        """Ask hosts at the same time; returns their answers, after findings about hosts that do not answer.
 
         Args:
-            question: what the probe is asked.
-            about: what the findings are about, if not the question.
-            each: the details for each host that is asked; all hosts are asked where it is left out.
-            **details: for every host.
+            question: the question to the probe.
+            about: the subject of the findings, if it is not the question.
+            each: the details for each host that is asked; if left out, all hosts are asked.
+            **details: details for every host.
         """
         asked = {host: (each or {}).get(host, {}) for host in self.sessions if each is None or host in each}
 
@@ -297,7 +297,7 @@ class _Examination:
         return {host: answer for host, answer in answers.items() if host not in wrong}
 
     def _not_told_yet(self, wrong: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Errors of hosts where all is there, each once: without the project no host can answer."""
+        """Errors of hosts that have all they need, each once: without the project no host can answer."""
         new = {
             host: answer
             for host, answer in wrong.items()

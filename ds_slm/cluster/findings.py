@@ -1,8 +1,8 @@
-"""What a doctor makes of the hosts' answers: pure functions from facts to findings, each with the way out.
+"""The doctor's findings on the hosts' answers: pure functions from facts to findings, each with the way out.
 
-Every judge takes the answers by the host's name in the hostfile, of hosts that gave one. What a run needs and does not
-have is a failure, what only makes it slower or may end it later a warning. What concerns the way from host to host
-stands in link_findings.py.
+Every judge takes the answers, by the host's name in the hostfile, of hosts that gave one. If a run lacks something that
+it needs, that is a failure. If something only makes it slower, or may end it later, that is a warning. Findings on the
+way from host to host are in link_findings.py.
 """
 
 import re
@@ -18,16 +18,16 @@ COMPILED = "blocks are not compiled, and training is slower"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _QUOTED = re.compile(r"""'[^']*'|"[^"$`]*"|\\.""")
 _SHELL = re.compile(r"[\s;&|<>()#`]")
-"""What a shell does not take as it is; `$` may be meant."""
+"""Characters that a shell does not take literally; `$` may be intended."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what a doctor says."""
+    """One line of the doctor's output."""
 
     level: Literal["ok", "warning", "failure"]
     about: str
-    """A word, the same whatever was found."""
+    """Its subject: a word that is the same whatever was found."""
     said: str
     """What was found, where, and what was expected."""
     mend: str = ""
@@ -35,7 +35,7 @@ class Finding:
 
 
 def healthy(about: str, said: str) -> Finding:
-    """A finding that needs nothing."""
+    """A finding that needs no action."""
     return Finding("ok", about, said)
 
 
@@ -45,7 +45,7 @@ def failure(about: str, said: str, mend: str = "") -> Finding:
 
 
 def warning(about: str, said: str, mend: str = "") -> Finding:
-    """A finding that a run can live with."""
+    """A finding with which a run can live."""
     return Finding("warning", about, said, mend)
 
 
@@ -55,7 +55,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def of_ssh(host: str, said: str) -> Finding:
-    """Why a host does not answer, from what ssh said."""
+    """Why a host does not answer, from ssh's message."""
     name = host.rpartition("@")[2]
     causes = (
         (
@@ -100,13 +100,13 @@ def of_ssh(host: str, said: str) -> Finding:
 
 
 def alone(host: str) -> Finding:
-    """A hostfile with one host, which is not the machine where the command was typed."""
+    """The finding if the hostfile's only host is not the machine where the command was typed."""
     said = f"{host} alone is not this machine: `ds-slm train` goes there, `deepspeed` by itself starts the ranks here"
     return warning("hosts", said, "add --force_multi to `deepspeed`")
 
 
 def of_programs(found: Mapping[str, str | None], packages: Mapping[str, str]) -> list[Finding]:
-    """The programs of this machine that start the hosts: name -> path, name -> Debian package."""
+    """Findings on this machine's programs that start the hosts: name -> path, name -> Debian package."""
     missing = [name for name in packages if found.get(name) is None]
     if not missing:
         return [healthy("programs", f"{listed(list(packages))} are installed here")]
@@ -142,7 +142,7 @@ def _trap_in(line: str) -> tuple[str, str] | None:
 
 
 def of_machines(answers: Answers) -> list[Finding]:
-    """A machine that stands in the hostfile under two names."""
+    """Machines that are in the hostfile under two names."""
     names: dict[str, list[str]] = {}
     for host, answer in answers.items():
         names.setdefault(answer["identity"], []).append(host)
@@ -200,12 +200,12 @@ def of_software(answers: Answers) -> list[Finding]:
 
 
 def device_type(answer: Mapping[str, Any], cuda: str) -> str:
-    """What ranks of a host compute on; `cuda` is the version that torch was built for, or 'none'."""
+    """The type of device on which a host's ranks compute; `cuda`: the version torch was built for, or 'none'."""
     return "cuda" if answer["gpus"] and cuda != "none" else "cpu"
 
 
 def of_slots(hosts: Sequence[Host], answers: Answers, cuda: Mapping[str, str]) -> list[Finding]:
-    """Slots against devices: GPUs, or the cores of a CPU. `cuda`: what each host's torch was built for."""
+    """Slots compared with devices: GPUs, or the cores of a CPU. `cuda`: the version each host's torch was built for."""
     found, kinds = [], {host: device_type(answer, cuda.get(host, "none")) for host, answer in answers.items()}
 
     for host in (host for host in hosts if host.name in answers):
@@ -237,12 +237,12 @@ def _devices(answer: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
 
 
 def of_compilers(answers: Answers, described: Answers, cuda: Mapping[str, str]) -> list[Finding]:
-    """What torch.compile needs: without it on any host, the blocks of all are not compiled.
+    """What torch.compile needs: if any host lacks it, no host compiles its blocks.
 
     Args:
-        answers: what the hosts say of themselves.
+        answers: the hosts' descriptions of themselves.
         described: their software.
-        cuda: what each host's torch was built for.
+        cuda: the version each host's torch was built for.
     """
     found = []
     for host, answer in answers.items():

@@ -1,4 +1,4 @@
-"""The hosts a run is launched on: read strictly, and checked against what the DeepSpeed launcher really did.
+"""The hosts on which a run is launched: read strictly, and checked against what DeepSpeed's launcher really did.
 
     hostfile ──parse_hostfile──► [Host(name, slots), ...]
 
@@ -6,9 +6,9 @@
       └─ python -m deepspeed.launcher.launch --world_info=...      the launcher: one per host
            └─ python script.py            a rank: refuse_missing_hostfile() reads both command lines above it
 
-DeepSpeed trains on the wrong machine in two cases without failing: a hostfile that does not exist is only warned about,
-and a hostfile (or a filter) that leaves a single host starts its ranks on the machine where the command was typed. Both
-are refused here. The grammar of a line, and of the runner's command line, is that of `deepspeed/launcher/runner.py`
+DeepSpeed trains on the wrong machine in two cases without failing: if a hostfile does not exist, it only warns; if a
+hostfile (or a filter) leaves a single host, its ranks start on the machine where the command was typed. Both are
+refused here. The grammar of a line, and of the runner's command line, comes from `deepspeed/launcher/runner.py`
 (DeepSpeed 0.19), except that DeepSpeed ignores whatever follows `slots=N` and accepts `slots=0`; we do not.
 
 Known gaps: in a launch over ssh the runner is not an ancestor of any rank; it needs no check, because it has found
@@ -38,7 +38,7 @@ _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]+)(\s+#.*)?")
 # One name, address or user@name. Neither a pdsh range (`node[1-4]`), which DeepSpeed counts as one host, nor an option.
 _SSH_PORT = 22
 _MOST_SLOTS = 64
-"""A larger number behind a host is a port, not a number of devices."""
+"""A larger number after a host is a port, not a number of devices."""
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.%@-]*")
 
 _RUNNER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds"}
@@ -46,7 +46,7 @@ _RUNNER_MODULE = "deepspeed.launcher.runner"
 LAUNCH_MODULE = "deepspeed.launcher.launch"
 # Where the runner looks without --hostfile.
 _DEFAULT_HOSTFILE = "/job/hostfile"
-# The runner's options, to distinguish them from the options of the script behind it.
+# The runner's options, to distinguish them from the options of the script after it.
 RUNNER_VALUE_OPTIONS = (
     ("-i", "--include"),
     ("-e", "--exclude"),
@@ -114,7 +114,7 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
             continue
 
         name = text.split()[0]
-        key = name.lower()  # names of hosts know no case
+        key = name.lower()  # names of hosts ignore case
         if problem := _line_problem(text, first_line_of.get(key)):
             problems.append(f"Hostfile {path}, line {number}: {problem}")
         else:
@@ -132,16 +132,16 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
 
 
 def launcher_hostfile() -> Path | None:
-    """The hostfile that the `deepspeed` command above this process was given, resolved against its working folder.
+    """The hostfile of the `deepspeed` command above this process, resolved against that command's working folder.
 
-    None without such a command among the ancestors (a plain `python` run, a rank started over ssh), and without the
-    flag. Whether the file exists is not looked at.
+    None if no ancestor is such a command (a plain `python` run, a rank started over ssh), or if the flag is missing.
+    Does not check whether the file exists.
     """
     return _read_launch().hostfile
 
 
 def refuse_missing_hostfile() -> None:
-    """Refuse a launch that DeepSpeed quietly started somewhere else than its hostfile says.
+    """Refuse a launch that DeepSpeed silently started on other machines than its hostfile names.
 
     Raises:
         HostfileError: the hostfile given does not exist, is malformed, or leaves a single host that is not this one.
@@ -161,9 +161,9 @@ class _Launch:
     hostfile: Path | None = None
     """The runner's --hostfile, absolute."""
     local_hosts: tuple[str, ...] = ()
-    """The hosts left after the runner's filters, where the runner started the ranks on its own machine."""
+    """The hosts left after the runner's filters, if the runner started the ranks on its own machine."""
     without_ssh: bool = False
-    """--no_ssh: each host is launched by itself, so that a local start is what was asked for."""
+    """--no_ssh: each host is launched by itself, so a local start was asked for."""
 
 
 def _read_launch() -> _Launch:
@@ -202,7 +202,7 @@ def _working_folder(process: psutil.Process) -> Path:
 
 
 def _program(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """What a command line runs, and its arguments: a script's path, or a module's name behind `-m`."""
+    """What a command line runs (a script's path, or the name of a module after `-m`), and its arguments."""
     if argv and Path(argv[0]).name in _RUNNER_PROGRAMS:
         return argv[0], list(argv[1:])
     index = 1
@@ -231,14 +231,14 @@ def _is_module(program: str, module: str) -> bool:
 
 
 class _QuietParser(argparse.ArgumentParser):
-    """Raises where argparse would exit; takes abbreviations as DeepSpeed's parser does."""
+    """Raises when argparse would exit; takes abbreviations like DeepSpeed's parser."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def _runner_options(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """The runner's own options (`hostfile`, `no_ssh`, ...), or None for a command line it would refuse itself."""
+    """The runner's own options (`hostfile`, `no_ssh`, ...), or None if the runner would refuse the command line."""
     parser = _QuietParser(add_help=False)
     for names in RUNNER_VALUE_OPTIONS:
         parser.add_argument(*names)
@@ -283,11 +283,11 @@ def _slots(text: str) -> int:
 
 
 def _line_problem(text: str, first: tuple[int, str] | None) -> str | None:
-    """What is wrong with a line that is not a comment: got, expected, the way out; None if nothing is.
+    """What is wrong with a line that is not a comment: got, expected, the way out; None if it is right.
 
     Args:
         text: the line.
-        first: number and text of the line that named this host before.
+        first: number and text of the earlier line that named this host.
     """
     name = text.split()[0]
     host, advice = _host_meant(name), _advice(text)
@@ -309,7 +309,7 @@ def _line_problem(text: str, first: tuple[int, str] | None) -> str | None:
 
 
 def _advice(text: str) -> str:
-    """The line that was probably meant: its host, and the number of slots wherever it was written."""
+    """The line that was probably intended: its host, and the number of slots wherever it was written."""
     name, *rest = text.partition("#")[0].split() or ["node1"]
     host = _host_meant(name)
     behind = re.search(r"[0-9]+", " ".join(rest))
@@ -320,7 +320,7 @@ def _advice(text: str) -> str:
 
 
 def _host_meant(name: str) -> str:
-    """The host in a name: without a port, brackets or what else ssh does not take; `node1` where there is none."""
+    """The host in a name, without a port, brackets or other parts that ssh does not take; `node1` if there is none."""
     bare = name.removeprefix("[").partition("]")[0] if name.startswith("[") else name
     if _is_ipv6(bare):
         return bare
@@ -336,7 +336,7 @@ def _is_ipv6(name: str) -> bool:
 
 
 def _missing(path: Path) -> str:
-    """The problem of a hostfile that is not a file, with the nearest name that is one."""
+    """The problem of a hostfile that is not a file, with the nearest existing name."""
     beside = path.parent if path.parent.is_dir() else Path("hostfiles")
     names = [entry.name for entry in sorted(beside.iterdir()) if entry.is_file()] if beside.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)

@@ -1,6 +1,6 @@
 """A launch as a child of this process: the same command line that a user would type.
 
-    script, its flags, where --command--> deepspeed [DeepSpeed's flags] script [the script's flags] --run--> exit code
+    script, its flags, hosts --command--> deepspeed [DeepSpeed's flags] script [the script's flags] --run--> exit code
 
 The names of DeepSpeed's own flags (`--force_multi`, `--master_port N`) distinguish them from the script's.
 If this machine has no CUDA device and no hostfile names others, the ranks run on its CPU and share its cores.
@@ -30,7 +30,7 @@ from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigEr
 
 _VALUE_OPTIONS = {name for names in RUNNER_VALUE_OPTIONS for name in names}
 _LAUNCHER_LINE = re.compile(rb"(\S+: )?\[[\d-]+ [\d:,]+\] \[(DEBUG|INFO|WARNING)\] \[\w+\.py:\d+:\w+\]")
-"""A line of its log, behind the name of a host where pdsh brings it."""
+"""A line of the launcher's log, after the name of a host if pdsh brings it."""
 _FLAGS = {name for names in RUNNER_FLAGS for name in names}
 
 
@@ -58,15 +58,15 @@ def command(
     """The command line of a launch.
 
     Args:
-        script: what every rank runs.
+        script: the script that every rank runs.
         arguments: its flags.
         hostfile: the hosts; None for this machine alone.
-        devices: ranks on this machine; None for one on each device there is.
-        launcher: further flags of DeepSpeed's.
+        devices: ranks on this machine; None for one on each device.
+        launcher: further flags of DeepSpeed.
 
     Raises:
-        ConfigError: both a hostfile and a number of devices.
-        HostfileError: a hostfile that is missing or malformed.
+        ConfigError: there is both a hostfile and a number of devices.
+        HostfileError: the hostfile is missing or malformed.
     """
     if hostfile is not None and devices is not None:
         raise ConfigError("--hostfile already says how many devices each host has: leave out --devices.")
@@ -80,7 +80,7 @@ def command(
 
 
 def local_command(script: Path, arguments: Sequence[str], ranks: int, port: int) -> list[str]:
-    """The command line by which `deepspeed --quiet --num_accelerators RANKS --master_port PORT` goes on here.
+    """The command line that `deepspeed --quiet --num_accelerators RANKS --master_port PORT` itself would run here.
 
     That program imports torch for seconds, only to find out that no other host takes part.
     """
@@ -91,7 +91,7 @@ def local_command(script: Path, arguments: Sequence[str], ranks: int, port: int)
 
 
 def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str, str]:
-    """What a launch finds in its environment: this interpreter's programs first; `cpu_ranks` None where it has GPUs."""
+    """The environment of a launch: this interpreter's programs first; `cpu_ranks` is None if it has GPUs."""
     found = {**inherited, "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])}
     if cpu_ranks:
         found["DS_ACCELERATOR"] = "cpu"
@@ -100,7 +100,7 @@ def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str
 
 
 def cuda_devices() -> int:
-    """GPUs that torch shows here. A torch that is built for CPUs alone is not asked: its import takes seconds."""
+    """GPUs that torch shows here. A torch built for CPUs only is not asked, because its import takes seconds."""
     if version("torch").endswith("+cpu"):
         return 0
     import torch
@@ -116,12 +116,13 @@ def own_cores() -> int:
 def run(
     command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | None = None, hold_back: bool = False
 ) -> int:
-    """Run a launch to its end; returns its exit code, 1 where a signal ended it, 130 where one was sent to us.
+    """Run a launch to its end; returns its exit code, 1 if a signal ended it, 130 if a signal was sent to us.
 
-    What it prints goes to `stdout`, or where this process's own output goes. With `hold_back` what DeepSpeed's
-    launcher says of itself is shown only where the launch fails.
+    What it prints goes to `stdout`, or where this process's own output goes. With `hold_back`, log lines of DeepSpeed's
+    launcher are shown only if the launch fails.
 
-    SIGTERM and SIGINT go on to the launch, as SIGTERM; a rank that also gets one from a terminal obeys the first.
+    SIGTERM and SIGINT are passed on to the launch, as SIGTERM; a rank that also gets one from a terminal obeys the
+    first.
 
     Raises:
         ConfigError: the program does not exist.
@@ -144,20 +145,20 @@ def run(
     for copier in copiers:
         copier.start()
 
-    # Signals go on to the launch for as long as it runs.
+    # Pass signals on to the launch while it runs.
     told: list[psutil.Process] = []
     try:
         for number in ours:
             signal.signal(number, lambda *_: told.extend(_terminate(child.pid)))
         code = child.wait()
-        psutil.wait_procs(told)  # the runner dies at once, its ranks save first
+        psutil.wait_procs(told)  # the runner dies at once, but its ranks save first
         for copier in copiers:
             copier.join()
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
 
-    # The launch failed by itself: what was held back may say why.
+    # The launch failed by itself: the lines that were held back may say why.
     if code not in (0, EXIT_STOPPED) and held and not told:
         print("what DeepSpeed's launcher said:", file=sys.stderr)
         sys.stderr.write(b"".join(held).decode(errors="replace"))
@@ -168,7 +169,7 @@ def run(
 
 
 def _copy_lines(source: IO[bytes], target: TextIO, held: list[bytes]) -> None:
-    """Line by line; lines of DeepSpeed's launcher that are not errors are held back."""
+    """Copy line by line; lines of DeepSpeed's launcher that are not errors are held back."""
     with source:
         for line in source:
             if _LAUNCHER_LINE.match(line):
@@ -181,7 +182,7 @@ def _copy_lines(source: IO[bytes], target: TextIO, held: list[bytes]) -> None:
 def _terminate(pid: int) -> list[psutil.Process]:
     """End a launch; returns all its processes on this machine.
 
-    On one host DeepSpeed's runner dies of SIGTERM without telling the launcher below it, which ends the ranks.
+    On one host SIGTERM ends DeepSpeed's runner, but does not reach the launcher below it, which ends the ranks.
     """
     try:
         runner = psutil.Process(pid)

@@ -1,4 +1,4 @@
-"""What a supervised run may endure, from the flags of `ds-slm train` to torchrun's settings; and names of both ends."""
+"""Limits of a supervised run, from the flags of `ds-slm train` to torchrun's settings; and names that both ends use."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from ds_slm.errors import ConfigError
 
 NAME = "ds-slm"
-"""Of our rendezvous, as `torchrun --rdzv-backend` takes it."""
+"""The name of our rendezvous, as `torchrun --rdzv-backend` takes it."""
 END = "ds_slm/end"
 """The store's key for the exit code with which all agents end."""
 HEARTBEAT_S = 2
@@ -16,29 +16,29 @@ HEARTBEAT_S = 2
 
 @dataclass(frozen=True)
 class Limits:
-    """Whole seconds, as torchrun takes them."""
+    """Limits of a supervised run; times are whole seconds, as torchrun takes them."""
 
     restarts: int = 0
-    """Failures in a row, without a new step, that are followed by a restart; 0: the run is not supervised."""
+    """Restarts that are allowed in a row without a new step; 0: the run is not supervised."""
     lease: int = 15
-    """The store may be silent for so long."""
+    """The longest silence of the store."""
     hang: int = 300
-    """A rank may show no sign of life for so long."""
+    """The longest time of a rank without a sign of life."""
     grace: int = 5
-    """The time of ranks to end where some of the others are lost: they cannot save together."""
+    """The time that ranks get to end if other ranks are lost, so that they cannot save together."""
     save: int = 30
-    """The time of ranks to save and end where all are there."""
+    """The time that ranks get to save and end if all are there."""
     gather: int = 60
-    """The first round waits for all hosts for so long."""
+    """The longest time that the first round waits for all hosts."""
 
     @property
     def missed_heartbeats(self) -> int:
-        """After so many a host is lost: not before a host that is cut off has ended its ranks."""
+        """A host that misses this number is lost: by then a host that is cut off has ended its ranks."""
         return math.ceil((self.lease + self.grace) / HEARTBEAT_S)
 
     @property
     def conf(self) -> str:
-        """As torchrun's `--rdzv-conf` takes them."""
+        """The limits as torchrun's `--rdzv-conf` takes them."""
         return ",".join(f"{name}={number}" for name, number in asdict(self).items())
 
     @classmethod
@@ -48,7 +48,7 @@ class Limits:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a supervised run; the first one asks for it."""
+    """Add the flags of a supervised run; the first one asks for supervision."""
     group = parser.add_argument_group("a run that outlives its hosts")
     group.add_argument(
         "--restarts",
@@ -64,10 +64,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def of_flags(args: argparse.Namespace) -> Limits:
-    """What a command line asks for.
+    """The limits that a command line asks for.
 
     Raises:
-        ConfigError: flags that have no effect without --restarts.
+        ConfigError: flags have no effect without --restarts.
     """
     given = {"--hang-timeout": args.hang_timeout, "--lease": args.lease, "--min-hosts": args.min_hosts}
     idle = [name for name, value in given.items() if value is not None]

@@ -1,4 +1,4 @@
-"""What a doctor makes of the way from host to host: names, ports, speed, clocks, and the way back over ssh."""
+"""The doctor's findings on the way from host to host: names, ports, speed, clocks, and the way back over ssh."""
 
 import ipaddress
 import statistics
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from ds_slm.cluster.findings import Answers, Finding, failure, healthy, listed, warning
 
 MOST_CLOCK_DIFFERENCE_S = 5.0
-"""A supervised launch compares the stamps of other hosts' heartbeats with its own clock."""
+"""The largest allowed difference: supervised launches compare stamps of other hosts' heartbeats with their clock."""
 SLOW_SHARE = 0.25
-"""A link with less than this share of the middle one's speed is named."""
+"""A link is named if it has less than this share of the median link's speed."""
 SUPERVISED = "a launch with --restarts"
 GLOO_S = 3
-"""Once torch has started everywhere, gloo connects the hosts in less than a second."""
+"""Seconds for gloo: once torch has started everywhere, it connects the hosts in less than a second."""
 ALL_REDUCE_MEND = "does `import torch` work there? else name another interface with GLOO_SOCKET_IFNAME"
 MASTER_PORT = 29500
 """DeepSpeed's default --master_port."""
@@ -23,7 +23,7 @@ def of_names(answers: Answers, addresses: Mapping[str, list[str]]) -> list[Findi
 
     Args:
         answers: host -> name -> addresses, as the host finds them.
-        addresses: each host's own ones.
+        addresses: each host's own addresses.
     """
     found, traps = [], []
     for host, answer in answers.items():
@@ -51,7 +51,7 @@ def of_names(answers: Answers, addresses: Mapping[str, list[str]]) -> list[Findi
 
 
 def of_ports(host: str, ports: list[int | None], asked: list[int]) -> list[Finding]:
-    """Ports of rank 0's host that another program has. 0 was asked for where any port will do."""
+    """Ports of rank 0's host that another program uses. 0 was asked for if any port will do."""
     return [
         failure(
             "ports",
@@ -64,14 +64,14 @@ def of_ports(host: str, ports: list[int | None], asked: list[int]) -> list[Findi
 
 
 def without_address(host: str) -> Finding:
-    """Rank 0's host, where no address is left for the others to meet at."""
+    """The finding if rank 0's host has no address at which the others can meet it."""
     return failure(
         "interface", f"{host} has no address but loopback (`hostname -I`)", "connect it to the others' network"
     )
 
 
 def of_routes(answers: Answers) -> list[Finding]:
-    """The interface that gloo takes on each host: the one that leads to rank 0's."""
+    """The interface that gloo takes on each host: the one that leads to rank 0's host."""
     found = [
         failure("interface", f"{host} has no route to rank 0's host", "connect it to the network of the others")
         for host, answer in answers.items()
@@ -84,7 +84,7 @@ def of_routes(answers: Answers) -> list[Finding]:
 
 
 def of_links(answers: Answers, first: str) -> list[Finding]:
-    """Connections between all pairs of hosts: whether they come about, how fast they are. `first`: rank 0's host."""
+    """Connections between all pairs of hosts: whether they work and how fast they are. `first`: rank 0's host."""
     found, speeds, latencies = [], {}, {}
     for host, answer in answers.items():
         for other, link in answer["links"].items():
@@ -123,7 +123,7 @@ def of_all_reduce(answers: Answers, within_s: float) -> list[Finding]:
     if found:
         return found
 
-    # Unfinished: either torch has just started, or it waits for hosts that it does not reach.
+    # If it is unfinished, either torch has just started, or it waits for hosts that it does not reach.
     waited_s = {host: answer["waited_s"] for host, answer in answers.items() if "waited_s" in answer}
     if waited_s and all((seconds or 0) > GLOO_S for seconds in waited_s.values()):
         said = f"gloo does not connect {listed(list(waited_s))} within {min(filter(None, waited_s.values())):.0f} s"
@@ -135,7 +135,7 @@ def of_all_reduce(answers: Answers, within_s: float) -> list[Finding]:
 
 
 def of_clocks(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
-    """How far the hosts' clocks differ: each host's offset from this machine, and how far off that may be, in s."""
+    """Differences of the hosts' clocks. `offsets`: each host's offset from this machine, and its uncertainty, in s."""
     if len(offsets) < 2:
         return []
     first, last = (choose(offsets, key=lambda host: offsets[host][0]) for choose in (min, max))

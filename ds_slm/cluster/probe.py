@@ -1,4 +1,4 @@
-"""What one host says of itself to `ds-slm doctor`: runs on that host, from the text that ssh brought there.
+"""One host's answers to `ds-slm doctor`: this runs on that host, from the text that ssh brought there.
 
     stdin    {"ask": NAME, ...}   a question a line          stdout    an answer a line: an object, or {"error": ...}
 
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 LIFE_S = 120
-"""A probe whose doctor was cut off ends after this."""
+"""A probe that lost its doctor ends after this time."""
 PINGS, CHUNK, BULK_BYTES = 20, 1 << 16, 4 << 20
 WRITTEN_BYTES = 1 << 16
 ALL_REDUCE = """
@@ -52,9 +52,9 @@ def describe(checkout, folder, folders):
     """Everything that the standard library knows.
 
     Args:
-        checkout: where the project lies on the host where the command was typed.
-        folder: where the command was typed.
-        folders: name -> path of what a run writes into.
+        checkout: the project's folder on the host where the command was typed.
+        folder: the folder where the command was typed.
+        folders: name -> path of the folders into which a run writes.
     """
     sys.path.insert(0, checkout)  # as a launch finds the package
 
@@ -86,7 +86,7 @@ def software():
 
 
 def resolve(names):
-    """The addresses that each name means here; none where it means nothing."""
+    """The addresses that each name has here; none if it is unknown."""
     found = {}
     for name in names:
         try:
@@ -116,7 +116,7 @@ def recipe(name, run):
 def data(name, data_root, within_s):
     """The hashes of a recipe's prepared data; `absent` names parts that are not there.
 
-    Shards that changed since they were last read are read. `is_read` is false where that takes longer than `within_s`.
+    Shards that changed since they were last read are read. `is_read` is false if that takes longer than `within_s`.
     """
     found = {"absent": [], "is_read": False}
     reading = threading.Thread(target=_read_data, args=(name, Path(data_root), found), daemon=True)
@@ -187,14 +187,14 @@ def connect(targets, within_s):
 
 
 def free_port():
-    """A port that nothing has at this moment."""
+    """A port that no program uses at this moment."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         return {"port": taken.getsockname()[1]}
 
 
 def begin_all_reduce(rank, world, address, port, interface):
-    """Let a child meet those of the other hosts and add up their numbers with torch's gloo."""
+    """Let a child meet the other hosts' children and add up their numbers with torch's gloo."""
     host = "[" + address + "]" if ":" in address else address
     where = "tcp://" + host + ":" + str(port)
     command = [sys.executable, "-c", ALL_REDUCE, where, *map(str, (rank, world, LIFE_S))]
@@ -207,7 +207,7 @@ def begin_all_reduce(rank, world, address, port, interface):
 
 
 def end_all_reduce(within_s):
-    """What that child found: a sum, or the reason why not; or for how long torch has waited for the others."""
+    """That child's result: a sum, or why there is none, or how long torch has waited for the others."""
     child = children[-1]
     try:
         child.wait(within_s)
@@ -224,7 +224,7 @@ def end_all_reduce(within_s):
 
 
 def forwarded(port, word):
-    """Whether a port of this host's loopback leads to the doctor, who says a word there."""
+    """Whether a port of this host's loopback leads to the doctor, which sends a word there."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=3) as connection:
             connection.settimeout(3)
@@ -234,7 +234,7 @@ def forwarded(port, word):
 
 
 def _identity():
-    """The same for two names of one machine; containers of a machine differ in their network."""
+    """An identity that two names of one machine share; containers of a machine differ in their network."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot + " " + os.readlink("/proc/self/ns/net")
@@ -255,7 +255,7 @@ def _output(command):
 
 
 def _folder(path):
-    """The nearest folder that is there, its free space, and why nothing can be written there."""
+    """The nearest existing folder, its free space, and why it cannot be written to."""
     place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     found = {"path": str(path), "place": str(place), "free_bytes": None, "problem": None}
     try:
@@ -268,7 +268,7 @@ def _folder(path):
 
 
 def _memory_bytes():
-    """Free memory, and what the kernel would give back."""
+    """Bytes of free memory, including what the kernel would give back."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -295,7 +295,7 @@ def _accept(listener):
 
 
 def _answer(connection):
-    """Send each small message back; of a large one, only word that all of it came."""
+    """Send each small message back; for a large one, only confirm that all of it came."""
     left = BULK_BYTES
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

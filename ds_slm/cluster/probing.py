@@ -1,9 +1,9 @@
-"""A probe on a host: started through one ssh, asked in lines of JSON, ended with the connection.
+"""A probe on a host: one ssh starts it, lines of JSON ask it, and it ends with the connection.
 
     doctor ── ssh -R PORT:127.0.0.1:OWN HOST ── sh: "connected" ── PYTHON: the text of probe.py, then its questions
 
-The text of the probe goes along, so that a host with another version of the project, or without it, understands the
-same questions. On this machine there is no ssh.
+The text of the probe is sent too, so that a host with another version of the project, or without it, understands the
+same questions. On this machine ssh is not used.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from typing import Any
 from ds_slm.cluster import probe
 
 CONNECT_S = 4
-"""ssh gives up after this: with what comes around it, a host that is off is named within 5 s."""
+"""ssh gives up after this time, so that a host that is off is named within 5 s."""
 ANSWER_S = 20
-"""A loaded host takes some seconds to start Python."""
+"""Limit for an answer: a loaded host takes some seconds to start Python."""
 FORWARD_S = 2
 FAREWELL_S = 1
 CONNECTED = "connected"
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "-o", "ControlPath=none"]
-SSH += ["-o", "LogLevel=INFO"]  # at which ssh tells the port that it was given
+SSH += ["-o", "LogLevel=INFO"]  # at this level ssh prints the port that it got
 _ALLOCATED = re.compile(r"Allocated port (\d+) for remote forward")
 _BOOT = "import sys; exec(compile(sys.stdin.read(int(sys.stdin.readline())), 'probe.py', 'exec'))"
 
 
 class Forward:
-    """A port of this machine's loopback that says a word to everyone who connects, for ssh to forward."""
+    """A port of this machine's loopback that sends a word to everyone who connects; ssh forwards it."""
 
     def __init__(self, word: str) -> None:
         """Listens until the process ends."""
@@ -57,12 +57,12 @@ class Session:
     """One host's probe."""
 
     def __init__(self, host: str | None, folder: Path, forward: Forward | None = None) -> None:
-        """Starts to connect, and waits for nothing.
+        """Start to connect, without waiting.
 
         Args:
-            host: what ssh is given; None for this machine, without ssh.
-            folder: the folder on the host to start in, if it is there.
-            forward: what a port of the host's loopback shall lead to.
+            host: the name for ssh; None for this machine, without ssh.
+            folder: the folder on the host to start in, if it exists.
+            forward: the target of a port on the host's loopback.
         """
         script = (
             f"echo {CONNECTED}; cd {shlex.quote(str(folder))} 2>/dev/null; python={shlex.quote(sys.executable)}; "
@@ -81,7 +81,7 @@ class Session:
             errors="replace",
         )
 
-        # A thread for each of its outputs, so that waiting for an answer can end.
+        # A thread reads each of its outputs, so that waiting for an answer can end.
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._said: list[str] = []
         self._threads = [threading.Thread(target=copy, daemon=True) for copy in (self._read_answers, self._read_errors)]
@@ -95,7 +95,7 @@ class Session:
 
     @property
     def is_over(self) -> bool:
-        """Whether it takes no more questions."""
+        """Whether the probe takes no more questions."""
         return self._process.poll() is not None
 
     def connect(self) -> str | None:
@@ -145,7 +145,7 @@ class Session:
         return None
 
     def clock_offset(self, times: int = 5) -> tuple[float, float] | None:
-        """How far the host's clock is ahead of this one's, and at most how far off that is, in seconds."""
+        """By how much the host's clock is ahead of this machine's, and the uncertainty of that, in seconds."""
         found = []
         for _ in range(times):
             began = time.time()
@@ -158,7 +158,7 @@ class Session:
         return offset, error
 
     def close(self) -> None:
-        """End the connection: the probe ends where there are no more questions."""
+        """End the connection: without further questions the probe ends."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -171,7 +171,7 @@ class Session:
             thread.join(timeout=FAREWELL_S)
 
     def _next_line(self, deadline: float) -> str | None:
-        """The next line of the host; None where there is none any more. Raises TimeoutError at the deadline."""
+        """The host's next line; None if there are no more. Raises TimeoutError at the deadline."""
         try:
             return self._lines.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:

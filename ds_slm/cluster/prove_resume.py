@@ -1,4 +1,4 @@
-"""Is a run that was killed and resumed the run that was not? Shown on the user's own machine and recipe.
+"""Does a run that was killed and resumed equal one that was not? Shown on the user's own machine and recipe.
 
     RUN/recipe.toml --deepspeed--> SCRATCH/whole     STEPS steps
                     --deepspeed--> SCRATCH/resumed   killed with SIGKILL once step STEPS / 2 is saved; launched again
@@ -35,7 +35,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         say: takes a line.
 
     Raises:
-        CheckpointError: not a run folder, or a launch that failed for another reason.
+        CheckpointError: this is not a run folder, or a launch failed for another reason.
     """
     try:
         recipe = schema.load_recorded(run)
@@ -57,14 +57,14 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     shutil.copyfile(run / "recipe.toml", copied)
     script = CHECKOUT / ("ds_slm/pretrain.py" if recipe.sft is None else "sft/train.py")
 
-    # A run saves half-way and at its end, and records every step.
+    # Each run saves half-way and at its end, and records every step.
     every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
 
-    # What changes bits is the run's own: ZeRO stage, micro-batch, compiled blocks.
+    # Settings that change bits are taken from the run: ZeRO stage, micro-batch, compiled blocks.
     same = {key: engine_config[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
     if blocks := facts.get("kernels", {}).get("blocks"):
         same["compile_blocks"] = blocks == "compiled"
-    same["deterministic"] = True  # on a GPU equal bits need it: without, two runs differ that were never interrupted
+    same["deterministic"] = True  # on a GPU even two runs that were never interrupted differ without it
     (scratch / "ds_config.json").write_text(json.dumps(same))
 
     shared = [
@@ -104,7 +104,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
 
 
 def differences(whole: Path, resumed: Path) -> Iterator[str]:
-    """What is not the same, bit for bit."""
+    """Everything that differs in any bit."""
     records = [_train_records(folder) for folder in (whole, resumed)]
     for ours, theirs in zip(*records, strict=False):
         for key in COMPARED:
@@ -113,7 +113,7 @@ def differences(whole: Path, resumed: Path) -> Iterator[str]:
     if len(records[0]) != len(records[1]):
         yield f"{len(records[1])} steps after resuming, {len(records[0])} without."
 
-    # Tensors are equal where the hashes of their files are.
+    # Tensors are equal if the hashes of their files are.
     files = []
     for folder in (whole, resumed):
         checkpoint = checkpoint_files.choose(folder)

@@ -1,18 +1,18 @@
 """A rendezvous for torchrun that acts on what torch's own only records: `torchrun --rdzv-backend ds-slm ...`.
 
-torch has the heartbeats, the membership, the rounds and the ranks. This one adds, on every host:
+torch provides heartbeats, membership, rounds and ranks. This one adds, on every host:
 
     a host that is lost             its heartbeats are overdue: the ranks of all other hosts are started again
     a store that does not answer    for `lease` seconds: this host is cut off. Its ranks get `grace` seconds to end
-    a rank that does not get on     for `hang` seconds (ds_slm/pulse.py): it is killed, and that is a failure
-    a rank that no restart can help a user's mistake, say: the whole run ends with its exit code
+    a rank without progress         for `hang` seconds (ds_slm/pulse.py): it is killed, and that is a failure
+    a rank that no restart can help for example a user's mistake: the whole run ends with its exit code
     failures without progress       more than `restarts` in a row, none of which applied a new step: the run ends
-    the supervisor's word           an exit code in the store: all ranks save, and end
+    the supervisor's message        an exit code in the store: all ranks save, and end
 
-A cut-off host must be empty before the others take a step: the others miss its heartbeats only after `lease + grace`.
-Hosts compare each other's heartbeats by the clock: their clocks must not differ by more than a few seconds.
+A cut-off host must have no ranks left before the others take a step: the others miss its heartbeats only after `lease +
+grace`. Hosts compare each other's heartbeats by the clock, so their clocks must not differ by more than a few seconds.
 
-Known gap: of torch's privates one is read, `_state_holder.state.participants`; without it `create` fails.
+Known gap: one of torch's private names is read, `_state_holder.state.participants`; without it `create` fails.
 """
 
 import atexit
@@ -45,15 +45,15 @@ from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED
 STARTED = "ds_slm/started"
 """The store's counter of agents that were started."""
 HOST_SAYS = "supervised: "
-"""Begins what an agent tells of its ranks."""
+"""The prefix of an agent's lines about its ranks."""
 LAST_CALL = timedelta(seconds=2)
-"""For so long a round that could begin waits for more hosts."""
+"""How long a round that could begin waits for more hosts."""
 FOREVER = timedelta(days=365)
 LOOK_S = 0.5
 
 
 def handler() -> Callable[[RendezvousParameters], DynamicRendezvousHandler]:
-    """What the entry point `torchrun.handlers` names."""
+    """The function that the entry point `torchrun.handlers` names."""
     return create
 
 
@@ -62,11 +62,11 @@ def create(params: RendezvousParameters) -> "Handler":
 
     Raises:
         RendezvousConnectionError: the store does not answer.
-        RuntimeError: a version of torch that this was not written for.
+        RuntimeError: this was not written for the installed version of torch.
     """
     limits = Limits.of_conf(params.config)
 
-    # Ranks meet at a port of their own in every round: in a store they shared, addresses of the round before remain.
+    # Ranks meet at a new port in every round: a shared store would still hold addresses of the round before.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if not os.environ.get(pulse.FOLDER):
         os.environ[pulse.FOLDER] = tempfile.mkdtemp(prefix="ds-slm-")
@@ -90,7 +90,7 @@ def create(params: RendezvousParameters) -> "Handler":
 
 
 def connect(endpoint: str) -> TCPStore:
-    """The store at HOST:PORT, which somebody else serves."""
+    """The store at HOST:PORT, which another process serves."""
     address, _, port = endpoint.rpartition(":")
     try:
         return TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
@@ -99,7 +99,7 @@ def connect(endpoint: str) -> TCPStore:
 
 
 class RunEnded(RendezvousError):
-    """The store says that all agents end, with this exit code."""
+    """The store says that all agents must end, with this exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"the run ends with exit code {code}")
@@ -107,7 +107,7 @@ class RunEnded(RendezvousError):
 
 
 class AnsweringBackend(C10dRendezvousBackend):
-    """The round's state in a store. Notes when the store last answered, and raises RunEnded where it says so."""
+    """The round's state in a store. Notes when the store last answered, and raises RunEnded if the store says so."""
 
     def __init__(self, store: Store, run_id: str) -> None:
         super().__init__(store, run_id)
@@ -139,7 +139,7 @@ class AnsweringBackend(C10dRendezvousBackend):
 
 
 class Handler(DynamicRendezvousHandler):
-    """torch's rendezvous, which ends and restarts this host's ranks where that is needed."""
+    """torch's rendezvous, which ends and restarts this host's ranks if that is needed."""
 
     def begin(
         self,
@@ -152,14 +152,14 @@ class Handler(DynamicRendezvousHandler):
         """Start to watch.
 
         Args:
-            limits: what is endured.
-            backend: where the rounds' state lies.
+            limits: the limits of the run.
+            backend: holds the state of the rounds.
             pulses: the folder of the ranks' signs of life.
             ranks: the ranks of this host.
-            end: ends the agent from another thread than its own, which may be blocked.
+            end: ends the agent from another thread, because its own may be blocked.
 
         Raises:
-            RuntimeError: torch has renamed what is read here.
+            RuntimeError: torch has renamed the private name that is read here.
         """
         self._limits, self._backend, self._pulses, self._ranks, self._end = limits, backend, pulses, ranks, end
         self._rounds = self._failures = self._newest_step = 0
@@ -172,7 +172,7 @@ class Handler(DynamicRendezvousHandler):
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Join the next round. Raises SystemExit where the run is over."""
+        """Join the next round. Raises SystemExit if the run is over."""
         try:
             if self._rounds:
                 self._refuse_useless_restart()
@@ -213,7 +213,7 @@ class Handler(DynamicRendezvousHandler):
         return waiting + len(lost)
 
     def shutdown(self) -> bool:
-        """This agent ends. The others may go on: the supervisor ends them where the run is over."""
+        """End this agent. The others may go on: the supervisor ends them if the run is over."""
         self._ended.set()
         self._stop_heartbeats()
         return True
@@ -222,7 +222,7 @@ class Handler(DynamicRendezvousHandler):
         return frozenset(self._state_holder.state.participants)
 
     def _await_all_hosts(self) -> None:
-        """Let the first round begin with all hosts, rather than with the fastest one alone."""
+        """Let the first round begin with all hosts, not only with the fastest one."""
         store, deadline_s = self._backend.store, time.monotonic() + self._limits.gather
         store.add(STARTED, 1)
         while store.add(STARTED, 0) < self.settings.max_nodes and time.monotonic() < deadline_s:
@@ -230,8 +230,8 @@ class Handler(DynamicRendezvousHandler):
             time.sleep(LOOK_S)
 
     def _refuse_useless_restart(self) -> None:
-        """End the run where a restart would only repeat what happened."""
-        # Ranks that were left behind, while others went on without this host, speak for nobody.
+        """End the run if a restart would only repeat what happened."""
+        # Ranks that were left behind, while others went on without this host, do not count.
         super().num_nodes_waiting()  # reads the newest state
         code = pulse.final_code(self._pulses)
         if code is not None and self._this_node in self._participants():
@@ -239,7 +239,7 @@ class Handler(DynamicRendezvousHandler):
         if self._members_changed or pulse.was_stopped(self._pulses):
             return
 
-        # This host's ranks failed. A step that was not reached before is progress, and all restarts are left again.
+        # This host's ranks failed. If a new step was reached, that is progress: the count of restarts begins again.
         newest = pulse.newest_step(self._pulses)
         if newest > self._newest_step:
             self._newest_step, self._failures = newest, 0
@@ -250,19 +250,19 @@ class Handler(DynamicRendezvousHandler):
         self._say(f"a rank failed: restart {self._failures} of {self._limits.restarts} without a new step")
 
     def _ended_run(self, code: int) -> SystemExit:
-        """Let all agents end with an exit code; returns what ends this one."""
+        """Let all agents end with an exit code; returns the exception that ends this one."""
         with contextlib.suppress(RuntimeError):
             self._backend.store.compare_set(END, "", str(code))
         return SystemExit(code)
 
     def _watch(self) -> None:
-        """Whatever blocks the agent: see that the store answers, and that each rank gets on."""
+        """Check, even if the agent is blocked, that the store answers and that each rank makes progress."""
         seen: dict[int, tuple[int, float]] = {}
         while not self._ended.wait(LOOK_S):
             if time.monotonic() - self._backend.answered_s > self._limits.lease:
                 self._say(f"no answer from the supervisor for {self._limits.lease} s: this host's ranks end")
                 saved = self._stop_ranks(self._limits.grace)
-                shutil.rmtree(self._pulses, ignore_errors=True)  # os._exit leaves it out
+                shutil.rmtree(self._pulses, ignore_errors=True)  # os._exit would not do it
                 self._end(EXIT_STOPPED if saved else EXIT_FAILURE)
                 return
             for rank in self._ranks():
@@ -272,7 +272,7 @@ class Handler(DynamicRendezvousHandler):
                         rank.kill()
 
     def _hangs(self, rank: psutil.Process, seen: dict[int, tuple[int, float]]) -> bool:
-        """Whether a rank has shown no sign of life for too long. Compares this process's clock alone."""
+        """Whether a rank has shown no sign of life for too long, by this process's own clock."""
         sign, now_s = pulse.stamp(self._pulses, rank.pid), time.monotonic()
         if sign is None:
             return False

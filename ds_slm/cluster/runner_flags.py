@@ -1,7 +1,7 @@
-"""DeepSpeed's own flags behind `ds-slm train` and `ds-slm sft`: which are passed on, and what to do instead of others.
+"""DeepSpeed's own flags after `ds-slm train` and `ds-slm sft`: which are passed on, and what to use instead of others.
 
-DeepSpeed's launcher answers a flag that makes no sense with a traceback, or trains somewhere else. So each is checked
-before the launch: its value, the hosts and slots it names, and whether every host that is left answers over ssh.
+If a flag makes no sense, DeepSpeed's launcher ends with a traceback, or trains somewhere else. So each is checked
+before the launch: its value, the hosts and slots it names, and whether every remaining host answers over ssh.
 """
 
 import argparse
@@ -32,7 +32,7 @@ INSTEAD = {
 
 
 PROGRAMS = {"ssh": "openssh-client", "pdsh": "pdsh"}
-"""What DeepSpeed starts other hosts with, and the Debian packages."""
+"""The programs with which DeepSpeed starts other hosts, and their Debian packages."""
 SUPERVISED = {"-i", "--include", "-e", "--exclude", "--num_nodes", "--ssh_port", "--no_ssh_check", "--venv_script"}
 SUPERVISED |= {"-q", "--quiet"}
 """Flags that a supervised run takes, too."""
@@ -80,12 +80,12 @@ def refuse_others(arguments: Sequence[str]) -> None:
 
 
 def over_ssh(args: argparse.Namespace, hosts: Sequence[Host]) -> bool:
-    """Whether DeepSpeed reaches the hosts over ssh, rather than start the ranks on this machine itself."""
+    """Whether DeepSpeed reaches the hosts over ssh, instead of starting the ranks on this machine itself."""
     return bool(hosts) and (len(hosts) > 1 or args.force_multi)
 
 
 def to_single_host(args: argparse.Namespace, hosts: Sequence[Host], runner: Sequence[str]) -> list[str]:
-    """The launcher's flags, so that a single host that is another machine is gone to.
+    """The launcher's flags that start the ranks on a single host that is another machine.
 
     DeepSpeed alone would start its ranks on this machine, whatever host the hostfile names.
     """
@@ -98,13 +98,13 @@ def to_single_host(args: argparse.Namespace, hosts: Sequence[Host], runner: Sequ
 def refuse_unusable(
     args: argparse.Namespace, hosts: Sequence[Host], environ: Mapping[str, str] = os.environ, cores: int | None = None
 ) -> None:
-    """Raise ConfigError for flags that DeepSpeed would answer with a traceback, or pass over in silence.
+    """Raise ConfigError for flags that would give a traceback of DeepSpeed, or that it would silently ignore.
 
     Args:
         args: the command line.
-        hosts: the chosen ones; empty for this machine.
+        hosts: the chosen hosts; empty for this machine.
         environ: where programs are looked for.
-        cores: stand in for this machine's own cores.
+        cores: replaces this machine's own number of cores.
     """
     problems, cores = [], cores or os.cpu_count() or 1
     here = not over_ssh(args, hosts)
@@ -129,7 +129,7 @@ def refuse_unusable(
 
 
 def _core_list_problems(text: str, cores: int | None, is_used: bool) -> list[str]:
-    """What is wrong with a list of cores; `cores` None where cores of other machines are meant."""
+    """What is wrong with a list of cores; `cores` is None if other machines' cores are meant."""
     if not is_used:
         return [f"--bind_core_list {text} has no effect without --bind_cores_to_rank: give both, or none."]
     pieces = [piece.split("-") for piece in text.split(",")]
@@ -147,8 +147,8 @@ def chosen_hosts(args: argparse.Namespace) -> list[Host]:
     """The hosts of the hostfile that --include, --exclude and --num_nodes leave; none without a hostfile.
 
     Raises:
-        ConfigError: flags that exclude each other, or need a hostfile.
-        HostfileError: a hostfile, host or slot that is not there.
+        ConfigError: flags exclude each other, or need a hostfile.
+        HostfileError: a hostfile, host or slot does not exist.
     """
     filters = [name for name in ("include", "exclude") if getattr(args, name) is not None]
     if len(filters) == 2 or (filters and args.num_nodes):
@@ -204,7 +204,7 @@ def _filtered(hosts: list[Host], kind: str, text: str, hostfile: Path) -> list[H
 
 
 def refuse_where_supervised(runner: Sequence[str], args: argparse.Namespace) -> None:
-    """Raise ConfigError for flags of DeepSpeed's launcher that make no sense where torchrun starts the ranks."""
+    """Raise ConfigError for flags of DeepSpeed's launcher that make no sense if torchrun starts the ranks."""
     names = [argument.partition("=")[0] for argument in runner if argument.startswith("-")]
     problems = [
         f"{name} is for DeepSpeed's launcher, which --restarts does not use: leave it out."
@@ -219,7 +219,7 @@ def refuse_where_supervised(runner: Sequence[str], args: argparse.Namespace) -> 
 
 
 def refuse_missing(programs: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> None:
-    """Raise HostfileError for a program that starts hosts and is not there; `programs`: names, and Debian packages."""
+    """Raise HostfileError if a program that starts hosts is missing; `programs`: names, and Debian packages."""
     for program, package in programs.items():
         if shutil.which(program, path=environ.get("PATH")) is None:
             raise HostfileError(f"there is no {program!r} on this machine, which starts the hosts: install {package}.")
@@ -229,8 +229,8 @@ def refuse_unreachable(hosts: Sequence[Host], ssh_port: int | None, environ: Map
     """Raise HostfileError for every host that DeepSpeed's launcher would not reach.
 
     Args:
-        hosts: to be asked, all at once.
-        ssh_port: of every host's ssh.
+        hosts: the hosts to ask, all at once.
+        ssh_port: the port of every host's ssh.
         environ: where programs are looked for.
     """
     refuse_missing(PROGRAMS, environ)

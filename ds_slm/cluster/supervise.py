@@ -1,14 +1,14 @@
-"""A run that outlives its ranks and hosts: torchrun's agent on each host, over a store that lives here.
+"""A run that outlives its ranks and hosts: torchrun's agent on each host, over a store in this process.
 
-    ds-slm train R --hostfile H --restarts K            the supervisor: the run lives while it lives
+    ds-slm train R --hostfile H --restarts K            the supervisor: the run lives as long as it does
       TCPStore on 127.0.0.1                             never on the network
       a thread a host, again and again until the end:
         ssh -R PORT:127.0.0.1:STORE HOST torchrun ...   a host's agent; on this machine torchrun alone
           ranks                                         ds_slm/pretrain.py, unchanged
 
-The agents meet in the store and do the rest (cluster/rendezvous.py). What a host prints goes to RUN/logs/HOST.log,
-which needs no supervisor, and is read from there for the terminal. An exit code under END in the store ends all agents;
-so does the end of the store: then ranks save, and the same command goes on.
+The agents meet in the store and do the rest (cluster/rendezvous.py). A host's output goes to RUN/logs/HOST.log, which
+needs no supervisor; the terminal shows it from there. An exit code under END in the store ends all agents. The end of
+the store ends them, too: then ranks save, and the same command goes on.
 
 Known gap: the run does not outlive the machine of this command.
 """
@@ -42,32 +42,32 @@ from ds_slm.pulse import FOLDER as PULSES
 
 SSH = [*asking.SSH, "-T", "-o", "ControlPath=none"]
 ALIVE_S = 1
-"""Between the signs of life that ssh asks for; the first one that is lost delays all that comes behind it."""
+"""Seconds between the signs of life that ssh asks for; a lost one delays everything that comes after it."""
 TUNNEL = ["-o", "ExitOnForwardFailure=yes", "-o", f"ServerAliveInterval={ALIVE_S}"]
 IMPORT_S = 120.0
-"""A host may take so long until torch is imported."""
+"""The longest time that a host may take to import torch."""
 PORTS = range(20000, 32000)
-"""On other hosts the store is reached at one of these: below those that systems give to clients."""
+"""On other hosts the store has one of these ports, which are below the ports that systems give to clients."""
 PAUSES_S = (1.0, 10.0)
-"""Between two starts of a host's agent: the first pause, and the longest."""
+"""Pauses between two starts of a host's agent: the first, and the longest."""
 GIVE_UP = 5
-"""So many starts of an agent may fail at once, one after another: then its host is left out."""
+"""If this number of starts of an agent fail at once in a row, its host is left out."""
 QUICK_S = 60.0
 LOOK_S = 0.2
 EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
-"""Variables that begin so go to other hosts, as with DeepSpeed's launcher."""
+"""Variables with these prefixes go to other hosts, as with DeepSpeed's launcher."""
 _TORCH_LINE = re.compile(
     r"(\[rank\d+\]:)?\[?[DIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ .*\]|frame #\d+: |Exception raised from |<omitting python"
 )
-"""What torch's agent and store say of themselves."""
+"""Log lines of torch's agent and store."""
 _KILLED = re.compile(r".*\] failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
-"""What it says of a rank that a signal ended, which said nothing itself."""
+"""The agent's line about a rank that a signal ended, because such a rank prints nothing itself."""
 _TRACEBACK = "Traceback (most recent call last):"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to be run, and where."""
+    """What to run, and where."""
 
     command: Sequence[str]
     """The training program and its flags."""
@@ -79,11 +79,11 @@ class Launch:
     min_hosts: int = 1
     ssh_port: int | None = None
     venv_script: str | None = None
-    """Sourced on every other host first."""
+    """A script that every other host sources first."""
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def places(self) -> list[Host]:
-        """The hosts; this machine where none are named."""
+        """The hosts; this machine if none are named."""
         return list(self.hosts) or [Host("127.0.0.1", self.devices)]
 
 
@@ -115,7 +115,7 @@ def refuse_unfit(hosts: Sequence[Host], ssh_port: int | None) -> None:
             said = answer.last_words
             return f"host {host.name} cannot start an agent: {said}. It needs this folder, and this Python, as here."
 
-        # It looked at its clock after it was asked, and before it answered; in between torch was imported.
+        # It read its clock after the question and before the answer; in between it imported torch.
         first, *_, last = map(float, answer.output.splitlines()[-1].split())
         ahead_s, behind_s = last - answer.answered_s, answer.asked_s - first
         if max(ahead_s, behind_s) > MOST_CLOCK_DIFFERENCE_S:
@@ -130,7 +130,7 @@ def refuse_unfit(hosts: Sequence[Host], ssh_port: int | None) -> None:
 
 @contextlib.contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
-    """Within it no other supervisor of this machine runs in the folder."""
+    """Within it no other supervisor on this machine runs in the folder."""
     lock = run_dir / "logs" / ".supervisor.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class Supervisor:
         self._codes: list[int] = []
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
 
-        # Agents of this machine connect to it, those of other hosts through their ssh.
+        # Agents on this machine connect to it directly, agents on other hosts through their ssh.
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self._port = listener.getsockname()[1]
             self._store = TCPStore(
@@ -186,7 +186,7 @@ class Supervisor:
         for keeper in keepers:
             keeper.start()
 
-        # What agents print is shown until they have ended. Once the run ends, they get a limited time.
+        # Show what agents print until they have ended. Once the run ends, they get a limited time.
         ends_s = None
         while any(keeper.is_alive() for keeper in keepers):
             time.sleep(LOOK_S)
@@ -214,7 +214,7 @@ class Supervisor:
             if code == EXIT_OK:  # its ranks came to the end, and so did all others
                 self._end(EXIT_OK)
 
-            # An agent that lived for long is started again at once.
+            # Start an agent that lived for long again at once.
             was_quick = time.monotonic() - began_s < QUICK_S
             pause_s = min(2 * pause_s, PAUSES_S[1]) if was_quick else PAUSES_S[0]
             failed = failed + 1 if was_quick and code not in (EXIT_OK, asking.SSH_FAILED) else 0
@@ -227,7 +227,7 @@ class Supervisor:
                 log.write(f"supervised: its agent failed {GIVE_UP} times in a row: this host is left out\n")
 
     def _run_agent(self, host: Host) -> int:
-        """Run a host's agent to its end; returns its exit code, 255 where ssh failed."""
+        """Run a host's agent to its end; returns its exit code, 255 if ssh failed."""
         launch = self._launch
         if not launch.hosts or is_this_machine(host.name):
             command = ["sh", "-c", self._script(host, self._port, here=True)]
@@ -238,7 +238,7 @@ class Supervisor:
             script = self._script(host, port, here=False)
             command = [*to, "-R", f"127.0.0.1:{port}:127.0.0.1:{self._port}", host.name, f"sh -c {shlex.quote(script)}"]
 
-        # A session of its own: Ctrl-C is for the supervisor. A file, not a pipe: it outlives the supervisor.
+        # It gets its own session, because Ctrl-C is for the supervisor, and a file, which outlives the supervisor.
         with self._log(host).open("ab") as log:
             agent = subprocess.Popen(
                 command, env=dict(launch.environ), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -248,7 +248,7 @@ class Supervisor:
             return agent.wait()
 
     def _script(self, host: Host, port: int, here: bool) -> str:
-        """What the shell of a host runs."""
+        """The script that the shell of a host runs."""
         launch = self._launch
         exported = {} if here else exported_to_hosts(launch.environ)
 
@@ -260,7 +260,7 @@ class Supervisor:
             *("--max-restarts", "1000000"),  # the rendezvous counts
         ]
 
-        # Signs of life and torch's own files lie in a folder that goes with this shell, however the agent ends.
+        # Signs of life and torch's own files are in a folder that this shell removes, however the agent ends.
         lines = [
             f"cd {shlex.quote(str(Path.cwd()))}",
             *([f". {shlex.quote(launch.venv_script)}"] if launch.venv_script and not here else []),
@@ -273,7 +273,7 @@ class Supervisor:
         if here:
             return " && ".join([*lines, run])
 
-        # Ranks that save must not fail because nobody reads what they print: ssh may be gone.
+        # Ranks that save must not fail because nobody reads their output: ssh may be gone.
         output = f'"${PULSES}/output"'
         lines += [f": >{output}", f"{{ {run} >{output} 2>&1 & }}"]
         return " && ".join(lines) + f"; agent=$!; tail -n +1 -s {LOOK_S} -f --pid $agent {output}; wait $agent"
@@ -296,7 +296,7 @@ class Supervisor:
 
 
 class Tail:
-    """Shows on the terminal what is added to a host's log."""
+    """Shows on the terminal what a host's log gains."""
 
     def __init__(self, log: Path, prefix: str) -> None:
         self._log, self._prefix, self._rest, self._in_traceback = log, prefix, b"", False
@@ -304,7 +304,7 @@ class Tail:
         self._position = log.stat().st_size
 
     def show(self) -> None:
-        """Print the new lines; of torch's own agent only which rank a signal ended, of a traceback the last line."""
+        """Print the new lines; from torch's agent only which rank a signal ended, from a traceback the last line."""
         with self._log.open("rb") as file:
             file.seek(self._position)
             added = file.read()
@@ -316,7 +316,7 @@ class Tail:
                 print(f"{self._prefix}{shown}", flush=True)
 
     def _shown(self, line: str) -> str | None:
-        """What is shown of a line; None for nothing."""
+        """The part of a line that is shown; None if it is not shown."""
         if killed := _KILLED.match(line):
             number, rank, pid = killed.groups()
             return f"rank {rank} of this host (process {pid}) was ended by signal {number}"
@@ -332,7 +332,7 @@ class Tail:
 
 
 def exported_to_hosts(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that other hosts get: those with DeepSpeed's prefixes, and the lines of its environment file."""
+    """The variables for other hosts: variables with DeepSpeed's prefixes, and the lines of its environment file."""
     found = {name: value for name, value in environ.items() if name.startswith(EXPORTED)}
     for folder in (Path.home(), Path()):
         path = folder / environ.get("DS_ENV_FILE", ".deepspeed_env")

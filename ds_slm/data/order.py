@@ -3,7 +3,7 @@
     position --> source (by the weights) --> n-th draw from it --> epoch, place --> permuted row
     step     --> its positions           --> RowIds            --> ledger (a chain of hashes)
 
-Rank, world size and resumption never enter, so every topology trains on the same rows in the same order.
+Rank, world size and resumption do not matter, so every topology trains on the same rows in the same order.
 
 Mix: earliest-deadline-first over pseudo-deadlines. The j-th draw of a source of weight w out of W may happen from
 position floor(j W / w) on and before ceil((j + 1) W / w); at full utilisation of one server that schedule always exists
@@ -13,7 +13,7 @@ Permutation: a Feistel network over the smallest power of two that holds the ran
 and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002); its round function is SplitMix64's finaliser
 (Steele, Lea and Flood, OOPSLA 2014). Good shuffling, not cryptography.
 
-Known gaps: the pattern of the mix is held in memory, one entry per unit of total weight.
+Known gaps: the pattern of the mix is held in memory, with one entry per unit of total weight.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Integers = TypeVar("Integers", int, np.uint64, np.ndarray)
 LastBatch = Literal["wrap", "keep", "drop"]
 
 BLOCK = 1024
-"""Positions whose rows are computed at once, as arrays: of one alone Python would take ten times as long."""
+"""Positions whose rows are computed at once, as arrays; computing them one by one takes Python ten times as long."""
 FEISTEL_ROUNDS = 6
 _MASK_64 = (1 << 64) - 1
 
@@ -43,14 +43,14 @@ class RowId(NamedTuple):
 
 
 def permute(seed: int, epochs: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-    """The rows, uint64 [N], at places [N] of epochs [N]: a seeded bijection on range(count), another in each epoch."""
+    """The rows, uint64 [N], at places [N] of epochs [N]: a seeded bijection on range(count), new in each epoch."""
     bits = max((count - 1).bit_length(), 2)
     low_bits = bits // 2
     each, index = np.unique(epochs, return_inverse=True)
     keys = np.array([_round_keys(seed, int(epoch)) for epoch in each], np.uint64)[index].T
 
-    # Walk until a place lies in the range: at most half of the 2^bits places lie outside (of a count of 1 three
-    # quarters), so two rounds are enough on average.
+    # Walk until a place lies in the range: at most half of the 2^bits places lie outside (three quarters if the count
+    # is 1), so two rounds are enough on average.
     rows, outside = places.astype(np.uint64), np.arange(len(places))
     while len(outside):
         rows[outside] = _feistel(rows[outside], bits - low_bits, low_bits, keys[:, outside])
@@ -61,7 +61,7 @@ def permute(seed: int, epochs: np.ndarray, places: np.ndarray, count: int) -> np
 def _feistel(values: np.ndarray, high_bits: int, low_bits: int, keys: np.ndarray) -> np.ndarray:
     """Values [N], uint64, after the rounds of their keys [rounds, N]."""
     high, low = values >> low_bits, values & ((1 << low_bits) - 1)
-    # In each round the halves change places, and their widths with them.
+    # In each round the halves, and so their widths, are swapped.
     for key in keys:
         high, low = low, high ^ (splitmix64(low ^ key) & ((1 << high_bits) - 1))
         high_bits, low_bits = low_bits, high_bits
@@ -69,7 +69,7 @@ def _feistel(values: np.ndarray, high_bits: int, low_bits: int, keys: np.ndarray
 
 
 def splitmix64(value: Integers) -> Integers:
-    """SplitMix64's finaliser, of a whole number below 2^64 or of a uint64 array: a bijection that looks random."""
+    """SplitMix64's finaliser on a whole number below 2^64 or a uint64 array: a bijection that looks random."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
     return value ^ value >> 31
@@ -100,7 +100,7 @@ class Order:
         return self._block(index // BLOCK)[index % BLOCK]
 
     def samples(self, begin: int, count: int) -> list[RowId]:
-        """The rows at so many global positions from `begin` on."""
+        """The rows at `count` global positions from `begin` on."""
         end, found = begin + count, []
         for number in range(begin // BLOCK, -(-end // BLOCK)):
             first = number * BLOCK
@@ -121,9 +121,9 @@ class Order:
 
     @property
     def epoch_rows(self) -> int:
-        """Rows of one epoch: the longest run of draws from the start in which no row comes twice.
+        """Rows of one epoch: the longest run of draws from the start in which no row occurs twice.
 
-        For a single source that is all of it; a mix ends its epoch with the source that runs out first.
+        For a single source these are all its rows; a mix ends its epoch when the first source runs out.
         """
         return min(self.first_repeat(source) for source in range(len(self._rows)))
 
@@ -138,7 +138,7 @@ class Order:
         return drawn + Counter(source for source, _ in self._pattern[:slots])
 
     def first_repeat(self, source: int) -> int:
-        """The position at which a source has run out and begins another epoch, in another order."""
+        """The position at which a source has run out and begins its second epoch, in another order."""
         cycle, draws_before = divmod(self._rows[source], self._weights[source])
         return cycle * len(self._pattern) + self._pattern.index((source, draws_before))
 
@@ -154,7 +154,7 @@ def _mix_pattern(weights: list[int]) -> list[tuple[int, int]]:
     pattern = []
 
     for slot in range(total):
-        # Of the sources whose next draw may happen by now, take the one whose draw is due first; of equals the first.
+        # Among sources whose next draw may happen by now, take the one that is due first; if equal, the first one.
         deadlines = {}
         for source, weight in enumerate(weights):
             released = drawn[source] * total // weight
@@ -173,8 +173,8 @@ def step_row_ids(
 ) -> list[RowId]:
     """The rows of the step that begins at a global position.
 
-    wrap: always `rows_per_step` rows, running on into the next epoch. keep: the last step of an epoch is short. drop:
-    as wrap, for `next_step_position` leaves out an epoch's rest that fills no step.
+    wrap: always `rows_per_step` rows, going on into the next epoch. keep: the last step of an epoch is short. drop:
+    like wrap, because `next_step_position` leaves out the rest of an epoch that does not fill a step.
     """
     left_in_epoch = rows_per_epoch - position % rows_per_epoch
     count = min(rows_per_step, left_in_epoch) if last_batch == "keep" else rows_per_step
@@ -187,14 +187,14 @@ def next_step_position(position: int, rows_per_step: int, last_batch: LastBatch,
     if last_batch == "keep":
         return position + min(rows_per_step, left_in_epoch)
 
-    # This step takes its rows; where the epoch has no whole step left behind it, the next epoch follows.
+    # This step takes its rows. If the epoch then has no whole step left, the next epoch follows.
     if last_batch == "drop" and left_in_epoch - rows_per_step < rows_per_step:
         return position + left_in_epoch
     return position + rows_per_step
 
 
 def step_at(position: int, rows_per_step: int, last_batch: LastBatch, rows_per_epoch: int) -> int:
-    """The step, counted from 1, that takes the row at a global position; of rows that `drop` leaves out, the next."""
+    """The step, counted from 1, that takes the row at a global position; the next step if `drop` leaves the row out."""
     if last_batch == "wrap":
         return position // rows_per_step + 1
     epoch, place = divmod(position, rows_per_epoch)
@@ -203,7 +203,7 @@ def step_at(position: int, rows_per_step: int, last_batch: LastBatch, rows_per_e
 
 
 def ledger_text(row_ids: Iterable[RowId]) -> str:
-    """What the ledger says of a step's rows: source/epoch/row of each."""
+    """The ledger's text for a step's rows: source/epoch/row of each."""
     return " ".join([f"{source}/{epoch}/{row}" for source, epoch, row in row_ids])
 
 

@@ -24,7 +24,7 @@ from ds_slm.errors import DataError
 from ds_slm.recipe.schema import Recipe
 
 Split = Literal["train", "val", "val_card"]
-"""What is read; `val_card` are held-out conversations counted as a published card counts them (sft)."""
+"""The split to read; `val_card` is held-out conversations, counted as a published card counts them (sft)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +34,9 @@ class Rows:
     token_ids: np.ndarray
     """int64 [B, T + 1]."""
     weights: np.ndarray
-    """float32 [B, T]: the loss weight of each target; 0 where there is nothing to learn."""
+    """float32 [B, T]: the loss weight of each target; 0 for a target that is not learned."""
     document_ids: np.ndarray | None = None
-    """int32 [B, T]: which inputs may see each other; None where the rows are not packed."""
+    """int32 [B, T]: inputs with equal ids may see each other; None if the rows are not packed."""
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -55,7 +55,7 @@ class Rows:
 
     @property
     def document_count(self) -> int | None:
-        """Documents of all rows, runs of equal ids; None where the rows are not packed."""
+        """Documents (runs of equal ids) in all rows; None if the rows are not packed."""
         if self.document_ids is None:
             return None
         return len(self.document_ids) + int(np.count_nonzero(np.diff(self.document_ids)))
@@ -65,7 +65,7 @@ class PretrainRows:
     """Rows of prepared token shards, in the recipe's order."""
 
     def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
-        """Raises DataError where a source is too small for the recipe, with every source that is."""
+        """Raises DataError, which names every source that is too small for the recipe."""
         self._seq_len = recipe.data.seq_len
         self._rows_per_step = recipe.rows_per_step
         self._last_batch: LastBatch = recipe.train.last_batch
@@ -107,7 +107,7 @@ class PretrainRows:
         return lines
 
     measures: Mapping[str, Split] = MappingProxyType({"": "val"})
-    """Ways of counting the held-out loss: prefix of a value's name -> what `read` calls it."""
+    """Ways of counting the held-out loss: prefix of a value's name -> the split to `read`."""
 
     def summary(self) -> dict[str, Any]:
         """Tokens of both splits, and how many rows each source has to train on."""
@@ -116,7 +116,7 @@ class PretrainRows:
         return {"train": train, "val": {"tokens": self._prepared.val_tokens}}
 
     def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
-        """Nothing: rows of pretraining are full."""
+        """Nothing, because rows of pretraining are full."""
         return {}
 
     def row_ids(self, position: int) -> list[RowId]:
@@ -142,7 +142,7 @@ class PretrainRows:
         """The rows with these ids; None is a filler row of padding with weight 0.
 
         Raises:
-            DataError: where a shard holds an id beyond the vocabulary, naming the shard and the position.
+            DataError: a shard holds an id beyond the vocabulary; names the shard and the position.
         """
         token_ids = np.full((len(row_ids), self._seq_len + 1), self._prepared.pad_id, dtype=np.int64)
         weights = np.zeros((len(row_ids), self._seq_len), dtype=np.float32)
@@ -163,7 +163,7 @@ class PretrainRows:
         weights[: skip + len(ids) - 1] = 1.0
 
     def _begin(self, row_id: RowId, split: Split) -> int:
-        """Where a row's tokens begin in its source; a held-out row starts with its context."""
+        """The place in its source where a row's tokens begin; a held-out row starts with its context."""
         return row_id.row * self._seq_len - (split == "val")
 
     def _refuse_id(self, row_ids: Sequence[RowId | None], token_ids: np.ndarray, split: Split) -> None:
@@ -181,8 +181,8 @@ class PretrainRows:
 def share(row_ids: Sequence[RowId], rank: int, world_size: int, micro_batch: int) -> list[list[RowId | None]]:
     """This rank's micro-batches of a step's rows, at most `micro_batch` rows each.
 
-    All ranks get equally many micro-batches of one size, filled up with None, so that every world size works and every
-    rank runs the same number of forwards. The size is the smallest that keeps the number: fewer fillers, same steps.
+    All ranks get the same number of micro-batches of one size, filled up with None, so that every world size works and
+    every rank runs the same number of forwards. The size is the smallest that keeps this number, for fewer fillers.
     """
     rows_per_rank = math.ceil(len(row_ids) / world_size)
     count = math.ceil(rows_per_rank / micro_batch)

@@ -3,8 +3,8 @@
     --skip-rows, and what earlier launches left out --resolve--> ranges --> every checkpoint and env.json
     draw                                            --> the next step that has rows left
 
-Positions of all other rows stay what they were. A step that is left out as a whole is passed over; the run then goes on
-for as much longer.
+The positions of all other rows do not change. If all rows of a step are left out, the step is passed over, and the run
+takes another step at its end instead.
 """
 
 from bisect import bisect_right
@@ -16,11 +16,11 @@ from ds_slm.data.order import RowId
 from ds_slm.errors import RecipeError
 
 Ranges = tuple[tuple[int, int], ...]
-"""First position and the one behind the last, ascending; none overlap or touch."""
+"""(first position, the position after the last) of each range, ascending; ranges neither overlap nor touch."""
 
 
 class Positions(Protocol):
-    """What is asked of a source of rows."""
+    """The part of a row source that is needed here."""
 
     def row_ids(self, position: int) -> list[RowId]:
         """Rows of the step that begins at a global position."""
@@ -37,7 +37,7 @@ class Skipping:
 
     ranges: Ranges
     said: tuple[str, ...] = ()
-    """What its user should know, a line each."""
+    """Lines for the user."""
 
 
 def merged(ranges: Iterable[Sequence[int]]) -> Ranges:
@@ -54,13 +54,13 @@ def merged(ranges: Iterable[Sequence[int]]) -> Ranges:
 
 
 def end_of_range(ranges: Ranges, position: int) -> int:
-    """The end of the range that holds a position; the position itself where none does."""
+    """The end of the range that holds a position; the position itself if none does."""
     index = bisect_right(ranges, position, key=lambda one: one[0]) - 1
     return max(ranges[index][1], position) if index >= 0 else position
 
 
 def draw(rows: Positions, position: int, skipped: Ranges) -> tuple[int, dict[int, RowId]]:
-    """Where the next step begins, and its rows by global position: without those to be skipped, and never none."""
+    """Where the next step begins, and its rows by global position, without skipped ones; there is at least one."""
     while True:
         position = _behind_skipped_steps(rows, position, skipped)
         left = dict(enumerate(rows.row_ids(position), position))
@@ -72,7 +72,7 @@ def draw(rows: Positions, position: int, skipped: Ranges) -> tuple[int, dict[int
 
 
 def _behind_skipped_steps(rows: Positions, position: int, skipped: Ranges) -> int:
-    """The first step from here on that is not left out from its first position to the next step's; draws no row."""
+    """The position of the first step from here on that is not left out completely; does not draw rows."""
     end = end_of_range(skipped, position)
     while (after := rows.next_position(position)) <= end:
         position = after
@@ -82,17 +82,17 @@ def _behind_skipped_steps(rows: Positions, position: int, skipped: Ranges) -> in
 
 
 def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position: int, steps_left: int) -> Skipping:
-    """What a launch leaves out: what is recorded, and what its flags add.
+    """The rows that a launch leaves out: the recorded ones, and those that its flags add.
 
     Args:
-        asked: `--skip-rows`; an empty range among them stands for `none`: what is recorded is taken again.
-        recorded: what the launches before it left out.
+        asked: `--skip-rows`; an empty range among them stands for `none`: recorded rows are taken again.
+        recorded: the rows that earlier launches left out.
         rows: where rows come from.
-        position: of the next row to draw.
-        steps_left: of the recipe.
+        position: the position of the next row to draw.
+        steps_left: the recipe's remaining steps.
 
     Raises:
-        RecipeError: for each range that reaches beyond the last row of the run.
+        RecipeError: a range reaches beyond the last row of the run; names each.
     """
     forget = any(not one for one in asked)
     ranges, said, problems = () if forget else recorded, [], []
@@ -108,7 +108,7 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
 
     measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges, greatest)
     for one in new:
-        if one.stop > max(limit, position) and measured != ranges:  # steps that are passed over are made up for
+        if one.stop > max(limit, position) and measured != ranges:  # other steps replace those that are passed over
             measured, limit = ranges, _end_of_run(rows, position, steps_left, ranges, greatest)
         if one.stop > max(limit, position):
             problems.append(
@@ -127,7 +127,7 @@ def resolve(asked: Sequence[range], recorded: Ranges, rows: Positions, position:
 
 
 def _end_of_run(rows: Positions, position: int, steps_left: int, skipped: Ranges, greatest: int) -> int:
-    """The position behind the last row of the run, or one from `greatest` on; walks steps without drawing a row."""
+    """The position after the last row of the run, or one from `greatest` on; walks steps without drawing rows."""
     for _ in range(steps_left):
         if position >= greatest:
             break

@@ -1,8 +1,8 @@
-"""How much text there is, before anything is prepared: bytes, documents, about how many tokens, and what to hold out.
+"""The amount of text, before anything is prepared: bytes, documents, approximate tokens, and what to hold out.
 
     a source --documents--> counted one by one; its first SAMPLE_BYTES --tokenizer--> bytes a token --> Text
 
-All of the text is read once, so that a damaged file or a missing column shows here and not in the middle of a run.
+All of the text is read once, so that a damaged file or a missing column is found here and not in the middle of a run.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from ds_slm.recipe.own_text import Text
 from ds_slm.recipe.schema import Recipe, Source
 
 SAMPLE_BYTES = 4 << 20
-"""Of the text that bytes a token are measured on."""
+"""Bytes of text on which the bytes of a token are measured."""
 SAMPLE_VOCAB = 32_000
-"""Ids of the largest vocabulary that is learned from the sample: larger ones are estimated by this one."""
+"""Size of the largest vocabulary that is learned from the sample; it stands for larger ones."""
 HELD_OUT = 0.02
-"""Share of the text that is held out where there are many documents."""
+"""Share of the text that is held out if there are many documents."""
 FEW_DOCUMENTS = 2_000
-"""Up to this number, where each document falls decides how much is held out, so it is looked at."""
+"""Up to this number of documents, the position of each one matters for the held-out share, so all are looked at."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 0.005, 0.5
 FRACTION_DIGITS = 6
 
@@ -36,10 +36,10 @@ def survey(source: Source, recipe: Recipe) -> Text:
 
     Args:
         source: a file or a folder of text.
-        recipe: whose vocabulary the tokens are counted in.
+        recipe: the recipe in whose vocabulary tokens are counted.
 
     Raises:
-        DataError: where the text cannot be read, or no part of it can be held out.
+        DataError: the text cannot be read, or no part of it can be held out.
     """
     sample: list[str] = []
     sampled_bytes = text_bytes = count = empty = 0
@@ -97,17 +97,17 @@ def _fraction(positions: Sequence[tuple[float, int]]) -> tuple[float, float, int
 
 
 def _measure(sample: Sequence[str], recipe: Recipe) -> dict[str, Any]:
-    """Ids that a sample's vocabulary has, at most the recipe's; and bytes that one of them stands for."""
+    """The size of a sample's vocabulary, at most the recipe's; and the mean bytes of a token in it."""
     section = recipe.tokenizer
     sample_bytes = sum(len(text.encode()) for text in sample)
 
-    # The tokenizer of a model that is trained further is there.
+    # A model that is trained further has its tokenizer.
     if section.kind == "hf" and section.path and Path(section.path).is_dir():
         tokenizer = build_tokenizer(recipe, lambda source: iter(()))
         tokens = sum(map(len, tokenizer.encode_batch(sample)))
         return {"learnable_ids": section.vocab_size, "bytes_per_token": sample_bytes / tokens}
 
-    # Any other is estimated by one that is learned from the sample.
+    # A tokenizer that is learned from the sample stands for any other.
     size = min(section.vocab_size, SAMPLE_VOCAB) - len(section.special_tokens)
     learned, _ = train_bpe(sample, size, section.min_frequency)
 

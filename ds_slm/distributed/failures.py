@@ -2,7 +2,7 @@
 
 the first that fails   waits a moment for the others' mistakes and prints all of them; it prints a crash at once
 another that fails     prints what the first did not
-a rank that did not    ends, and says so where none of its host failed
+a rank that did not    ends, and says so if no rank of its host failed
 """
 
 import json
@@ -27,18 +27,18 @@ class Failure:
     text: str
     """What its user reads."""
     problems: tuple[str, ...] = ()
-    """If it is a user's mistake: one sentence each."""
+    """If it is a user's mistake: a sentence for each problem."""
     is_final: bool = False
     """Whether another launch would only repeat it."""
 
     @property
     def place(self) -> str:
-        """Which rank, and where."""
+        """The rank and its host, for people."""
         return f"rank {self.rank} on {self.host}"
 
 
 def failure_of(error: BaseException, rank: int) -> Failure:
-    """How a rank describes an error: a sentence for a user's mistake, a traceback for one of this program's."""
+    """A rank's description of an error: sentences for a user's mistake, a traceback for a fault of this program."""
     problems = tuple(error.told) if isinstance(error, UserError) else ()
     text, code = describe(error) or ("".join(traceback.format_exception(error)).rstrip(), EXIT_FAILURE)
     if isinstance(error, SystemExit) and error.code == EXIT_USER_ERROR:
@@ -48,7 +48,7 @@ def failure_of(error: BaseException, rank: int) -> Failure:
 
 
 class FailureBoard:
-    """Where ranks post their failures, in the store of the launch."""
+    """The place in the launch's store where ranks post their failures."""
 
     def __init__(self, store: Store, size: int, intervals: Intervals) -> None:
         self._store, self._size, self._intervals = store, size, intervals
@@ -82,7 +82,7 @@ class FailureBoard:
         wait_until(lambda: self._store.has("told"), limit_s, POLL_S)
 
     def failures(self) -> list[Failure]:
-        """All that were posted, in the order of ranks."""
+        """All posted failures, in the order of ranks."""
         posted = [rank for rank in range(self._size) if self._store.has(f"failed/{rank}")]
         found = [json.loads(self._store.get(f"failed/{rank}")) for rank in posted]
         return [Failure(**{**one, "problems": tuple(one["problems"])}) for one in found]
@@ -94,15 +94,15 @@ class FailureBoard:
         self._told = [one for one in self.failures() if one.rank in told]
         if own.rank in told or own.text in [one.text for one in self._told]:
             return None
-        if self._told and not own.problems:  # most often: what it waited for will never come
+        if self._told and not own.problems:  # most often the rank waited for something that will never come
             return f"{own.place} ends, too ({self._told[0].place} had failed): {own.text.splitlines()[-1]}"
         return own.text
 
     def _nobody_is_underway(self) -> bool:
-        """Whether all have failed, or are ready and can fail no more."""
+        """Whether all ranks have failed, or are ready and can no longer fail."""
         return self._store.count("failed") + self._store.count("arrived") >= self._size
 
 
 def all_problems(failures: list[Failure]) -> str:
-    """Every problem once; with its host where not all hosts that failed have it."""
+    """Every problem once; with its host if not all failed hosts have it."""
     return "error: " + "\n  ".join(merged([one.host for one in failures], [one.problems for one in failures]))

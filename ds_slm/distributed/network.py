@@ -1,4 +1,4 @@
-"""Over which network interface ranks talk: the one whose route leads to rank 0's host, unless the user names another.
+"""The network interface that ranks use: the one whose route leads to rank 0's host, unless the user names another.
 
 gloo's own choice is the address of the host's name, which on many Debian hosts is 127.0.1.1: the ranks of several hosts
 then never connect. NCCL takes the first interface it finds. Imports neither torch nor deepspeed.
@@ -22,24 +22,24 @@ NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 
 
 def reserve_variables(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Give variables that are set later a place in the environment, before there is a second thread.
+    """Create the environment variables that are set later, before there is a second thread.
 
-    A process may crash where one thread reads the environment, as each look-up of a host's name does, while it grows
-    in another; values of names that are there change without harm. To be called once torch is imported: its OpenMP
-    has read OMP_NUM_THREADS by then.
+    A process may crash if one thread reads the environment, as each look-up of a host's name does, while another makes
+    it grow; changing the value of an existing variable is harmless. Call this once torch is imported: by then its
+    OpenMP has read OMP_NUM_THREADS.
     """
-    # Chosen later; until then an empty value is none. But even an empty NCCL variable hides what nccl.conf says.
+    # These are chosen later; until then an empty value counts as unset. But even an empty variable hides nccl.conf.
     configured = any(os.path.exists(os.path.expanduser(file)) for file in NCCL_FILES)
     for name in (GLOO, "OMP_NUM_THREADS", *([] if configured else [NCCL])):
         environ.setdefault(name, "")
 
-    # Set by torch's compiler and by DeepSpeed themselves, to just this.
+    # torch's compiler and DeepSpeed themselves would set these values.
     environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}"))
     environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def choose_accelerator(build: ModuleType, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Name the CPU to DeepSpeed where torch is built for nothing else: it would search, and warn that it found none.
+    """Name the CPU to DeepSpeed if torch is built for CPUs only: DeepSpeed would search, and warn that it found none.
 
     Args:
         build: torch.version.
@@ -57,7 +57,7 @@ def _user() -> str:
 
 
 def address_towards(host: str, port: int) -> str:
-    """This host's own address on the route to another. Sends nothing. Raises OSError where there is no route."""
+    """This host's own address on the route to another. Sends nothing. Raises OSError if there is no route."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
@@ -65,7 +65,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that has an address; None where none does."""
+    """The interface that has an address; None if none does."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
             return name
@@ -78,7 +78,7 @@ def is_loopback(address: str) -> bool:
 
 
 def refuse_unknown_interfaces(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Raise DeviceError where the user names an interface that this host does not have."""
+    """Raise DeviceError if the user names an interface that this host does not have."""
     there = list(psutil.net_if_addrs())
     problems = []
 
@@ -102,7 +102,7 @@ def refuse_unknown_interfaces(environ: MutableMapping[str, str] = os.environ) ->
 
 
 def own_address(master: str, port: int) -> str | None:
-    """The address that a rank gives to the others: its own on the route to rank 0's host; None without a route."""
+    """The address that a rank sends to the others: its own on the route to rank 0's host; None without a route."""
     try:
         return address_towards(master, port)
     except OSError:
@@ -116,17 +116,17 @@ def choose(
 
     Args:
         addresses: `own_address` of every rank.
-        rank: this one.
+        rank: this rank.
         is_cuda: whether NCCL is used.
         environ: where the variables go.
 
     Returns:
-        gloo's interface, chosen here or by the user; None where no route says which.
+        gloo's interface, chosen here or by the user; None if no route shows one.
     """
     mine = addresses[rank]
     others = [one for one in addresses if one is not None and not is_loopback(one)]
     if mine is not None and is_loopback(mine) and others:
-        # Rank 0's name means loopback on its own host: the way to any other host is the right one.
+        # On its own host rank 0's name means loopback: take the route to any other host instead.
         mine = own_address(others[0], 1)
     found = interface_of(mine) if mine is not None else None
     if found is not None:

@@ -1,6 +1,6 @@
-"""Problems of any rank, raised on all of them: a rank that ended alone would leave the others inside a collective.
+"""Problems of any rank, raised on all ranks: a rank that ended alone would leave the others inside a collective.
 
-each rank's own --gather--> every problem once, with its host where not all hosts have it --> raised on every rank
+each rank's own --gather--> every problem once, with its host if not all hosts have it --> raised on every rank
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def raise_on_all(control: "Control", problems: Sequence[str], error: type[UserError] = UserError) -> None:
-    """Raise an error with every rank's problems, on all ranks, where any rank has one. Collective."""
+    """If any rank has a problem, raise an error with all ranks' problems on all ranks. Collective."""
     if everyones := merged(control.hosts, control.gather(list(problems))):
         raise error(everyones)
 
 
 def merged(hosts: Sequence[str], problems: Sequence[Iterable[str]]) -> list[str]:
-    """Every problem once; with its host where not all of these hosts have it.
+    """Every problem once; with its host if not all of these hosts have it.
 
     Args:
         hosts: the host of each rank; at least one.

@@ -1,7 +1,7 @@
-"""What ranks say to each other beside the gradients: small messages and whole tensors, over a gloo group on the CPU.
+"""Messages between ranks, except gradients: small ones and whole tensors, over a gloo group on the CPU.
 
 Messages are JSON, so nothing that arrives is ever unpickled. Every function here is collective (all ranks call
-it) where it does not say otherwise.
+it) unless it says otherwise.
 """
 
 import json
@@ -22,8 +22,8 @@ from ds_slm.distributed.world import host_id
 from ds_slm.errors import CheckpointError
 
 BACKGROUND_TIMEOUT = timedelta(hours=6)
-"""Of one message of a save: a writer's disk may keep it waiting for longer than gloo's 30 minutes. A rank that died is
-noticed before: its connections are closed, and the launcher ends the others. This is for a host that lost its power."""
+"""Limit for one message of a save: a writer's disk may delay it for longer than gloo's 30 minutes. A dead rank is
+noticed earlier: its connections close, and the launcher ends the others. This is for a host that lost its power."""
 
 
 class Control:
@@ -37,29 +37,29 @@ class Control:
         """Host name of each rank."""
         machines = self.gather(host_id())
         self.leaders = [rank for rank, machine in enumerate(machines) if machine not in machines[:rank]]
-        """The first rank of each host, in the order of ranks: it alone touches that host's run folder."""
+        """The first rank of each host, in the order of ranks; only it touches that host's run folder."""
         self.leaders_of_ranks = [machines.index(machine) for machine in machines]
         """The leader of each rank's host."""
         self.ranks_on_host = machines.count(machines[self.rank])
 
     def background(self) -> "Control":
-        """The same ranks over a group of their own, for a thread that talks beside this one. Collective."""
+        """The same ranks over another group, for a thread that sends messages beside this one. Collective."""
         other = copy(self)
         other.group = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
         return other
 
     @property
     def leads_host(self) -> bool:
-        """Whether this rank speaks for its host."""
+        """Whether this rank is the leader of its host."""
         return self.rank in self.leaders
 
     def writers(self, folder: Path) -> list[int]:
-        """The leaders whose `folder` is a folder of its own: where hosts share a disk, one of them writes for all.
+        """The leaders that each have a separate `folder`: if hosts share a disk, one of them writes for all.
 
         Raises:
-            CheckpointError: on every rank, where a host cannot write there.
+            CheckpointError: on every rank, if a host cannot write there.
         """
-        launch = self.broadcast(uuid.uuid4().hex[:8], 0)  # marks of a launch that was killed are not this one's
+        launch = self.broadcast(uuid.uuid4().hex[:8], 0)  # tells its marks from those a killed launch left
         mark = folder / f".host-{self.rank}-{launch}"
 
         # Every leader leaves its mark; on a shared disk it then sees the others' marks, too.
@@ -108,11 +108,11 @@ class Control:
         return tensor
 
     def send(self, tensor: Tensor, receiver: int) -> None:
-        """Give a contiguous CPU tensor to one rank, which calls `receive`. Not collective."""
+        """Send a contiguous CPU tensor to one rank, which calls `receive`. Not collective."""
         dist.send(tensor, receiver, group=self.group)
 
     def receive(self, buffer: Tensor, sender: int) -> Tensor:
-        """Fill a contiguous CPU tensor with what one rank sends; returns it. Not collective."""
+        """Fill a contiguous CPU tensor with the tensor that one rank sends; returns it. Not collective."""
         dist.recv(buffer, sender, group=self.group)
         return buffer
 

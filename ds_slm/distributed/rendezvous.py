@@ -1,17 +1,17 @@
 """How the ranks of a launch meet, and how one that fails ends the others, over a store that rank 0 serves.
 
     open      a thread connects to the store: the first thing a launch does, while data are prepared
-    arrive    this rank is ready; returns once all are, with what each of them says of itself
+    arrive    this rank is ready; returns once all ranks are, with each rank's message
     fail      this rank cannot go on: it tells the others, the error is printed once, the process ends at once
 
-The thread counts up this rank's heartbeat and looks for failures until the launch ends. Before the ranks have met,
-rank 0 ends the launch where a heartbeat stands still or a rank never came. Only counters are compared, never clocks.
+The thread increments this rank's heartbeat and looks for failures until the launch ends. Before the ranks have met,
+rank 0 ends the launch if a heartbeat stands still or a rank never came. Only counters are compared, never clocks.
 
 A rank that fails neither destroys the process group nor waits for a save: the others may be inside a collective that
-would never end. It ends, and so do they: their launcher, or this thread, sees to it.
+would never end. It ends, and then their launcher, or this thread, ends the others.
 
-Known gaps: a rank that is killed after the ranks have met is noticed by the others' collectives alone; a thread that
-holds Python's lock for longer than `silent_s` passes for a dead rank.
+Known gaps: if a rank is killed after the ranks have met, only the others' collectives notice; a thread that holds
+Python's lock for longer than `silent_s` counts as a dead rank.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from ds_slm.errors import (
 
 INTERVALS = Intervals()
 NAMED = 8
-"""Missing ranks that are named one by one."""
+"""The most missing ranks that are named one by one."""
 
 
 class Rendezvous:
@@ -56,12 +56,12 @@ class Rendezvous:
     def __init__(
         self, world: World, intervals: Intervals, terminal: int = 2, end: Callable[[int], Any] = os._exit
     ) -> None:
-        """Nothing is opened yet.
+        """Does not connect yet.
 
         Args:
             world: this process among all.
             intervals: how long to wait.
-            terminal: file descriptor of what users read, whatever happens to stderr.
+            terminal: file descriptor that users read, whatever happens to stderr.
             end: ends the process with an exit code.
         """
         self.world, self._intervals, self._terminal, self._end = world, intervals, terminal, end
@@ -77,9 +77,9 @@ class Rendezvous:
         self._contact_s = time.monotonic()
 
     def open(self) -> None:
-        """Begin to connect. Several calls are one; a launch of one rank needs none."""
+        """Begin to connect. Later calls have no effect; a launch of one rank need not connect."""
         if self.world.size > 1 and self._thread is None:
-            import torch.distributed  # an import that fails is the main thread's
+            import torch.distributed  # if the import fails, the main thread reports it
 
             network.reserve_variables()
             network.choose_accelerator(torch.version)
@@ -87,7 +87,7 @@ class Rendezvous:
             self._thread.start()
 
     def connected(self) -> Store:
-        """The store, once this process is connected to it; only where there are several ranks.
+        """The store, once this process is connected to it; only if there are several ranks.
 
         Raises:
             KeyboardInterrupt: SIGINT came, or SIGTERM.
@@ -100,9 +100,9 @@ class Rendezvous:
         return self._store
 
     def arrive(self, message: Any) -> list[Any]:
-        """Wait until all ranks are ready; every rank's JSON message, in the order of ranks.
+        """Wait until all ranks are ready; returns every rank's JSON message, in the order of ranks.
 
-        The process ends where another rank fails meanwhile.
+        The process ends if another rank fails meanwhile.
 
         Raises:
             MeetingError: rank 0's host no longer answers.
@@ -120,21 +120,21 @@ class Rendezvous:
         return self._messages
 
     def close(self) -> None:
-        """The launch ends alike on all ranks: look no further."""
+        """Stop looking for failures: the launch ends on all ranks together."""
         self._closed.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout=self._intervals.come_out_s)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks, and the user, once; then end this process with the error's exit code."""
+        """Report the error once to the other ranks and the user; then end this process with its exit code."""
         failure, was_open = failure_of(error, self.world.rank), self._thread is not None
         if failure.is_final:
             pulse.final(failure.code)
         patience_s, is_interrupted = self._patience_s(failure.code), failure.code == EXIT_INTERRUPTED
 
         # The thread already ends this process, because another rank failed.
-        if self._thread is not None and is_interrupted and self._follows:  # the launcher ends whoever is left
+        if self._thread is not None and is_interrupted and self._follows:  # the launcher ends the remaining ranks
             self._thread.join(patience_s)
             self._leave(failure.code)
 
@@ -147,7 +147,7 @@ class Rendezvous:
         on_its_own = self.world.size == 1 or (self.world.on_one_host and not was_open)
         if not on_its_own:
             self._failure = failure
-            with contextlib.suppress(ImportError):  # torch's, on this host: then the others cannot be reached
+            with contextlib.suppress(ImportError):  # without torch on this host the others cannot be reached
                 self.open()
             self._wake.set()
 
@@ -170,13 +170,13 @@ class Rendezvous:
                 self._watch(self._store, FailureBoard(self._store, self.world.size, self._intervals))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             self._lost(error)
-        except Exception as error:  # none may be lost in a thread
+        except Exception as error:  # no error may be lost in a thread
             failure = self._failure or failure_of(error, self.world.rank)
             self._tell_once(failure.text)
             self._leave(failure.code)
 
     def _is_needless(self, waited_s: float) -> bool:
-        """Whether to look no longer for rank 0: this launch is over, or a failure was offered for long enough."""
+        """Whether to stop looking for rank 0: this launch is over, or a failure was offered for long enough."""
         failure = self._failure
         return self._closed.is_set() or (failure is not None and waited_s > self._patience_s(failure.code))
 
@@ -185,7 +185,7 @@ class Rendezvous:
         return self._intervals.interrupted_s if code == EXIT_INTERRUPTED else self._intervals.linger_s
 
     def _watch(self, store: Store, board: FailureBoard) -> None:
-        """Until the end of the launch: beat, look for failures, and at first for the other ranks."""
+        """Until the launch ends: increment the heartbeat, look for failures, and at first for the other ranks."""
         world, limit = self.world, self._intervals
         store.set(f"host/{world.rank}", self._host)
         opened_s = time.monotonic()
@@ -202,7 +202,7 @@ class Rendezvous:
             if not board.is_empty:
                 return self._follow(store, board)
 
-            # Once this rank is ready: have all others come?
+            # Once this rank is ready, check whether all others have come.
             waits = self._message is not None and not self._met.is_set()
             if waits and self._all_are_there(store):
                 continue
@@ -230,7 +230,7 @@ class Rendezvous:
         return True
 
     def _say_who_is_missing(self, store: Store, waited_s: float) -> None:
-        """The lowest rank that waits says it."""
+        """Print which ranks are missing; the lowest rank that waits does it."""
         missing = [rank for rank in range(self.world.size) if not store.has(f"message/{rank}")]
         if not missing or any(rank not in missing for rank in range(self.world.rank)):
             return
@@ -247,7 +247,7 @@ class Rendezvous:
         )
 
     def _silent_rank(self, store: Store, beats: dict[int, tuple[int, float]]) -> Failure | None:
-        """What ends the launch: a rank that did not come, or whose heartbeat stands still."""
+        """The failure of a rank that did not come, or whose heartbeat stands still; it ends the launch."""
         now_s = time.monotonic()
         for rank, (count, since_s) in beats.items():
             found = store.count(f"beat/{rank}")
@@ -266,7 +266,7 @@ class Rendezvous:
     def _lost(self, error: Exception) -> None:
         """The store is gone, and rank 0 with it."""
         if self._closed.is_set() or self._met.is_set():
-            return  # the launch may have come to its end; where it did not, collectives fail
+            return  # the launch may have ended; if it did not, collectives fail
         time.sleep(self._intervals.together_s)  # a launcher on this host ends this process, and rank 0 has printed why
         gone = f"error: rank 0 at {self.world.master} ended before the ranks had met ({first_line(error)}): "
         self._tell_once(self._failure.text if self._failure else gone + "look into its host's output.")
@@ -283,10 +283,10 @@ class Rendezvous:
         self._leave_store(own.code, store)
 
     def _follow(self, store: Store, board: FailureBoard) -> None:
-        """Another rank failed: end, as soon as it has printed why."""
+        """Another rank failed: end as soon as it has printed why."""
         self._follows = True
         board.await_told()
-        if self._met.is_set():  # the main thread may fail as well, and have more to say
+        if self._met.is_set():  # the main thread may fail as well, with more to report
             wait_until(lambda: self._failure is not None, self._intervals.come_out_s, self._intervals.poll_s)
         if self._failure is not None:
             return self._report(self._failure, store, board)
@@ -300,7 +300,7 @@ class Rendezvous:
         self._leave_store(max((one.code for one in failures), default=EXIT_FAILURE), store)
 
     def _leave_store(self, code: int, store: Store) -> None:
-        """Rank 0 serves the others until they have noticed; a launcher on the same host ends them anyway."""
+        """End; rank 0 first serves the others until they have noticed, unless a launcher on the same host ends them."""
         store.count("left", 1)
         if self.world.rank == 0 and not self.world.on_one_host:
             limit_s = self._intervals.come_out_s if self._met.is_set() else self._patience_s(code)
@@ -314,7 +314,7 @@ class Rendezvous:
         self._end(code)
 
     def _tell_in_turn(self, text: str, wait_s: float) -> None:
-        """Without the store: the first rank of a host prints; another one does only if that rank does not end it."""
+        """Without the store: the first rank of a host prints, another rank only if the first does not end it."""
         if not worlds.first_on_host():
             time.sleep(wait_s)
         self._tell_once(text)
@@ -335,7 +335,7 @@ class Rendezvous:
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, as SIGINT does; after that the process ends, and neither counts."""
+    """Within it SIGTERM raises KeyboardInterrupt, like SIGINT; after that the process ends and ignores both."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -358,7 +358,7 @@ _current: Rendezvous | None = None
 
 
 def current() -> Rendezvous:
-    """This process's rendezvous. Raises DeviceError where the environment does not come from a launcher."""
+    """This process's rendezvous. Raises DeviceError if the environment does not come from a launcher."""
     global _current
     if _current is None:
         _current = Rendezvous(worlds.read(), INTERVALS, os.dup(2))
@@ -385,7 +385,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
         print(note, file=sys.stderr, flush=True)
 
     def fail_with_thread(failed: threading.ExceptHookArgs) -> None:
-        """An error in any other thread ends the process, too."""
+        """Let an error in any other thread end the process, too."""
         meeting.fail(failed.exc_value or SystemExit(EXIT_FAILURE))
 
     threading.excepthook = fail_with_thread

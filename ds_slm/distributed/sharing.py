@@ -3,8 +3,8 @@
     each host: which folders are whole here --> the store --> the lowest rank that has one sends it, in chunks
                                                           --> temporary files, sha256, then into the folder
 
-The chunks pass through the store of the launch, a few at a time, so no further port or program is needed. The file
-that is the sign of a whole folder comes last. Of each host the first rank alone takes part; the others wait.
+The chunks pass through the launch's store, a few at a time, so no other port or program is needed. The file that marks
+a folder as whole comes last. On each host only the first rank takes part; the others wait.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from ds_slm.errors import DataError
 from ds_slm.files import NeededFolder, fsync, is_plain_name, locked, new_folder, remove_where_dead, writer_name
 
 CHUNK_BYTES = 4 << 20
-"""The store refuses more than 8 MiB."""
+"""Bytes of a chunk: the store refuses more than 8 MiB."""
 WINDOW = 4
-"""Chunks that lie in the store at once."""
+"""Chunks in the store at the same time."""
 POLL_S = 0.002
-"""Between two looks for the next chunk."""
+"""Seconds between two looks for the next chunk."""
 HOSTS_POLL_S = 0.1
-"""Between two looks for other hosts."""
+"""Seconds between two looks for other hosts."""
 TELL_EVERY_S = 5.0
 TEMPORARY = ".receiving.tmp"
 CHANGED = "changed while it was sent: launch again."
@@ -40,22 +40,22 @@ CHANGED = "changed while it was sent: launch again."
 def share(
     meeting: Rendezvous, folders: Sequence[NeededFolder], recipe_sha256: str, report: Callable[[str], None]
 ) -> None:
-    """Send the folders that are whole on some hosts to those that lack them. Collective; returns once they are there.
+    """Send folders that are whole on some hosts to the hosts that lack them. Collective; returns once they are there.
 
-    Nothing is sent where ranks differ in recipe or folders: what follows says in what they differ.
+    If ranks differ in recipe or folders, nothing is sent: a later check names the differences.
 
     Args:
-        meeting: the launch's, of several ranks.
-        folders: what this host needs, and has of it.
+        meeting: the rendezvous of a launch with several ranks.
+        folders: the folders that this host needs, and what it has of them.
         recipe_sha256: identity of what is trained.
         report: takes lines of progress, on hosts that receive.
 
     Raises:
-        DataError: what arrived is not what was sent, or another rank runs a version that sends nothing.
+        DataError: the received files are not the sent ones, or another rank runs a version that does not send.
     """
     store, rank, size = meeting.connected(), meeting.world.rank, meeting.world.size
 
-    # Every rank says where it is and what is there; nobody prepares anything before all have looked.
+    # Every rank reports its host and the host's folders; no rank prepares anything before all have looked.
     own = {
         "host": host_id(),
         "needs": [recipe_sha256, *(folder.name for folder in folders)],
@@ -88,7 +88,7 @@ def share(
 
 
 def _has_looked(store: Store, rank: int) -> bool:
-    """Whether a rank has said what its host has. One that is ready without it runs other code."""
+    """Whether a rank has reported its host's folders. A rank that is ready without a report runs other code."""
     is_ready = store.has(f"message/{rank}")
     if store.has(f"folders/{rank}"):
         return True
@@ -100,7 +100,7 @@ def _has_looked(store: Store, rank: int) -> bool:
 
 @dataclass(frozen=True)
 class _Sending:
-    """One folder, to some hosts at once."""
+    """Sends one folder to several hosts at once."""
 
     store: Store
     folder: NeededFolder
@@ -124,7 +124,7 @@ class _Sending:
             self._forget(last)
 
     def _forget(self, number: int) -> None:
-        """Take a chunk out of the store, once all have it."""
+        """Remove a chunk from the store once all hosts have it."""
         key = f"folder/{self.folder.name}/{number}"
         if number > 0:
             _wait(lambda: self.store.count(f"{key}/taken") >= self.receivers)
@@ -133,7 +133,7 @@ class _Sending:
 
 @dataclass(frozen=True)
 class _Receiving:
-    """One folder, from the host that has it."""
+    """Receives one folder from the host that has it."""
 
     store: Store
     folder: NeededFolder
@@ -168,7 +168,7 @@ class _Receiving:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _receive(self, files: Sequence[tuple[str, int]], into: Path, total_mb: float) -> str:
-        """Write the files; returns the hash of all that came."""
+        """Write the files; returns the hash of everything received."""
         chunks, digest, told_s, done = self._chunks(), hashlib.sha256(), time.monotonic(), 0
         for name, size in files:
             left = size
@@ -191,7 +191,7 @@ class _Receiving:
         return digest.hexdigest()
 
     def _put_in_place(self, names: Sequence[str], temporary: Path) -> None:
-        """The sign of a whole folder is the last name."""
+        """Move the files to their places; the last name marks the folder as whole."""
         for name in names:
             place = self.folder.path / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +218,6 @@ def _chunks(paths: Sequence[Path]) -> Iterator[bytes]:
 
 
 def _wait(condition: Callable[[], bool], poll_s: float = POLL_S) -> None:
-    """Without a limit: where another rank fails, the rendezvous ends this process."""
+    """Wait without a time limit: if another rank fails, the rendezvous ends this process."""
     while not condition():
         time.sleep(poll_s)

@@ -2,14 +2,14 @@
 
     signal --wakeup pipe--> a thread notes the request, and from the first stop on counts the seconds of grace
     each step, with its sums: every rank's request --the largest--> STOP: Stopped is raised
-    a step that takes longer than VOTE_EVERY_S: meanwhile, too, over gloo, behind a backward pass
+    a step that takes longer than VOTE_EVERY_S: also within the step, over gloo, during a backward pass
     a newer launch writes into the run folder --a request, too, and the largest--> ReplacedByNewerLaunch is raised
-    no more grace --> this process ends: with 75 where the last applied step is saved, else with 1
+    no more grace --> this process ends: with 75 if the last applied step is saved, else with 1
     a compiler that runs then --> is ended: what it leaves undone runs eagerly, so that the vote comes in time
 
-The pipe is written in C, so a request is noted also while Python waits for a compiler or a kernel. Further signals
-change nothing: DeepSpeed's launcher sends SIGTERM to all as soon as one rank has left. Its own death counts as a
-SIGTERM, and so does that of the `deepspeed` command above it.
+C code writes the pipe, so a request is noted even while Python waits for a compiler or a kernel. Further signals have
+no effect: DeepSpeed's launcher sends SIGTERM to all ranks as soon as one has ended. The death of the launcher, or of
+the `deepspeed` command above it, counts as a SIGTERM.
 
 Known gap: a vote is taken after a number of micro-batches: the number that fitted into VOTE_EVERY_S two steps before
 (until that is known, after each). A request waits for a micro-batch that suddenly takes longer.
@@ -35,16 +35,16 @@ from ds_slm.distributed.world import launcher, signal_at_launchers_death
 from ds_slm.errors import EXIT_FAILURE, EXIT_STOPPED, ReplacedByNewerLaunch, Stopped
 
 LOOK_EVERY_S = 0.1
-"""So often a rank that is to stop looks for compilers that keep it from stopping."""
+"""Seconds between two looks of a stopping rank for compilers that keep it from stopping."""
 RUNNER_EVERY_S = 1.0
-"""So often a rank looks whether the command that started its launcher is still there."""
+"""Seconds between two looks of a rank whether the command that started its launcher is still there."""
 VOTE_EVERY_S = 1.0
-"""So often, or after each micro-batch that takes longer, ranks ask each other within a step."""
+"""Seconds between two votes within a step; a micro-batch that takes longer has a vote after it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Request(IntEnum):
-    """What a rank asks for; of several ranks' requests the largest counts."""
+    """What a rank asks for; if ranks ask for different things, the largest request counts."""
 
     NONE = 0
     SAVE = 1
@@ -53,13 +53,13 @@ class Request(IntEnum):
 
 
 class Vote:
-    """What all ranks are asked for, on its way; none within a step that is too short for one."""
+    """A vote of all ranks on their requests, in progress; empty in a step that is too short for one."""
 
     def __init__(self, interrupt: "Interrupt | None" = None, requests: Any = None, pending: Any = None) -> None:
         self._interrupt, self._requests, self._pending = interrupt, requests, pending
 
     def wait(self) -> None:
-        """Do what all ranks agree on. Raises Stopped or ReplacedByNewerLaunch, on all ranks, where any asks for it."""
+        """Do what all ranks agree on. Raises Stopped or ReplacedByNewerLaunch, on all ranks, if any asks for it."""
         if self._pending is not None:
             self._pending.wait()
         if self._interrupt is not None:
@@ -67,7 +67,7 @@ class Vote:
 
 
 class Interrupt:
-    """Within it signals are requests; outside they do what they always did."""
+    """Within it signals are requests; outside they have their usual effect."""
 
     def __init__(self, control: Control, grace_s: float) -> None:
         self._control, self._grace_s = control, grace_s
@@ -75,12 +75,12 @@ class Interrupt:
         self._watchdog: threading.Thread | None = None
         self._ended = threading.Event()
         self.mark_stopped: Callable[[], bool] = lambda: False
-        """Whether a whole checkpoint of the last applied step lies on disk; leaves the sign of it, too."""
+        """Whether a whole checkpoint of the last applied step is on disk; if so, notes that a signal ended the run."""
         self.save_requested = False
         """Whether all ranks agreed to save after this step."""
 
     def __enter__(self) -> "Interrupt":
-        self._terminal = os.dup(2)  # what is printed later goes to a log
+        self._terminal = os.dup(2)  # later output goes to a log
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._handlers = {number: signal.signal(number, _expect_dead_compilers) for number in SIGNALS}
@@ -101,7 +101,7 @@ class Interrupt:
             # a stopped rank waits for the others, and may get the signal again meanwhile
             signal.signal(number, signal.SIG_IGN if stopping else handler)
         os.close(self._writer)
-        if not isinstance(error, Stopped):  # the run came to its end before the request counted
+        if not isinstance(error, Stopped):  # the run ended before the request counted
             self._ended.set()
 
     def _listen(self) -> None:
@@ -114,7 +114,7 @@ class Interrupt:
         os.close(self._reader)
 
     def _stop_with_runner(self, above: psutil.Process) -> None:
-        """SIGTERM to `deepspeed` ends that process alone: its launcher and the ranks would train on, unseen."""
+        """Stop if `deepspeed` is gone: SIGTERM ends only that process; launcher and ranks would train on, unseen."""
         with contextlib.suppress(psutil.Error):
             runner = above.ppid()
             while not self._ended.wait(RUNNER_EVERY_S):
@@ -123,7 +123,7 @@ class Interrupt:
                     return
 
     def _note(self, request: Request) -> None:
-        """Remember a request; from the first stop on the time runs."""
+        """Remember a request; the time of grace begins with the first stop."""
         with self._lock:
             if request == Request.STOP and self._watchdog is None:
                 self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -155,15 +155,15 @@ class Interrupt:
 
     @property
     def request(self) -> Request:
-        """What this rank asks for."""
+        """This rank's own request."""
         return self._request
 
     def act_on(self, request: Request) -> None:
-        """Do what all ranks agreed on: the largest request of theirs. Raises Stopped or ReplacedByNewerLaunch."""
+        """Do what all ranks agreed on: their largest request. Raises Stopped or ReplacedByNewerLaunch."""
         if request == Request.REPLACED:
             raise ReplacedByNewerLaunch
         if request == Request.STOP:
-            self._note(Request.STOP)  # on the ranks that no signal came to, too
+            self._note(Request.STOP)  # also on ranks that did not get a signal
             raise Stopped
         self.save_requested |= request == Request.SAVE
 
@@ -172,7 +172,7 @@ class Interrupt:
         self._note(Request.REPLACED)
 
     def saved(self) -> None:
-        """The checkpoint that a signal asked for is saved."""
+        """Note that the checkpoint that a signal asked for is saved."""
         self.save_requested = False
         with self._lock:
             if self._request == Request.SAVE:
@@ -180,7 +180,7 @@ class Interrupt:
 
 
 def micro_batches_per_vote(micro_batch_s: float) -> int:
-    """After how many micro-batches ranks vote, where the slowest rank takes so long for one; 0 s: not known yet."""
+    """Micro-batches between two votes, if the slowest rank takes `micro_batch_s` for one; 0 s: not known yet."""
     return max(int(VOTE_EVERY_S / micro_batch_s), 1) if micro_batch_s > 0 else 1
 
 
@@ -191,21 +191,21 @@ def _expect_dead_compilers(number: int, frame: Any) -> None:
 
 
 def _let_compiling_fail(may: bool) -> None:
-    dynamo = sys.modules.get("torch._dynamo")  # not there where nothing was compiled
+    dynamo = sys.modules.get("torch._dynamo")  # missing if nothing was compiled
     if dynamo:
         dynamo.config.suppress_errors = may
 
 
 def _end_compilers() -> None:
     """End the processes that this one started and that do not run Python: compilers, and what they call."""
-    with contextlib.suppress(psutil.Error):  # what ended meanwhile; the next look is soon
+    with contextlib.suppress(psutil.Error):  # a process ended meanwhile; the next look is soon
         for child in psutil.Process().children(recursive=True):
             if not child.name().startswith("python"):
                 child.terminate()
 
 
 def _tell_siblings() -> None:
-    """The launcher stops its ranks one after another and waits for each: one that compiles would keep it waiting."""
+    """Send the signal to the other ranks of this host: the launcher stops ranks one by one, and waits for each."""
     above, siblings = launcher(), []
     with contextlib.suppress(psutil.Error):
         siblings = above.children() if above else []

@@ -1,7 +1,7 @@
-"""The key-value store of a launch: rank 0 serves it from the first moment on, the other ranks connect to it.
+"""The key-value store of a launch: rank 0 serves it from the start, and the other ranks connect to it.
 
-torch's own TCPStore, on the port where the process group is made later: `init_process_group` shares the server. No call
-waits for a key, so that a thread can share it. The store of another launch at the same port is refused.
+It is torch's own TCPStore, on the port of the later process group: `init_process_group` shares the server. No call
+waits for a key, so a thread can share it. The store of another launch at the same port is refused.
 """
 
 import json
@@ -21,31 +21,31 @@ class Intervals:
     """How long ranks wait for each other, in seconds."""
 
     poll_s: float = 0.25
-    """Between two looks into the store while a rank waits for the others."""
+    """Time between two looks into the store while a rank waits for the others."""
     beat_s: float = 1.0
-    """Between two heartbeats of a rank that does something else."""
+    """Time between two heartbeats of a rank that does something else."""
     first_word_s: float = 10.0
-    """The first line on who waits for whom comes after this time, the next ones every `word_every_s`."""
+    """The first line on who waits for whom comes after this time, the next lines every `word_every_s`."""
     word_every_s: float = 60.0
     connect_s: float = 600.0
-    """A rank must have connected by then: it does so before it prepares anything."""
+    """A rank must connect within this time: it does so before it prepares anything."""
     silent_s: float = 120.0
-    """A heartbeat that stands still for this time has ended."""
+    """A rank whose heartbeat stands still for this time counts as dead."""
     together_s: float = 3.0
-    """For this time the first rank that fails collects what is wrong on the others, to print all of it at once."""
+    """For this time the first rank that fails collects the others' problems, to print all of them at once."""
     come_out_s: float = 5.0
     """The main thread's time to end by itself once another rank has failed."""
     linger_s: float = 30.0
     """For this time a failure before the ranks have met is kept for ranks that are still starting."""
     interrupted_s: float = 0.5
-    """So long where the failure is that a user interrupted this rank: nobody waits for the end of a wait."""
+    """The same time if the failure is a user's interruption, because users should not have to wait."""
 
 
 class Store:
     """Keys and counters that all ranks of a launch see."""
 
     def __init__(self, world: World, intervals: Intervals) -> None:
-        """Serve it, where this is rank 0 and no agent of torchrun does; else connect to what listens already.
+        """Serve it if this is rank 0 and torchrun's agent does not; otherwise connect to the server.
 
         Raises:
             DeviceError: the port is taken, or serves another launch.
@@ -70,14 +70,14 @@ class Store:
                 raise DeviceError(taken(world)) from error
             raise DeviceError(f"{world.master}: {first_line(error)}; look into the other hosts' output.") from error
 
-        # Where torchrun's agent serves, a restart finds the keys of the attempt before. Else each attempt has a store
-        # of its own, and agents may count their restarts differently.
+        # If torchrun's agent serves, a restart finds the keys of the attempt before. Otherwise each attempt has its own
+        # store, and agents may count their restarts differently.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_serves else "0"
         self._store = dist.PrefixStore(f"ds_slm/{attempt}", store)
         self._claim(world, serves or world.rank == 0, intervals)
 
     def _claim(self, world: World, is_first: bool, intervals: Intervals) -> None:
-        """Take this rank's place; refuse a launch of another size or launcher, and a place that is taken."""
+        """Register this rank; refuse a launch of another size or launcher, and a rank that is registered already."""
         host, above = socket.gethostname(), launcher()
         own = above.pid if above else None
         if is_first:
@@ -94,7 +94,7 @@ class Store:
         self._store.set(name, value)
 
     def get(self, name: str) -> str:
-        """The value of a key that is there."""
+        """The value of an existing key."""
         return self._store.get(name).decode()
 
     def set_bytes(self, name: str, value: bytes) -> None:
@@ -102,7 +102,7 @@ class Store:
         self._store.set(name, value)  # pyright: ignore[reportArgumentType] - the binding takes both
 
     def get_bytes(self, name: str) -> bytes:
-        """The value of a key that is there, as it was given."""
+        """The value of an existing key, as bytes."""
         return self._store.get(name)
 
     def delete(self, name: str) -> None:
@@ -114,7 +114,7 @@ class Store:
         return self._store.check([name])
 
     def count(self, name: str, more: int = 0) -> int:
-        """A counter's value, once `more` is added."""
+        """Add `more` to a counter; returns its value."""
         return self._store.add(name, more)
 
 
@@ -124,13 +124,13 @@ def await_server(
     """Wait until something listens at rank 0's address; says so meanwhile.
 
     Args:
-        world: this process among all; rank 0 has nothing to wait for.
-        intervals: how long, and when to speak.
-        is_needless: whether to give up silently, asked with the seconds waited.
+        world: this process among all; rank 0 does not wait.
+        intervals: how long to wait, and when to print a line.
+        is_needless: gets the seconds waited; whether to give up silently.
         say: prints a line for the user.
 
     Returns:
-        False where it became needless.
+        False if it became needless.
 
     Raises:
         DeviceError: the name is unknown, or nothing listened in time.
@@ -142,7 +142,7 @@ def await_server(
     next_word_s = intervals.first_word_s
     me = f"rank {world.rank} on {socket.gethostname()}"
     while not is_needless(time.monotonic() - began_s):
-        # An unknown host name may become known: it is given time, but less than a server that is not up yet.
+        # An unknown host name may become known: wait for it, but not as long as for a server that is not up yet.
         try:
             with socket.create_connection((world.address, world.port), timeout=5.0):
                 return True
@@ -176,7 +176,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float, poll_s: float) -> 
 
 
 def taken(world: World) -> str:
-    """What to say of a port that somebody else uses."""
+    """The message about a port that another program uses."""
     return (
         f"{world.master} is in use, perhaps by another launch on this machine: name another port, --master_port 29501 "
         "(where `deepspeed` is typed, it stands before the script)."

@@ -1,8 +1,8 @@
 """Which rank this process is, from its environment: checked once, before anything waits for the others.
 
 Launchers that start several processes set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A process without
-RANK was started by hand and trains alone on one device: what else an environment holds (a scheduler's or MPI's
-variables, variables of an earlier launch) is set aside. Imports neither torch nor deepspeed.
+RANK was started by hand and trains alone on one device: other variables (a scheduler's, MPI's, or an earlier launch's)
+are ignored. Imports neither torch nor deepspeed.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ import psutil
 from ds_slm.errors import DeviceError
 
 PR_SET_PDEATHSIG = 1
-"""From Linux's prctl.h."""
+"""The constant in Linux's prctl.h."""
 LAUNCHER_MODULE = "deepspeed.launcher.launch"
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEFTOVERS = (
     *("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
     *("GROUP_RANK", "ROLE_RANK", "CROSS_RANK", "CROSS_SIZE"),
 )
-"""What a launch leaves in an environment; torch and DeepSpeed would read them."""
+"""Variables that a launch leaves in an environment; torch and DeepSpeed would read them."""
 LEFTOVER_PREFIXES = ("OMPI_COMM_WORLD_", "PMI_", "PMIX_", "TORCHELASTIC_")
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
-"""Variables that say how many processes somebody had in mind."""
+"""Variables that say how many processes somebody wanted to start."""
 WAY_OUT = "launch with `deepspeed`, which sets them all, or unset RANK to train on one device."
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a launch."""
+    """This process among all processes of a launch."""
 
     rank: int = 0
     size: int = 1
@@ -44,7 +44,7 @@ class World:
     address: str = "127.0.0.1"
     port: int = 0
     local_size: int | None = None
-    """Ranks on this host, where the launcher says it."""
+    """Ranks on this host; None if the launcher does not say it."""
 
     @property
     def on_one_host(self) -> bool:
@@ -53,12 +53,12 @@ class World:
 
     @property
     def master(self) -> str:
-        """Where rank 0 listens."""
+        """The address at which rank 0 listens."""
         return f"{self.address}:{self.port}"
 
 
 def launcher() -> psutil.Process | None:
-    """DeepSpeed's launcher on this host, where it started this process: the ranks of a host have it in common."""
+    """DeepSpeed's launcher on this host, if it started this process; the ranks of a host share it."""
     with contextlib.suppress(psutil.Error):  # it may be ending
         parent = psutil.Process().parent()
         return parent if parent and LAUNCHER_MODULE in parent.cmdline() else None
@@ -72,23 +72,23 @@ def signal_at_launchers_death(number: signal.Signals) -> None:
 
 
 def die_with_torchrun() -> None:
-    """End this rank at once with torchrun's agent, if one started it: the agents of the other hosts go on without."""
+    """End this rank at once with torchrun's agent, if one started it: the other hosts' agents go on without them."""
     if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         signal_at_launchers_death(signal.SIGKILL)
 
 
 def rank() -> int:
-    """The rank of this process; 0 where it was started alone."""
+    """The rank of this process; 0 if it was started alone."""
     return int(os.environ.get("RANK", "0"))
 
 
 def first_on_host() -> bool:
-    """Whether this process speaks for its host, before anything is checked."""
+    """Whether this process is the first rank of its host; may be asked before anything is checked."""
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def host_id() -> str:
-    """This host's name, and what tells hosts of one name apart."""
+    """This host's name, with something that distinguishes hosts of the same name."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
 
@@ -97,7 +97,7 @@ def read(environ: MutableMapping[str, str] = os.environ) -> World:
     """The world of this process.
 
     Args:
-        environ: without RANK it is given what torch and DeepSpeed expect of one device, and rid of what they would
+        environ: if RANK is missing, it gets what torch and DeepSpeed expect of one device, and loses what they would
             misunderstand.
 
     Raises:
@@ -114,7 +114,7 @@ def read(environ: MutableMapping[str, str] = os.environ) -> World:
     local_rank = _number(environ, "LOCAL_RANK", 0, problems, "0" if alone else None)
     port = _number(environ, "MASTER_PORT", 1, problems, str(free_port()) if alone else None)
 
-    # Numbers that are right one by one must also fit together.
+    # Numbers that are valid one by one must also fit together.
     if not problems:
         if rank >= size:
             problems.append(f"RANK={rank}, expected less than WORLD_SIZE={size}")
@@ -136,7 +136,7 @@ def read(environ: MutableMapping[str, str] = os.environ) -> World:
 
 
 def ignored(environ: MutableMapping[str, str] = os.environ) -> str | None:
-    """What to say of an environment that means several processes, where RANK is missing; to be asked before `read`."""
+    """The warning for an environment that suggests several processes but lacks RANK; call it before `read`."""
     named = [f"{name}={environ[name]}" for name in SIZES if environ.get(name, "1") not in ("", "1")]
     if "RANK" in environ or not named:
         return None

@@ -55,7 +55,7 @@ if not metrics.generated_kernel_count:
 
 
 def agree(engine_config: EngineConfig, dtype: torch.dtype, control: Control) -> EngineConfig:
-    """Blocks are compiled on all ranks, or on none, and attention's backward pass with them. Collective."""
+    """Compile blocks, and attention's backward pass with them, on all ranks or on none. Collective."""
     if not engine_config.compiled:
         return engine_config
     device = devices.current_device()
@@ -90,7 +90,7 @@ def _reason_anywhere(control: Control, own: str | None) -> str | None:
     if not hosts_by_reason:
         return None
 
-    # Hosts are named only where they differ.
+    # Name hosts only if they differ.
     if len(hosts_by_reason) == 1 and set(*hosts_by_reason.values()) == set(control.hosts):
         return next(iter(hosts_by_reason))
     return "; ".join(f"{', '.join(dict.fromkeys(hosts))}: {reason}" for reason, hosts in hosts_by_reason.items())
@@ -142,7 +142,7 @@ def _probe(device: torch.device) -> str | None:
 
 
 def _cache_key(compiler: str, device: torch.device) -> dict[str, Any]:
-    """What the result of the probe depends on."""
+    """Everything that the probe's result depends on."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     names, switches = ("CC", "CXX", "CPATH", "LIBRARY_PATH"), ("TORCH_", "TORCHDYNAMO", "TORCHINDUCTOR", "TRITON")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -1,11 +1,11 @@
-"""How long one core of this machine takes for a recipe: its own blocks are timed, a few of them, and counted.
+"""How long one core of this machine takes for a recipe: a few of its own blocks are timed, and the rest counted.
 
-    two models of few blocks, a micro-batch, one thread --> seconds of a block; of all the rest
-    the optimiser over the smaller of them              --> seconds for each value
+    two models of few blocks, a micro-batch, one thread --> seconds of a block; seconds of all the rest
+    the optimiser over the smaller model                --> seconds for each value
 
 A CPU's speed depends on sizes, precision, caches and kernels far more than on a datasheet, so nothing is assumed.
-Known gaps: other cores are idle meanwhile, whose ranks share memory and caches with this one later; rows are not
-packed.
+Known gaps: the other cores are idle during the measurement. In a run their ranks share memory and caches with this
+core. Rows are not packed.
 """
 
 import time
@@ -22,7 +22,7 @@ from ds_slm.recipe.schema import Recipe
 
 REPEATS = 3
 BLOCKS = (1, 3)
-"""Of the two models."""
+"""The number of blocks in each of the two models."""
 
 
 def core_speed(recipe: Recipe, micro_batch: int, compiled: bool = False) -> CoreSpeed:
@@ -52,7 +52,7 @@ def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
 
 
 def _micro_batch_s(recipe: Recipe, rows: int, compiled: bool) -> float:
-    """Seconds of a forward and backward, and of adding up its gradients in fp32."""
+    """Seconds of a forward and backward pass, and of adding up its gradients in fp32."""
     forward_backward = TrialPass(recipe, rows, torch.device("cpu"), DTYPES[recipe.train.precision])
     if compiled:
         forward_backward.model.compile_parts()
@@ -60,7 +60,7 @@ def _micro_batch_s(recipe: Recipe, rows: int, compiled: bool) -> float:
 
 
 def _update_s_per_value(recipe: Recipe) -> float:
-    """Seconds of the optimiser's step, over the values it updates."""
+    """Seconds of the optimiser's step for each value that it updates."""
     model = decoder.build(recipe.model, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)
     for parameter in model.parameters():
@@ -71,7 +71,7 @@ def _update_s_per_value(recipe: Recipe) -> float:
 
 
 def _least_s(work: Callable[[], object]) -> float:
-    """The least of REPEATS; the first, which chooses kernels and touches memory, does not count."""
+    """The least of REPEATS durations; the first run chooses kernels and touches memory, so it does not count."""
     work()
     durations_s = []
     for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""The device of a rank: which kind DeepSpeed found, what it can compute in, and how ranks share a host's cores."""
+"""A rank's device: the kind that DeepSpeed found, the precisions it has, and how ranks share a host's cores."""
 
 import os
 from collections.abc import Mapping
@@ -54,11 +54,11 @@ def refuse_missing_precision(precision: str) -> None:
 
 
 def share_cores(control: Control, zero: Mapping[str, Any]) -> int:
-    """Let ranks that compute on the same cores of a host share them out; returns the threads of this rank. Collective.
+    """Divide a host's cores among the ranks that compute on them; returns the threads of this rank. Collective.
 
-    Without it each of them starts one thread for every core. Ranks compute on cores on hosts without a GPU, and
-    where the optimiser is offloaded. OMP_NUM_THREADS decides where the user has set it, or `ds-slm train`, which shares
-    cores out in the same way before any library is loaded.
+    Otherwise each rank would start one thread for every core. Ranks compute on cores on hosts without a GPU, and if the
+    optimiser is offloaded. OMP_NUM_THREADS decides if it is set: by the user, or by `ds-slm train`, which divides cores
+    in the same way before any library is loaded.
 
     Args:
         control: the ranks' connection.

@@ -3,15 +3,15 @@
     rows of a step -> micro-batches of this rank -> agree: the weights of all ranks' rows, summed
                    -> forward_backward: gradients add up -> step: clipped and applied
 
-A step has one message of ours: behind its last backward pass every rank says its sums, its request, and what the next
-step's rows hold. So `agree` asks the other ranks only in the first step of a launch, and where a disk is slow.
+A step has one message of ours: after its last backward pass every rank sends its sums, its request, and what the next
+step's rows hold. So `agree` sends a message only at the first step of a launch, and if a disk is slow.
 
 The loss of a step is the sum over all its tokens, on all ranks and in all micro-batches, divided by the sum of their
 weights: never a mean of means. DeepSpeed divides by the accumulation steps and averages over ranks, so each
 micro-batch's objective (a sum) is multiplied by world_size * accumulation_steps / sum of the step's weights.
 
-Ranks talk in two ways: `Control` carries JSON over gloo, and each `Vote` asks all ranks, between two micro-batches,
-whether a signal has reached any of them (`Interrupt`), so that all stop or save after the same one (distributed/).
+Ranks talk in two ways. `Control` carries JSON over gloo. A `Vote` asks all ranks, between two micro-batches, whether a
+signal has reached any of them (`Interrupt`), so that all stop or save after the same micro-batch (distributed/).
 """
 
 import gc
@@ -47,7 +47,7 @@ from ds_slm.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Sums:
-    """What a forward over all rows of all ranks adds up to, and the means it gives."""
+    """The sums of a forward over all rows of all ranks, and the means of them."""
 
     nll: float
     weight: float
@@ -68,20 +68,20 @@ class Sums:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the sums of a step, or of an evaluation, are divided by: known of all ranks before the first forward."""
+    """What the sums of a step, or of an evaluation, are divided by: known for all ranks before the first forward."""
 
     weight: float
     """Sum of the loss weights of all targets."""
     count: float
-    """Targets of a weight above 0."""
+    """Number of targets with a weight above 0."""
     micro_batches_per_vote: int
-    """How many are run from one vote to the next: more where they are short."""
+    """Micro-batches from one vote to the next: more if they are short."""
 
 
 def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon with its compile() switched off: else torch's whole compiler is loaded, for seconds.
+    """Import DeepSpeed's Muon with compile() switched off: otherwise it loads torch's whole compiler, for seconds.
 
-    DeepSpeed imports it by itself, to ask whether the optimiser is one.
+    DeepSpeed imports Muon itself, to ask whether the optimiser is one.
     """
     with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
@@ -99,11 +99,11 @@ class Engine:
 
         self.recipe, self.engine_config, self.control, self.interrupt = recipe, engine_config, control, interrupt
 
-        # DeepSpeed collects garbage ten times while it is set up: without what was imported, that takes no time.
+        # DeepSpeed collects garbage ten times during its set-up. Frozen objects, all that was imported, are skipped.
         gc.freeze()
 
-        # The process group is there already: process_group.connect() made it. DeepSpeed would send rank 0's weights to
-        # all ranks, but these have no values yet: checkpoint/resume.py gives every rank its own, and checks them.
+        # process_group.connect() has already made the process group. DeepSpeed would send rank 0's weights to all
+        # ranks, but they have no values yet: checkpoint/resume.py gives every rank its own, and checks them.
         with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda engine: None, create=True):
             self.deepspeed: Any = deepspeed.initialize(
                 model=model,
@@ -126,9 +126,9 @@ class Engine:
             self.loss_scaler.raise_error_at_min_scale = False  # the loop reports it, with the rows
 
     def agree(self, share: Share) -> Totals:
-        """What all ranks' rows add up to, before the first forward. Collective, but for what the step before announced.
+        """The totals of all ranks' rows, before the first forward. Collective, unless the step before announced them.
 
-        Raises DataError with every rank's problems on all ranks: one that left alone would keep the others waiting.
+        Raises DataError with every rank's problems on all ranks: if one rank ended alone, the others would wait for it.
         """
         announced, said = self._announced
         if share is not announced:
@@ -146,10 +146,10 @@ class Engine:
         Args:
             micro_batches: this rank's rows of the step.
             totals: what all ranks agreed on.
-            following: this rank's share of the next step, None where none follows; called behind the last backward.
+            following: this rank's share of the next step; None if none follows. Called after the last backward pass.
 
         Raises:
-            Stopped: on all ranks after the same micro-batch, where a signal asks for the end.
+            Stopped: on all ranks after the same micro-batch, if a signal asks for the end.
         """
         begin_s = time.perf_counter()
 
@@ -164,13 +164,13 @@ class Engine:
             if index:
                 self.deepspeed.step()  # between micro-batches it only counts
             sums = self.deepspeed(*self._on_device(rows), z_scale)
-            vote = self._start_vote(index, micro_batches, totals)  # its messages travel behind the backward pass
+            vote = self._start_vote(index, micro_batches, totals)  # its messages travel during the backward pass
             self.deepspeed.backward(sums.objective * objective_scale)
             vote.wait()
             pulse.beat()
             own += sums.nll, sums.z2
 
-        # One message, and the one time that this step waits for its device: what is not finite must not be applied.
+        # One message. Only here the step waits for its device: a sum that is not finite must not be applied.
         nll_by_rank, z2_by_rank = self._gather_sums(torch.stack(own).double().view(-1, 2).sum(0), following())
         self._micro_batch_s = (time.perf_counter() - begin_s) / len(micro_batches)
 
@@ -179,9 +179,9 @@ class Engine:
         return Sums(sum(nll_by_rank), totals.weight, sum(z2_by_rank), totals.count, nonfinite)
 
     def step(self, learning_rate: float, show_layers: bool = False) -> bool:
-        """Clip, and take one optimiser step; False where it was not taken because a gradient was not finite.
+        """Clip, and take one optimiser step; False if it was not taken because a gradient was not finite.
 
-        With `show_layers`, `layer_norms` says afterwards what it was made of.
+        With `show_layers`, `layer_norms` gives the norms of this step afterwards.
         """
         if show_layers and self._layers:
             self._layers.measure_next_step()
@@ -191,13 +191,13 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping. Waits for the device to be done with the step."""
+        """Global gradient norm of the last step, before clipping. Waits until the device has finished the step."""
         return float(self.deepspeed.get_global_grad_norm())
 
     def layer_norms(self) -> dict[str, float]:
-        """Norms of weights and, before clipping, gradients by layer, of a step with `show_layers`. Collective.
+        """Norms of weights and of gradients before clipping, by layer, of a step with `show_layers`. Collective.
 
-        Only for a recipe with `run.layers_every_steps`: others have nothing hooked into their optimiser.
+        Only for a recipe with `run.layers_every_steps`: only there is the optimiser hooked.
         """
         assert self._layers is not None, "run.layers_every_steps is not set"
         return self._layers.result(
@@ -213,7 +213,7 @@ class Engine:
     def evaluate(self, micro_batches: Sequence[Rows], totals: Totals) -> Sums:
         """Sums over held-out rows. All ranks pass the same number of micro-batches.
 
-        Raises Stopped, on all ranks after the same micro-batch, where a signal asks for the end.
+        Raises Stopped, on all ranks after the same micro-batch, if a signal asks for the end.
         """
         self.deepspeed.eval()
         own = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -253,26 +253,26 @@ class Engine:
         return ids[:, :-1], ids[:, 1:], weights, documents
 
     def _described(self, share: Share | None) -> list[float]:
-        """What a rank says of its rows before the first forward: 1, and what they hold; zeros where there are none."""
+        """What a rank sends about its rows before the first forward: 1, and their sums; zeros if it has none."""
         if share is None:
             return [0.0] * 5
         return [1.0, len(share.problems), share.weight, share.count, self._micro_batch_s]
 
     def _gather_sums(self, own: Tensor, following: Share | None = None) -> list[list[float]]:
-        """Each sum's values on all ranks; what they say of the next step's rows is kept for `agree`.
+        """Each sum's values on all ranks; what ranks send about the next step's rows is kept for `agree`.
 
-        All ranks' requests go along: Stopped or ReplacedByNewerLaunch may be raised.
+        All ranks' requests are in the same message: Stopped or ReplacedByNewerLaunch may be raised.
         """
         beside = torch.tensor([int(self.interrupt.request), *self._described(following)], dtype=torch.float64)
         gathered = self._gather(torch.cat([own, beside.to(self.device, non_blocking=True)]))
         sums, (requests, *said) = gathered[: len(own)], gathered[len(own) :]
-        if following is not None and all(said[0]):  # a rank whose rows are not read yet makes all of them ask again
+        if following is not None and all(said[0]):  # otherwise a rank has not read its rows yet: `agree` asks
             self._announced = following, said
         self.interrupt.act_on(Request(int(max(requests))))
         return sums
 
     def _gather(self, own: Tensor) -> list[list[float]]:
-        """Each value on all ranks, in the order of ranks: sums in that order are the same bits on every rank."""
+        """Each value on all ranks, in the order of ranks: sums in that order have the same bits on every rank."""
         gathered = own
         if self.control.world_size > 1:
             gathered = own.new_empty(self.control.world_size * len(own))

@@ -2,8 +2,8 @@
 
     before an optimiser step: partition.grad -> sums of squares by parameter -> over all ranks -> norms by layer
 
-The inner optimiser holds every gradient once, over all ranks, as it is applied: after clipping. The norms are those
-before it, as the global one is: both differ by one factor.
+Over all ranks the inner optimiser holds every gradient once, after clipping. The norms given here are norms before
+clipping, like the global norm: the two differ by one factor.
 """
 
 import math
@@ -17,7 +17,7 @@ from ds_slm.engine.partitions import partitions, shapes
 
 
 class LayerNorms:
-    """What a DeepSpeed engine's next step shows of each layer, where it is asked for."""
+    """Measures each layer's norms in a DeepSpeed engine's next step, if asked to."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -27,14 +27,14 @@ class LayerNorms:
         engine.optimizer.optimizer.register_step_pre_hook(self._before_step)
 
     def measure_next_step(self) -> None:
-        """Look at the gradients of the next step; without this a step costs nothing more."""
+        """Measure the gradients of the next step; other steps have no extra cost."""
         self._wanted, self._grad_squares = True, torch.zeros(len(self._layers), dtype=torch.float64)
 
     def result(self, grad_norm: float, sum_over_ranks: Callable[[Tensor], list[float]]) -> dict[str, float]:
         """`grad_norm/LAYER` and `weight_norm/LAYER` of the step that was taken. Collective.
 
         Args:
-            grad_norm: the global one, before clipping.
+            grad_norm: the global gradient norm, before clipping.
             sum_over_ranks: adds up a tensor over all ranks.
         """
         self._wanted = False

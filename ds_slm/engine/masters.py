@@ -1,11 +1,11 @@
 """The fp32 weights that the optimiser updates and checkpoints hold: where they begin, and what always holds of them.
 
     begin    (name, whole fp32 tensor), one at a time -> this rank's fragments -> the model's own weights
-    check    each fragment, rounded to the model's dtype, is that slice of the parameter the model computes with
+    check    each fragment, rounded to the model's dtype, equals its slice of the parameter the model computes with
     layout   which rank holds which elements of which parameter: once each, and one hash of it all
 
-DeepSpeed makes its fp32 weights from the model's, after it has rounded those to half precision. Here they get their own
-values afterwards, on every rank by itself: nothing is sent, and no second copy of the model is held.
+DeepSpeed rounds the model's weights to half precision and makes its fp32 weights from them. Here every rank afterwards
+sets its own fp32 values: nothing is sent, and no second copy of the model is held.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ def fill(engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
             element may be left out.
 
     Raises:
-        ValueError: a name is unknown or missing, or a shape is another.
+        ValueError: a name is unknown or missing, or a shape differs.
     """
     shapes, places = partitions.shapes(engine), partitions.places(engine)
     missing = set(places)
     for partition in partitions.partitions(engine):
-        partition.flat.data.zero_()  # what lies between and behind the fragments
+        partition.flat.data.zero_()  # what lies between and after the fragments
     for name, whole in weights:
         if whole.shape != shapes.get(name):
             raise ValueError(f"{name}, {tuple(whole.shape)}, is not a parameter of this model")
@@ -55,7 +55,7 @@ def check(engine: Any, control: Control) -> None:
     """Compare the fp32 weights with the weights the model computes with. Collective.
 
     Raises:
-        TrainingError: on all ranks, where one of them found a difference.
+        TrainingError: on all ranks, if one of them found a difference.
     """
     parameters, wrong = dict(engine.module.named_parameters()), []
     for name, parts in partitions.places(engine).items():
@@ -97,7 +97,7 @@ def layout(engine: Any, control: Control) -> str:
     """One hash of all ranks' fragments and partition sizes. Collective.
 
     Raises:
-        TrainingError: on all ranks, where the fragments do not hold every element of every parameter once.
+        TrainingError: on all ranks, if the fragments do not hold every element of every parameter once.
     """
     own = [
         [

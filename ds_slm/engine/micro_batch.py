@@ -43,7 +43,7 @@ METHOD = 4
 """Version of the measurement: results of an older one are not used."""
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "triton")
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-"""Of DeepSpeed's configuration: what the result decides."""
+"""The keys of DeepSpeed's configuration that follow from the result."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     matrices    everything else >= 2D  decay   bits = 8
     rest        norms                  none    bits = 32
 
-Under ZeRO the optimiser sees one flat partition per group, so whatever needs other bits needs a group of its own:
-embeddings are unstable in 8 bits early in pretraining, and norms are too few to be worth it.
+Under ZeRO the optimiser sees one flat partition per group, so parameters that need other bits need their own group:
+embeddings are unstable in 8 bits early in pretraining, and norms are too small to gain from it.
 """
 
 from typing import Any, assert_never
@@ -22,7 +22,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
-    """The groups above, empty ones left out; each holds its parameters, decay, bits and name."""
+    """The groups above, without empty ones; each holds its parameters, decay, bits and name."""
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "matrices": [], "rest": []}
     for name, parameter in model.named_parameters():
         kind = "embeddings" if name in EMBEDDINGS else "matrices" if parameter.ndim >= 2 else "rest"
@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
 
 
 def _adamw8bit() -> type[torch.optim.Optimizer]:
-    """bitsandbytes' AdamW8bit, with the bits read from the group: its own overrides do not survive ZeRO."""
+    """bitsandbytes' AdamW8bit, with the bits read from the group, because its own overrides do not survive ZeRO."""
     from bitsandbytes.optim import AdamW8bit
 
     class GroupwiseAdamW8bit(AdamW8bit):
@@ -62,8 +62,8 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
                 super().update_step(group, p, gindex, pindex)
                 return
 
-            # On a CPU the whole tensor's moments would lie there in fp32: piece by piece the same values need no memory
-            # to speak of, and stay in the cache.
+            # On a CPU the whole tensor's moments would be held in fp32. Piece by piece the same values need almost no
+            # memory, and stay in the cache.
             state, config = self.state[p], self.get_config(gindex, pindex, group)
             state["step"] += 1
             assert p.grad is not None
@@ -84,7 +84,7 @@ def _update_piece(
     piece: slice,
     blocks: slice,
 ) -> None:
-    """AdamW of a piece of a flat tensor, in place: as bitsandbytes' own step does it for the whole."""
+    """AdamW on a piece of a flat tensor, in place, as bitsandbytes' own step does it on the whole tensor."""
     from bitsandbytes import functional as bnb
 
     first, second = (state[name].view(-1)[piece] for name in ("state1", "state2"))

@@ -8,10 +8,10 @@ At every ZeRO stage the inner optimiser holds fp32 partitions: slices of the con
 stage, the world size and the optimiser's precision.
 
 8-bit states (bitsandbytes): uint8 codes of the flat partition in blocks of 256, value = map[code] * absmax[block]. They
-are stored as fp32 values, like any moments; each partition's absmax goes along as a note, and on the same topology the
-same absmax leads back to the same codes, bit for bit. Elsewhere absmax is computed again.
+are stored as fp32 values, like any moments. Each partition's absmax is stored as a note: on the same topology the same
+absmax gives back the same codes, bit for bit. On another topology absmax is computed again.
 
-DeepSpeed's own accessors are not used: they know neither bitsandbytes' states nor more than one group.
+DeepSpeed's own accessors are not used: they support neither bitsandbytes' states nor more than one group.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +49,7 @@ class Fragment:
 
 @dataclass
 class Partition:
-    """One flat fp32 tensor of the inner optimiser, with what lies in it."""
+    """One flat fp32 tensor of the inner optimiser, and the fragments in it."""
 
     flat: Tensor
     group_index: int
@@ -69,7 +69,7 @@ def partitions(engine: Any) -> list[Partition]:
     else:
         groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
 
-    # A parameter of which this rank holds nothing has no mapping.
+    # A parameter without elements on this rank has no mapping.
     found = []
     for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
         partition = Partition(flat, index)
@@ -99,7 +99,7 @@ def _partitions_of_stage_3(optimizer: Any, names: Mapping[Any, str]) -> list[Par
 
 
 def places(engine: Any) -> dict[str, list[tuple[Tensor, Fragment]]]:
-    """Where this rank holds elements of each parameter: by name, flat partitions and what lies in them."""
+    """Where this rank holds elements of each parameter: name -> flat partitions and the fragments in them."""
     found: dict[str, list[tuple[Tensor, Fragment]]] = {}
     for partition in partitions(engine):
         for part in partition.fragments:
@@ -137,7 +137,7 @@ class PartitionValues:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of a checkpoint, copied: training may go on and change the originals."""
+    """A copy of this rank's part of a checkpoint: training may go on and change the originals."""
 
     fragments: list[list[Fragment]]
     """The fragments of each partition."""
@@ -159,7 +159,7 @@ def snapshot(engine: Any) -> Snapshot:
 
 
 def _stored(engine: Any, partition: Partition, kind: str) -> PartitionValues:
-    """A copy of a partition's values of one kind; zeros where the optimiser has not stepped yet."""
+    """A copy of a partition's values of one kind; zeros if the optimiser has not stepped yet."""
     if kind == "model":
         return PartitionValues(_copy(partition.flat.float()))
     state = _inner(engine).state.get(partition.flat, {})
@@ -178,7 +178,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def absmax_notes(own: Snapshot, rank: int) -> dict[str, Tensor]:
-    """Block scales of this rank's 8-bit states, by rank, partition and moment; empty where there are none."""
+    """Block scales of this rank's 8-bit states, by rank, partition and moment; empty if there are none."""
     return {
         _note_name(rank, index, kind): one.absmax
         for kind in MOMENTS
@@ -201,7 +201,7 @@ def optimizer_steps(engine: Any) -> dict[str, int]:
 
 
 def topology(engine: Any) -> dict[str, Any]:
-    """What must be equal for a bit-exact return, except the partitions themselves (`masters.layout`)."""
+    """What must be equal for a bit-exact resume, except the partitions themselves (`masters.layout`)."""
     return {
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
@@ -226,9 +226,9 @@ def scatter(
     Args:
         engine: DeepSpeed's engine, before its first forward.
         tensors: on the source rank, kind -> (name, whole fp32 tensor) in the model's order; None elsewhere.
-        source: the rank that has them.
+        source: the rank that has the tensors.
         steps_taken: optimiser steps by group name.
-        notes: `absmax_notes` of all ranks where the topology is the same, else empty.
+        notes: `absmax_notes` of all ranks if the topology is the same, else empty.
         control: the ranks' connection.
     """
     own = partitions(engine)
@@ -236,7 +236,7 @@ def scatter(
         local = [torch.zeros(partition.flat.numel()) for partition in own]
         incoming = tensors(kind) if tensors else None
 
-        # All ranks receive one whole parameter at a time, so that memory need not hold more.
+        # All ranks receive one whole parameter at a time, so that memory never holds more.
         for name, shape in shapes(engine).items():
             if incoming is not None:
                 sent_name, whole = next(incoming)
@@ -289,7 +289,7 @@ def _set_moment(
         settings["params"] = listed
         state["step"] = step
 
-    # Groups of 32 bits hold fp32 moments under the names of the codes.
+    # Groups with 32 bits hold fp32 moments under the names of the codes.
     if state[codes].dtype != torch.uint8:
         state[codes].copy_(values)
         return
@@ -300,7 +300,7 @@ def _set_moment(
 
 
 SMALLEST_LARGEST = 0.98
-"""The least share of a block's scale that its largest value has: bitsandbytes' signed map ends at -0.993 and at 1."""
+"""A block's largest value is at least this share of its scale: bitsandbytes' signed map ends at -0.993 and at 1."""
 
 
 def _fits(note: Tensor, values: Tensor) -> bool:
@@ -325,7 +325,7 @@ def quantise(values: Tensor, absmax: Tensor, code_map: Tensor) -> Tensor:
 
 
 def refresh_half_precision(engine: Any) -> None:
-    """Copy the fp32 weights into the ones the model computes with, on all ranks. Collective."""
+    """Copy the fp32 weights into the weights that the model computes with, on all ranks. Collective."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()

@@ -1,4 +1,4 @@
-"""The process group of all ranks, which have met: joined under DeepSpeed, and left where all ranks leave alike."""
+"""The process group of all ranks: joined under DeepSpeed once ranks have met, and left if all ranks leave together."""
 
 import importlib
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from ds_slm.errors import RAISED_ON_ALL_RANKS, DeviceError, MeetingError
 
 
 def connect() -> Control:
-    """Join the process group of all ranks, which have met. The backend is DeepSpeed's choice: gloo or nccl.
+    """Join the process group of all ranks, once they have met. DeepSpeed chooses the backend: gloo or nccl.
 
     Raises:
-        DeviceError: a device that is not there, or a host that the others cannot reach.
+        DeviceError: a device is missing, or the other hosts cannot reach this one.
     """
     import deepspeed
 
-    # A shared-memory all-reduce for CPU inference, compiled with g++ at every first start (minutes on a small machine;
-    # a process killed meanwhile leaves a lock that hangs the next). Training never calls it.
+    # DeepSpeed would compile a shared-memory all-reduce for CPU inference at every first start (minutes on a small
+    # machine; a process killed meanwhile leaves a lock on which the next one hangs). Training never calls it.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
     if device_type() == "cuda":
@@ -48,7 +48,7 @@ def connect() -> Control:
 
 @contextmanager
 def connected() -> Iterator[Control]:
-    """The process group, left where all ranks leave alike. After any other error it stays: the process ends with it."""
+    """The process group, left if all ranks leave together. After any other error it stays until the process ends."""
     control = connect()
     try:
         yield control
@@ -59,7 +59,7 @@ def connected() -> Iterator[Control]:
 
 
 def disconnect(control: Control) -> None:
-    """Leave the process group. Collective: only if all ranks leave alike, or another may be inside a collective."""
+    """Leave the process group. Collective: all ranks must leave, because another may be inside a collective."""
     rendezvous.current().close()
     control.barrier()
     dist.destroy_process_group()

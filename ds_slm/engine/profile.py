@@ -3,11 +3,11 @@
     steps A to B --torch.profiler--> RUN/profile/steps-A-B-rank-00000.trace.json   (chrome://tracing, Perfetto)
                  --Watch--> seconds of data, forward, loss, backward, reduce, optimiser, other: they add up to the step
 
-Functions are wrapped while a profiled step runs and put back behind it, so the step itself knows nothing of this. Each
-part counts its own time alone: the loss is taken out of the forward pass that contains it, a collective out of the
-backward pass or the optimiser's step. On a GPU each part waits for the device, which costs what overlaps otherwise.
+Functions are wrapped while a profiled step runs and restored after it, so the step's own code does not change. Each
+part counts only its own time: the loss is subtracted from the forward pass that contains it, a collective from the
+backward pass or the optimiser's step. On a GPU each part waits for the device, so what would overlap no longer does.
 
-Data is the time a step waits for its rows, which are read while the step before trains.
+Data is the time that a step waits for its rows, which are read while the step before trains.
 
 Known gaps: the profiler itself takes time, most of all on a CPU; a forward pass repeated by gradient checkpointing
 counts as backward.
@@ -32,11 +32,11 @@ COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_fn", "reduce_scatter_tensor",
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "allgather_fn", "broadcast",
 )  # fmt: skip
-"""Of deepspeed.comm: called by its optimisers, in hooks of the backward pass and in their steps."""
+"""Functions of deepspeed.comm that its optimisers call, in hooks of the backward pass and in their steps."""
 
 
 class Watch:
-    """Adds up the time of named parts, each without the parts within it."""
+    """Adds up the time of named parts; a part does not count the parts within it."""
 
     def __init__(self, synchronise: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
@@ -57,7 +57,7 @@ class Watch:
             self._open.pop()
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time counted."""
+        """The function, with its time counted."""
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int, engine: Engine, reader: RowReader) -> Iterator[None]:
-        """Run a step within. A step outside the range is not profiled."""
+        """Profile the step that runs in the `with` block, if it is in the range."""
         if number not in self.steps:
             yield
             return
@@ -113,7 +113,7 @@ class Profile:
 
 
 def table(seconds: dict[str, float], steps: int) -> Iterator[str]:
-    """Seconds and share of each part, of the mean step."""
+    """Lines with the seconds and the share of each part in the mean step."""
     total_s = sum(seconds.values())
     yield f"a step of {total_s / steps:.3f} s, under the profiler, mean of {steps}:"
     for name, part_s in seconds.items():

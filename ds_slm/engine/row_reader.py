@@ -1,13 +1,13 @@
 """The rows of a step, read in a thread while the step before trains.
 
     position --> rows of the step, without skipped ones --share--> this rank's micro-batches --read--> StepRows
-    a GPU copies from page-locked memory, which its processor need not wait for (`PageLocked`)
+    a GPU copies from page-locked memory while the CPU goes on (`PageLocked`)
 
 Which rows a step has is a pure function of its position, so they can be read early. A row that cannot be read is
-reported where it is used, on all ranks at once, and never stops the step before. That one thread reads all rows: a
+reported where it is used, on all ranks at once, and never stops the step before. One thread reads all rows, so a
 source need not be thread-safe.
 
-Known gap: the rows of two steps lie in memory at a time.
+Known gap: memory holds the rows of two steps at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +28,10 @@ from ds_slm.recipe.ds_config import EngineConfig
 PATIENCE_S = 1.0
 """How long a step waits for the rows of the next one, to tell the other ranks of them in the same message."""
 ALIGNMENT = 64
-"""Bytes: where an array may begin in a buffer."""
+"""An array begins at a multiple of this many bytes in a buffer."""
 
 Hold = Callable[[Rows], Rows]
-"""The same rows in memory that they are used from."""
+"""Puts rows into the memory from which they are used."""
 
 
 class RowSource(Protocol):
@@ -54,11 +54,11 @@ class RowSource(Protocol):
         ...
 
     def warnings(self) -> list[str]:
-        """What a user may not expect of these rows, a line each."""
+        """A line for each thing that a user may not expect of these rows."""
         ...
 
     def summary(self) -> dict[str, Any]:
-        """What all the rows hold, for env.json."""
+        """What all rows hold, for env.json."""
         ...
 
     def describe(self, row_ids: Sequence[RowId]) -> dict[str, int]:
@@ -67,7 +67,7 @@ class RowSource(Protocol):
 
     @property
     def measures(self) -> Mapping[str, Split]:
-        """Ways of counting the held-out loss: the prefix of a value's name -> what `read` calls it."""
+        """Ways of counting the held-out loss: the prefix of a value's name -> the split to `read`."""
         ...
 
 
@@ -77,11 +77,11 @@ class Share:
 
     micro_batches: list[Rows]
     problems: list[str]
-    """Why rows could not be read; there are no micro-batches then."""
+    """Why rows could not be read; then there are no micro-batches."""
     weight: float = field(init=False)
     """Sum of the loss weights of its targets."""
     count: float = field(init=False)
-    """Its targets of a weight above 0."""
+    """Number of its targets with a weight above 0."""
 
     def __post_init__(self) -> None:
         weights = [rows.weights for rows in self.micro_batches]
@@ -94,7 +94,7 @@ class StepRows:
     """The rows of one optimiser step."""
 
     next_position: int
-    """Where the step after it begins."""
+    """The position at which the next step begins."""
     row_ids: dict[int, RowId]
     """All ranks' rows by global position, without skipped ones."""
     share: Share
@@ -110,12 +110,12 @@ class RowReader:
     def __init__(
         self, source: RowSource, control: Control, engine_config: EngineConfig, skipped: Ranges, on_gpu: bool
     ) -> None:
-        """Starts nothing yet.
+        """Reading starts with the first step.
 
         Args:
             source: where rows come from.
-            control: whose rank's share is read.
-            engine_config: how a step is cut up.
+            control: the connection of the rank whose share is read.
+            engine_config: how a step is divided.
             skipped: global positions of rows that are left out.
             on_gpu: whether rows are put into page-locked memory.
         """
@@ -127,7 +127,7 @@ class RowReader:
     def of_step(self, position: int, another_follows: bool) -> StepRows:
         """Rows of the step that begins at a global position; the thread then begins to read the next step's rows.
 
-        Rows that a GPU copies stay as they are until the second step after this one is asked for.
+        The memory of rows that a GPU copies is not reused until the second step after this one is asked for.
         """
         begun, self._ahead = self._ahead, None
         if begun and begun[0] == position:
@@ -140,7 +140,7 @@ class RowReader:
         return rows
 
     def following(self) -> Share | None:
-        """This rank's share of the next step; None where none follows, or where it is not read by now.
+        """This rank's share of the next step; None if none follows, or if it is not read yet.
 
         It has usually been read long ago; a slow disk is given PATIENCE_S, for this step must be applied whether the
         next one can be read or not. A failure is raised where the rows are used.
@@ -157,7 +157,7 @@ class RowReader:
         return self._thread.submit(lambda: self._read_share(self._source.val_row_ids(limit), split)).result()
 
     def whole(self, row_ids: Sequence[RowId]) -> Rows:
-        """Training rows as one batch, all ranks' shares of them."""
+        """Training rows of all ranks as one batch."""
         return self._thread.submit(self._source.read, row_ids).result()
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class RowReader:
         size = len(shares[0])
         shares += [[None] * size] * (count - len(shares))
 
-        # All micro-batches at once: each by itself would be allocated, filled and checked by itself.
+        # Read all micro-batches at once: otherwise each would be allocated, filled and checked separately.
         try:
             rows = hold(self._source.read([row_id for ids in shares for row_id in ids], split))
         except DataError as error:
@@ -196,7 +196,7 @@ class PageLocked:
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def hold(self, rows: Rows) -> Rows:
-        """The same rows, in the buffer that was not filled last."""
+        """The same rows, in the buffer that was not filled most recently."""
         arrays = rows.token_ids, rows.weights, rows.document_ids
         sizes = [0 if array is None else -(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
         buffer = self._buffers.pop(0)

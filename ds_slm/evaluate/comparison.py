@@ -2,9 +2,9 @@
 
     items of A, items of B --compare--> each metric: A, B, A - B with its standard error, who alone was right
 
-The difference of each item enters, so what both models find easy or hard cancels. For right and wrong answers only the
-items count on which they differ; their chance is McNemar's exact test (Psychometrika 12, 1947): if the models were
-equally good, each would win half of them.
+Differences are taken item by item, so what both models find easy or hard cancels. For right and wrong answers, only
+items on which the models differ count; McNemar's exact test gives their chance (Psychometrika 12, 1947): if the models
+were equally good, each would win half of these items.
 """
 
 import math
@@ -25,13 +25,13 @@ class Difference:
     ours: float
     theirs: float
     difference: float
-    """Ours less theirs; accuracies in percent, bits per byte of the right answers."""
+    """Ours minus theirs; accuracies in percent, bits per byte of the right answers."""
     stderr: float | None
     only_ours: int | None = None
-    """Items that ours alone has right."""
+    """Items that only our model has right."""
     only_theirs: int | None = None
     probability: float | None = None
-    """That equally good models differ by this much or more, on these items."""
+    """The probability that equally good models differ by this much or more on these items."""
     items: int = 0
 
 
@@ -39,7 +39,7 @@ def compare(ours: Mapping[str, Sequence[Item]], theirs: Mapping[str, Sequence[It
     """The differences in each task that both were scored on.
 
     Raises:
-        DataError: they were not asked the same.
+        DataError: the two models were not asked the same questions.
     """
     both = [name for name in ours if name in theirs]
     problems = [f"{name}: the two were scored on other items." for name in both if not _same(ours[name], theirs[name])]
@@ -75,7 +75,7 @@ def _accuracy(task: str, metric: str, pairs: Sequence[tuple[float, float]]) -> D
 
 
 def mcnemar(only_ours: int, only_theirs: int) -> float:
-    """The probability that a fair coin, thrown for each item on which two differ, falls as unevenly or more so."""
+    """The probability that a fair coin, thrown for each item on which two differ, falls at least this unevenly."""
     thrown, fewer = only_ours + only_theirs, min(only_ours, only_theirs)
     tail = sum(math.comb(thrown, count) for count in range(fewer + 1))
     return min(1.0, 2 * tail / 2**thrown) if thrown < 1000 else min(1.0, _normal_tail(thrown, fewer))
@@ -86,7 +86,7 @@ def _normal_tail(thrown: int, fewer: int) -> float:
 
 
 def _bits_per_byte(task: str, ours: Sequence[Item], theirs: Sequence[Item]) -> Difference | None:
-    """Of whole texts, or of the right answers: a ratio over all items."""
+    """The difference in bits per byte of whole texts, or of the right answers: a ratio over all items."""
     metric = BITS_PER_BYTE if BITS_PER_BYTE in ours[0].values else ANSWER_BITS_PER_BYTE
     mine, others = (
         [item.values[metric] for item in items] if metric == BITS_PER_BYTE else right_answers(items)

@@ -1,10 +1,10 @@
-"""A small set that every installation has: which words go on with a sentence of the built-in documentation?
+"""A small set that every installation has: which words continue a sentence of the built-in documentation?
 
-    held-out documents of the demo recipe --rows--> context, four endings: its own, and those of three other documents
+    held-out documents of the demo recipe --rows--> context, four endings: its own, and three of other documents
 
-For a look at the table without any benchmark's files: a model of 2M parameters trained for minutes is well above
-chance. The text changes with the versions of the packages, and its hash with it: figures of two installations compare
-only where the hashes are equal.
+It shows the table without any benchmark's files: a model of 2M parameters trained for minutes is well above chance.
+The text, and so its hash, changes with the versions of the packages: figures of two installations can be compared only
+if the hashes are equal.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ CONTEXT_WORDS, ENDING_WORDS = 16, 6
 MOST_ITEMS = 200
 CHOICES = 4
 OTHERS = 37
-"""How far away the documents are that the other endings come from: neighbours are of one package, and alike."""
+"""Distance to the documents that give the other endings: neighbours come from one package, and are similar."""
 
 
 def rows() -> list[dict[str, Any]]:
-    """Items with `ctx`, `endings` and `label`: of the first documents that the demo recipe holds out and that are long
-    enough, always the same.
+    """Items with `ctx`, `endings` and `label`, always the same: from the first documents that the demo recipe holds out
+    and that are long enough.
     """
     data = schema.load("demo").data
     held_out = (text.split() for row, text in enumerate(read_builtin()) if split_of(text, row, data) == "val")

@@ -29,18 +29,18 @@ NO_HARNESS = "lm-evaluation-harness, whose tasks these are, is not installed: pi
 
 @dataclass
 class TaskResult:
-    """What one task says of a model."""
+    """A model's result on one task."""
 
     name: str
     version: str
     items: int
     of_items: int
-    """How many the task has."""
+    """Number of items of the task."""
     file: str
     sha256: str
-    """Of all its questions, whatever the limit."""
+    """Hash of all its questions, whatever the limit."""
     published: bool | None
-    """Whether they are the published ones; None where their hash is not known."""
+    """Whether they are the published questions; None if their hash is not known."""
     figures: dict[str, Figure]
     counts: Counts
 
@@ -63,7 +63,7 @@ class Task:
 
 
 def chosen_tasks(names: Sequence[str], recipe: Recipe | None) -> list[str]:
-    """Tasks by name. `card` stands for those of the recipe's published figures, `leaderboard` for the leaderboard's.
+    """Tasks by name. `card` stands for tasks of the recipe's published figures, `leaderboard` for the leaderboard's.
 
     Without a recipe, or without published figures of tasks, `card` is all of `ALL_TASKS`.
     """
@@ -85,14 +85,14 @@ def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str]
     """Find the rows of tasks and make their questions.
 
     Raises:
-        DataError: with every task that does not exist, whose rows are not there or are damaged.
+        DataError: with every task that does not exist, or whose rows are missing or damaged.
     """
     tasks, problems = [], []
     for name in names:
         try:
             for task in _tasks_of(name, bench_dir):
                 if any(task.name == one.name for one in tasks):
-                    continue  # a group of tasks and one of its own
+                    continue  # both a group of tasks and one of its members were named
                 report(f"{task.name}: {len(task.questions):,} items of {task.file}")
                 tasks.append(task)
         except UserError as error:
@@ -119,7 +119,7 @@ def _tasks_of(name: str, bench_dir: Path | None) -> Iterable[Task]:
 
 
 def _harness(*names: str) -> Any:
-    """The module that answers these tasks. Raises ConfigError where its library is missing: a name may be a slip."""
+    """The module that answers these tasks. Raises ConfigError if its library is missing, or a name was mistyped."""
     try:
         from ds_slm.evaluate import harness
     except ImportError as error:
@@ -137,20 +137,20 @@ def evaluate(
     Args:
         opened: the model.
         tasks: made by `prepare`.
-        limit: only the first items of each.
+        limit: only the first items of each are answered.
         report: takes the number of rows that were computed since the last call.
 
     Returns:
-        The results, parts and groups among them; and the items of each task.
+        The results, including parts and groups; and the items of each task.
 
     Raises:
-        DataError: the model gives log-probabilities that are no numbers.
+        DataError: the model gives log-probabilities that are not numbers.
     """
     encoder = TextEncoder(opened.tokenizer)
     counts: dict[str, Counts] = {}
     items: dict[str, list[Item]] = {}
 
-    # The harness's own, all together: batches are fuller.
+    # Answer the harness's own tasks together, so that batches are fuller.
     if of_harness := {task.name: task.of_harness for task in tasks if task.of_harness is not None}:
         harness = _harness(*of_harness)
         model = harness.HarnessModel(opened.scorer, encoder, report)
@@ -162,7 +162,7 @@ def evaluate(
             answering = Answering(opened.scorer, encoder, report, counts[task.name])
             items[task.name] = OWN_SETS[task.name].answer(answering, task.questions[:limit])
 
-    # A model that is broken answers every item with the first choice: that is no score.
+    # A broken model answers every item with the first choice: that is not a score.
     broken = [name for name, answered in items.items() if _is_broken(answered)]
     if broken:
         raise DataError(
@@ -190,7 +190,7 @@ def _result(task: Task, items: Sequence[Item], counts: Counts) -> TaskResult:
 
 
 def _parts(task: Task, items: Sequence[Item], whole: TaskResult) -> list[TaskResult]:
-    """The parts of a set that has some, such as ArithMark by number of operators."""
+    """The parts of a set, if it has parts, such as ArithMark by number of operators."""
     part_of = OWN_SETS[task.name].parts if task.name in OWN_SETS else None
     if part_of is None:
         return []
@@ -209,7 +209,7 @@ def _parts(task: Task, items: Sequence[Item], whole: TaskResult) -> list[TaskRes
 def _groups(
     tasks: Sequence[Task], items: Mapping[str, Sequence[Item]], counts: Mapping[str, Counts]
 ) -> list[TaskResult]:
-    """MMLU over all its subjects, weighted by their sizes, where all were asked for."""
+    """MMLU over all its subjects, weighted by their sizes, if all were asked for."""
     subjects = [task for task in tasks if task.name in {one.name for one in MMLU}]
     if len(subjects) < len(MMLU):
         return []

@@ -2,8 +2,8 @@
 
     the harness's own YAML + rows --task_of--> its task --run--> requests --HarnessModel--> scores --> metrics, samples
 
-The only module that imports lm_eval. The harness is not asked where rows come from, for its tasks pin no revision of a
-dataset: rows are handed in (`benchmarks.py`), and what is scored is hashed (`results.content_sha256`).
+Only this module imports lm_eval. The harness does not choose the rows, because its tasks pin no revision of a dataset:
+rows are passed in (`benchmarks.py`), and the questions that are scored are hashed (`results.content_sha256`).
 """
 
 import difflib
@@ -42,11 +42,11 @@ LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """The kinds of tasks that are scored by log-probabilities alone."""
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 FEWSHOT_SEED = 1234
-"""Of the draw of examples: the harness's own default."""
+"""Seed for drawing examples: the harness's own default."""
 
 
 class HarnessModel(TemplateLM):
-    """What the harness sees of a scorer and an encoder of text."""
+    """Shows the harness a scorer and an encoder of text as a model."""
 
     def __init__(
         self, scorer: Scorer, encoder: TextEncoder, report: Callable[[int], None] = lambda items: None
@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.scorer, self.encoder, self.report = scorer, encoder, report
         self.counts: dict[str, Counts] = {}
-        """Of each task."""
+        """The counts of each task."""
 
     @property
     def eot_token_id(self) -> int:
@@ -63,7 +63,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands before a text without a context."""
+        """The id that comes before a text without a context."""
         return self.encoder.prefix_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -96,11 +96,11 @@ class HarnessModel(TemplateLM):
         return [(one.log_probability, one.is_greedy) for (one,) in score(self.scorer, items, self.report)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
-        """Raises DataError: nothing is written here, and `task_of` refuses the tasks that ask for it."""
+        """Raises DataError: text is not generated here, and `task_of` refuses the tasks that need it."""
         raise DataError("tasks that are scored by what a model writes are not among those of ds-slm eval.")
 
     def _score(self, tasks: Sequence[str], items: Sequence[Sequence[Request]]) -> list[list[Score]]:
-        """Score items, and count what was cut of each task's."""
+        """Score items, and count what was cut, for each task."""
         scores = score(self.scorer, items, self.report)
         for task, item, found in zip(tasks, items, scores, strict=True):
             self.counts.setdefault(task, Counts()).add(item, found, self.scorer.max_length)
@@ -114,8 +114,8 @@ def task_of(
 
     Args:
         config_path: its YAML, relative to the harness's tasks.
-        rows: what is scored, in the schema of the task's dataset.
-        fewshot_rows: what its examples are taken from, where it has any.
+        rows: the rows that are scored, in the schema of the task's dataset.
+        fewshot_rows: the rows from which its examples are taken, if it has any.
 
     Raises:
         DataError: it is not scored by log-probabilities, or it cannot be made from these rows.
@@ -124,7 +124,7 @@ def task_of(
     name = config.get("task", config_path.stem)
     _refuse_generation(name, config)
 
-    # Its rows are the only split, and what its examples are taken from, where it has some, the other.
+    # The rows are one split. If the task has examples, their rows are the other split.
     shots = config.get("num_fewshot") or 0
     for key in ("training_split", "validation_split", "fewshot_split", "tag", "task_alias", "group"):
         config.pop(key, None)
@@ -153,7 +153,7 @@ def task_of(
 
 
 def fewshot_split_of(config_path: Path) -> str | None:
-    """The split that a task's examples are taken from; None where its prompts have none."""
+    """The split from which a task's examples are taken; None if its prompts have none."""
     config = load_yaml(TASKS / config_path, resolve_func=False)
     if not config.get("num_fewshot"):
         return None
@@ -174,8 +174,8 @@ def run(tasks: Mapping[str, Any], model: HarnessModel, limit: int | None = None)
 
     Args:
         tasks: made by `task_of`, by name.
-        model: what scores them.
-        limit: only the first items of each.
+        model: scores them.
+        limit: only the first items of each are scored.
     """
     with quiet():
         for task in tasks.values():
@@ -230,10 +230,10 @@ def version_of(task: Any) -> str:
 
 
 def benchmark_of(name: str) -> Benchmark:
-    """Any other of the harness's tasks. Takes seconds: the harness reads the files of all of them.
+    """Any other task of the harness. Takes seconds, because the harness reads the files of all its tasks.
 
     Raises:
-        DataError: there is no such task, which tells the nearest name, or it is a group of several.
+        DataError: there is no such task (names the nearest one), or it is a group of several.
     """
     index = _index()
     entry = index.get(name)
@@ -264,7 +264,7 @@ def _index() -> Mapping[str, Any]:
 
 
 def _members(entry: Any) -> list[str]:
-    """The names of what a group or a tag stands for."""
+    """The names of the tasks in a group or a tag."""
     listed = sorted(entry.tags) or (entry.cfg or {}).get("task") or []
     return [one if isinstance(one, str) else str(one.get("task") or one.get("group")) for one in listed]
 

@@ -2,7 +2,7 @@
 
     `[eval]` --scored_tasks--> tasks, on rank 0 --`on_ranks`--> figures by TASK/METRIC
 
-Signals are voted on after each round. No random number is drawn, so training goes on as if nothing had been scored.
+Ranks vote on signals after each round. No random number is drawn, so training goes on as if nothing had been scored.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,19 +20,19 @@ from ds_slm.model.decoder import Decoder
 from ds_slm.recipe import schema
 
 Score = Callable[[nn.Module, Control, Callable[[], None]], tuple[dict[str, float], str]]
-"""From the model, the ranks and the vote after each round to figures by TASK/METRIC and what kept them from being
-scored; both empty on all ranks but 0."""
+"""A function of the model, the ranks and the vote after each round. It returns figures by TASK/METRIC, and why they
+could not be scored; both are empty on all ranks except 0."""
 
 
 def scored_tasks(
     recipe: schema.Recipe, tokenizer_folder: Path, rank: int, report: Callable[[str], None]
 ) -> Score | None:
-    """What scores the recipe's `[eval]` tasks; None where it names none.
+    """The function that scores the recipe's `[eval]` tasks; None if it names none.
 
     Args:
-        recipe: `[eval]` says which tasks, how many items, and where their files lie.
-        tokenizer_folder: the tokenizer that the model is trained with.
-        rank: of this process. Rank 0 alone finds the tasks' rows, now.
+        recipe: its `[eval]` names the tasks, the number of items, and the folder of their files.
+        tokenizer_folder: the tokenizer with which the model is trained.
+        rank: this process's rank. Only rank 0 finds the tasks' rows, now.
         report: takes a line for each task.
 
     Raises:
@@ -54,7 +54,7 @@ def scored_tasks(
             serve(own, control, vote)
             return {}, ""
 
-        # What a task's own code gets wrong ends its figures, not the run; a forward that fails does.
+        # An error in a task's own code costs its figures, not the run; a forward that fails ends the run.
         scorer = RanksScorer(own, control, vote)
         figures, problem = {}, ""
         try:

@@ -1,13 +1,13 @@
-"""A model on several devices of this machine: what `ds-slm eval --devices N` scores with.
+"""A model on several devices of this machine, for `ds-slm eval --devices N`.
 
     this process: rank 0, with the harness, the files and the first device
       |--pipe--> rank 1 (`rank_process`): the same model on the next device --> `on_ranks.serve`
       |--pipe--> rank 2 ...
 
-Rank 0 alone talks to each of the others, so no process group is needed: a pipe closes when either end dies. A rank that
-fails says why before it ends; the ranks that are left are ended. Where there is no GPU, ranks share out the threads.
+Only rank 0 talks to each of the others, so no process group is needed: a pipe closes when either end dies. A rank that
+fails says why before it ends; then the remaining ranks are ended. Without a GPU, ranks divide the threads.
 
-Known gap: a rank that neither answers nor dies is waited for.
+Known gap: there is no time limit for a rank that neither answers nor dies.
 """
 
 import json
@@ -31,15 +31,15 @@ from ds_slm.evaluate.on_ranks import RanksScorer
 from ds_slm.evaluate.opening import Opened, open_scorer
 
 PROGRAM = "ds_slm.evaluate.rank_process"
-"""What every rank but 0 runs."""
+"""The program that every rank except 0 runs."""
 GOES_ON, FAILED = b"+", b"-"
-"""First byte of a message: what follows is what the other end waits for, or JSON sentences on why this rank ends."""
+"""First byte of a message: what the other end waits for follows, or JSON sentences on why this rank ends."""
 TO_END_S = 10.0
 """A process whose pipe is closed has ended by then."""
 
 
 class PipeRanks:
-    """One rank's end of the pipes: rank 0 has one to each of the others, those have one to rank 0."""
+    """One rank's end of the pipes: rank 0 has a pipe to each of the others, each of them has one to rank 0."""
 
     def __init__(self, rank: int, world_size: int, pipes: Mapping[int, Connection]) -> None:
         self.rank, self.world_size, self._pipes = rank, world_size, pipes
@@ -55,15 +55,15 @@ class PipeRanks:
         return message
 
     def send(self, tensor: Tensor, receiver: int) -> None:
-        """Give a contiguous CPU tensor to one rank."""
+        """Send a contiguous CPU tensor to one rank."""
         self._send(tensor.numpy().tobytes(), receiver)
 
     def receive(self, buffer: Tensor, sender: int) -> Tensor:
-        """Fill a contiguous CPU tensor with what one rank sends; returns it.
+        """Fill a contiguous CPU tensor with the tensor that one rank sends; returns it.
 
         Raises:
-            DeviceError: on rank 0, where the sender failed or died.
-            EOFError: on any other rank, where rank 0 has ended.
+            DeviceError: on rank 0, if the sender failed or died.
+            EOFError: on any other rank, if rank 0 has ended.
         """
         received = torch.frombuffer(bytearray(self._receive(sender)), dtype=buffer.dtype)
         return buffer.copy_(received.view_as(buffer))
@@ -88,7 +88,7 @@ class PipeRanks:
         return message[1:]
 
     def _death_of(self, rank: int) -> str:
-        """What to say of a rank that ended without a word."""
+        """The message about a rank that ended without a message."""
         process = self.processes[rank]
         with suppress(subprocess.TimeoutExpired):
             process.wait(TO_END_S)
@@ -102,16 +102,16 @@ class PipeRanks:
 
 @contextmanager
 def opened_on(devices: int, paths: Sequence[Path]) -> Iterator[list[Opened]]:
-    """Open models, each on so many devices: GPUs, or processes on the CPU where there is none.
+    """Open models, each on `devices` devices: GPUs, or processes on the CPU if there is no GPU.
 
-    Within the context, scoring raises DeviceError where a rank fails or dies.
+    Within the context, scoring raises DeviceError if a rank fails or dies.
 
     Args:
-        devices: one needs no other process.
+        devices: the number of devices; one needs no other process.
         paths: as `open_scorer` takes them.
 
     Raises:
-        UserError: what `open_scorer` raises; DeviceError where there are fewer GPUs.
+        UserError: as `open_scorer`; DeviceError if there are fewer GPUs.
     """
     refuse_missing_devices(devices)
     models = [open_scorer(path) for path in paths]
@@ -126,7 +126,7 @@ def opened_on(devices: int, paths: Sequence[Path]) -> Iterator[list[Opened]]:
 
 
 def refuse_missing_devices(devices: int) -> None:
-    """Raise DeviceError where this machine has GPUs, but not so many."""
+    """Raise DeviceError if this machine has GPUs, but fewer than `devices`."""
     there = torch.cuda.device_count()
     if 0 < there < devices:
         raise DeviceError(f"--devices {devices}: this machine shows {there} CUDA devices; name as many, or fewer.")
@@ -134,7 +134,7 @@ def refuse_missing_devices(devices: int) -> None:
 
 @contextmanager
 def _shared_threads(devices: int) -> Iterator[int]:
-    """The threads of each rank, set for this one: ranks on a CPU share them out, unless OMP_NUM_THREADS decides."""
+    """The threads of each rank, set for this one: ranks on a CPU divide them, unless OMP_NUM_THREADS decides."""
     before = torch.get_num_threads()
     shares = not os.environ.get("OMP_NUM_THREADS") and not torch.cuda.is_available()
     threads = max(before // devices, 1) if shares else before
@@ -153,7 +153,7 @@ def _started(opened: Opened, devices: int, threads: int) -> Iterator[PipeRanks]:
     ranks = PipeRanks(0, devices, pipes)
     model = [str(opened.facts["path"]), str(opened.facts["sha256"])]
 
-    # Each gets its end of a pipe, and a session of its own: Ctrl-C is for rank 0, which ends the others.
+    # Each gets its end of a pipe, and its own session, because Ctrl-C is for rank 0, which ends the others.
     try:
         for rank in range(1, devices):
             pipes[rank], theirs = multiprocessing.Pipe()
@@ -166,7 +166,7 @@ def _started(opened: Opened, devices: int, threads: int) -> Iterator[PipeRanks]:
                 )  # fmt: skip
         yield ranks
 
-    # They hold nothing that is worth saving.
+    # The processes hold nothing that must be saved.
     finally:
         for process in ranks.processes.values():
             process.kill()

@@ -1,10 +1,10 @@
-"""Scoring on several ranks that hold the same model: those of a model in training, or of `ds-slm eval --devices`.
+"""Scoring on several ranks that hold the same model: ranks in training, or ranks of `ds-slm eval --devices`.
 
     rank 0: tasks -> batches --send--> rank r --> forward --send--> rank 0: scores -> figures
     others: `serve`: a batch, a forward, its scores; until rank 0 has no more
 
-Rank 0 alone has the harness and the benchmarks' files. Each round is one forward on every rank: a rank without a batch
-of its own repeats rank 0's, because ZeRO-3 gathers weights on all ranks or on none. Ranks may vote after each round.
+Only rank 0 has the harness and the benchmarks' files. Each round is one forward on every rank: a rank without its own
+batch repeats rank 0's, because ZeRO-3 gathers weights on all ranks or on none. Ranks may vote after each round.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,16 +29,16 @@ class Ranks(Protocol):
         ...
 
     def send(self, tensor: Tensor, receiver: int) -> None:
-        """Give a contiguous CPU tensor to one rank, which calls `receive`."""
+        """Send a contiguous CPU tensor to one rank, which calls `receive`."""
         ...
 
     def receive(self, buffer: Tensor, sender: int) -> Tensor:
-        """Fill a contiguous CPU tensor with what one rank sends; returns it."""
+        """Fill a contiguous CPU tensor with the tensor that one rank sends; returns it."""
         ...
 
 
 def _no_vote() -> None:
-    """What ranks agree on after a round that nothing but its end can stop."""
+    """The vote after a round if no signal can stop the scoring: nothing is asked."""
 
 
 class RanksScorer:
@@ -73,12 +73,12 @@ class RanksScorer:
         return found[: len(batches)]
 
     def end(self) -> None:
-        """Let the other ranks go."""
+        """Tell the other ranks that no batches follow."""
         self._ranks.broadcast(None, 0)
 
 
 def serve(own: Scorer, ranks: Ranks, vote: Callable[[], None] = _no_vote) -> None:
-    """What every other rank does until rank 0 ends it: a forward for each batch that comes."""
+    """Run a forward for each batch that comes, until rank 0 ends it: the work of every other rank."""
     while sizes := ranks.broadcast(None, 0):
         rows, length, count, has_branches = sizes[ranks.rank]
         grid = torch.empty(rows, length, dtype=torch.int64)
@@ -98,6 +98,6 @@ def _sizes(batch: Batch) -> list[int]:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    """What travels of a batch, in the order in which `serve` receives it."""
+    """The tensors of a batch that are sent, in the order in which `serve` receives them."""
     branch_ids_BT, places_N, targets_N = batch.continuations
     return [batch.ids_BT, *([] if branch_ids_BT is None else [branch_ids_BT]), places_N, targets_N]

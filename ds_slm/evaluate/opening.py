@@ -1,7 +1,7 @@
 """MODEL on a command line, opened to be scored: our own decoder, or any causal model through transformers.
 
 path --open_model--> our decoder on the device, fp32 --> DecoderScorer
-     --transformers--> another architecture, fp32 --> TransformersScorer: the same branches, where the model takes them
+     --transformers--> another architecture, fp32 --> TransformersScorer: the same branches, if the model takes them
 """
 
 import json
@@ -34,9 +34,9 @@ class Opened:
     folder: Path
     """Where its results belong."""
     facts: dict[str, Any]
-    """What eval.json says of it: path, sha256, step, dtype, what scores it."""
+    """Its description in eval.json: path, sha256, step, dtype, what scores it."""
     run: Path | None = None
-    """The run folder that it is a checkpoint of."""
+    """Its run folder, if it is a checkpoint."""
 
 
 class TransformersScorer:
@@ -44,7 +44,7 @@ class TransformersScorer:
 
     at_a_time = 1
     most_logits = 2**27
-    """Of a batch: all of its tokens have some."""
+    """The most logits of a batch: all its tokens have logits."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model.eval().to(device)
@@ -66,7 +66,7 @@ class TransformersScorer:
         kinds = getattr(config, "layer_types", None)
         whole = set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
         if not whole or self.max_length < 8:
-            return False  # such a mask would take the place of a layer's own
+            return False  # such a mask would replace a layer's own mask
 
         ids_T = torch.arange(8, device=self.device) % config.vocab_size
         branch_ids_1T = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=self.device)
@@ -77,7 +77,7 @@ class TransformersScorer:
                     alone_T = torch.cat([ids_T[:4], ids_T[begin : begin + 2]])
                     expected_TV = self._logits(alone_T.unsqueeze(0), None)[0, 4:]
                     torch.testing.assert_close(got_TV[begin : begin + 2], expected_TV, rtol=1e-4, atol=1e-4)
-        # Each architecture refuses in its own way.
+        # Each architecture refuses with its own error.
         except (TypeError, ValueError, IndexError, RuntimeError, AssertionError):
             return False
         return True
@@ -118,7 +118,7 @@ def open_scorer(path: Path) -> Opened:
         run = None
     folder = run or path
     if run and path.parent.name == "checkpoints":
-        folder = run / "eval" / opened.folder.name  # a checkpoint that was named has a place of its own
+        folder = run / "eval" / opened.folder.name  # a checkpoint given by name has its own folder
     facts = _facts(opened.folder, opened.sha256, "ds_slm")
     return Opened(DecoderScorer(model), tokenizer, folder, facts, run)
 
@@ -129,7 +129,7 @@ def _facts(folder: Path, sha256: str, scored_by: str) -> dict[str, Any]:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a folder holds a model that our decoder is not."""
+    """Whether a folder holds a model that our decoder does not support."""
     from ds_slm.model import hf
 
     config_file = path / "config.json"
@@ -157,7 +157,7 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {path} ({reason}): get an intact copy.") from error
 
-    # transformers fills what a file lacks with random numbers.
+    # transformers fills missing weights with random numbers.
     if lacking := sorted([*map(str, info["missing_keys"]), *map(str, info.get("mismatched_keys", ()))]):
         raise CheckpointError([f"{path} lacks {name}, or has it in another shape." for name in lacking])
 
@@ -178,7 +178,7 @@ def _open_foreign(path: Path, device: torch.device) -> Opened:
 
 @torch.no_grad()
 def _refuse_looking_ahead(model: Any, path: Path) -> None:
-    """Raise CheckpointError where a token changes what a model says before it: transformers loads BERT as causal."""
+    """Raise CheckpointError if a token changes the outputs before it: transformers loads BERT as causal."""
     one, other = model(torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]], device=model.device)).logits.float()
     changed_T = (one - other).abs().amax(-1)
     if changed_T[:-1].max() > 1e-3 * changed_T[-1]:

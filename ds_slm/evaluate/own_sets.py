@@ -2,8 +2,8 @@
 
     rows --questions_of--> questions --answer--> items, by the set's own metrics
 
-acc             context and ending encoded apart, the largest sum of log-probabilities: ArithMark's own way. Of the
-                documentation: encoded together, as the harness does.
+acc             context and ending encoded apart, the largest sum of log-probabilities: ArithMark's own way. For the
+                documentation set: encoded together, as the harness does.
 acc_norm        the largest sum for each character of the ending, as the harness does.
 acc_joint_mean  encoded together, the largest mean log-probability of a token: how slm-10m's authors scored ArithMark.
 """
@@ -32,19 +32,19 @@ _FILES = Benchmark(
 
 @dataclass(frozen=True)
 class OwnSet:
-    """A set of our own."""
+    """A set that we score ourselves."""
 
     version: str
     find: Callable[[Path | None], Found]
     """Its rows, from a folder of benchmarks or the hub."""
     answer: Callable[["Answering", Sequence[Question]], list[Item]]
     parts: Callable[[Mapping[str, Any]], str] | None = None
-    """The name of the part that a row belongs to, where parts are told apart."""
+    """The name of a row's part, if the set has parts."""
 
 
 @dataclass(frozen=True)
 class Answering:
-    """What answers questions."""
+    """Answers questions."""
 
     scorer: Scorer
     encoder: TextEncoder
@@ -109,7 +109,7 @@ def _pairs(encoder: TextEncoder, question: Question) -> list[Request]:
 
 
 def _is_right(scores: Sequence[float], question: Question) -> float:
-    """1.0 where the right one has the largest score; of equals the first counts."""
+    """1.0 if the right choice has the largest score; if scores are equal, the first counts."""
     return float(max(range(len(scores)), key=scores.__getitem__) == question.gold)
 
 

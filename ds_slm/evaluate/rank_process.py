@@ -27,17 +27,17 @@ def main(arguments: Sequence[str]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     with Connection(descriptor) as pipe, Path(os.devnull).open("w") as nowhere:
-        sys.stderr = nowhere  # rank 0 alone speaks
+        sys.stderr = nowhere  # only rank 0 prints
         score_for_rank_0(PipeRanks(rank, world_size, {0: pipe}), Path(path), sha256)
 
 
 def score_for_rank_0(ranks: PipeRanks, path: Path, sha256: str) -> None:
-    """Open a model and score what rank 0 sends, until it ends; tell it what goes wrong.
+    """Open a model and score what rank 0 sends, until rank 0 ends; report errors to it.
 
     Args:
         ranks: this rank's pipe.
         path: the model.
-        sha256: of rank 0's weights.
+        sha256: the hash of rank 0's weights.
     """
     try:
         opened = open_scorer(path)

@@ -1,4 +1,4 @@
-"""Continuations of a context in order of their log-probabilities: what `ds-slm rank` does.
+"""Continuations of a context in order of their log-probabilities, for `ds-slm rank`.
 
 context, choices --rank--> each choice with its sum and mean of log-probabilities, the likeliest first
 """
@@ -17,16 +17,16 @@ class Ranked:
 
     choice: str
     log_probability: float
-    """Of all its tokens together, in nats."""
+    """The sum over all its tokens, in nats."""
     mean_log_probability: float
-    """Of one token."""
+    """The mean of a token, in nats."""
     tokens: int
 
 
 def rank(opened: Opened, questions: Sequence[tuple[str, Sequence[str]]], by_mean: bool = False) -> list[list[Ranked]]:
     """The choices of each context, the likeliest first.
 
-    A choice is scored as it stands: one that begins a word begins with a space.
+    A choice is scored literally: if it begins a word, it must begin with a space.
 
     Args:
         opened: the model.

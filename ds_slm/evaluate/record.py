@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind: eval.json, and every item in eval-items.jsonl.gz.
+"""The files of an evaluation: eval.json, and every item in eval-items.jsonl.gz.
 
-results, items --as_json, store--> FOLDER/eval.json (merged with what the same model scored before), items
+results, items --as_json, store--> FOLDER/eval.json (merged with earlier scores of the same model), items
 """
 
 import gzip
@@ -24,7 +24,7 @@ ITEMS_FILE = "eval-items.jsonl.gz"
 
 
 def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, seconds: float) -> dict[str, Any]:
-    """What eval.json holds of one evaluation that took so many seconds."""
+    """The content of eval.json for one evaluation that took `seconds`."""
     encoder = TextEncoder(opened.tokenizer)
     tokens = sum(result.counts.tokens for result in results if result.name != MMLU_NAME)
     try:
@@ -53,13 +53,13 @@ def as_json(opened: Opened, results: Sequence[TaskResult], limit: int | None, se
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise DataError where `store` could not go on with what an earlier evaluation left: ask before it is scored."""
+    """Raise DataError if `store` could not use what an earlier evaluation left; call this before scoring."""
     read(folder)
     _lines(folder / ITEMS_FILE)
 
 
 def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> None:
-    """Write eval.json and the items. What the same model scored before stays, but for the tasks that are new."""
+    """Write eval.json and the items. Earlier scores of the same model stay, except those of tasks scored again."""
     before = read(folder)
     same = before.get("model", {}).get("sha256") == found["model"]["sha256"]
     merged = {**found, "tasks": merge_tasks(before.get("tasks", {}) if same else {}, found["tasks"])}
@@ -77,7 +77,7 @@ def store(folder: Path, found: dict[str, Any], items: Mapping[str, Sequence[Item
 
 
 def read_items(folder: Path) -> dict[str, list[Item]]:
-    """The items of each task that a model was scored on. Raises DataError where there are none."""
+    """The items of each task on which a model was scored. Raises DataError if there are none."""
     path = folder / ITEMS_FILE
     if not path.is_file():
         raise DataError(f"{folder} has no {ITEMS_FILE}: score it first, ds-slm eval {folder}.")
@@ -97,7 +97,7 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]  # texts may hold other ends of lines
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]  # texts may hold other line ends
         for line in lines:
             json.loads(line)["task"]
         return lines

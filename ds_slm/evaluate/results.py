@@ -1,4 +1,4 @@
-"""From items to figures: each metric with its standard error, chance, and what always choosing alike would score.
+"""From items to figures: each metric with its standard error, chance, and the score of always choosing the same.
 
     items of a task --figures--> {metric: Figure} --> eval.json, the table        questions --content_sha256--> a hash
 
@@ -29,18 +29,18 @@ PUBLISHED = {
     "arc_easy": (2_376, "532afdc7a879aa20b593d51a336fe41e6deab589374d522b39f289e751abea3d"),
     "arc_challenge": (1_172, "123ef06e6f9c5d77225deb2049da87847d27d63ecbbf4ede78f4c875732448e3"),
 }
-"""Items of the sets that the harness scores, and their content's hash."""
+"""Number of items in the sets that the harness scores, and their content's hash."""
 BITS_PER_BYTE, ANSWER_BITS_PER_BYTE = "bits_per_byte", "answer_bits_per_byte"
-"""Of whole texts, a metric of the harness; of the right answers, ours."""
+"""For whole texts: a metric of the harness. For the right answers: our metric."""
 RATIO_PERPLEXITIES = ("word_perplexity", "byte_perplexity")
-"""As bits per byte, an item adds a log-probability to them and what it is divided by."""
+"""Metrics to which, as to bits per byte, an item adds a log-probability and a divisor."""
 
 
 class Question(NamedTuple):
-    """What is asked of a model in one item, and the right answer."""
+    """The question of one item, and the right answer."""
 
     requests: tuple[tuple[str, ...], ...]
-    """Context and continuation of each choice; a text alone where a whole text is scored."""
+    """Context and continuation of each choice; only a text if a whole text is scored."""
     gold: Any
 
 
@@ -50,11 +50,11 @@ class Item(NamedTuple):
     requests: tuple[tuple[str, ...], ...]
     gold: Any
     right: int | None
-    """The number of the right request; None where that is not one of them."""
+    """The number of the right request; None if no request is the right one."""
     log_probabilities: tuple[float, ...]
-    """Of each request, in nats."""
+    """The log-probability of each request, in nats."""
     values: dict[str, Any]
-    """What the item adds to each metric."""
+    """The item's contribution to each metric."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Figure:
     value: float
     """Accuracies in percent."""
     stderr: float | None
-    """None for a single item, or a metric that this does not know."""
+    """Its standard error; None for a single item, or for a metric that is not known here."""
     chance: float | None = None
-    """What guessing scores: the mean of one over the number of choices, in percent."""
+    """The score of guessing: the mean of one over the number of choices, in percent."""
     commonest: float | None = None
-    """What always giving the commonest answer scores, in percent."""
+    """The score of always giving the commonest answer, in percent."""
 
 
 def content_sha256(questions: Sequence[Question]) -> str:
-    """One hash of what is asked, whatever file it came from: of the sorted JSON lines of its questions."""
+    """One hash of the questions, whatever file they came from: the hash of their sorted JSON lines."""
     lines = sorted(
         json.dumps([[list(pair) for pair in one.requests], one.gold], ensure_ascii=False) for one in questions
     )
@@ -80,7 +80,7 @@ def content_sha256(questions: Sequence[Question]) -> str:
 
 
 def is_published(task: str, questions: Sequence[Question]) -> bool | None:
-    """Whether these are the published items; None where their hash is not known."""
+    """Whether these are the published items; None if their hash is not known."""
     if task not in PUBLISHED:
         return None
     return (len(questions), content_sha256(questions)) == PUBLISHED[task]
@@ -90,8 +90,8 @@ def figures(items: Sequence[Item], aggregate: Callable[[str, Sequence[Any]], flo
     """Every metric of a task.
 
     Args:
-        items: the task's, answered.
-        aggregate: the task's own rule, from a metric's name and each item's share to its value; None takes the mean.
+        items: the task's answered items.
+        aggregate: the task's own rule: a metric's value from its name and all items' values; None takes the mean.
     """
     chance, commonest = _chance(items), _commonest(items)
     found = {}
@@ -117,7 +117,7 @@ def figures(items: Sequence[Item], aggregate: Callable[[str, Sequence[Any]], flo
 def _mean_or_other(
     name: str, values: Sequence[Any], value: float, chance: float | None, commonest: float | None
 ) -> Figure:
-    """A metric by the task's own rule; where that is the mean, with its error, and accuracies in percent."""
+    """A metric by the task's own rule; if that is the mean, with its error; accuracies in percent."""
     numbers = all(isinstance(one, int | float) for one in values)
     if not numbers or not math.isclose(value, fmean(values), rel_tol=1e-9, abs_tol=1e-12):
         return Figure(value, None)
@@ -132,13 +132,13 @@ def mean_stderr(values: Sequence[float]) -> float | None:
 
 
 def bits_per_byte(pairs: Sequence[tuple[float, float]]) -> Figure:
-    """From log-probabilities in nats, each with the bytes of its text, or from differences of such."""
+    """Bits per byte from log-probabilities in nats, each with its text's bytes, or from their differences."""
     ratio, stderr = _ratio(pairs)
     return Figure(-ratio / math.log(2), _scaled(1 / math.log(2), stderr))
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
-    """Sum of the first over sum of the second, and its standard error; None for a single pair."""
+    """The sum of the first values over the sum of the second, and its standard error; None for a single pair."""
     total, n = sum(weight for _, weight in pairs), len(pairs)
     ratio = sum(value for value, _ in pairs) / total
     if n < 2:
@@ -162,7 +162,7 @@ def _chance(items: Sequence[Item]) -> float | None:
 
 
 def _commonest(items: Sequence[Item]) -> float | None:
-    """Where all items offer the same answers, such as yes and no."""
+    """The score of always giving the commonest answer; None unless all items offer the same answers, as yes and no."""
     if any(len(item.requests) < 2 or item.right is None for item in items):
         return None
     if len({tuple(one[-1] for one in item.requests) for item in items}) > 1:
@@ -173,7 +173,7 @@ def _commonest(items: Sequence[Item]) -> float | None:
 def right_answers(items: Sequence[Item]) -> list[tuple[float, int]]:
     """The log-probability and the bytes of each right answer, without the space before it.
 
-    None of them where an item has no right answer, it is a whole text, or nothing but a space.
+    Empty if an item has no right answer, or if an answer is a whole text or only a space.
     """
     pairs = []
     for item in items:

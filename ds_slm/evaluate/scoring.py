@@ -1,16 +1,16 @@
 """Log-probabilities of continuations: a context is computed once, and its continuations are branches of it.
 
-    items: [[Request, ...], ...] --> rows: context | continuation 1 | continuation 2 | ... --> batches of about as many
-    tokens --> the model's forward --> TokenScores --> [[Score, ...], ...]
+    items: [[Request, ...], ...] --> rows: context | continuation 1 | continuation 2 | ... --> batches of about the same
+    number of tokens --> the model's forward --> TokenScores --> [[Score, ...], ...]
 
-A benchmark's item asks for several continuations of one context. Their tokens begin alike, so a row holds what they
-share once; each continuation then sees the shared tokens and itself, at the positions it would have alone
-(`decoder.branched`). The head runs only where a token is scored, and batches hold tokens rather than rows.
+A benchmark's item asks for several continuations of one context. Their sequences begin with the same tokens, so a row
+holds the shared tokens once; each continuation then sees them and itself, at the positions it would have alone
+(`decoder.branched`). The head runs only at scored tokens, and batches are measured in tokens, not in rows.
 
 A sequence that is longer than the model's context loses its oldest tokens, as in lm-evaluation-harness. A continuation
 that is longer than the context by itself loses its oldest tokens too, and is counted; the harness stops there.
 
-Known gap: a model of transformers whose layers take no such mask computes a context anew for each continuation.
+Known gap: a model of transformers whose layers do not take such a mask computes a context again for each continuation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ from ds_slm.model.decoder import Continuations, Decoder
 from ds_slm.model.loss import TokenScores
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
-"""Tokens of a batch, padding included. Small ones hold little padding, and stay in a CPU's cache between layers."""
+"""Tokens of a batch, including padding. Small batches hold little padding, and stay in a CPU's cache between layers."""
 LEAST_SHARED = 0.25
-"""Continuations share a row where this part of the longest sequence is common to all: else their mask costs more."""
+"""Continuations share a row if this part of the longest sequence is common to all; otherwise the mask costs more."""
 
 
 class Request(NamedTuple):
@@ -41,16 +41,16 @@ class Score(NamedTuple):
     """What a model says of a continuation."""
 
     log_probability: float
-    """Of all its tokens together, in nats: a float64 sum of the model's fp32 values."""
+    """The sum over all its tokens, in nats: a float64 sum of the model's fp32 values."""
     is_greedy: bool
     """Whether each of its tokens is the likeliest one."""
     cut_tokens: int
-    """Tokens of the continuation that the model's context had no place for: they are not scored."""
+    """Tokens of the continuation that did not fit into the model's context: they are not scored."""
 
 
 @dataclass
 class Counts:
-    """What was scored, and what the model's context had no place for."""
+    """Counts of what was scored, and of what did not fit into the model's context."""
 
     tokens: int = 0
     """Tokens of all requests."""
@@ -72,15 +72,15 @@ class Counts:
 
 
 class Window(NamedTuple):
-    """What the model's context holds of a request."""
+    """The part of a request that fits into the model's context."""
 
     read: list[int]
     targets: list[int]
-    """The newest of these tokens, each one place later: what is scored."""
+    """The tokens that are scored: the newest of these tokens, each one place later."""
 
 
 class Row(NamedTuple):
-    """One row of a batch, and which requests its scored tokens belong to."""
+    """One row of a batch, and the requests to which its scored tokens belong."""
 
     ids: list[int]
     branch_ids: list[int]
@@ -88,7 +88,7 @@ class Row(NamedTuple):
     """The tokens after which a target is scored, in ascending order."""
     targets: list[int]
     requests: list[int]
-    """The request, by its number among all, of each target."""
+    """The request of each target, by its number among all."""
     has_branches: bool
 
 
@@ -109,7 +109,7 @@ class Scorer(Protocol):
     """Whether its rows may have branches."""
     device: torch.device
     at_a_time: int
-    """Batches that are scored side by side."""
+    """Number of batches that are scored together."""
     batch_tokens: int
     """Tokens of a batch."""
 
@@ -146,7 +146,7 @@ def score(
 
     Args:
         scorer: the model.
-        items: requests that belong together; those of an item share a row where they begin alike.
+        items: requests that belong together; requests of an item share a row if they begin with the same tokens.
         report: takes the number of rows that a batch had, once it is done.
         batch_tokens: tokens of a batch; None takes the scorer's. Figures do not depend on it.
     """
@@ -180,7 +180,7 @@ def score(
 def _rows(
     items: Sequence[Sequence[Request]], max_length: int, branches: bool, row_tokens: int = 2**20
 ) -> Iterator[Row]:
-    """The rows of all items, one or several each: of the context and at most `row_tokens`, or one branch, after it."""
+    """The rows of all items, one or more for each: the context, and after it at most `row_tokens`, or one branch."""
     first = 0
     for item in items:
         windows = [_window(request, max_length) for request in item]
@@ -199,7 +199,7 @@ def _rows(
 
 
 def _joined_rows(windows: Sequence[Window], shared: int, first: int, row_tokens: int) -> Iterator[Row]:
-    """Rows of as many branches as have place in each: a row's mask grows with the square of its length."""
+    """Rows, each with all branches that fit into it: a row's mask grows with the square of its length."""
     begin, length = 0, 0
     for number, window in enumerate(windows):
         own = len(window.read) - shared
@@ -238,7 +238,7 @@ def _joined_row(windows: Sequence[Window], shared: int, first: int) -> Row:
 
 
 def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows of like length together, the longest first; those with branches apart from plain ones."""
+    """Batches of rows of similar length, the longest first; rows with branches are separate from plain ones."""
     longest_first = sorted(rows, key=lambda row: (row.has_branches, -len(row.ids)))
     chosen: list[Row] = []
     for row in longest_first:
@@ -252,7 +252,7 @@ def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 
 def to_batch(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Rows as tensors, filled up on the right: causal attention does not see what follows."""
+    """Rows as tensors, filled up on the right, because causal attention does not see what follows."""
     T = max(len(row.ids) for row in rows)
     ids_BT = torch.tensor([row.ids + [0] * (T - len(row.ids)) for row in rows])
     places = [index * T + place for index, row in enumerate(rows) for place in row.places]

@@ -4,7 +4,7 @@
 
 Texts are encoded as transformers encodes them with the exported tokenizer: the literal of a control token is that
 token, and a tokenizer that puts BOS before a text does so here. White space at the end of a context belongs to the
-continuation. A continuation's ids are those that both together have after the context's.
+continuation. Both are encoded together, and the continuation's ids are the ids after the context's.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ class TextEncoder:
         self.tokenizer = tokenizer
         bos_id = tokenizer.bos_id
         self.prefix_id = tokenizer.eos_id if bos_id is None else bos_id
-        """Stands before a text that has no context: BOS, or EOS where the tokenizer has no BOS."""
+        """The id before a text that has no context: BOS, or EOS if the tokenizer has no BOS."""
 
     @cached_property
     def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer puts tokens around a text, such as BOS; those that we train do not."""
+        """Whether the tokenizer puts tokens around a text, such as BOS; tokenizers trained here do not."""
         return self.tokenizer.encode_with_control_tokens([""], add_special_tokens=True) != [[]]
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """The ids of each text.
 
         Args:
-            texts: what is encoded.
-            add_special_tokens: None leaves it to the tokenizer, but gives no second BOS to a text that begins with it.
+            texts: the texts to encode.
+            add_special_tokens: None: the tokenizer decides, but a text that begins with BOS does not get a second one.
         """
         plain = self.tokenizer.encode_with_control_tokens(texts, add_special_tokens=False)
         if add_special_tokens is False or not self.adds_special_tokens:
@@ -46,7 +46,7 @@ class TextEncoder:
         return [one if stays else other for one, other, stays in zip(plain, full, begun, strict=True)]
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> list[Request]:
-        """Each context and continuation as ids. Raises DataError for continuations that have none of their own."""
+        """Each context and continuation as ids. Raises DataError for continuations that have no ids of their own."""
         moved = [_trailing_space_moved(context, text) for context, text in texts]
         whole = self.encode([context + text for context, text in moved])
         contexts = list(dict.fromkeys(context for context, _ in moved))
@@ -61,7 +61,7 @@ class TextEncoder:
             has_prefix = alone[:1] == [self.prefix_id]
             pairs.append(Request(alone[:1], alone[1:]) if has_prefix else Request([self.prefix_id], alone))
 
-        # A choice that costs nothing would win everywhere.
+        # A choice without ids would always win.
         empty = [asked for pair, asked in zip(pairs, texts, strict=True) if not pair.continuation_ids]
         if empty:
             raise DataError(

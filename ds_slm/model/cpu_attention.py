@@ -3,10 +3,10 @@
     build, where blocks are compiled: cpu_attention.cpp --> torch's own compiler and its cache --> a library
     q, k, v, y, logsumexp, dy --> backward --> dq, dk, dv
 
-torch's forward pass is fast there, its backward pass multiplies in small pieces. Where the library is not built, or the
-CPU has no such products, torch's pass is taken: the same within bf16's rounding.
+On such a CPU torch's forward pass is fast, but its backward pass multiplies in small pieces. If the library is not
+built, or the CPU does not have such products, torch's pass is used: the same within bf16's rounding.
 
-Known gaps: bf16 alone; heads that share keys are computed one after another, so a few rows do not fill dozens of cores.
+Known gaps: only bf16; heads that share keys are computed one after another, so a few rows do not fill dozens of cores.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _failure: str | None = None
 
 
 def build() -> str | None:
-    """Compile and load the library, once in a process; returns why that cannot be, None where it is there.
+    """Compile and load the library, once in a process; returns why that failed, None if it worked.
 
     The first time on a machine takes some ten seconds; torch keeps the result.
     """
@@ -37,7 +37,7 @@ def build() -> str | None:
 
 
 def disable(reason: str) -> None:
-    """Use torch's own pass from now on: all ranks use the same."""
+    """Use torch's own pass from now on, so that all ranks use the same."""
     global _library, _failure
     _library, _failure = None, reason
 
@@ -48,7 +48,7 @@ def is_built(dtype: torch.dtype) -> bool:
 
 
 def failure() -> str | None:
-    """Why there is no library; None where there is one, or nobody asked for it."""
+    """Why there is no library; None if there is one, or if nobody asked for it."""
     return _failure
 
 
@@ -61,8 +61,8 @@ def backward(dy_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, y_
         q_BHTE: queries, bf16.
         k_BKTE: keys.
         v_BKTE: values.
-        y_BHTE: what torch's forward pass gave.
-        logsumexp_BHT: its logsumexp of the scores, fp32.
+        y_BHTE: the output of torch's forward pass.
+        logsumexp_BHT: the logsumexp of the scores in that pass, fp32.
 
     Returns:
         dq_BHTE, dk_BKTE, dv_BKTE.

@@ -2,7 +2,7 @@
 
     ids_BT --> embed_tokens --> blocks: x += attention(norm(x)); x += mlp(norm(x)) --> norm --> hidden_BTD
     hidden_BTD, targets_BT, weights_BT --> head and loss in chunks --> LossSums          (training, evaluation)
-    hidden_BTD, continuations --> head where a token is scored --> TokenScores           (benchmarks)
+    hidden_BTD, continuations --> head at scored tokens --> TokenScores                  (benchmarks)
     hidden_BTD --> head --> logits_BTV                                                   (generation)
 
 RMSNorm is computed in fp32 (arXiv 1910.07467); rotary positions turn half against half (arXiv 2104.09864); SwiGLU has
@@ -74,17 +74,17 @@ class RMSNorm(nn.Module):
 
 
 class Positions(NamedTuple):
-    """Where the tokens of a batch stand and what each may see: the same for every block."""
+    """The positions of a batch's tokens and what each token may see: the same for every block."""
 
     cos: Tensor
     """Cosines of the rotation, fp32 [..., T, E / 2]."""
     sin: Tensor
     mask_BTS: Tensor | None
-    """True where a token may look. None: at all S keys, or as the next two say."""
+    """True where a token may look. None: it sees all S keys, or what the next two fields allow."""
     causal: bool
-    """Only at keys up to the token's own."""
+    """Whether a token sees only keys up to its own."""
     offsets_C: Tensor | None = None
-    """Where documents begin (`documents.offsets_of`): only at keys up to the token's own in its document."""
+    """Where documents begin (`documents.offsets_of`): a token sees only keys up to its own in its document."""
 
 
 class Continuations(NamedTuple):
@@ -92,7 +92,7 @@ class Continuations(NamedTuple):
 
     branch_ids_BT: Tensor | None
     """0 for the context's tokens, then a number for each continuation, and -1 for padding. A continuation sees the
-    context and itself, and its positions follow the context's. None where each row is one plain sequence."""
+    context and itself, and its positions follow the context's. None if each row is one plain sequence."""
     places_N: Tensor
     """The token, counted over all B x T, after which a target is scored."""
     targets_N: Tensor
@@ -227,7 +227,7 @@ class Backbone(nn.Module):
             elif with_training_graph:
                 x_BTD = run_with_training_graph(block, x_BTD, positions)
             elif cache is None:
-                x_BTD = block(x_BTD, positions)  # without its number, or a compiled block would serve one layer alone
+                x_BTD = block(x_BTD, positions)  # without its number, or each layer would be compiled separately
             else:
                 x_BTD = block(x_BTD, positions, cache, layer)
         if cache is not None:
@@ -235,7 +235,7 @@ class Backbone(nn.Module):
         return self.norm(x_BTD)
 
     def positions(self, ids_BT: Tensor, cache: KVCache | None) -> Positions:
-        """Rotations and sight of each token: of all before it."""
+        """The rotation of each token, and what it sees: all tokens before it."""
         T, seen = ids_BT.shape[1], cache.length if cache else 0
         limit = self.shape.max_position_embeddings
         assert seen + T <= limit, f"{seen + T} tokens exceed max_position_embeddings = {limit}"
@@ -301,10 +301,10 @@ def branched(branch_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_with_training_graph(block: nn.Module, x_BTD: Tensor, positions: Positions) -> Tensor:
-    """A compiled block's output without its gradient, by the graph that was compiled for training.
+    """A compiled block's output without its gradient, computed by the graph that was compiled for training.
 
-    Where gradients are off, torch.compile makes another graph, for seconds. The training graph also writes what a
-    backward pass would need; it is freed as soon as the block is done, so a block's share of it is held at a time.
+    If gradients are off, torch.compile makes another graph, which takes seconds. The training graph also writes what a
+    backward pass would need. That is freed as soon as the block is done, so only one block's share is held at a time.
     """
     with torch.enable_grad():
         return block(x_BTD.detach().requires_grad_(), positions).detach()
@@ -321,15 +321,15 @@ class Decoder(nn.Module):
         self.compiled = False
 
     def compile_parts(self) -> None:
-        """From the next forward on, fuse what happens between the products: in each block, and in the loss.
+        """From the next forward on, fuse the operations between the products, in each block and in the loss.
 
-        Blocks share one graph, in training and in evaluation. Batches should keep their shape: each new one is compiled
-        anew, for seconds to minutes.
+        Blocks share one graph, in training and in evaluation. Batches should keep their shape: each new shape is
+        compiled again, which takes seconds to minutes.
         """
         from torch._functorch import config
 
-        # Compile the backward pass together with the first forward. A stopping signal ends compilers too: what then
-        # fails to compile in a forward runs eagerly, in a backward pass it would end the run with an error.
+        # Compile the backward pass together with the first forward. A stopping signal ends compilers too: a forward
+        # pass that then fails to compile runs eagerly, but a backward pass would end the run with an error.
         config.force_non_lazy_backward_lowering = True
         if torch.are_deterministic_algorithms_enabled():
             from torch._inductor import config as inductor
@@ -345,7 +345,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """The output projection: the embedding itself where the head is tied."""
+        """The output projection: the embedding itself if the head is tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
@@ -357,16 +357,16 @@ class Decoder(nn.Module):
         z_scale: float = 0.0,
         continuations: Continuations | None = None,
     ) -> LossSums | TokenScores | Tensor:
-        """Loss sums where there are targets, scores where there are continuations, otherwise logits.
+        """Loss sums if there are targets, scores if there are continuations, otherwise logits.
 
-        One entry for all three: where a module is called, and only there, ZeRO-3 gathers the weights it computes with.
+        There is one entry for all three, because ZeRO-3 gathers a module's weights only when the module is called.
 
         Args:
             input_ids_BT: tokens; none may stand at a position of max_position_embeddings or more.
             target_ids_BT: the token to predict at each place.
-            weights_BT: its loss weight; None means 1 everywhere. Targets of weight 0 are never looked at.
-            sight: what a token may see instead of all before it in its row: those of its document, or, in decoding,
-                those of the cache, too, which is extended by these.
+            weights_BT: its loss weight; None means 1 everywhere. Targets of weight 0 are never read.
+            sight: what a token may see. None: all tokens before it in its row. Documents: those in its own document. A
+                cache, in decoding: the cached tokens, too; the new tokens are added to the cache.
             z_scale: factor of the sum of squared logsumexps in the objective.
             continuations: which tokens are scored, and how rows are made of a context and its continuations.
 
@@ -413,8 +413,8 @@ def initialise(model: nn.Module, shape: schema.Model, seed: int) -> None:
 def initial_weights(shapes: Mapping[str, torch.Size], shape: schema.Model, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and initial values, fp32 on the CPU, one at a time: matrices normal, norms one.
 
-    Each has a generator of its own, seeded by `seed` and its name: neither the order of the parameters nor torch's
-    global generator changes a value.
+    Each parameter has its own generator, seeded by `seed` and its name, so neither the order of the parameters nor
+    torch's global generator changes a value.
     """
     for name, size in shapes.items():
         if len(size) < 2:

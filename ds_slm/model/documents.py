@@ -4,16 +4,16 @@
     offsets, q, k, v --> a GPU: torch's variable-length flash attention, all documents at once
                      --> a CPU: torch's flash attention, one document after another, as one operator
 
-`kernels.packed_form` says which form a device takes; a mask of all before in the same document is the third.
+`kernels.packed_form` says which form a device takes. The third is a mask of all earlier tokens in the same document.
 
 The offsets' length has no effect on the host or the graph: it is padded with empty documents to one of few sizes
-(`padded_count`), a function of the batch alone. A GPU's kernel starts a block of threads for each empty document, too,
+(`padded_count`), a function of the batch alone. A GPU's kernel also starts a block of threads for each empty document,
 and its deterministic backward pass adds in an order that depends on their number.
 
-Known gaps: on a CPU a document's heads and blocks are the only parallel work, so dozens of threads idle on short ones.
+Known gaps: on a CPU only a document's heads and blocks run in parallel, so dozens of threads idle on short documents.
 
-Shapes: B rows, T tokens of a row, N = B * T, H query heads, K key and value heads, E head dimension, C documents with
-the empty ones.
+Shapes: B rows, T tokens of a row, N = B * T, H query heads, K key and value heads, E head dimension, C documents,
+including empty ones.
 """
 
 import inspect
@@ -29,14 +29,14 @@ from torch.autograd.function import once_differentiable
 from ds_slm.model import cpu_attention
 
 LEAST_PER_ROW = 8
-"""Documents of a row that the offsets always have a place for, so that most batches have one shape."""
+"""The offsets always have a place for this many documents of a row, so that most batches have one shape."""
 
 
 class PackedDocuments(NamedTuple):
     """Which tokens of packed rows may see each other."""
 
     ids_BT: Tensor
-    """The document of each token: a run of equal ids in a row is one."""
+    """The document of each token: a run of equal ids in a row is one document."""
     count: int | None = None
     """Documents in all rows; None counts them, and waits for a GPU to do so."""
 
@@ -55,7 +55,7 @@ def positions_of(starts_BT: Tensor) -> Tensor:
 
 
 def padded_count(count: int, rows: int) -> int:
-    """Documents with the empty ones: for each row the next power of two of their mean number, or LEAST_PER_ROW."""
+    """Documents, including empty ones: for each row the next power of two of their mean number, or LEAST_PER_ROW."""
     per_row = -(-count // rows)
     return rows * max(LEAST_PER_ROW, 1 << (per_row - 1).bit_length())
 
@@ -65,7 +65,7 @@ def offsets_of(starts_BT: Tensor, count: int) -> Tensor:
 
     Args:
         starts_BT: where documents begin.
-        count: documents in all rows; the device is not asked, for that would keep the host waiting.
+        count: documents in all rows; the device is not asked, because the host would have to wait for it.
     """
     size = padded_count(count, len(starts_BT)) + 1
     number_N = starts_BT.flatten().cumsum(0)  # of each token's document, from 1
@@ -75,7 +75,7 @@ def offsets_of(starts_BT: Tensor, count: int) -> Tensor:
 
 @lru_cache
 def varlen_parameters() -> frozenset[str]:
-    """What torch's variable-length attention can be told; nothing where there is none."""
+    """The parameters of torch's variable-length attention; empty if this torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
     except ImportError:
@@ -117,7 +117,7 @@ def attend_each(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, offsets_C: Tenso
 
 
 def _places(offsets_C: Tensor, T: int) -> Iterator[tuple[slice, slice, slice]]:
-    """The place of each document in a tensor [B, heads, T, ...]; of all at once where each is a whole row."""
+    """The place of each document in a tensor [B, heads, T, ...]; one place for all if each is a whole row."""
     bounds = offsets_C.tolist()
     if bounds == list(range(0, bounds[-1] + 1, T)):
         yield slice(None), slice(None), slice(None)

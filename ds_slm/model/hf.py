@@ -34,7 +34,7 @@ MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "ds_slm
 
 CANNOT_BE = "config.json describes a model this decoder cannot be:"
 QWEN3_HEAD_DIM, QWEN3_KV_HEADS = 128, 32
-"""What transformers takes where a Qwen3's configuration names none."""
+"""What transformers takes if a Qwen3's configuration does not name them."""
 
 
 def hf_config(
@@ -83,7 +83,7 @@ def generation_config(*, eos_id: int | None, pad_id: int | None = None, bos_id: 
 
 
 def _first(*values: Any) -> Any:
-    """The first value that is there."""
+    """The first value that is not None."""
     return next(value for value in values if value is not None)
 
 
@@ -91,7 +91,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     """The shape of a Llama, a Qwen3 or one of our own from the content of its config.json.
 
     Raises:
-        CheckpointError: with everything in it that this decoder does not have.
+        CheckpointError: with everything in it that this decoder does not support.
     """
     model_type, hidden_size = config.get("model_type"), config.get("hidden_size")
     heads = config.get("num_attention_heads") or 1
@@ -117,7 +117,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     if model_type not in MODEL_TYPES:
         problems.insert(0, f"model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}.")
 
-    # Configurations may leave these out; what stands for them is what transformers takes.
+    # Configurations may leave these out; the values here are transformers' defaults.
     share = hidden_size // heads if isinstance(hidden_size, int) and isinstance(heads, int) else None
     is_left_out = "num_key_value_heads" not in config  # null means something else
     derived = {

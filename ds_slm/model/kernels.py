@@ -1,11 +1,11 @@
-"""The operations whose fastest right form depends on the device: products, attention, embedding.
+"""The operations whose fastest correct form depends on the device: products, attention, embedding.
 
     half-precision tensors --> does this device multiply them? --> yes: torch's own call
                                                                --> no:  upcast to fp32, multiply, round the result
 
 A CPU without bf16 instructions gets torch's reference loops, ten times slower than its fp32 ones. Upcasting both
-operands, multiplying in fp32 and rounding once is what bf16 hardware does: exact products, fp32 sums. What is kept
-for the backward pass stays in half precision.
+operands, multiplying in fp32 and rounding once is what bf16 hardware does: exact products, fp32 sums. Values kept for
+the backward pass stay in half precision.
 
 Known gaps: torch's CPU attention keeps its upcast operands until the backward pass.
 """
@@ -28,8 +28,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A recipe's precision -> what the model computes in."""
 HALF = (torch.bfloat16, torch.float16)
 CALL_SCORES = 25_000
-"""On a CPU: a call a document is faster than a mask where it saves so many scores of queries and keys, on average: at 8
-heads and 256 tokens a row, documents of 13 tokens; at 4 heads and 128 tokens, nearly none. Measured, not derived."""
+"""On a CPU, a call for each document is faster than a mask if a call saves more than this many scores of queries and
+keys on average: at 8 heads and 256 tokens a row, documents of 13 tokens; at 4 heads and 128 tokens, nearly none.
+Measured, not derived."""
 
 
 def multiplies(device_type: str, dtype: torch.dtype) -> bool:
@@ -47,7 +48,7 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 
 def wants_blocked_backward(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether attention's backward pass should be that of cpu_attention.cpp, where blocks are compiled."""
+    """Whether attention's backward pass should come from cpu_attention.cpp, if blocks are compiled."""
     return device_type == "cpu" and dtype == torch.bfloat16 and multiplies(device_type, dtype)
 
 
@@ -62,11 +63,11 @@ def make_device_checks_constant() -> None:
 
 
 def fix_sums(deterministic: bool) -> None:
-    """Make a GPU sum products in fp32; and, if `deterministic`, in an order that is the same every time.
+    """Make a GPU sum products in fp32 and, if `deterministic`, in the same order every time.
 
     By default cuBLAS may add the parts of a half-precision product in half precision, and the backward passes of
     torch's attention kernels (flash, cuDNN, memory-efficient) add with atomics, in the order in which blocks finish.
-    Call it before the first product. An eager CPU sums in one order anyhow.
+    Call it before the first product. An eager CPU always sums in one order.
     """
     products = torch.backends.cuda.matmul
     products.allow_bf16_reduced_precision_reduction = False
@@ -84,7 +85,7 @@ def fix_sums(deterministic: bool) -> None:
 
 
 class PackedForm(NamedTuple):
-    """How documents of packed rows are kept from seeing each other."""
+    """How the documents of packed rows are separated."""
 
     name: Literal["varlen", "each", "mask"]
     """`varlen`: all at once, by a GPU's variable-length kernel. `each`: one by one. `mask`: a mask over T x T."""
@@ -93,7 +94,7 @@ class PackedForm(NamedTuple):
 
 
 def packed_form(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> PackedForm:
-    """The fastest form that the device, this PyTorch and the model allow; on a CPU, where `calls_pay`."""
+    """The fastest form that the device, this PyTorch and the model allow; on a CPU it also depends on `calls_pay`."""
     device_type = torch.device(device).type
     if device_type == "cpu":
         return PackedForm("each")
@@ -118,8 +119,8 @@ def effective_kernels(
 
     Args:
         device: where it computes.
-        dtype: its weights' and activations'.
-        packed_head_dim: the head dimension where rows are packed; None where they are not.
+        dtype: the dtype of its weights and activations.
+        packed_head_dim: the head dimension if rows are packed; None if they are not.
     """
     device_type, name = torch.device(device).type, str(dtype).removeprefix("torch.")
     native = multiplies(device_type, dtype)
@@ -196,8 +197,8 @@ def attention(
         k_BKSE: keys.
         v_BKSE: values.
         mask_BTS: True where a query may look; None: everywhere.
-        causal: only at keys up to its own.
-        offsets_C: only at keys up to its own in its document; `documents.offsets_of` makes them.
+        causal: whether a query sees only keys up to its own.
+        offsets_C: a query sees only keys up to its own in its document; `documents.offsets_of` makes them.
 
     Returns:
         y_BHTE in the dtype of q_BHTE.
@@ -211,7 +212,7 @@ def attention(
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(-3)
     queries_per_key = q_BHTE.shape[1] // k_BKSE.shape[1]
     if queries_per_key > 1 and q_BHTE.device.type == "cuda" and not _flash_attends(q_BHTE, mask):
-        # torch's memory-efficient kernel takes no grouped queries; the fallback would hold all T x S scores
+        # torch's memory-efficient kernel does not take grouped queries; the fallback would hold all T x S scores
         k_BKSE, v_BKSE = (x.repeat_interleave(queries_per_key, dim=1) for x in (k_BKSE, v_BKSE))
         queries_per_key = 1
 
@@ -237,7 +238,7 @@ def embed(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of weight [V, D] for each id.
 
     torch's CPU backward adds the gradients of a repeated id one by one in the weight's dtype: in bf16, 2,000 ones sum
-    to 256. There the sums are formed in fp32 and rounded once.
+    to 256. So on a CPU the sums are formed in fp32 and rounded once.
     """
     if weight.device.type == "cpu" and weight.dtype in HALF:
         return _Fp32SumEmbedding.apply(ids, weight)

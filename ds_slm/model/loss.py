@@ -15,7 +15,7 @@ chunk's three products come in that dtype; where it upcasts (see kernels.py) the
 both gradients in fp32 and rounds them to the dtype of their tensors.
 
 An evaluation forms a chunk's d_logits_CV as well, so that it shares training's compiled graph, and leaves out the two
-products behind it.
+products after it.
 
 Known gaps: not differentiable twice; softmax costs five passes over a chunk unless it is compiled.
 
@@ -35,11 +35,11 @@ from ds_slm.model.kernels import multiplies
 from ds_slm.recipe.budget import loss_chunk_tokens
 
 ALIGNMENT = {"cpu": 1, "cuda": 128}
-"""The vocabulary is padded to a multiple of this, inside the loss alone: a GPU's products are slow at odd sizes."""
+"""The vocabulary is padded to a multiple of this, only inside the loss: a GPU's products are slow at odd sizes."""
 
 
 class Targets(NamedTuple):
-    """What the loss asks of N tokens."""
+    """The targets of N tokens and their weights."""
 
     ids_N: Tensor
     """The id to predict at each token."""
@@ -89,12 +89,12 @@ def chunked_loss(
 
 
 class TokenScores(NamedTuple):
-    """What a model says of single tokens."""
+    """A model's log-probabilities of single tokens."""
 
     log_probability_N: Tensor
     """In nats, fp32."""
     is_greedy_N: Tensor
-    """Whether no other token is likelier; of equals the one with the smallest id counts."""
+    """Whether no other token is likelier; of equally likely tokens only the one with the smallest id counts."""
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def score_tokens(hidden_ND: Tensor, head_weight_VD: Tensor, places_N: Tensor, ta
     Args:
         hidden_ND: final hidden states of all tokens.
         head_weight_VD: the output projection.
-        places_N: the token after which each target is scored. Equal places that stand side by side are computed once.
+        places_N: the token after which each target is scored. Equal places next to each other are computed once.
         targets_N: the ids that are scored.
     """
     compute_dtype = hidden_ND.dtype if multiplies(hidden_ND.device.type, hidden_ND.dtype) else torch.float32
@@ -122,7 +122,7 @@ def score_tokens(hidden_ND: Tensor, head_weight_VD: Tensor, places_N: Tensor, ta
 
 
 class _Options(NamedTuple):
-    """How the loss is computed: its sums do not depend on it."""
+    """How the loss is computed; its sums do not depend on this."""
 
     chunk_tokens: int
     needs_grad: bool
@@ -202,7 +202,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _from_logits(
     logits_CV: Tensor, ids_C1: Tensor, weights_C: Tensor, unit: Tensor, z_scale_1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's sums of w nll and z^2, and its d_logits_CV / unit in the logits' place and dtype."""
+    """A chunk's sums of w nll and z^2, and its d_logits_CV / unit, written over the logits in their dtype."""
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
     counted_C = weights_C > 0
     target_logits_C = logits_CV.gather(1, ids_C1).squeeze(1)

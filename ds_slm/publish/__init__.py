@@ -1,1 +1,1 @@
-"""What others can use: generated text and Hugging Face folders."""
+"""Results that others can use: generated text and Hugging Face folders."""

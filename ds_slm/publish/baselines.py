@@ -2,8 +2,8 @@
 
     training tokens --> counts --> bits of the held-out tokens / bytes of the held-out text
 
-The bigram model interpolates with the unigram (Jelinek-Mercer), the unigram with the uniform distribution, and the
-weights come from the last tenth of the training tokens, which no count has seen: nothing is fitted on held-out text.
+The bigram model is interpolated with the unigram (Jelinek-Mercer), the unigram with the uniform distribution. The
+weights come from the last tenth of the training tokens, which is not counted: nothing is fitted on held-out text.
 """
 
 import gzip
@@ -52,7 +52,7 @@ def _unigram(counted: np.ndarray, targets: np.ndarray, vocab_size: int) -> np.nd
 
 
 def _bigram(counted: np.ndarray, targets: np.ndarray, first_context: int, vocab_size: int) -> np.ndarray:
-    """Maximum-likelihood probability of each target after the token before it; 0 after a context never seen."""
+    """Maximum-likelihood probability of each target after the token before it; 0 after an unseen context."""
     pairs, pair_counts = np.unique(counted[:-1] * vocab_size + counted[1:], return_counts=True)
     contexts = np.concatenate([[first_context], targets[:-1]])
     wanted = contexts * vocab_size + targets

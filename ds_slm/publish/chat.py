@@ -1,10 +1,10 @@
-"""A conversation with a model, without a terminal: what it remembers, what is read of it, and the pieces of an answer.
+"""A conversation with a model, without a terminal: what it remembers, what is read, and the pieces of an answer.
 
     question --> turns --render--> ids --Reader: only those that are new--> tokens --TextStream--> whole characters
 
-Where the context is full the oldest question and its answer are forgotten, and as many more as give the answer some
-room; the system prompt stays. Forgotten turns are still part of what is saved. The next question is rendered from the
-text of the turns, as in training: where an answer's tokens are others than its text would have, they are read again.
+When the context is full, the oldest question and its answer are forgotten, then further ones until the answer has room;
+the system prompt stays. Forgotten turns are still saved. The next question is rendered from the text of the turns, as
+in training: if an answer's tokens differ from its text's tokens, they are read again.
 """
 
 import time
@@ -21,19 +21,19 @@ from ds_slm.publish.sampling import Settings
 
 Message = dict[str, str]
 UNFINISHED = "\ufffd"
-"""What a tokenizer gives for bytes that are not a whole character."""
+"""The character that a tokenizer gives for bytes that are not a whole character."""
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model, and how it is spoken to."""
+    """A model, and how to speak to it."""
 
     model: Decoder
     tokenizer: Tokenizer
     render: Callable[[Sequence[Message]], list[int]]
     """The ids of messages, up to where the next answer begins."""
     stop_ids: frozenset[int]
-    """Each ends an answer."""
+    """Ids that end an answer."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +42,32 @@ class Answer:
 
     text: str
     prompt_tokens: int
-    """All that stood before the answer, when it began."""
+    """Tokens before the answer when it began."""
     tokens: int
-    """Of the answer, the one that ended it included."""
+    """Tokens of the answer, including the one that ended it."""
     stopped_by: str
-    """The token that ended it, or what did: max_new_tokens, context (nothing was left to forget), interrupt."""
+    """The token that ended it, or max_new_tokens, context (no turn was left to forget), interrupt."""
     forgotten_turns: int
     """Questions and answers that were forgotten for it."""
     seconds: float
-    """From the question to its last token."""
+    """Seconds from the question to the last token."""
 
     @property
     def tokens_per_s(self) -> float:
-        """The prompt's reading included."""
+        """Tokens per second, including the time to read the prompt."""
         return self.tokens / self.seconds
 
 
 class TextStream:
     """The text of tokens that come one at a time. Bytes of an unfinished character are held back.
 
-    With byte fallback a byte that is not text takes the whole characters before it along: the text from there on is
+    With byte fallback, a byte that is not text can change whole characters before it: the text from there on is then
     given out again as the tokenizer decodes it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.text = ""
-        """The decoded text as far as it has been given out."""
+        """The decoded text that has been given out."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
 
@@ -77,13 +77,13 @@ class TextStream:
         decoded = self._decoded()
         text = decoded.rstrip(UNFINISHED)
 
-        # Some tokenizers take a character back, until the bytes behind it are whole.
+        # Some tokenizers take a character back until the bytes after it are whole.
         if text != decoded and not text.startswith(self.text):
             return ""
         return self._give(text)
 
     def finish(self) -> str:
-        """The rest: no token follows that would complete it."""
+        """The rest of the text: no more tokens follow."""
         return self._give(self._decoded())
 
     def _decoded(self) -> str:
@@ -99,29 +99,29 @@ class Conversation:
     """Questions and answers, after a system prompt if there is one."""
 
     def __init__(self, speaker: Speaker, settings: Settings, system: str | None = None) -> None:
-        """Raises DataError where the system prompt is not text."""
+        """Raises DataError if the system prompt is not text."""
         self.speaker = speaker
         self.system = system
         self.turns: list[Message] = []
         """Question, answer, question, answer, ..."""
         self.answer: Answer | None = None
-        """The last one; None while a question has none yet."""
+        """The last answer; None while a question has none yet."""
         self._forgotten = 0
-        """Turns at the beginning that are not read any more."""
+        """Turns at the beginning that are no longer read."""
         self._forgotten_before: list[int] = []
-        """The same when each question was asked."""
+        """The same number at the time of each question."""
         self._reader = Reader(speaker.model)
         self._unused_ids = speaker.tokenizer.unused_ids(speaker.model.shape.vocab_size)
         self.set(settings)
 
     def set(self, settings: Settings) -> None:
-        """Answer in this way from here on, beginning with the seed again."""
+        """Use these settings from now on, beginning with the seed again."""
         self.settings = settings
         self._chooser = Chooser(settings, self.speaker.stop_ids, self._unused_ids)
 
     @property
     def system(self) -> str | None:
-        """The system prompt. Setting it raises DataError where it is not text."""
+        """The system prompt. Setting it raises DataError if it is not text."""
         return self._system
 
     @system.setter
@@ -131,7 +131,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All that was said, forgotten turns too."""
+        """All messages, including forgotten turns."""
         return [*self._opening, *self.turns]
 
     @property
@@ -143,7 +143,7 @@ class Conversation:
         self.turns, self._forgotten, self._forgotten_before = [], 0, []
 
     def undo(self) -> str | None:
-        """Take the last question and its answer back. Returns the question, None where there is none."""
+        """Take the last question and its answer back. Returns the question, None if there is none."""
         if not self.turns:
             return None
         question = self.turns[-2]["content"]
@@ -152,10 +152,10 @@ class Conversation:
         return question
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The pieces of an answer, each of whole characters; at their end `answer` says more.
+        """The pieces of an answer, each of whole characters; after the last one `answer` says more.
 
-        An answer that is not taken to its end stays in the conversation as far as it came; a question whose answer
-        has not begun does not.
+        An answer that is interrupted stays in the conversation as far as it came; a question whose answer has not begun
+        is removed.
 
         Raises:
             DataError: the question is longer than the context, or not text.
@@ -180,7 +180,7 @@ class Conversation:
             if piece := stream.finish():
                 yield piece
 
-        # However it ended, questions and answers alternate.
+        # Questions and answers must alternate, however this one ended.
         finally:
             if new_ids:
                 self.turns.append({"role": "assistant", "content": stream.text})
@@ -197,7 +197,7 @@ class Conversation:
         return "max_new_tokens" if len(new_ids) == self.settings.max_new_tokens else "context"
 
     def _prompt(self) -> list[int]:
-        """The ids before an answer. Raises DataError where the question alone is too long."""
+        """The ids before an answer. Raises DataError if the question alone is too long."""
         ids = self._with_room([])
         if ids:
             return ids
@@ -209,7 +209,7 @@ class Conversation:
         )
 
     def _with_room(self, answer: Sequence[int]) -> list[int]:
-        """The ids of what is remembered and of an answer as far as it came; none where it cannot go on.
+        """The ids of the remembered turns and of an answer as far as it came; empty if it cannot go on.
 
         Turns are forgotten until the answer has room for what is left of it, or for a quarter of the context.
         """

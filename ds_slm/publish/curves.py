@@ -1,8 +1,8 @@
-"""Curves of several runs in one chart, as SVG that stands in a page.
+"""Curves of several runs in one chart, as SVG within a page.
 
     [(run, records by kind)] --charts--> for each chart and axis: SVG        the same runs --> the same text
 
-matplotlib is imported where a picture is drawn, and nowhere else.
+matplotlib is imported only where a picture is drawn.
 """
 
 import io
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 Run = tuple[str, Mapping[str, Sequence[Record]]]
-"""A name, and its records by kind."""
+"""A run's name, and its records by kind."""
 
 AXES = {"step": "steps", "tokens": "tokens", "hours": "hours of training steps"}
 COLOURS = ("#1f4e8c", "#c8501e", "#2e7d4f", "#7b3fa0", "#b08900", "#008b8b", "#a03050", "#555555")
-"""Of the runs, in their order, again from the first where there are more."""
+"""Colours of the runs, in order; with more runs they begin again from the first."""
 LONGEST_LINE = 400
-"""Points of a line: more are not seen, and make a page heavy."""
+"""The most points of a line: more are not visible, and make a page large."""
 WIDTH, HEIGHT = 7.6, 3.2
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Which field of the records of training steps is drawn, and what beside it."""
+    """The field of the records of training steps that is drawn, and what is drawn beside it."""
 
     title: str
     field: str
@@ -51,7 +51,7 @@ CHARTS = (
 
 
 def charts(runs: Sequence[Run]) -> list[tuple[str, dict[str, str]]]:
-    """Every chart's title, and its SVG for each axis; none of a field that no run records."""
+    """Every chart's title, and its SVG for each axis; without fields that no run records."""
     return [
         (chart.title, {axis: _svg(chart, axis, runs) for axis in AXES})
         for chart in CHARTS
@@ -60,14 +60,14 @@ def charts(runs: Sequence[Run]) -> list[tuple[str, dict[str, str]]]:
 
 
 def elapsed_s(train: Sequence[Record]) -> list[float]:
-    """Seconds of training steps up to each record; steps that were not recorded count as the next one that was."""
+    """Seconds of training steps up to each record; unrecorded steps count like the next recorded one."""
     steps = [record["step"] for record in train]
     taken = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
     return list(accumulate((record.get("step_s") or 0.0) * count for record, count in zip(train, taken, strict=True)))
 
 
 def settings() -> dict[Any, Any]:
-    """matplotlib's own settings and ours, whatever a user's are."""
+    """matplotlib's default settings with ours, whatever a user's are."""
     import matplotlib
 
     kept = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
@@ -82,7 +82,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def scale_by_logarithm(axes: "Axes") -> None:
-    """A logarithmic axis that says 0.5 and 2, not powers of ten."""
+    """Make the axis logarithmic, with labels like 0.5 and 2, not powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
@@ -96,7 +96,7 @@ def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # The salt makes ids that no other picture of the page has.
+    # The salt makes ids unique within the page.
     rc: dict[Any, Any] = settings() | {"svg.fonttype": "none", "svg.hashsalt": f"{chart.field} {axis}"}
     with matplotlib.rc_context(rc=rc):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -115,7 +115,7 @@ def _svg(chart: Chart, axis: str, runs: Sequence[Run]) -> str:
 
 
 def _draw(axes: "Axes", chart: Chart, axis: str, records: Mapping[str, Sequence[Record]], place: int) -> None:
-    """The lines of the run that stands at a place among all."""
+    """Draw the lines of the run at a place among all."""
     colour = COLOURS[place % len(COLOURS)]
     train = records.get("train", ())
     places = _places(train, axis)
@@ -145,7 +145,7 @@ def _draw(axes: "Axes", chart: Chart, axis: str, records: Mapping[str, Sequence[
 
 
 def _places(train: Sequence[Record], axis: str) -> Callable[[int], float]:
-    """Where a step stands on an axis: between two that were recorded in a line, and behind them at the mean rate."""
+    """A step's place on an axis: on a line between two recorded steps, and after the last one at the mean rate."""
     if axis == "step":
         return float
     steps = [0, *(record["step"] for record in train)]
@@ -158,7 +158,7 @@ def _places(train: Sequence[Record], axis: str) -> Callable[[int], float]:
 
 
 def series(records: Sequence[Record], field: str) -> list[tuple[int, float]]:
-    """Step and value of the records that hold a finite number there."""
+    """Step and value of the records that hold a finite number in a field."""
     return [(record["step"], float(record[field])) for record in records if is_number(record.get(field))]
 
 

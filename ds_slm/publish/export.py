@@ -5,10 +5,10 @@
     config.json  generation_config.json  model.safetensors  the tokenizer's files  README.md and its pictures
     the weights in fp32, or rounded to a 16-bit type, which config.json names for transformers 4 and 5
     OUT-f16.gguf if asked for, named after the folder
-    modeling_exclusive.py where the model has exclusive attention; the chat template of an assistant
+    modeling_exclusive.py if the model has exclusive attention; the chat template of an assistant
 
-The tokenizer pads on the left, and its chat template is one that any Jinja renders: without the marks of training.
-config.json has the tokenizer's hash, generation_config.json the ids that stand for nothing, never to be generated.
+The tokenizer pads on the left, and its chat template lacks the marks of training, so that any Jinja renders it.
+config.json has the tokenizer's hash, generation_config.json the unused ids, which must never be generated.
 A tied head is stored once, as the embedding, so that transformers counts the same parameters as the recipe.
 Known gap: one safetensors file, however large.
 """
@@ -44,9 +44,9 @@ class WeightFormat:
     """In what precision an export stores its weights."""
 
     dtype: str = "fp32"
-    """In the folder: one of DTYPES."""
+    """The type in the folder: one of DTYPES."""
     gguf: str | None = None
-    """In a GGUF file beside the others, named after the folder: f16 or q8_0; None for no such file."""
+    """The type in a GGUF file beside the others, named after the folder: f16 or q8_0; None for no such file."""
 
 
 FP32 = WeightFormat()
@@ -65,18 +65,18 @@ def export_run(
     Args:
         run: the run folder.
         out: the folder to make.
-        step: of the checkpoint.
-        best: take the one with the lowest validation loss.
-        describe: from the checkpoint to the files of its model card, by name; called before anything is written.
-        weights: how they are stored.
+        step: the checkpoint's step.
+        best: take the checkpoint with the lowest validation loss.
+        describe: gives the files of a checkpoint's model card, by name; called before anything is written.
+        weights: how the weights are stored.
 
     Returns:
         What was exported: checkpoint, step, parameters, dtype, folder and sha256 of its weights; a GGUF file as well.
 
     Raises:
-        CheckpointError: where the run has no such whole checkpoint or another tokenizer, or `out` is in the way.
-        UserError: where llama.cpp cannot have this model or its tokenizer, before a weight is read; where a weight is
-            too large for its type.
+        CheckpointError: the run has no such whole checkpoint, or has another tokenizer, or `out` is in the way.
+        UserError: llama.cpp cannot have this model or its tokenizer, found before a weight is read; or a weight is too
+            large for its type.
     """
     if not (run / "recipe.toml").is_file():
         reason = "it holds no recipe.toml" if run.is_dir() else "there is no such folder"
@@ -96,7 +96,7 @@ def export_run(
 
     gguf_file = None
     if weights.gguf:
-        from ds_slm.publish import gguf  # only few exports need it, and it takes a while to import
+        from ds_slm.publish import gguf  # few exports need it, and its import takes a while
 
         gguf_file = gguf.prepare(recipe.model, run / "tokenizer", recipe.card.name, weights.gguf)
     gguf_name = name_of_gguf(out, weights.gguf) if weights.gguf else ""
@@ -123,7 +123,7 @@ def export_run(
 
 
 def name_of_gguf(out: Path, precision: str) -> str:
-    """The GGUF file's name in an exported folder: that of the folder, since such a file is often alone."""
+    """The GGUF file's name in an exported folder: the folder's name, because such a file is often moved alone."""
     return f"{out.resolve().name}-{precision}.gguf"
 
 
@@ -141,15 +141,14 @@ def export(
         shape: the shape the parameters must have.
         tokenizer_folder: a folder that transformers can load; its files are copied.
         out: the folder to make; it may exist empty.
-        dtype: of the stored weights.
+        dtype: the type of the stored weights.
 
     Returns:
-        The number of parameters, a tied head counted once.
+        The number of parameters; a tied head counts once.
 
     Raises:
-        CheckpointError: where `out` is not empty, names or shapes are not the model's, or a weight is too large for
-            `dtype`.
-        DataError: where the tokenizer cannot be read.
+        CheckpointError: `out` is not empty, names or shapes are not the model's, or a weight is too large for `dtype`.
+        DataError: the tokenizer cannot be read.
     """
     with export_folder(state, shape, tokenizer_folder, out, dtype):
         return sum(tensor.numel() for tensor in state.values())
@@ -178,7 +177,7 @@ def export_folder(
     unused_ids = tokenizer.unused_ids(shape.vocab_size)
     generation: dict[str, Any] = hf.generation_config(**ids)
     is_assistant = (tokenizer_folder / CHAT_TEMPLATE_FILE).is_file() and tokenizer.has_token(IM_END)
-    if is_assistant:  # a turn's end ends the answer as well
+    if is_assistant:  # the end of a turn also ends the answer
         generation["eos_token_id"] = [tokenizer.token_id(IM_END), tokenizer.eos_id]
     generation |= read_json(tokenizer_folder / GENERATION_CONFIG) or {}  # an imported model has its own
     if unused_ids:
@@ -212,7 +211,7 @@ def _make_readable_by_others(folder: Path) -> None:
 
 
 def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:
-    """Raise CheckpointError where names or shapes of parameters are not the model's, with every one that is not."""
+    """Raise CheckpointError with every parameter whose name or shape is not the model's, if there are any."""
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in Decoder(shape).named_parameters()}
     problems = [f"{name} is missing." for name in expected.keys() - state.keys()]
@@ -227,7 +226,7 @@ def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None
 
 
 def _refuse_overflow(state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise CheckpointError where a weight is larger than the largest number of a type, with every such parameter."""
+    """Raise CheckpointError with every parameter that has a weight beyond the largest number of a type, if any has."""
     largest = torch.finfo(dtype).max
     sizes = {name: float(tensor.abs().max()) for name, tensor in state.items()} if dtype == torch.float16 else {}
     problems = [f"{name} holds {size:.6g}." for name, size in sizes.items() if size > largest]
@@ -242,7 +241,7 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) 
 
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors makes it readable by its owner alone
+    path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors makes it readable only by its owner
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -250,5 +249,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As torch and config.json spell it: float32."""
+    """The type's name in torch and config.json, such as float32."""
     return str(dtype).removeprefix("torch.")

@@ -2,9 +2,9 @@
 
     ids --Reader--> logits of the last token --Chooser: penalty, temperature, top-k, top-p--> token --> ids --> ...
 
-The order of the filters is that of transformers. Randomness comes from a generator of the call's own on the CPU: the
-same seed gives the same text on any device, as far as the logits are the same. Ids that stand for nothing in the
-tokenizer (`Tokenizer.unused_ids`) are never drawn, and no penalty keeps a text from its end.
+Filters are applied in transformers' order. Each call has its own random generator on the CPU: the same seed gives the
+same text on any device, as far as the logits are the same. Ids that stand for nothing in the tokenizer
+(`Tokenizer.unused_ids`) are never drawn, and no penalty keeps a text from its end.
 
 Beyond the context limit the window slides: the older half is forgotten and the newer half is read again, so positions
 stay within what was trained. Known gap: one sequence at a time.
@@ -26,10 +26,10 @@ __all__ = ["GREEDY", "Chooser", "Reader", "Sampling", "generate", "sampler", "to
 
 
 class Reader:
-    """A decoder and what it has read, kept as keys and values: of a sequence only what is new is read."""
+    """A decoder and what it has read, kept as keys and values, so that only new ids of a sequence are read."""
 
     def __init__(self, model: Decoder, capacity: int | None = None) -> None:
-        """For sequences of at most `capacity` ids, by default as many as the model has positions for."""
+        """For sequences of at most `capacity` ids, by default the number of the model's positions."""
         weight = next(model.parameters())
         self.model = model
         self.limit = model.shape.max_position_embeddings
@@ -39,9 +39,9 @@ class Reader:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
-        """The logits of the token behind at least one id, logits_V in fp32 on the CPU.
+        """The logits of the token after at least one id, logits_V in fp32 on the CPU.
 
-        Raises CheckpointError where they are not finite.
+        Raises CheckpointError if they are not finite.
         """
         ids = list(ids)
         same = _common(self._read, ids[:-1])
@@ -59,7 +59,7 @@ class Reader:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """How many ids two sequences begin with alike."""
+    """The number of ids in the common beginning of two sequences."""
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
@@ -67,7 +67,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 
 class Chooser:
-    """Draws tokens from their logits, with randomness of its own."""
+    """Draws tokens from their logits, with its own random generator."""
 
     def __init__(self, sampling: Sampling, stop_ids: Collection[int] = (), unused_ids: Collection[int] = ()) -> None:
         """A text ends with the first of the `stop_ids`, which no penalty touches; `unused_ids` are never drawn."""
@@ -102,13 +102,13 @@ class Chooser:
 def tokens(
     reader: Reader, ids: Sequence[int], chooser: Chooser, make_room: Callable[[list[int]], list[int]]
 ) -> Iterator[int]:
-    """Continue a sequence of at least one id, up to a stop id, which comes too.
+    """Continue a sequence of at least one id, up to a stop id, which is yielded too.
 
     Args:
-        reader: what it has read already is not read again.
-        ids: the prompt; only its newest ids are read where it is longer than the context.
+        reader: ids that it has read already are not read again.
+        ids: the prompt; if it is longer than the context, only its newest ids are read.
         chooser: draws the tokens.
-        make_room: once the context is full: from all ids to those that are read from here on; none ends the text.
+        make_room: called when the context is full: from all ids to the ids to read from now on; none ends the text.
     """
     known, window = list(ids), list(ids)[-reader.limit :]
     while window:
@@ -143,7 +143,7 @@ def generate(
         unused_ids: never drawn.
 
     Returns:
-        The new ids, the stop id included.
+        The new ids, including the stop id.
     """
     limit = model.shape.max_position_embeddings
     reader = Reader(model, min(limit, len(ids) + max_new_tokens))
@@ -168,10 +168,11 @@ def sampler(
 ) -> Callable[[nn.Module], dict[str, str]]:
     """A function that continues each prompt with a model, always with the same seed.
 
-    `encode` turns a prompt into ids; `end_token` ends a text, and stays visible in it; by default the EOS, invisible.
+    `encode` turns a prompt into ids. `end_token` ends a text and stays visible in it; by default the EOS ends it,
+    invisibly.
 
-    Safe to call on every rank, also where ranks round differently: it always generates `max_new_tokens` and cuts the
-    text at its end afterwards, so the number of forwards does not depend on what was sampled.
+    Safe to call on every rank, even if ranks round differently: it always generates `max_new_tokens` and cuts the text
+    at its end afterwards, so the number of forwards does not depend on the samples.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     encoded = {prompt: encode(tokenizer, prompt) or [tokenizer.eos_id] for prompt in prompts}

@@ -1,11 +1,11 @@
 """A GGUF file: the model and its tokenizer in one file, as llama.cpp, Ollama and LM Studio read it.
 
-    shape, tokenizer's folder --prepare--> GgufFile, or every reason why not --write, tensor by tensor--> OUT-f16.gguf
+    shape, tokenizer's folder --prepare--> GgufFile, or every reason against it --write, by tensor--> OUT-f16.gguf
 
-Matrices are stored as float16, or as 8-bit integers with a float16 scale for each 32 of a row (q8_0); norms stay
+Matrices are stored as float16, or as 8-bit integers with a float16 scale for each 32 values of a row (q8_0); norms stay
 float32. A row that does not divide by 32 stays float16. A plain decoder is llama.cpp's `llama`, one with QK-norm its
-`qwen3`; a tied head is absent. `llama` turns neighbouring components of a head where we turn i against i + E / 2, so
-the rows of its queries and keys change places.
+`qwen3`; a tied head is left out. `llama` rotates neighbouring components of a head, but we rotate i against i + E / 2,
+so the rows of its queries and keys are reordered.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, conversion/ of ggml-org/llama.cpp. Known gap: one
 file, however large.
@@ -40,7 +40,7 @@ class GgufFile:
     """A file that can be written: everything but the values."""
 
     name: str
-    """The model's."""
+    """The model's name."""
     shape: schema.Model
     vocabulary: Vocabulary
     precision: str
@@ -67,7 +67,7 @@ class GgufFile:
             state: every parameter by name, in any dtype; one at a time is converted.
 
         Raises:
-            CheckpointError: where a value is beyond what float16 holds.
+            CheckpointError: a value is too large for float16.
         """
         with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[self._architecture])) as writer:
             self._describe(writer, {name: tuple(state[name].shape) for name in self.types})
@@ -141,9 +141,9 @@ def prepare(shape: schema.Model, tokenizer_folder: Path, name: str, precision: s
     """A file for a model of this shape and its tokenizer, before its weights are read.
 
     Raises:
-        ConfigError: for another precision than f16 and q8_0, or where q8_0 would change nothing.
-        CheckpointError: where llama.cpp has no such model.
-        DataError: where llama.cpp would not give the tokenizer's ids; with every reason.
+        ConfigError: the precision is neither f16 nor q8_0, or q8_0 would change nothing.
+        CheckpointError: llama.cpp does not support such a model.
+        DataError: llama.cpp would not give the tokenizer's ids; with every reason.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"--gguf is {precision!r}, expected one of {', '.join(PRECISIONS)}.")
@@ -158,7 +158,7 @@ def prepare(shape: schema.Model, tokenizer_folder: Path, name: str, precision: s
             "export without --gguf."
         )
 
-    # Norms stay as they are; rows that do not divide into blocks cannot be 8-bit.
+    # Norms do not change; rows that do not divide into blocks cannot be 8-bit.
     kinds = gguf.GGMLQuantizationType
     with torch.device("meta"):
         sizes = {name: parameter.shape for name, parameter in Decoder(shape).named_parameters()}

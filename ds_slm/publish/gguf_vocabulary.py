@@ -1,15 +1,15 @@
-r"""A tokenizer in llama.cpp's terms: what must hold for it to give the same ids, and the fields that say it.
+r"""A tokenizer in llama.cpp's terms: the conditions under which it gives the same ids, and the fields of the file.
 
-    tokenizer.json --refuse what llama.cpp would read otherwise--> Vocabulary: tokens, types, merges or scores
+    tokenizer.json --refuse what llama.cpp would read differently--> Vocabulary: tokens, types, merges or scores
 
 llama.cpp knows pre-tokenizers by name. Two of its kinds are written:
 
-    gpt2    byte-level BPE by merges, where text is cut by one of PRE_TOKENIZERS
-    llama   SentencePiece BPE with byte fallback. It joins the neighbours whose union has the best score, the leftmost
-            of equals; the scores are the order of the merges, which must therefore be grouped by what they give
+    gpt2    byte-level BPE by merges, with text cut by one of PRE_TOKENIZERS
+    llama   SentencePiece BPE with byte fallback. It joins the neighbours whose union has the best score; if scores are
+            equal, the leftmost. The scores are the order of the merges, so merges must be grouped by their results
 
 Source: src/llama-vocab.cpp and src/unicode.cpp of ggml-org/llama.cpp. Known gaps: other patterns, normalisers, and
-tokens that swallow the white space beside them.
+tokens that remove the white space beside them.
 """
 
 import json
@@ -28,7 +28,7 @@ from ds_slm.data.tokenizers.tokenizer import GENERATION_CONFIG, IM_END, Tokenize
 from ds_slm.errors import DataError
 
 PRE_TOKENIZERS = {GPT2_PATTERN: ("gpt-2", False), CL100K_PATTERN: ("llama-bpe", True)}
-"""Pattern -> llama.cpp's name of it, and whether it then takes a piece that is a token as it is (ignore_merges)."""
+"""Pattern -> llama.cpp's name for it, and whether it then takes a piece that is a token as it is (ignore_merges)."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -36,7 +36,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""The text of our chat template, as most published models write it: Ollama finds a template by its likeness to known
+"""Our chat template as most published models write it, because Ollama recognises a template by its similarity to known
 ones."""
 
 
@@ -47,22 +47,22 @@ class Vocabulary:
     model: str
     """gpt2 or llama."""
     pre: str
-    """llama.cpp's name of the pre-tokenizer."""
+    """llama.cpp's name for the pre-tokenizer."""
     tokens: list[str]
-    """By id, one for each row of the embedding."""
+    """Tokens by id, one for each row of the embedding."""
     types: list[gguf.TokenType]
     merges: list[str]
     """gpt2: pairs in the order in which they are joined."""
     scores: list[float]
-    """llama: of each token."""
+    """llama: the score of each token."""
     ids: dict[str, int]
-    """Ids by role, in llama.cpp's names of them: bos, eos, padding, eot where it ends turns, unknown."""
+    """Ids by role, under llama.cpp's names: bos, eos, padding, eot if it ends turns, unknown."""
     flags: dict[str, bool]
-    """add_bos_token and so on."""
+    """Flags such as add_bos_token."""
     unused_ids: list[int]
     """Ids that stand for nothing, never to be generated."""
     chat_template: str | None
-    """Of an assistant: ours in its plainest form, another's as it is."""
+    """The template of an assistant: ours in its plainest form, any other unchanged."""
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Put it into a file's header."""
@@ -87,13 +87,13 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """The vocabulary of a tokenizer's folder, for a model with `vocab_size` ids.
 
     Raises:
-        DataError: with every reason why llama.cpp could give other ids; for a chat template that is not UTF-8.
+        DataError: llama.cpp could give other ids, with every reason; or the chat template is not UTF-8.
     """
     tokenizer = load_tokenizer(folder)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     is_sentencepiece = bool(content["model"].get("byte_fallback"))
 
-    # What both kinds have in common, then what is particular to each.
+    # First what both kinds have in common, then what differs.
     before, behind = ([], []) if content["post_processor"] is None else _added_around(tokenizer)
     if content["model"]["type"] == "BPE":
         problems = [*_common_problems(content, tokenizer, before, behind)]
@@ -117,7 +117,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     }
     if template is not None and (end := _end_of_turn(template, folder, tokenizer)) is not None:
         ids["eot"] = end
-    # Whatever a tokenizer puts before a text, a conversation begins as its template does; where that writes the BOS,
+    # Whatever a tokenizer puts before a text, a conversation begins like its template. If the template writes the BOS,
     # llama.cpp does not write a second one.
     begins_with_it = template is None or "bos_token" in template or any(by_id[one] in template for one in before)
     flags = {"add_bos_token": bool(before) and begins_with_it, "add_eos_token": bool(behind)}
@@ -140,10 +140,10 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
 
 def _end_of_turn(template: str, folder: Path, tokenizer: Tokenizer) -> int | None:
-    """The id that ends an answer; None where nothing tells it, and llama.cpp looks for a name that it knows.
+    """The id that ends an answer; None if it is not stated, and llama.cpp looks for a name that it knows.
 
     Raises:
-        DataError: where our template's token is missing.
+        DataError: our template's token is missing.
     """
     if is_ours(template) or (IM_END in template and tokenizer.has_token(IM_END)):
         return tokenizer.token_id(IM_END)
@@ -156,7 +156,7 @@ def _all_tokens(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """In their order; a file may hold each as a pair or as one text."""
+    """The merges in order; a file may hold each as a pair or as one text."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -164,7 +164,7 @@ def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _types(
     content: Mapping[str, Any], tokenizer: Tokenizer, unused_ids: list[int], vocab_size: int
 ) -> list[gguf.TokenType]:
-    """What each id is."""
+    """The type of each id."""
     kinds = gguf.TokenType
     types = [kinds.NORMAL] * vocab_size
     if content["model"].get("byte_fallback"):
@@ -179,7 +179,7 @@ def _types(
 
 
 def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the exported tokenizer puts before and behind a text."""
+    """The ids that the exported tokenizer puts before and after a text."""
     plain, around = (
         tokenizer.encode_with_control_tokens(["a"], add_special_tokens=added)[0] for added in (False, True)
     )
@@ -208,7 +208,7 @@ def _common_problems(
 
 
 def _pattern(content: Mapping[str, Any]) -> str | None:
-    """By what a byte-level tokenizer cuts text; None for another pre-tokenizer."""
+    """The pattern by which a byte-level tokenizer cuts text; None for another pre-tokenizer."""
     pre = content["pre_tokenizer"] or {}
     match pre:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
@@ -245,7 +245,7 @@ def _byte_level_problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unreached(content: Mapping[str, Any]) -> str | None:
-    """A token that its own text does not give by merges alone."""
+    """A token whose own text does not give it by merges alone; None if there is none."""
     from tokenizers import models
 
     model = models.BPE(vocab=content["model"]["vocab"], merges=_merges(content))
@@ -266,7 +266,7 @@ def _byte_piece(byte: int) -> str:
 
 
 def _space_steps(content: Mapping[str, Any]) -> list[Any]:
-    """What it does to spaces: the steps of its normaliser."""
+    """The steps of the normaliser, which change spaces."""
     normalizer = content["normalizer"] or {"type": "Sequence", "normalizers": []}
     return normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
 
@@ -286,8 +286,8 @@ def _sentencepiece_problems(content: Mapping[str, Any]) -> Iterator[str]:
     if model.get("ignore_merges"):
         yield "it takes a text that is a token as it is."
 
-    # As scores, the merges must be every way to make a token of two, together in one place for each token. What makes a
-    # control token may be among them.
+    # As scores, the merges must hold every way to make a token from two, and all ways for one token must be together.
+    # Merges that make a control token may be among them.
     merges = _merges(content)
     results = [token for token, _ in groupby(left + right for left, right in merges)]
     others = {token["content"] for token in content["added_tokens"]}
@@ -297,7 +297,7 @@ def _sentencepiece_problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ways(tokens: Set[str]) -> set[tuple[str, str]]:
-    """Every way to make one of these tokens of two of them."""
+    """Every way to make one of these tokens from two of them."""
     return {
         (token[:cut], token[cut:])
         for token in tokens
@@ -307,6 +307,6 @@ def _ways(tokens: Set[str]) -> set[tuple[str, str]]:
 
 
 def _scores(content: Mapping[str, Any], tokens: list[str]) -> list[float]:
-    """The sooner a token is made, the better its score."""
+    """The scores of tokens: the earlier a token is made, the better its score."""
     order = {token: place for place, token in enumerate(dict.fromkeys(map("".join, _merges(content))))}
     return [-float(order.get(token, len(order))) for token in tokens]

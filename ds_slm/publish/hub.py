@@ -1,8 +1,8 @@
-"""A finished export and the hub: has it a card that the hub takes, and up it goes. Only where a user asks for it.
+"""A finished export and the hub: check the card, and upload the folder. Only if a user asks for it.
 
 README.md's text --validate--> the hub's own check          folder --push--> a private repository, one commit
 
-HF_ENDPOINT names another hub, HF_TOKEN or `hf auth login` says who asks. The hub's libraries are imported here alone.
+HF_ENDPOINT names another hub; HF_TOKEN or `hf auth login` logs in. Only this module imports the hub's libraries.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from ds_slm.errors import UserError
 from ds_slm.recipe.hub_names import is_repo_id
 
 NETWORK = ("httpx", "httpcore")
-"""Beginnings of modules whose errors say that the hub was not reached; which of them is huggingface_hub's affair."""
+"""Prefixes of modules whose errors mean that the hub was not reached; huggingface_hub decides which one it uses."""
 
 
 class HubError(UserError):
-    """The hub was not reached, or refuses what it is asked for."""
+    """The hub was not reached, or refuses the request."""
 
 
 def problem_of_id(repo: str) -> str | None:
-    """Why this is not the id of a repository with its owner; None where it is."""
+    """Why this is not the id of a repository with its owner; None if it is."""
     return None if is_repo_id(repo) and "/" in repo else f"{repo!r}: expected ORG/NAME, a repository's id on the hub."
 
 
@@ -29,14 +29,14 @@ def validate(card_text: str) -> None:
     """Ask the hub whether it takes a card.
 
     Raises:
-        HubError: it does not, with its reasons; or it was not reached.
+        HubError: the hub refuses the card, with its reasons; or it was not reached.
     """
     from huggingface_hub import ModelCard
 
     with _told("the hub's check of the model card"):
         try:
             ModelCard(card_text).validate(repo_type="model")
-        except ValueError as error:  # what the client makes of the hub's refusal
+        except ValueError as error:  # the client's error for a refusal by the hub
             raise HubError(f"the hub does not take this model card: {_first_line(error)}.") from error
 
 
@@ -47,7 +47,7 @@ def push(folder: Path, repo: str) -> str:
         The address of the repository.
 
     Raises:
-        HubError: the hub was not reached, or refuses. The folder stays as it is.
+        HubError: the hub was not reached, or refuses. The folder does not change.
     """
     from huggingface_hub import HfApi
 
@@ -77,7 +77,7 @@ def _told(what: str, way_out: str = "") -> Iterator[None]:
 
 
 def _reason(error: "Exception") -> str:
-    """What the hub answered, and how to log in where that may help."""
+    """The hub's answer, and how to log in if that may help."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = f"{status}: {_first_line(getattr(error, 'server_message', None) or error)}"
     if status in (401, 403):

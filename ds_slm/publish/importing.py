@@ -4,8 +4,8 @@
 
     checkpoints/step-00000000/   the weights in fp32, which holds 16-bit ones exactly; no moments: nothing was trained
     tokenizer/                   its files, readable by transformers 4 and 5, and generation_config.json
-    imported/                    its config.json, model card and licence, as they came
-    recipe.toml                  its shape and tokenizer; what a model does not tell is marked [unstated]
+    imported/                    its config.json, model card and licence, unchanged
+    recipe.toml                  its shape and tokenizer; what a model does not say is marked [unstated]
 
 Known gaps: a tokenizer without tokenizer.json, and weights of 8 bits or fewer, are refused. The run cannot be resumed:
 it has no moments and no data; another run takes it as its --base.
@@ -35,7 +35,7 @@ from ds_slm.recipe.schema import RECIPE_FILE, Recipe
 from ds_slm.run import software
 
 IMPORTED = "imported"
-"""The folder of what came along; and, in a checkpoint's state.json, where its weights are from."""
+"""The folder of the model's other files; and, in a checkpoint's state.json, the key for the origin of its weights."""
 CARD = "README.md"
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 CAME_ALONG = ("config.json", CARD, *LICENCES)
@@ -44,7 +44,7 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", CHAT_TEMPLATE_FILE, GENERATION_CONFIG,
 )  # fmt: skip
 FIRST_ROWS, FIRST_STEPS, FIRST_LENGTH = 64, 1000, 1024
-"""What the recipe says of a batch, a run and a row, where nothing else is known."""
+"""The recipe's rows of a batch, steps of a run and length of a row, if nothing else is known."""
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -59,9 +59,9 @@ def import_model(source: Path, run: Path) -> dict[str, Any]:
         What was imported: folder, parameters, architecture, the dtype it was stored in, sha256 of its weights.
 
     Raises:
-        CheckpointError: a model that this decoder cannot be, damaged files, or a run that exists.
-        DataError: a tokenizer that cannot be read, or has more ids than the model.
-        OSError: nothing can be written there.
+        CheckpointError: this decoder does not support the model, files are damaged, or the run exists.
+        DataError: the tokenizer cannot be read, or has more ids than the model.
+        OSError: the run folder cannot be written to.
     """
     place = free_place(run, flag="--run-dir")
     if not is_unicode(str(place)):
@@ -92,9 +92,9 @@ def is_imported(state: Mapping[str, Any]) -> bool:
 
 
 def describe_imported(run: Path, state: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files that describe an imported model which is exported again: its own card and licence.
+    """The files that describe an imported model that is exported again: its own card and licence.
 
-    Where no card came with it the card says so.
+    If no card came with it, the card says so.
     """
     name = state[IMPORTED]["name"]
     text = f"# {name}\n\nThese weights were imported into ds_slm, and exported again without any training.\n"
@@ -104,7 +104,7 @@ def describe_imported(run: Path, state: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _checked(source: Path) -> tuple[OpenModel, Tokenizer]:
-    """The model and its tokenizer, nothing written. Raises UserError with what both have wrong."""
+    """The model and its tokenizer; does not write. Raises UserError with the problems of both."""
     if (source / RECIPE_FILE).is_file():
         raise CheckpointError(f"{source} is a run folder already: expected a folder in the Hugging Face format.")
     if not (source / "config.json").is_file():
@@ -149,7 +149,7 @@ def _tokenizer_of(source: Path) -> Tokenizer:
 
 
 def _refuse_other_head(opened: OpenModel) -> None:
-    """Raise CheckpointError where a head that should be the embedding is stored beside it, and is not the same."""
+    """Raise CheckpointError if a tied head is stored beside the embedding, but differs from it."""
     if not opened.shape.tie_word_embeddings:
         return
     embedding = opened.stored()[EMBEDDING]
@@ -166,7 +166,7 @@ def _refuse_other_head(opened: OpenModel) -> None:
 
 
 def _copy_tokenizer(source: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer's files, with a configuration that transformers 4 and 5 read alike."""
+    """Copy the tokenizer's files, with a configuration that transformers 4 and 5 read in the same way."""
     folder.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -181,7 +181,7 @@ def readable_by_both(config: Mapping[str, Any], eos_token: str) -> dict[str, Any
 
     Args:
         config: the content of tokenizer_config.json.
-        eos_token: is named where the configuration names none.
+        eos_token: the EOS if the configuration does not name one.
     """
     kept = {key: value for key, value in config.items() if key not in ("auto_map", "backend", "is_local")}
     if kept.get("tokenizer_class") in ("TokenizersBackend", None):
@@ -194,7 +194,7 @@ def readable_by_both(config: Mapping[str, Any], eos_token: str) -> dict[str, Any
 
 
 def _write_checkpoint(run: Path, opened: OpenModel, notes: Mapping[str, Any]) -> None:
-    """The checkpoint of step 0, one tensor in memory at a time."""
+    """Write the checkpoint of step 0, with one tensor in memory at a time."""
     stored = opened.stored()
     writer = checkpoint_files.Writer(run, step=0)
     with ExitStack() as held:
@@ -214,7 +214,7 @@ def _write_checkpoint(run: Path, opened: OpenModel, notes: Mapping[str, Any]) ->
 
 
 def _recipe(opened: OpenModel, tokenizer: Tokenizer, source: Path, run: Path) -> Recipe:
-    """The recipe of a run that would go on from here; what no model tells stands in [unstated], and is ours."""
+    """The recipe of a run that would go on from here; choices that a model does not state are ours, in [unstated]."""
     shape, name = opened.shape, source.resolve().name
     name = name if name and is_unicode(name) else "imported"
     seq_len = min(FIRST_LENGTH, shape.max_position_embeddings)

@@ -2,8 +2,8 @@
 
     path --open_model--> shape, tokenizer folder, sha256, and `read()`: fp32 tensors by name; `tensors()` one at a time
 
-A run folder gives its newest whole checkpoint; RUN/checkpoints/best the best one, RUN/checkpoints/step-00000100 that of
-a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
+A run folder gives its newest whole checkpoint, RUN/checkpoints/best the best one, RUN/checkpoints/step-00000100 the one
+of a step. A Hugging Face folder must hold safetensors: no pickle is loaded.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ from ds_slm.publish.export import refuse_other_shape
 from ds_slm.recipe import schema
 
 INDEX = "model.safetensors.index.json"
-"""Where transformers says which of several files holds which tensor."""
+"""The file in which transformers lists which of several files holds which tensor."""
 
 
 HEAD = "lm_head.weight"
 DTYPES = ("F32", "BF16", "F16")
-"""What weights may be stored as, by safetensors' names: fp32 holds each of these exactly."""
+"""The types in which weights may be stored, by safetensors' names: fp32 holds each of these exactly."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
-"""Files that hold weights: of these a model's own safetensors alone are read."""
+"""Suffixes of files that hold weights; only a model's own safetensors are read."""
 CONFIG = "config.json"
 
 
@@ -53,7 +53,7 @@ class OpenModel:
     """A trained model, not yet read."""
 
     name: str
-    """What it is called: its run's recipe says so, or its folder."""
+    """Its name, from its run's recipe or its folder."""
     folder: Path
     """The checkpoint or folder that was chosen."""
     shape: schema.Model
@@ -61,14 +61,14 @@ class OpenModel:
     sha256: str
     """One hash of all weights."""
     files: tuple[Path, ...]
-    """Its safetensors."""
+    """Its safetensors files."""
 
     def read(self) -> dict[str, Tensor]:
-        """Its parameters by name, fp32, a tied head once."""
+        """Its parameters by name, in fp32; a tied head occurs once."""
         return dict(self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, one at a time. Raises CheckpointError where a file cannot be read."""
+        """The same, one at a time. Raises CheckpointError if a file cannot be read."""
         for path in self.files:
             try:
                 with checkpoint_files.open_tensors(path) as stored:
@@ -78,7 +78,7 @@ class OpenModel:
                 raise CheckpointError(f"{path} cannot be read ({error}): get an intact copy.") from error
 
     def decoder(self, device: torch.device) -> Decoder:
-        """The model in fp32, to be run and not trained. Raises CheckpointError where its parameters are others."""
+        """The model in fp32, for running, not training. Raises CheckpointError if its parameters do not fit."""
         self.refuse_other_parameters()
         with torch.device("meta"):
             model = Decoder(self.shape)
@@ -86,7 +86,7 @@ class OpenModel:
         return model.to(device).eval()
 
     def refuse_other_parameters(self) -> None:
-        """Raise CheckpointError where names, shapes or kinds of the tensors are not the model's, before one is read."""
+        """Raise CheckpointError if names, shapes or types of the tensors are not the model's; reads no tensor."""
         stored = self.stored()
         problems = [
             f"{name} is stored as {one.dtype}, expected one of {', '.join(DTYPES)}."
@@ -98,7 +98,7 @@ class OpenModel:
         refuse_other_shape({name: torch.empty(one.shape, device="meta") for name, one in stored.items()}, self.shape)
 
     def stored(self) -> dict[str, StoredTensor]:
-        """Where each of its parameters lies. Raises CheckpointError where a file is damaged, or a name there twice."""
+        """The place of each parameter. Raises CheckpointError if a file is damaged, or a name occurs twice."""
         found: dict[str, StoredTensor] = {}
         for path in self.files:
             try:
@@ -113,7 +113,7 @@ class OpenModel:
         return found
 
     def _names(self, stored: Any) -> list[str]:
-        """The parameters of a file: not a tied head's copy, nor the angles that old versions of transformers stored."""
+        """A file's parameters, without a tied head's copy and the angles that old versions of transformers stored."""
         names = [name for name in stored.keys() if not name.endswith(".rotary_emb.inv_freq")]  # noqa: SIM118
         return [name for name in names if not (self.shape.tie_word_embeddings and name == HEAD)]
 
@@ -122,7 +122,7 @@ def open_model(path: Path) -> OpenModel:
     """Find and verify a model.
 
     Raises:
-        CheckpointError: where there is none, it is damaged, or of a shape this decoder cannot have.
+        CheckpointError: there is none, it is damaged, or this decoder cannot have its shape.
     """
     refuse_no_model(path)
     if (path / schema.RECIPE_FILE).is_file():
@@ -138,7 +138,7 @@ def open_model(path: Path) -> OpenModel:
 
 
 def refuse_no_model(path: Path) -> None:
-    """Raise CheckpointError where a path can name no model, by the names of its files alone."""
+    """Raise CheckpointError if a path cannot name a model, judged only by the names of its files."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a run folder, a checkpoint or a Hugging Face folder.")
 
@@ -153,7 +153,7 @@ def refuse_no_model(path: Path) -> None:
 
 
 def root_of(path: Path) -> Path:
-    """The folder that holds all of a model: of RUN/checkpoints/best or .../step-NUMBER that of the run."""
+    """The folder that holds all of a model; for RUN/checkpoints/best or .../step-NUMBER it is the run folder."""
     is_checkpoint = path.name == "best" or path.name.startswith("step-")
     return path.parents[1] if is_checkpoint and path.parent.name == checkpoint_files.CHECKPOINTS else path
 
@@ -161,7 +161,7 @@ def root_of(path: Path) -> Path:
 def files_of(path: Path, opened: OpenModel) -> tuple[str, ...] | None:
     """All files that another host needs to open the same model at the same path, relative to `root_of` the path.
 
-    The last one is the sign that the model is whole. None for a Hugging Face folder that is named like a checkpoint.
+    The last one marks the model as whole. None for a Hugging Face folder that is named like a checkpoint.
     """
     root, chosen = root_of(path), opened.folder
     if opened.tokenizer_folder == chosen:  # a Hugging Face folder
@@ -178,11 +178,11 @@ def files_of(path: Path, opened: OpenModel) -> tuple[str, ...] | None:
 
 
 def needed_base(path: Path, opened: Callable[[], OpenModel]) -> NeededFolder:
-    """What every host needs of a model to begin with.
+    """The folder of a base model, which every host needs.
 
     Args:
-        path: what names it.
-        opened: opens it; a host where that fails is sent it, and opens it again.
+        path: the path that names it.
+        opened: opens it; if that fails, the host receives the folder and opens it again.
     """
     root = root_of(path)
     try:
@@ -197,7 +197,7 @@ def open_base(path: Path, recipe: schema.Recipe) -> OpenModel:
     """Find and verify a model that a run of this recipe can begin with.
 
     Raises:
-        CheckpointError: where there is none, it is damaged, or of another shape than the recipe's.
+        CheckpointError: there is none, it is damaged, or its shape is not the recipe's.
     """
     opened = open_model(path)
     refuse_other_base(recipe, opened)
@@ -206,7 +206,7 @@ def open_base(path: Path, recipe: schema.Recipe) -> OpenModel:
 
 
 def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
-    """Raise CheckpointError where a model to begin with has another shape than the recipe, with every difference."""
+    """Raise CheckpointError with every difference if the base model has another shape than the recipe."""
     free = {"init_std", "embedding_init_std", "scaled_residual_init"}
     ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
     problems = [
@@ -261,9 +261,9 @@ def sha256_of_weights(files: Sequence[Path]) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, where it has one.
+    """The safetensors files of a folder; if it has an index, the files that the index names.
 
-    Raises CheckpointError where there is none, or the index names a file that is not there.
+    Raises CheckpointError if there is none, or if the index names a missing file.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -292,7 +292,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _no_safetensors(folder: Path) -> str:
-    """That a folder holds none, with the way from what it holds instead."""
+    """The message that a folder holds none, with the way out from the files that it holds instead."""
     pickles = shortened(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES))
     if not pickles:
         return f"{folder} holds no .safetensors file: save the model in that format, no pickle is read."

@@ -1,4 +1,4 @@
-"""Where an export, or an imported run, goes: checked before weights are read; it appears whole or nothing is begun.
+"""The place of an export, or of an imported run: checked before weights are read; the folder appears whole, or not.
 
 free_place --> .export.tmp-*/ is filled --> every file fsynced --> renamed to OUT
 """
@@ -17,21 +17,21 @@ TEMPORARY = ".export.tmp"
 
 
 def free_place(out: Path, run: Path | None = None, flag: str = "--out") -> Path:
-    """The folder that `out` names, links followed; nothing is made.
+    """The folder that `out` names, following links; does not make it.
 
     Args:
-        out: what the user named: a new folder, or an empty one.
+        out: the folder that the user named: a new one, or an empty one.
         run: the run folder that is exported; nothing may be put into it.
-        flag: what named it.
+        flag: the flag that named it.
 
     Raises:
-        CheckpointError: where a finished folder cannot take that place in one step.
-        OSError: where nothing can be written there.
+        CheckpointError: a finished folder cannot take that place in one step.
+        OSError: the place cannot be written to.
     """
     if in_the_way := obstacle(out):
         raise CheckpointError(f"{flag} {in_the_way}")
 
-    # What is there already must not be lost.
+    # Existing files must not be lost.
     place = out.resolve()
     if run is not None and place.is_relative_to(run.resolve()):
         raise CheckpointError(
@@ -51,7 +51,7 @@ def free_place(out: Path, run: Path | None = None, flag: str = "--out") -> Path:
 
 @contextlib.contextmanager
 def appears_whole(out: Path) -> Iterator[Path]:
-    """Within it a folder is filled under a temporary name; then it is `out`. A kill leaves nothing half-written there.
+    """Within it a folder is filled under a temporary name; then it becomes `out`. So a kill leaves `out` untouched.
 
     The next call for a folder beside it removes what a kill left.
 
@@ -59,7 +59,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
         out: a `free_place`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f"{TEMPORARY}-{socket.gethostname()}-*"):  # by a process that was killed
+    for left in out.parent.glob(f"{TEMPORARY}-{socket.gethostname()}-*"):  # left by a process that was killed
         remove_where_dead(left)
     folder = out.with_name(f"{TEMPORARY}-{writer_name()}")
     new_folder(folder)
@@ -77,7 +77,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
 
 
 def _is_mount_point(place: Path) -> bool:
-    """Also where a folder of the same file system is mounted, which os.path.ismount does not see."""
+    """Whether this is a mount point, even of a folder of the same file system, which os.path.ismount does not see."""
     mounts = Path("/proc/self/mountinfo")
     lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if mounts.exists() else []
     spelled = str(place).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")

@@ -1,10 +1,10 @@
-"""`ds-slm report`: one HTML file about some runs, that needs no network.
+"""`ds-slm report`: one HTML file about some runs, which needs no network.
 
     RUN/metrics.jsonl, recipe.toml, eval.json, bad-steps/, ... --read--> Story, one a run --page--> HTML
 
-Curves against steps, tokens and training time; what differs between the recipes; held-out losses and benchmarks; what
-was continued; what went wrong. A run may be in progress: whatever its folder holds is shown. Of checkpoints only the
-manifests are read: a figure of weights that none of them holds is not the run's.
+It shows curves against steps, tokens and training time; differences between the recipes; held-out losses and
+benchmarks; samples; and incidents. A run may be in progress: whatever its folder holds is shown. Only the manifests of
+checkpoints are read: a figure of weights that none of them holds is not the run's.
 """
 
 import statistics
@@ -41,7 +41,7 @@ class Story:
     name: str
     recipe: Recipe
     records: Mapping[str, Sequence[Record]]
-    """By kind, in the order of steps."""
+    """Records by kind, in the order of steps."""
     done: Record
     scores: list[scores.Row]
     incidents: list[Incident]
@@ -60,7 +60,7 @@ def write_page(runs: Sequence[Path]) -> str:
     """The report of some runs, as HTML.
 
     Raises:
-        ConfigError: with every folder that is not a run, or has trained no step.
+        ConfigError: with every folder that is not a run, or has no trained step.
     """
     problems = [
         f"{run} is not a run folder: it holds no {schema.RECIPE_FILE}."
@@ -77,7 +77,7 @@ def write_page(runs: Sequence[Path]) -> str:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's, or its whole path where two have the same."""
+    """A name for each run: its folder's name, or its whole path if two have the same name."""
     short = [printable(run.resolve().name) for run in runs]
     return [name if short.count(name) == 1 else printable(str(run)) for run, name in zip(runs, short, strict=True)]
 
@@ -141,7 +141,7 @@ def _page(stories: Sequence[Story]) -> str:
 
 
 def _facts(story: Story) -> dict[str, str]:
-    """The run in a column of the first table."""
+    """The facts of a run, for its column in the first table."""
     train, recipe = story.of("train"), story.recipe
     last, steps = train[-1], recipe.train.steps
     seconds = curves.elapsed_s(train)[-1]
@@ -169,7 +169,7 @@ def _facts(story: Story) -> dict[str, str]:
 
 
 def _differences(stories: Sequence[Story]) -> dict[str, list[str]]:
-    """What of the recipes is not the same in all runs."""
+    """The parts of the recipes that differ between runs."""
     first = stories[0].recipe
     compared = [schema.changes(first, story.recipe) for story in stories]
     keys = sorted({key for changed in compared for key in changed if schema.changes_result(key)})
@@ -178,7 +178,7 @@ def _differences(stories: Sequence[Story]) -> dict[str, list[str]]:
 
 
 def _shown(value: Any) -> str:
-    """A value of a recipe; of sources the names, where they are from, and weights."""
+    """A value of a recipe as text; for sources their names, origins and weights."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         places = [source.get("id") or Path(source.get("path") or "").name for source in value]
         named = [

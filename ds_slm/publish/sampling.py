@@ -8,7 +8,7 @@ from ds_slm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from its logits. By default from all of them, as they are."""
+    """How the next token is drawn from its logits. By default all of them count, unchanged."""
 
     temperature: float = 1.0
     """0 takes the likeliest token each time."""
@@ -32,12 +32,12 @@ EXPECTED = {
     "seed": (lambda value: 0 <= value < 2**63, "0 or more, and less than 2**63"),
     "max_new_tokens": (lambda value: 1 <= value < 2**31, "1 or more, and less than 2**31"),
 }
-"""What a person may set: whether a value is right, and which are. Within these, fp32 logits stay finite."""
+"""Setting -> a check of its value, and the allowed values in words. Within them, fp32 logits stay finite."""
 
 
 @dataclass(frozen=True)
 class Settings(Sampling):
-    """How an assistant answers. Raises ConfigError with every value that cannot be."""
+    """How an assistant answers. Raises ConfigError with every value that is not allowed."""
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -53,11 +53,11 @@ class Settings(Sampling):
 
     @classmethod
     def names(cls) -> list[str]:
-        """What can be set."""
+        """The names of the settings."""
         return [field.name for field in fields(cls)]
 
     def changed(self, pair: str) -> "Settings":
-        """The same but for one setting, KEY=VALUE. Raises ConfigError where there is no such key, or value."""
+        """The same with one other setting, KEY=VALUE. Raises ConfigError if the key or value is not allowed."""
         # Not above: pydantic comes with it, and every --help reads this file.
         from ds_slm.recipe.problems import nearest
 

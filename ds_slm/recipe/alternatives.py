@@ -1,9 +1,9 @@
-"""What three settings that trade memory for time would change, side by side; and where more devices stop helping.
+"""What three settings that trade memory for time would change, side by side; and when more devices stop helping.
 
     Recipe, ds_config, world size --> alternatives --> a row each: as asked, and with one setting turned over
     Batch, times, hosts --> scaling --> Scaling: the last device that has a row, the network's share
 
-All of it is predicted by ds_slm.recipe.budget; nothing is run.
+ds_slm.recipe.budget predicts all of it; nothing is run.
 """
 
 from bisect import bisect_left
@@ -25,9 +25,9 @@ class Alternative:
     name: str
     device_bytes: int
     host_bytes: int
-    """Optimiser states of a device that lie in the host's memory."""
+    """Bytes of a device's optimiser states in the host's memory."""
     step_ratio: float | None
-    """Computing time of a step, as a share of what was asked; None where it was not measured."""
+    """Computing time of a step, as a share of the asked topology's; None if it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Scaling:
     """Where more devices stop helping."""
 
     most_devices: int
-    """Rows of a step: a device beyond has none of its own."""
+    """Rows of a step: with more devices than that, some have no row."""
     busy_share: float
     """Rows of the recipe among all rows that the asked devices compute; the rest is filler."""
     network_shares: dict[str, float]
     """By kind of device: the network's share of a step's time. Empty on one host, or without a network's speed."""
     balanced_hosts: dict[str, int | None]
-    """By kind of device: the fewest hosts on which the network takes half of a step; None where the batch has too few
-    rows for so many."""
+    """By kind of device: the smallest number of hosts at which the network takes half of a step; None if the batch has
+    too few rows for that."""
 
 
 def alternatives(
@@ -88,9 +88,9 @@ def scaling(
 
     Args:
         cuts: device type -> a step on the asked devices.
-        times: the durations there, one for each kind.
+        times: its durations, one for each kind of device.
         topology: the asked devices.
-        times_on: the durations on another number of hosts of the same kind.
+        times_on: gives the durations on another number of hosts of the same kind.
     """
     rows, cut = cuts["cuda"].rows_per_step, cuts["cuda"]
     most_hosts = max(rows // topology.ranks_per_host, 2)

@@ -22,28 +22,28 @@ REDUCE_BUCKET_ELEMENTS = 500_000_000
 MAX_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
 CPU_LOSS_CHUNK_TOKENS = 512
-"""On a CPU, measured: each chunk reads and writes the head's gradient once more, so short ones wait for memory (bf16, a
-head of 32,000 x 768: 128 tokens take 1.4 times as long), and long ones leave its cache (4,096 x 128: 1,024, 1.6)."""
+"""On a CPU, measured. Each chunk reads and writes the head's gradient once more, so short chunks wait for memory (bf16,
+a head of 32,000 x 768: 128 tokens take 1.4 times as long); long chunks leave the cache (4,096 x 128: 1,024, 1.6)."""
 GPU_LOSS_CHUNK_LOGITS, MIN_LOSS_CHUNK_TOKENS, MAX_LOSS_CHUNK_TOKENS = 2**27, 128, 2048
-"""On a GPU: logits of one chunk of the loss, in fp32 and once more in the model's precision; and the tokens' limits."""
+"""On a GPU: logits of one chunk of the loss, in fp32 and again in the model's precision; limits of its tokens."""
 BLOCK_VALUES = 256
 """bitsandbytes: values of 8-bit state that share one fp32 scale."""
 SAVE_WINDOW_VALUES = 8 * 2**20
 """Values that a save gathers at a time: 32 MiB."""
 PROGRAM_BYTES = 385_000_000
-"""What a rank's process holds on a CPU before its first tensor: Python, torch, DeepSpeed and what else it imports, and
-the code that a first forward loads. Resident memory of gpt-s-1.4m on one rank (Linux x86-64, CPU build of torch), its
-tensors taken off."""
+"""Memory of a rank's process on a CPU before its first tensor: Python, torch, DeepSpeed, other imports, and the code
+that a first forward loads. Resident memory of gpt-s-1.4m on one rank (Linux x86-64, CPU build of torch) without its
+tensors."""
 KEPT_APART = {(1, False): 0.88, (1, True): 0.88, (2, False): 0.56, (2, True): 0.85, (3, False): 1.2, (3, True): 1.2}
 """ZeRO stage, whether in half precision -> freed memory that stays unusable on a CPU, as a share of the activations.
 Measured with benchmarks/plan_memory.py (gpt-s-1.4m, slm-10m and ant-10m, 4,096 tokens a forward)."""
 BITSANDBYTES_BYTES = 48_000_000
-"""By how much that grows with bitsandbytes' optimiser: the same of demo."""
+"""How much that grows with bitsandbytes' optimiser, measured in the same way with demo."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, at their peak."""
+    """Bytes of one rank at its peak."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -53,15 +53,15 @@ class Memory:
     """fp32 weights the optimiser updates."""
     moments_bytes: int
     activations_bytes: int
-    """Of one micro-batch."""
+    """Saved activations of one micro-batch."""
     loss_bytes: int
     """One chunk of logits, and the gradients the loss keeps until its backward."""
     gathered_bytes: int = 0
     """Whole weights that ZeRO-3 has gathered for forward and backward."""
     program_bytes: int = 0
-    """The process itself: on a CPU its libraries share the memory with the tensors."""
+    """The process itself: on a CPU, libraries and tensors share the memory."""
     temporary_bytes: int = 0
-    """On a CPU: what the backward pass of a feed-forward layer needs beside all activations."""
+    """On a CPU: what the backward pass of a feed-forward layer needs in addition to all activations."""
     allocator_bytes: int = 0
     """On a CPU: freed memory that malloc holds but cannot use again."""
     host_bytes: int = field(default=0)
@@ -69,25 +69,25 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Name -> bytes of each part that lies on the device, by the fields above."""
+        """Name -> bytes of each part on the device, from the fields above."""
         sizes = {part.name.removesuffix("_bytes"): getattr(self, part.name) for part in fields(self)}
         del sizes["host"]
         return sizes
 
     @property
     def device_bytes(self) -> int:
-        """All of it but what is offloaded."""
+        """All bytes except what is offloaded."""
         return sum(self.parts.values())
 
 
 def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
-    """Whether masters and moments lie in the host's memory, by DeepSpeed's zero_optimization section."""
+    """Whether DeepSpeed's zero_optimization section puts masters and moments into the host's memory."""
     section = zero.get("offload_optimizer") or {}
     return isinstance(section, Mapping) and section.get("device", "none") != "none"
 
 
 def takes_bf16_optimizer(zero: Mapping[str, Any], precision: str) -> bool:
-    """Whether DeepSpeed takes its BF16_Optimizer, which reduces in its own way, instead of stage 1's."""
+    """Whether DeepSpeed takes its BF16_Optimizer, which reduces in its own way, instead of the one of stage 1."""
     return zero["stage"] == 1 and precision == "bf16" and not offloads_optimizer(zero)
 
 
@@ -107,7 +107,7 @@ def memory(
         world_size: devices over all hosts.
         micro_batch: rows of one forward.
         device_type: 'cpu' or 'cuda'.
-        half_products: whether a CPU multiplies in the recipe's half precision; one that does not upcasts.
+        half_products: whether a CPU multiplies in the recipe's half precision; otherwise it upcasts.
     """
     counts = parameter_counts(recipe.model)
     stage, half, params = zero["stage"], recipe.train.precision != "fp32", counts.total
@@ -115,13 +115,13 @@ def memory(
     share = -(-params // world_size)
     weights = width * (share if stage == 3 else params)
 
-    # Stage 1 accumulates whole gradients in fp32, 2 and 3 a rank's share; half-precision ones come and go beside it.
+    # Stage 1 accumulates whole gradients in fp32, stages 2 and 3 a rank's share; half-precision ones are temporary.
     gradients = FP32 * (params if stage == 1 else share) + (HALF * params if half else 0)
 
     masters = FP32 * share
     moments = -(-_moment_bytes(recipe.optimizer, counts) // world_size)
 
-    # ZeRO-3 keeps a gathered weight for its next use if that is not far off: small models stay whole.
+    # ZeRO-3 keeps a gathered weight if its next use is near: small models stay whole.
     limits = "stage3_max_live_parameters", "stage3_max_reuse_distance"
     live = min(int(zero.get(limit, MAX_LIVE_ELEMENTS)) for limit in limits)
     gathered = width * min(params, live) if stage == 3 else 0
@@ -154,22 +154,22 @@ def _program_bytes(optimizer: Optimizer) -> int:
 def _allocator_bytes(stage: int, half: bool, activations: int, block_gradients: int) -> int:
     """Freed memory that malloc holds on a CPU and cannot use again.
 
-    glibc before 2.38 asks for a tensor's size and its alignment: the hole that a freed tensor leaves is too small for
-    the next one of the same size, unless its neighbours are free as well. So a second forward lies in part beside the
-    holes of the first. How much of it depends on what stays between them: nothing but temporary tensors where stage 2
-    reduces an fp32 gradient at once; stage 1's gradients, which fill holes themselves until the step; stage 3's
-    gathered weights.
+    glibc before 2.38 asks for a tensor's size plus its alignment. The hole that a freed tensor leaves is therefore too
+    small for the next tensor of the same size, unless its neighbours are free as well. So part of a second forward lies
+    beside the holes of the first. How large a part depends on what stays between the holes: only temporary tensors if
+    stage 2 reduces an fp32 gradient at once; stage 1's gradients, which fill holes until the step; stage 3's gathered
+    weights.
 
-    Known gap: the shares are measured, not derived, and belong to glibc 2.36.
+    Known gap: the shares are measured, not derived, and are valid for glibc 2.36.
     """
     kept_apart = KEPT_APART[stage, half] * activations
     return max(round(kept_apart) - (block_gradients if stage == 1 else 0), 0)
 
 
 def save_bytes(recipe: Recipe, counts: ParameterCounts, world_size: int) -> int:
-    """Host memory that a rank which writes checkpoints takes while a save is in flight, beside what training holds.
+    """Host memory, in addition to training's, of a rank that writes checkpoints while a save is in flight.
 
-    It copies its share of fp32 weights and moments, packs, receives and puts in order a window of values at a time.
+    It copies its share of fp32 weights and moments, then packs, receives and orders one window of values at a time.
     """
     share = -(-counts.total // world_size)
     moments = -(-_moment_bytes(recipe.optimizer, counts) // world_size)
@@ -178,7 +178,7 @@ def save_bytes(recipe: Recipe, counts: ParameterCounts, world_size: int) -> int:
 
 
 def _moment_bytes(optimizer: Optimizer, counts: ParameterCounts) -> int:
-    """Both moments over all ranks: fp32, or 8 bits and their scales for matrices and, where asked for, embeddings."""
+    """Both moments over all ranks: fp32, or 8 bits and their scales for matrices and, if asked for, embeddings."""
     params = counts.total
     if optimizer.name == "adamw":
         return 2 * FP32 * params
@@ -190,10 +190,10 @@ def _moment_bytes(optimizer: Optimizer, counts: ParameterCounts) -> int:
 
 
 def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: bool) -> int:
-    """The buffers DeepSpeed sets aside for reducing gradients, whatever the model's size; on a CPU what is touched.
+    """The buffers that DeepSpeed allocates for reducing gradients, whatever the model's size; on a CPU the used part.
 
-    A CPU gives no memory to a buffer before something is written there: a small model fills a part of it. What it
-    sends is flattened once more.
+    On a CPU a buffer takes memory only where something is written: a small model fills a part of it. What it sends is
+    flattened once more.
     """
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
     in_place = takes_bf16_optimizer(zero, precision)  # it reduces the accumulated gradients themselves
@@ -207,9 +207,9 @@ def _buffer_bytes(zero: Mapping[str, Any], precision: str, params: int, on_cpu: 
 
 
 def _activation_bytes(recipe: Recipe, micro_batch: int, on_cpu: bool, upcasts: bool) -> int:
-    """What the backward pass needs of the forward pass, with attention that never holds its T x T scores.
+    """What the backward pass needs from the forward pass, with attention that never holds its T x T scores.
 
-    With checkpointing each block keeps its input alone, and one block at a time the rest.
+    With checkpointing each block keeps only its input, and one block at a time keeps the rest.
     """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
     width = HALF if recipe.train.precision != "fp32" else FP32
@@ -221,9 +221,9 @@ def _activation_bytes(recipe: Recipe, micro_batch: int, on_cpu: bool, upcasts: b
 
 
 def _temporary_bytes(recipe: Recipe, micro_batch: int, width: int) -> int:
-    """At the peak, as the backward pass begins: gradients that the last block's feed-forward layer has in hand.
+    """At the peak, as the backward pass begins: gradients that the last block's feed-forward layer holds.
 
-    Those of product, silu(gate) and up at a time, and the residual stream's from behind and to the layer before.
+    The gradients of product, silu(gate) and up at a time, and two of the residual stream: received and passed on.
     """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len
     return tokens * width * (3 * shape.intermediate_size + 2 * shape.hidden_size)
@@ -278,7 +278,7 @@ def loss_chunk_tokens(device_type: str, vocab_size: int) -> int:
 def _loss_bytes(recipe: Recipe, micro_batch: int, device_type: str, upcasts: bool) -> int:
     """A chunk of logits in fp32, and in the model's precision twice; gradients of hidden states and, in fp32, the head.
 
-    Of an fp32 model, and where half precision is upcast, the chunk is there once and the hidden states' gradients are
+    With an fp32 model, or if half precision is upcast, the chunk is held once and the hidden states' gradients are
     fp32; an upcast head lies beside its gradient.
     """
     shape, tokens = recipe.model, micro_batch * recipe.data.seq_len

@@ -1,4 +1,4 @@
-"""What sections of a recipe that are right by themselves get wrong beside one another.
+"""Mistakes that only show when two sections of a recipe, each right by itself, are compared.
 
 sections by name --disagreements--> problems, a sentence each
 """
@@ -11,7 +11,7 @@ from ds_slm.recipe.sections import Model, Optimizer, Train
 
 
 def disagreements(sections: Mapping[str, Section]) -> list[str]:
-    """The problems that two sections have together. A section that is absent has none."""
+    """The problems that two sections have together. An absent section has none."""
     model, tokenizer, data = sections.get("model"), sections.get("tokenizer"), sections.get("data")
     optimizer, train = sections.get("optimizer"), sections.get("train")
     problems = []

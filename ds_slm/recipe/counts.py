@@ -1,4 +1,4 @@
-"""Parameters of the decoder, by part, and how a step's rows are cut up.
+"""Parameters of the decoder, by part, and how a step's rows are divided.
 
 Model --> parameter_counts --> ParameterCounts: the shapes of ds_slm.model.decoder counted
 Recipe, world size, micro-batch --> batch --> Batch
@@ -11,12 +11,12 @@ from ds_slm.recipe.schema import Model, Recipe
 
 @dataclass(frozen=True)
 class Batch:
-    """How one optimiser step is cut up."""
+    """How one optimiser step is divided."""
 
     rows_per_step: int
     """Rows of the recipe's global batch."""
     rows_per_rank: int
-    """Rows of the busiest rank, before filling up."""
+    """Rows of the busiest rank, without filler rows."""
     micro_batch: int
     """Rows of one forward on one device."""
     accumulation_steps: int
@@ -48,7 +48,7 @@ def parameter_counts(shape: Model) -> ParameterCounts:
 
 
 def parameter_sizes(shape: Model) -> list[tuple[int, int]]:
-    """Values of a parameter, a norm's or a matrix's, and how many parameters have so many. A size may come again."""
+    """(values, number of parameters of that size) pairs; a size can occur twice."""
     return [kind for kinds in _by_part(shape).values() for kind in kinds]
 
 
@@ -65,12 +65,12 @@ def _by_part(shape: Model) -> dict[str, list[tuple[int, int]]]:
 
 
 def parameters(shape: Model) -> int:
-    """Parameters of the decoder; tied ones once."""
+    """Number of the decoder's parameters; tied ones are counted once."""
     return parameter_counts(shape).total
 
 
 def batch(recipe: Recipe, world_size: int, micro_batch: int) -> Batch:
-    """Cut a step into forwards of at most `micro_batch` rows: as few as that allows, then with the fewest fillers."""
+    """Divide a step into as few forwards of at most `micro_batch` rows as possible, then with the fewest fillers."""
     rows_per_rank = -(-recipe.rows_per_step // world_size)
     accumulation_steps = -(-rows_per_rank // micro_batch)
     size = -(-rows_per_rank // accumulation_steps)

@@ -4,8 +4,8 @@
     ds_config (the speed) > join -> every conflict at once, or EngineConfig(deepspeed, micro_batch, accumulation_steps)
     world size (where)   /
 
-DeepSpeed accepts unknown top-level keys in silence, fills in a clipping norm of its own, and accumulates bf16 gradients
-in bf16. Here unknown keys are refused and everything that changes the result is written out.
+DeepSpeed silently accepts unknown top-level keys, fills in its own clipping norm, and accumulates bf16 gradients in
+bf16. Here unknown keys are refused, and everything that changes the result is written out.
 """
 
 import json
@@ -29,14 +29,14 @@ ALLOWED = {
     "wall_clock_breakdown": SWITCH,
     "zero_force_ds_cpu_optimizer": Kind("false (the optimiser is the recipe's)", lambda value: value is False),
 }
-"""Top-level keys a ds_configs file may hold, and what: memory, speed and communication."""
+"""Top-level keys that a ds_configs file may hold, and their kinds: memory, speed and communication."""
 
 REFUSED = {
     "aio": "it is for files on NVMe, to which nothing is offloaded here",
     "comms_logger": "it keeps a record of every message in memory and nothing prints its table; --profile A:B tells "
     "where a step's time goes",
 }
-"""Top-level keys of DeepSpeed that own nothing of the result and do nothing good here."""
+"""Top-level keys of DeepSpeed that do not change the result and are of no use here, with the reason."""
 
 OWNED_BY_RECIPE = {
     "optimizer": "[optimizer]",
@@ -53,34 +53,34 @@ OWNED_BY_RECIPE = {
     "activation_checkpointing": "train.gradient_checkpointing",
     "tensorboard": "the run folder's own TensorBoard",
 }
-"""Top-level keys that change the result, and who owns them."""
+"""Top-level keys that change the result, and what owns them."""
 
 
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 2e16}
-"""FLOPs of a rank's whole run, by device, from which on blocks are compiled: that takes half a minute once, and saved
+"""FLOPs of a rank's whole run, by device, from which blocks are compiled. Compiling takes half a minute once, and saved
 1 to 14 % of a micro-batch on a CPU."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the trainer needs to know of the batch, and what DeepSpeed gets."""
+    """The dictionary that DeepSpeed gets, and what the trainer needs to know of the batch."""
 
     deepspeed: dict[str, Any]
     micro_batch: int
     """Rows of one forward on one device."""
     accumulation_steps: int
     filler_rows: int
-    """Rows of weight 0 that make the step divide by the devices."""
+    """Rows of weight 0 that make the step divide evenly among the devices."""
     compiled: bool
     """Whether blocks and loss are compiled."""
     deterministic: bool = False
-    """Whether a GPU is to sum in an order that never changes."""
+    """Whether a GPU should sum in the same order every time."""
     eager_reason: str | None = None
-    """Why blocks are eager although the ds_config, or the length of the run, asks for compiled ones."""
+    """Why blocks are eager although the ds_config, or the run's length, asks for compiled ones."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A ds_configs file. Raises ConfigError where it is missing or not JSON."""
+    """Read a ds_configs file. Raises ConfigError if it is missing or not JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except OSError as error:
@@ -93,7 +93,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a later value of a key win in silence."""
+    """Refuse a key that occurs twice: JSON would silently take the later value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -128,7 +128,7 @@ def join(
 
 
 def compiles_blocks(recipe: Recipe, zero_stage: int, world_size: int, device_type: str) -> bool:
-    """Whether a run is long enough to compile its blocks, where its ds_config does not say."""
+    """Whether a run is long enough to compile its blocks; asked if its ds_config does not decide."""
     return zero_stage < 3 and training_flops(recipe) / world_size >= COMPILE_FLOPS[device_type]
 
 
@@ -170,11 +170,11 @@ def _deepspeed(
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
-        # DeepSpeed's would wait for the device twice a micro-batch, to print what we measure once a step
+        # DeepSpeed's timer would wait for the device twice a micro-batch, to print what we measure once a step
         "timers": {"throughput": {"enabled": False}},
     }
 
-    # DeepSpeed would insist on a CPU Adam of its own here.
+    # Otherwise DeepSpeed would insist on its own CPU Adam here.
     if "offload_optimizer" in ds_file["zero_optimization"]:
         config["zero_force_ds_cpu_optimizer"] = False
 

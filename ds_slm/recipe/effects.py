@@ -3,11 +3,11 @@
     sections --mistakes--> refused when a recipe is read
     recipe   --warnings--> printed by `ds-slm plan`, and once at the start of every launch
 
-Only keys that were set count, never defaults. A recipe that a run has recorded holds every key: there a key counts
-where its value is not the default. Such a recipe is never refused, so that older runs go on; its mistakes are printed.
+Only keys that were set count, never defaults. A recipe that a run has recorded holds every key: there a key counts if
+its value is not the default. Such a recipe is never refused, so that older runs go on; its mistakes are printed.
 
 A mistake is a place that is never read (a hub's id for local files), a rate that teaches nothing, or a shape whose
-export nothing loads. Everything else may be what is left of another kind after `--set schedule.kind=cosine`, or a short
+export no program loads. Everything else may be a remnant of another kind after `--set schedule.kind=cosine`, or a short
 trial of a long recipe.
 """
 
@@ -32,11 +32,11 @@ READ_FROM = {
 """Kind of source -> the fields that say where and how it is read."""
 
 ROUNDED_AWAY = 0.02
-"""Share of a decay that may lie beyond the last step without a word: published shares of a run are rounded."""
+"""Share of a decay that may lie beyond the last step without a warning: published shares of a run are rounded."""
 
 
 def mistakes(sections: Mapping[str, Section]) -> list[str]:
-    """What can only be a mistake, a line each. Sections that are absent are skipped."""
+    """A line for each thing that can only be a mistake. Absent sections are skipped."""
     data, tokenizer = sections.get("data"), sections.get("tokenizer")
     optimizer, schedule, train = (sections.get(name) for name in ("optimizer", "schedule", "train"))
     problems = []
@@ -96,7 +96,7 @@ def _unread_places(source: Source) -> Iterator[str]:
 
 
 def warnings(recipe: "Recipe") -> list[str]:
-    """What was set and has no effect in this recipe, or another one than it says; a line each."""
+    """A line for each setting that has no effect in this recipe, or not the effect that it names."""
     sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
     resolved = _is_resolved(recipe)
     return [
@@ -118,9 +118,9 @@ def set_keys(section: Section, resolved: bool) -> set[str]:
 
 
 def _is_resolved(recipe: "Recipe") -> bool:
-    """Whether every key is there, as in a recipe that a run has recorded: that one was set is then not known.
+    """Whether every key is there, as in a recipe that a run has recorded: then nobody knows which keys were set.
 
-    Keys that an earlier version did not know may be missing from what it has recorded.
+    A recipe recorded by an earlier version may lack keys that this version did not know.
     """
     tables = (recipe.model, recipe.tokenizer, recipe.data, recipe.optimizer, recipe.schedule, recipe.train, recipe.run)
     return all(
@@ -209,7 +209,7 @@ def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
         if key in given and getattr(run, key) > steps:
             yield f"run.{key} = {getattr(run, key):,} is more than train.steps = {steps:,}: {consequence}"
 
-    # A checkpoint can be the best only where its step was evaluated as well.
+    # A checkpoint can be the best only if its step was evaluated as well.
     both = math.lcm(run.eval_every_steps, run.save_every_steps)
     if (
         run.keep_best
@@ -241,7 +241,7 @@ def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             yield f"data.{key} has no effect: of ready-made token files the end is held out"
     for source in sources:
         given = set_keys(source, resolved)
-        # Conversations name their column for the files that `--source` may put in their place.
+        # Conversations name their column for the files that may replace them through `--source`.
         builtin = {"split"} if recipe.sft else {"split", "column"}
         unread = {"builtin": builtin, "tokens": {"column", *({"split"} if source.path else ())}}
         for key in sorted(given & unread.get(source.kind, set())):
@@ -251,7 +251,7 @@ def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
 
 
 def _of_other_kinds(recipe: "Recipe", resolved: bool) -> Iterator[str]:
-    """Keys of another kind of tokenizer or optimiser."""
+    """Keys that belong to another kind of tokenizer or optimiser."""
     kind, optimizer = recipe.tokenizer.kind, recipe.optimizer
     if kind != "bpe":
         for key in sorted(set_keys(recipe.tokenizer, resolved) & {"min_frequency", "documents_per_weight"}):

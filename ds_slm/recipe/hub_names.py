@@ -1,7 +1,7 @@
-"""What the hub calls licences, languages and repositories: a model card may hold nothing else.
+"""The hub's names of licences, languages and repositories: a model card may hold no others.
 
-Sources: the licences are those of huggingface.co/docs/hub/repositories-licenses; two-letter codes are ISO 639-1's; the
-form of a repository's id is huggingface_hub's. Known gap: of a three-letter code only the form is checked.
+Sources: the licences are listed in huggingface.co/docs/hub/repositories-licenses; two-letter codes are ISO 639-1's; the
+form of a repository's id is huggingface_hub's. Known gap: for a three-letter code only the form is checked.
 """
 
 import difflib
@@ -32,13 +32,13 @@ NAMES = {
 }  # fmt: skip
 """English names of the most used languages."""
 OTHER_LANGUAGES = ("code", "multilingual")
-"""What the hub knows beside ISO 639."""
+"""Language codes that the hub knows in addition to ISO 639."""
 _PART = re.compile(r"[a-zA-Z0-9_](?:[\w.-]*[a-zA-Z0-9_])?", re.ASCII)
 _LONGEST_PART = 96
 
 
 def license_problem(name: str) -> str | None:
-    """Why a name is not a licence of the hub, with the nearest that is one; None where it is."""
+    """Why a name is not a licence of the hub, with the nearest name that is; None if it is one."""
     if name in LICENSES:
         return None
     near = difflib.get_close_matches(name.lower().replace(" ", "-"), sorted(LICENSES), n=1)
@@ -51,7 +51,7 @@ def is_language(code: str) -> bool:
 
 
 def language_name(code: str) -> str:
-    """The language's English name; of a rarer one its code, marked as one."""
+    """The language's English name; for a rarer language its code, marked as a code."""
     return NAMES.get(code, f"`{code}`")
 
 

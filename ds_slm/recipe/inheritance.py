@@ -2,9 +2,9 @@
 
     child's tables --over--> base's tables, which may have a base themselves --> tables without `base`
 
-A key of the child replaces the base's, and a list (the sources) is replaced whole. A section of another `kind`, such as
-a cosine schedule over a WSD one, is replaced whole too: keys of one kind mean nothing to the other. What speaks of one
-published model alone (`OWN`) is never inherited.
+A key of the child replaces the base's, and a list (the sources) is replaced as a whole. A section of another `kind`,
+such as a cosine schedule over a WSD one, is also replaced as a whole: keys of one kind mean nothing to the other.
+Sections about one published model (`OWN`) are never inherited.
 """
 
 import tomllib
@@ -19,7 +19,7 @@ OWN = ("card", "targets", "unstated")
 
 
 def read_tables(path: Path, name: str) -> Tables:
-    """The tables of a recipe's file, called `name` in errors. Raises RecipeError where it is not TOML."""
+    """The tables of a recipe's file, called `name` in errors. Raises RecipeError if it is not TOML."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark before the text
     except (OSError, UnicodeDecodeError) as error:
@@ -28,7 +28,7 @@ def read_tables(path: Path, name: str) -> Tables:
 
 
 def tables_of(text: str, name: str) -> Tables:
-    """The tables of a recipe's text. Raises RecipeError where it is not TOML."""
+    """The tables of a recipe's text. Raises RecipeError if it is not TOML."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -39,12 +39,12 @@ def with_base(path: Path, name: str, find: Callable[[str, Path], Path]) -> tuple
     """A recipe's tables and, within them, those that were inherited; neither holds `base`.
 
     Args:
-        path: of the recipe's file.
-        name: what the user calls it.
-        find: from a base's name and the folder of the recipe that names it to the base's file.
+        path: the recipe's file.
+        name: the user's name for it.
+        find: gives the base's file, from the base's name and the folder of the recipe that names it.
 
     Raises:
-        RecipeError: a file that cannot be read, a base that is not a name, or recipes that are each other's base.
+        RecipeError: a file cannot be read, a base is not a name, or recipes are each other's base.
     """
     chain = [(name, read_tables(path, name))]
     seen = [path.resolve()]
@@ -67,7 +67,7 @@ def with_base(path: Path, name: str, find: Callable[[str, Path], Path]) -> tuple
 
 
 def inherited_places(inherited: Tables, prefix: str = "") -> Iterator[str]:
-    """`section.key=value` of what was inherited; a list, or a table of names, as one."""
+    """`section.key=value` for everything that was inherited; a list, or a table of names, counts as one value."""
     for key, value in inherited.items():
         if isinstance(value, dict) and not prefix:
             yield from inherited_places(value, f"{key}.")
@@ -76,7 +76,7 @@ def inherited_places(inherited: Tables, prefix: str = "") -> Iterator[str]:
 
 
 def _over(base: Tables, child: Tables) -> Tables:
-    """The base's tables with the child's over them."""
+    """The base's tables, overridden by the child's."""
     merged = dict(base)
     for key, value in child.items():
         below = base.get(key)
@@ -87,7 +87,7 @@ def _over(base: Tables, child: Tables) -> Tables:
 
 
 def _left(base: Tables, child: Tables) -> Tables:
-    """What of the base's tables the child leaves as it is."""
+    """The part of the base's tables that the child does not replace."""
     left = {}
     for key, value in base.items():
         if key not in child:

@@ -1,10 +1,10 @@
-"""A recipe for a user's own text: another recipe as its base, and what depends on how much text there is.
+"""A recipe for a user's own text: another recipe as its base, and the values that depend on the amount of text.
 
     base recipe, what the text holds --fit--> Fit: batch, steps, rates, each with a sentence --as_toml--> a dozen lines
 
-Sources: repeated text is worth almost as much as new text up to four epochs (arXiv 2305.16264); 20 tokens a parameter
-are enough for a model of its size (arXiv 2203.15556); the batch that helps grows with about the square root of the
-tokens of a run (arXiv 2410.21676); Adam's rate goes with the square root of the batch (arXiv 2205.10287).
+Sources: up to four epochs repeated text is worth almost the same as new text (arXiv 2305.16264); 20 tokens a parameter
+are enough for a model of its size (arXiv 2203.15556); the useful batch grows with about the square root of the tokens
+of a run (arXiv 2410.21676); Adam's rate grows with the square root of the batch (arXiv 2205.10287).
 """
 
 import json
@@ -19,42 +19,42 @@ from ds_slm.recipe.schema import Recipe, Tokenizer
 EPOCHS = 4
 ENOUGH_TOKENS_PER_PARAMETER = 20
 LEAST_ROWS, LEAST_STEPS = 16, 100
-"""Of a step, and of a run: with fewer there is little to decide."""
+"""The least rows of a step, and the least steps of a run."""
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 EVALUATIONS = 20
-"""Held-out evaluations of a run, and twice as many as its checkpoints."""
+"""Held-out evaluations of a run; it has half this number of checkpoints."""
 
 
 class TooLittleText(DataError):
-    """A base asks for more text than there is."""
+    """There is less text than a base needs."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What there is to train on (`data.survey` reads it)."""
+    """The text to train on (`data.survey` reads it)."""
 
     path: str
     column: str
     documents: int
-    """Those that are not empty."""
+    """Number of documents that are not empty."""
     text_bytes: int
-    """Of UTF-8."""
+    """Bytes of the text in UTF-8."""
     learnable_ids: int
-    """Ids of a vocabulary that a sample of the text gives, at most the base's."""
+    """Size of the vocabulary that a sample of the text gives, at most the base's."""
     bytes_per_token: float
-    """In that vocabulary."""
+    """Mean bytes of a token in that vocabulary."""
     val_fraction: float
-    """For `data.val_fraction`."""
+    """The value for `data.val_fraction`."""
     held_out_share: float
-    """The share of the bytes that is then held out."""
+    """The share of the bytes that is held out with it."""
     beginnings: tuple[str, ...]
     """The first words of some documents."""
     held_out_documents: int = 0
-    """How many; 0 where the end of the only document is held out."""
+    """Number of held-out documents; 0 if the end of the only document is held out."""
 
     @property
     def train_tokens(self) -> int:
-        """About how many tokens there are to train on."""
+        """The approximate number of tokens to train on."""
         return int(self.text_bytes * (1 - self.held_out_share) / self.bytes_per_token)
 
     def __str__(self) -> str:
@@ -64,17 +64,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Fit:
-    """What follows from the text."""
+    """The choices that follow from the text."""
 
     tokens: int
-    """Of the whole run."""
+    """Tokens of the whole run."""
     epochs: float
     tokens_per_parameter: float
     rows: int
-    """Of one optimiser step."""
+    """Rows of one optimiser step."""
     steps: int
     share: float
-    """Of the base's batch."""
+    """The batch as a share of the base's batch."""
 
 
 def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
@@ -82,11 +82,11 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
 
     Args:
         base: the recipe that is changed.
-        text: what there is.
+        text: the text to train on.
         tokens: how many to train on; None takes the base's, but reads no text more than four times.
 
     Raises:
-        TooLittleText: for this base.
+        TooLittleText: the text is too little for this base.
         DataError: `tokens` are too few for a run.
     """
     asked_for = tokens
@@ -120,7 +120,7 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
 
 
 def what_fits(text: Text) -> str:
-    """A sentence on the largest recipe of the library that this much text is enough for."""
+    """A sentence on the largest recipe of the library for which this text is enough."""
     tokens = EPOCHS * text.train_tokens
     sizes = {
         name: plan.parameters(recipe.model)
@@ -142,7 +142,7 @@ def what_fits(text: Text) -> str:
 
 
 def with_tokenizer_of(run: Path, recipe: Recipe) -> Recipe:
-    """A run's recipe for another text: in the tokenizer that its model was trained with, which is not trained again."""
+    """A run's recipe for another text, with the tokenizer of its model, which is not trained again."""
     ours = recipe.tokenizer
     tokenizer = Tokenizer(
         kind="hf",
@@ -155,14 +155,14 @@ def with_tokenizer_of(run: Path, recipe: Recipe) -> Recipe:
 
 
 def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit, continued: Path | None = None) -> str:
-    """The recipe's file: what differs from the base, each value with its reason.
+    """The recipe's file: the values that differ from the base, each with its reason.
 
     Args:
-        name: of the new recipe.
-        base_name: of the recipe that it takes the rest from.
-        base: that one; of a run that is continued, `with_tokenizer_of` it.
-        text: what there is to train on.
-        chosen: what follows from it.
+        name: the new recipe's name.
+        base_name: the name of the recipe from which it takes the rest.
+        base: that recipe; for a run that is continued, `with_tokenizer_of` it.
+        text: the text to train on.
+        chosen: the choices that follow from it.
         continued: the run folder whose model is trained further; None: a model is trained from scratch.
     """
     batch_tokens = chosen.rows * base.data.seq_len
@@ -238,7 +238,7 @@ def _special_tokens(base: Recipe) -> list[str]:
 
 
 def _same_tokenizer(base: Recipe, run: Path) -> list[str]:
-    """The section of the tokenizer that a model was trained with."""
+    """The section of the tokenizer with which a model was trained."""
     ours = base.tokenizer
     return [
         f"[tokenizer]  # that of the model to train further: launch with --base {_quoted(str(run))}",

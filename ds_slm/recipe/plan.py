@@ -3,7 +3,7 @@
     Model --> flops_per_token, first_loss; counts.py --> ParameterCounts, Batch
     all of it, a ds_config and a Topology --> plan --> Plan, for people and for --json
 
-Sources: parameters are the shapes of ds_slm.model.decoder counted; FLOPs per token are 6 per parameter that is
+Sources: parameters are counted from the shapes of ds_slm.model.decoder. FLOPs per token are 6 per parameter that is
 multiplied (forward 2, backward 4) and 12 per layer, head, component and token of context for attention (arXiv
 2204.02311, appendix B, which counts the whole context, not the causal half). Imports neither torch nor deepspeed.
 """
@@ -25,7 +25,7 @@ from ds_slm.recipe.times import Load, Time, Topology, assumptions, load, times
 __all__ = ["Batch", "ParameterCounts", "Plan", "Topology", "batch", "parameter_counts", "parameters", "plan"]
 
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of one forward on one device where neither the command nor the ds_config says how many rows."""
+"""Tokens of one forward on one device if neither the command nor the ds_config gives the rows."""
 
 ONE_DEVICE = Topology()
 
@@ -45,7 +45,7 @@ class Plan:
     tokens: int
     """Tokens of the whole run."""
     flops: float
-    """FLOPs of the whole run, recomputation not counted."""
+    """FLOPs of the whole run, without recomputation."""
     first_loss: float
     """Loss of the freshly initialised model, in nats per token."""
     world_size: int
@@ -53,27 +53,27 @@ class Plan:
     zero_stage: int
     batch: Batch
     memory: Memory
-    """Per rank, on a GPU."""
+    """Memory of one rank on a GPU."""
     cpu_batch: Batch
-    """The same step where each rank is a process on a CPU."""
+    """The same step if each rank is a process on a CPU."""
     cpu_memory: Memory
-    """Per rank, on a CPU."""
+    """Memory of one rank on a CPU."""
     save_bytes: int
-    """Host memory that a rank which writes checkpoints takes besides, while a save is in flight."""
+    """Additional host memory of a rank that writes checkpoints, while a save is in flight."""
     alternatives: list[Alternative]
     """Memory and time with one setting turned over, on a GPU."""
     cpu_alternatives: list[Alternative]
-    """The same on a CPU, which is its own host: nothing is offloaded."""
+    """The same on a CPU, which is its own host, so nothing is offloaded."""
     scaling: Scaling
     times: list[Time]
-    """One for each kind of device, if all ranks are of it."""
+    """The time for each kind of device, if all ranks are of that kind."""
     assumptions: list[str]
     warnings: list[str]
     """Settings that have no effect."""
 
 
 def flops_per_token(shape: Model, seq_len: int) -> int:
-    """FLOPs of a forward and backward for one token in rows of `seq_len`, recomputation not counted.
+    """FLOPs of a forward and backward for one token in rows of `seq_len`, without recomputation.
 
     An untied input embedding is looked up, not multiplied, and does not count.
     """
@@ -84,7 +84,7 @@ def flops_per_token(shape: Model, seq_len: int) -> int:
 
 
 def training_flops(recipe: Recipe) -> float:
-    """FLOPs of a whole run, recomputation not counted."""
+    """FLOPs of a whole run, without recomputation."""
     tokens = recipe.train.steps * recipe.train.global_batch_tokens
     return float(flops_per_token(recipe.model, recipe.data.seq_len)) * tokens
 
@@ -105,18 +105,18 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
 
     Args:
         recipe: what is trained.
-        name: what the user called it.
+        name: the user's name for it.
         ds_config: content of a ds_configs file.
-        topology: the devices, and what is known of where they are.
+        topology: the devices, and what is known of their hosts.
 
     Raises:
-        ConfigError: the ds_config names no usable ZeRO stage or micro-batch.
+        ConfigError: the ds_config does not name a usable ZeRO stage or micro-batch.
     """
     refuse_unusable(ds_config)
     zero, world_size = ds_config["zero_optimization"], topology.world_size
     counts, per_token = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.data.seq_len)
 
-    # Each type of device cuts a step up in its own way: what it computes, holds and sends follows from that.
+    # Each type of device divides a step in its own way: what it computes, holds and sends follows from that.
     def loads_on(where: Topology) -> dict[str, Load]:
         cuts = {kind: cut(recipe, ds_config, where.world_size, kind) for kind in DEFAULT_MICRO_BATCH_TOKENS}
         return {kind: load(recipe, per_token, zero, where, one, kind) for kind, one in cuts.items()}
@@ -161,21 +161,21 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
 
 
 def default_micro_batch(device_type: str, seq_len: int) -> int:
-    """Rows of one forward where neither the command nor the ds_config says."""
+    """Rows of one forward if neither the command nor the ds_config gives them."""
     return max(DEFAULT_MICRO_BATCH_TOKENS[device_type] // seq_len, 1)
 
 
 def cut(
     recipe: Recipe, ds_config: Mapping[str, Any], world_size: int, device_type: str, micro_batch: int | None = None
 ) -> Batch:
-    """How a launch cuts up a step on one type of device.
+    """How a launch divides a step on one type of device.
 
     Args:
         recipe: what is trained.
-        ds_config: content of a ds_configs file, which may say how many rows a forward has.
+        ds_config: content of a ds_configs file, which may give the rows of a forward.
         world_size: devices over all hosts.
-        device_type: 'cpu' or 'cuda'; decides the rows that nobody gives.
-        micro_batch: the rows of `--micro-batch`, which the file does not overrule; None where it was left out.
+        device_type: 'cpu' or 'cuda'; decides the rows if nothing gives them.
+        micro_batch: the rows of `--micro-batch`, which take precedence over the file; None if it was left out.
     """
     rows = micro_batch or ds_config.get("train_micro_batch_size_per_gpu", "auto")
     if not isinstance(rows, int):
@@ -184,7 +184,7 @@ def cut(
 
 
 def refuse_unusable(ds_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a ds_config names no usable ZeRO settings or micro-batch."""
+    """Raise ConfigError if a ds_config does not name usable ZeRO settings and micro-batch."""
     hint = ds_config.get("train_micro_batch_size_per_gpu", "auto")
     problems = zero_keys.problems(ds_config.get("zero_optimization"))
     if not zero_keys.MICRO_BATCH.holds(hint):

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 CLOSE = 0.65
-"""Similarity from which a valid name is worth suggesting."""
+"""The least similarity at which a valid name is suggested."""
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name most like a wrong one, or None where none is close.
+    """The valid name most similar to a wrong one; None if none is close.
 
-    Of dotted names the last part counts three times as much as the rest: a key in the wrong section is found again.
+    In a dotted name the last part counts three times the rest, so a key in the wrong section is found again.
     """
     scored = [(_likeness(name, candidate), candidate) for candidate in valid]
     score, best = max(scored, default=(0.0, ""))

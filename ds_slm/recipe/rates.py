@@ -1,7 +1,7 @@
 """How fast kinds of devices multiply, and which of them this machine's CPU is.
 
 DEVICES       datasheets of GPUs; CPU cores as measured
-/proc/cpuinfo --own_cpu--> the row of DEVICES that is this machine's, what it rests on, and this machine's memory
+/proc/cpuinfo --own_cpu--> this machine's row of DEVICES, the basis for it, and this machine's memory
 """
 
 import contextlib
@@ -13,33 +13,33 @@ from typing import Literal
 from ds_slm.errors import ConfigError
 
 AMX_MFU, AVX2_MFU, GPU_MFU = 0.3, 0.94, 0.15
-"""Share of the peak that training is assumed to reach: on CPUs as measured, on a GPU as the published runs did (12 % on
-a T4 at 10M parameters). The smaller the model and the larger the GPU, the less."""
+"""Share of the peak that training is assumed to reach: measured on CPUs; on a GPU as in the published runs (12 % on a
+T4 at 10M parameters). It is lower for smaller models and larger GPUs."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of device. Peaks are the datasheets', dense; that of a CPU core is a measured product."""
+    """A kind of device. Peaks are the datasheets' dense ones; the peak of a CPU core is a measured product."""
 
     name: str
     half_flops_per_s: float
     fp32_flops_per_s: float
     memory_bytes: int | None
-    """None: a CPU core, which has its host's."""
+    """Memory of the device; None for a CPU core, which uses its host's."""
     precisions: tuple[str, ...] = ("bf16", "fp16", "fp32")
-    """In which it trains."""
+    """Precisions in which it trains."""
     mfu: float = GPU_MFU
 
     @property
     def device_type(self) -> str:
-        """As torch calls it."""
+        """Torch's name for the type of device."""
         return "cpu" if self.memory_bytes is None else "cuda"
 
 
 AMX_CORE = Device("CPU core (AMX)", 0.6e12, 0.065e12, None, ("bf16", "fp32"), AMX_MFU)
 AVX2_CORE = Device("CPU core (AVX2)", 0.062e12, 0.0715e12, None, ("bf16", "fp32"), AVX2_MFU)
-"""fp32: what two cores of a Zen 3 reached training slm-124m, halved (docs/benchmarks.md). Half precision is upcast and
-rounded, which took 17.7 ms where fp32 took 15.3 ms (docs/log.md)."""
+"""fp32: half of what two cores of a Zen 3 reached when they trained slm-124m (docs/benchmarks.md). Half precision is
+upcast and rounded, which took 17.7 ms where fp32 took 15.3 ms (docs/log.md)."""
 
 DEVICES = (
     AMX_CORE,
@@ -56,17 +56,17 @@ HALF_PRODUCTS = {
     "bf16": {"avx512bw", "avx512vl", "avx512dq"},
     "fp16": {"avx512bw", "avx512vl", "avx512dq", "avx512_fp16"},
 }
-"""Flags of a CPU on which torch takes oneDNN's products of a half precision."""
+"""Half precision -> the CPU flags with which torch takes oneDNN's products."""
 
 
 PRODUCTS_VARIABLE = "DS_SLM_HALF_PRODUCTS"
-"""Environment variable: how a CPU multiplies half-precision tensors, `native` or `upcast`; unset, as is fastest on it.
-Either form runs on every CPU, so the arithmetic of another kind of CPU can be tried here; `native` without the
-instructions takes torch's reference loops."""
+"""Environment variable: how a CPU multiplies half-precision tensors, `native` or `upcast`. If unset, the faster one.
+Both forms run on every CPU, so the arithmetic of another kind of CPU can be tried; without the instructions `native`
+takes torch's reference loops."""
 
 
 def chosen_products() -> Literal["native", "upcast"] | None:
-    """What the environment says of a CPU's half-precision products; None where it leaves that to the CPU.
+    """How the environment says a CPU multiplies half precision; None if the CPU decides.
 
     Raises:
         ConfigError: it is neither `native` nor `upcast`.
@@ -79,12 +79,12 @@ def chosen_products() -> Literal["native", "upcast"] | None:
 
 @dataclass(frozen=True)
 class CoreSpeed:
-    """What one core of this machine took for a recipe (ds_slm.engine.core_speed measures it)."""
+    """Seconds that one core of this machine took for a recipe (ds_slm.engine.core_speed measures them)."""
 
     micro_batch_s: float
-    """Forward and backward of one micro-batch."""
+    """Seconds of forward and backward of one micro-batch."""
     update_s_per_value: float
-    """The optimiser's step, for each value of its share."""
+    """Seconds of the optimiser's step for each value of its share."""
     compiled: bool = False
     """Whether blocks were compiled."""
 
@@ -94,15 +94,15 @@ class OwnCpu:
     """What is known of this machine's CPU."""
 
     device: Device | None
-    """Its row of DEVICES; None where no rate is known."""
+    """Its row of DEVICES; None if no rate is known."""
     basis: str
-    """What that row rests on, in words."""
+    """The reason for choosing that row, in words."""
     memory_bytes: int | None = None
-    """Of this machine, or of the container that this process is in."""
+    """Memory of this machine, or of the container that this process is in."""
     half_products: frozenset[str] = frozenset()
     """Half precisions that it multiplies; others are upcast (ds_slm.model.kernels)."""
     speed: CoreSpeed | None = None
-    """None where it was not measured."""
+    """The measured speed of a core; None if it was not measured."""
 
 
 def own_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> OwnCpu:
@@ -132,7 +132,7 @@ def _row(flags: set[str]) -> tuple[Device | None, str]:
 
 
 def own_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
-    """Memory of this machine, or what its container may take of it; None where neither is known."""
+    """Memory of this machine, or the limit of its container; None if neither is known."""
     found = []
     with contextlib.suppress(ValueError, OSError):  # not every system counts its pages
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

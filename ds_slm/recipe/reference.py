@@ -24,7 +24,7 @@ def tables() -> str:
 
 
 def _sections(recipe: type[Section]) -> Iterator[tuple[str, type[Section]]]:
-    """The heading of each section's table as TOML writes it, and the section; those of a list behind their owner."""
+    """The heading of each section's table as TOML writes it, and the section; sections of a list follow their owner."""
     for name, field in recipe.model_fields.items():
         for section in _within(field.annotation):
             repeated = get_origin(field.annotation) is list

@@ -58,7 +58,7 @@ LIBRARY = Path(__file__).parent / "library"
 SFT_LIBRARY = Path(__file__).parents[2] / "sft" / "recipes"
 
 RECIPE_FILE = "recipe.toml"
-"""What a run folder calls its recipe."""
+"""The recipe's file name in a run folder."""
 
 FREE_ON_RESUME = (
     "card",
@@ -80,7 +80,7 @@ FREE_WITH_PERMISSION = ("optimizer.lr", "optimizer.min_lr")
 """Fields that may change with --allow-change."""
 
 RECORDED = "recorded"
-"""In pydantic's context: a recipe that a run has recorded, whose mistakes are printed rather than refused."""
+"""Marks, in pydantic's context, a recipe that a run has recorded: its mistakes are printed, not refused."""
 
 IDENTITY = ("model", "tokenizer", "data", "optimizer", "schedule", "train", "sft")
 """Sections that change the result."""
@@ -92,7 +92,7 @@ def changes_result(place: str) -> bool:
 
 
 class Recipe(Section):
-    """A whole recipe. Read one with `load`; it has passed every check that needs no device."""
+    """A whole recipe. `load` reads one; it has then passed every check that needs no device."""
 
     card: Card
     model: Model
@@ -106,7 +106,7 @@ class Recipe(Section):
     sft: Sft | None = None
     targets: list[Target] = []
     unstated: dict[str, str] = {}
-    """section.field -> our choice and its reason, where the card is silent."""
+    """section.field -> our choice and its reason, for what the card does not say."""
 
     @model_validator(mode="after")
     def _agrees(self, info: ValidationInfo) -> Self:
@@ -136,7 +136,7 @@ class Recipe(Section):
         return kept
 
     def identity_sha256(self) -> str:
-        """Hash of `identity`: two runs with the same one train the same model on the same rows."""
+        """Hash of `identity`: two runs with equal hashes train the same model on the same rows."""
         return sha256_of_json(self.identity())
 
 
@@ -148,7 +148,7 @@ def library_names() -> list[str]:
 
 
 def recipe_path(name_or_path: str, folder: Path = Path()) -> Path:
-    """The recipe's file; a path is one from `folder`. Raises RecipeError where there is none."""
+    """The recipe's file; a path is relative to `folder`. Raises RecipeError if there is none."""
     for path in (LIBRARY / f"{name_or_path}.toml", SFT_LIBRARY / f"{name_or_path}.toml", folder / name_or_path):
         if path.suffix == ".toml" and path.is_file():
             return path
@@ -164,10 +164,10 @@ def load(name_or_path: str, overrides: list[str] | None = None, run: Path | None
     """Read a recipe by library name or path and apply `section.key=value` overrides.
 
     Args:
-        name_or_path: of the recipe.
+        name_or_path: the recipe's name in the library, or its path.
         overrides: `section.key=value`, each key once.
-        run: a run folder. Where it holds a run already, settings that can only be a mistake are not refused: that run
-            may have been begun with them, and may not change them.
+        run: a run folder. If it already holds a run, settings that can only be a mistake are not refused: the run may
+            have begun with them, and may not change them.
 
     Raises:
         RecipeError: with every problem of the file and the overrides.
@@ -178,12 +178,12 @@ def load(name_or_path: str, overrides: list[str] | None = None, run: Path | None
 
 
 def inherited(name_or_path: str) -> list[str]:
-    """`section.key = value` of all that a recipe takes from its base. Raises RecipeError where one cannot be read."""
+    """`section.key = value` for all that a recipe takes from its base. Raises RecipeError if one cannot be read."""
     return list(inherited_places(with_base(recipe_path(name_or_path), name_or_path, recipe_path)[1]))
 
 
 def inherited_toml(name_or_path: str) -> str:
-    """The same as TOML, in sections. Raises RecipeError where a recipe cannot be read."""
+    """The same as TOML, in sections. Raises RecipeError if a recipe cannot be read."""
     import tomli_w
 
     return tomli_w.dumps(with_base(recipe_path(name_or_path), name_or_path, recipe_path)[1])
@@ -193,7 +193,7 @@ def load_recorded(run: Path) -> Recipe:
     """The recipe that a run folder has recorded.
 
     Raises:
-        RecipeError: where it is damaged, with the way out.
+        RecipeError: it is damaged; with the way out.
     """
     path = run / RECIPE_FILE
     try:
@@ -205,7 +205,7 @@ def load_recorded(run: Path) -> Recipe:
 
 
 def parse(text: str, overrides: list[str] | None = None, origin: str = "recipe", recorded: bool = False) -> Recipe:
-    """A recipe from TOML text without a base; a `recorded` one, of a run, is not refused for settings without effect.
+    """A recipe from TOML text without a base. One `recorded` by a run is not refused for settings without effect.
 
     Raises:
         RecipeError: with every problem found.
@@ -222,7 +222,7 @@ def _checked(tables: dict[str, Any], overrides: list[str], origin: str, recorded
         recipe = Recipe.model_validate(tables, context={RECORDED: recorded})
     except ValidationError as error:
         problems += sentences(error)
-        if any(problem["loc"] for problem in error.errors()):  # a broken section: the others were not compared
+        if any(problem["loc"] for problem in error.errors()):  # a section is broken, so the others were not compared
             sound = _sound_sections(tables)
             problems += disagreements(sound) + ([] if recorded else effects.mistakes(sound))
     if recipe is None or problems:
@@ -245,10 +245,10 @@ def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A recorded recipe with other values in some places of `changes`; None takes a place out.
+    """A recorded recipe with other values at some places of `changes`; None removes the value at a place.
 
     Raises:
-        RecipeError: they are no recipe together.
+        RecipeError: together they are not a valid recipe.
     """
     tables = recipe.model_dump(mode="json", exclude_none=True)
     for place, value in values.items():
@@ -272,7 +272,7 @@ def refused_changes(old: Recipe, new: Recipe, allow_change: bool) -> list[str]:
 
 
 def _told(value: Any) -> str:
-    """A value as a message shows it; of a list's tables only what is set."""
+    """A value as a message shows it; for tables of a list only what is set."""
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
         value = [{key: item for key, item in one.items() if item is not None} for one in value]
     return repr(value)
@@ -314,7 +314,7 @@ def _without_indices(place: str) -> str:
 
 
 def _given_twice(overrides: list[str]) -> list[str]:
-    """A problem for each override that a later one takes back: the same key with another value, or a table over it."""
+    """A problem for each override that a later one undoes: the same key with another value, or a table over it."""
     pairs = [tuple(part.strip() for part in override.partition("=")[::2]) for override in overrides]
     return [
         f"--set {place}: given twice, as {value} and as {later_place}={later}: leave one out"
@@ -340,7 +340,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
     if known not in field_names() and not known.startswith(("tokenizer.special_tokens.", "card.sources.", "unstated.")):
         return f"--set {place}: no such field{nearest(known, field_names())}"
 
-    # An entry of a list is named by its number.
+    # A number names an entry of a list.
     table: Any = tables
     for part in path:
         if isinstance(table, dict):
@@ -360,9 +360,9 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
 
 
 def _settle_unknown_keys(table: Any, section: type[Section], place: str = "") -> list[str]:
-    """Take unknown keys out of the raw tables and say so.
+    """Remove unknown keys from the raw tables; returns a problem for each.
 
-    A key that looks like a slip for one that is missing takes its place, so that the rest is checked as it was meant.
+    A key that looks like a misspelling of a missing key takes its place, so that the rest is checked as it was meant.
     """
     if isinstance(table, list):
         return [
@@ -391,7 +391,7 @@ def _settle_unknown_keys(table: Any, section: type[Section], place: str = "") ->
 
 
 def _sound_sections(tables: dict[str, Any]) -> dict[str, Section]:
-    """The sections that are right by themselves."""
+    """The sections that are valid by themselves."""
     sound = {}
     for name, info in Recipe.model_fields.items():
         section = _section_in(info.annotation)

@@ -1,6 +1,6 @@
 """What every section of a recipe is: immutable, without unknown keys, and hashed as version 0.1 hashed it.
 
-A new field has a default, under which a recipe means what it meant before, and is marked:
+A new field has a default with which a recipe means what it meant before, and is marked:
 
     dropout: Annotated[float, NEWER] = 0.0
 
@@ -20,15 +20,15 @@ from pydantic import (
 )
 
 WHOLE_NUMBERS = range(-(1 << 63), 1 << 63)
-"""What TOML, and every library that gets one, knows of whole numbers."""
+"""The whole numbers that TOML, and every library that gets one, can hold."""
 NEWER = "newer than version 0.1"
 """Marks a field that version 0.1 did not have."""
 HASHED = {"hashed": True}
-"""Context of a dump that is hashed, or compared with one that was written earlier."""
+"""Context of a dump that is hashed, or compared with an earlier dump."""
 
 
 def raise_together(problems: list[str]) -> None:
-    """For a validator: raise ValueError with every problem, a line each, where there are some."""
+    """For a validator: raise ValueError with every problem, a line each, if there are any."""
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -49,8 +49,8 @@ class Section(BaseModel):
     def dump_for_hash(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
         """Plain data that are hashed, or compared with what an earlier version has written.
 
-        Words are those of version 0.1, and a field that is NEWER is left out while it holds its default. So a new field
-        changes the hash of no recipe that does not set it.
+        Names are as in version 0.1, and a field that is NEWER is left out while it holds its default. So a new field
+        changes only the hashes of recipes that set it.
         """
         return self.model_dump(mode="json", include=include, exclude=exclude, context=HASHED)
 

@@ -1,13 +1,13 @@
-"""How long a step takes on each kind of device, and whether it fits: estimates, each with its assumption beside it.
+"""How long a step takes on each kind of device, and whether it fits: estimates, each with its assumption.
 
     Recipe, Batch, Memory, Topology --> load --> Load: what a rank computes, holds and sends, on a GPU and on a CPU
-    Load of each kind --> times --> Time for each kind of device; assumptions puts what they rest on into words
+    Load of each kind --> times --> Time for each kind of device; `assumptions` says in words what they rest on
 
 Sources: what DeepSpeed 0.19 sends is read from its code and was compared with the counters of two hosts' interfaces
 (`benchmarks/plan_network.py`); rings send (n - 1) / n of what is gathered or scattered, and twice that of what is
 reduced for all (Patarasuk and Yuan 2009).
-Known gaps: communication within a host counts as free, what is sent never travels while a rank computes, and gloo fills
-no link: between two CPUs bytes were as planned, but steps took up to 1.4 times as long.
+Known gaps: communication within a host counts as free; messages are assumed never to travel while a rank computes;
+gloo does not fill a link: between two CPUs bytes were as planned, but steps took up to 1.4 times as long.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from ds_slm.recipe.rates import AMX_MFU, AVX2_MFU, DEVICES, GPU_MFU, Device, Own
 from ds_slm.recipe.schema import Recipe
 
 RECOMPUTED = 4 / 3
-"""FLOPs of a step with gradient checkpointing over those without: a forward is a third of forward and backward."""
+"""FLOPs of a step with gradient checkpointing, divided by FLOPs without: a forward is a third of the latter."""
 PAYLOAD_SHARE = 1448 / 1538
-"""Of what a cable carries: a TCP segment beside the headers of TCP, IP and Ethernet and the gap between frames."""
+"""Payload as a share of what a cable carries: the rest is headers of TCP, IP and Ethernet and gaps between frames."""
 PERSISTENT_VALUES = 100_000
 """DeepSpeed's default of stage3_param_persistence_threshold: parameters up to this size stay whole on all ranks."""
 MEASURED = "core of this machine, measured"
@@ -30,32 +30,32 @@ MEASURED = "core of this machine, measured"
 
 @dataclass(frozen=True)
 class Topology:
-    """The devices of a launch, and what is known of where they are."""
+    """The devices of a launch, and what is known of their hosts."""
 
     world_size: int = 1
     """Devices over all hosts."""
     nodes: int = 1
-    """Hosts."""
+    """Number of hosts."""
     network_gbit_per_s: float | None = None
     """Speed of each host's link; None leaves the network out of the time."""
     host_memory_bytes: int | None = None
-    """Memory of each host; None where it is not known."""
+    """Memory of each host; None if it is not known."""
     own: OwnCpu | None = None
-    """This machine; None where nothing of it counts."""
+    """This machine's CPU; None if this machine takes no part."""
     most_ranks_per_host: int | None = None
-    """Devices of the host with the most; None: they are spread evenly."""
+    """Devices of the host that has the most; None if they are spread evenly."""
 
     @property
     def ranks_per_host(self) -> int:
-        """Devices of the host with the most."""
+        """Devices of the host that has the most."""
         return self.most_ranks_per_host or -(-self.world_size // self.nodes)
 
     def on(self, nodes: int) -> "Topology":
-        """The same kind of hosts, in another number."""
+        """The same kind of hosts in another number."""
         return replace(self, world_size=nodes * self.ranks_per_host, nodes=nodes)
 
     def multiplies(self, precision: str) -> bool:
-        """Whether CPUs like this machine's multiply in this half precision; False where nothing is known of it."""
+        """Whether CPUs like this machine's multiply in this half precision; False if this machine is not known."""
         return self.own is not None and precision in self.own.half_products
 
 
@@ -65,13 +65,13 @@ class Load:
 
     cut: Batch
     memory: Memory
-    """Of a rank."""
+    """Memory of a rank."""
     host_bytes: int
-    """Of a host's memory, while a checkpoint is written: what its ranks hold there, and the copies that are written."""
+    """Host memory while a checkpoint is written: what the host's ranks hold there, and the copies that are written."""
     flops: int
-    """Of a rank, recomputation not counted."""
+    """FLOPs of a rank, without recomputation."""
     sent_bytes: int
-    """By each host."""
+    """Bytes that each host sends."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Time:
     device_type: str
     """cpu or cuda."""
     fits: bool | None
-    """Whether a rank's memory fits the device's, and all ranks' of a host the host's; None where that is not known."""
+    """Whether each rank fits its device's memory, and all ranks of a host the host's memory; None if not known."""
     step_s: float
     network_s: float
-    """Of step_s, what the network between hosts takes."""
+    """The part of step_s that the network between hosts takes."""
     run_s: float
     tokens_per_s: float
 
@@ -191,7 +191,7 @@ def _time(recipe: Recipe, topology: Topology, asked: Load, computing_s: float, d
     network_s = asked.sent_bytes * 8 / (rate * 1e9 * PAYLOAD_SHARE) if rate else 0.0
     step_s = computing_s + network_s
 
-    # A host's memory is the given one. What is not given is known of this machine alone.
+    # A host has the memory that was given. If none was given, only this machine's memory is known.
     host_bytes = topology.host_memory_bytes
     if host_bytes is None and is_here and topology.own:
         host_bytes = topology.own.memory_bytes

@@ -5,7 +5,7 @@
 With many of DeepSpeed's keys checkpoints would be wrong: some lay weights out differently from the map by which they
 are saved, some keep copies that loading does not refresh, some round. A key is allowed once a test has
 trained, resumed and exported with it (test_zero_launch.py); every other field of the installed DeepSpeed is
-refused here with its reason, unless it says what is so anyway.
+refused here with its reason, unless it holds DeepSpeed's own value.
 """
 
 import sys
@@ -46,7 +46,7 @@ def _is_count(value: Any, least: int, most: int) -> bool:
 
 
 LARGEST_BUCKET = 2**31 - 1
-"""Elements. DeepSpeed sets aside as much memory as a bucket holds."""
+"""The most elements of a bucket. DeepSpeed allocates memory for the whole bucket."""
 
 MICRO_BATCH = Kind(
     "a positive integer or 'auto'",
@@ -79,7 +79,7 @@ ALLOWED = {
     "log_trace_cache_warnings": Allowed(SWITCH, (3,)),
     "enable_sanity_checks": Allowed(SWITCH, (3,)),
 }
-"""Beside `stage` and the two OFFLOAD sections."""
+"""The allowed keys, in addition to `stage` and the two OFFLOAD sections."""
 
 _OWN_CHECKPOINTS = "it is about DeepSpeed's own checkpoints, and ds_slm writes its own"
 _ROUNDS = "it rounds weights or gradients, which changes the result"
@@ -162,7 +162,7 @@ def problems(zero: Any) -> list[str]:
 
 
 def _problem(key: str, value: Any, stage: int | None) -> str | None:
-    """What is wrong with one key; without a stage its stages are not looked at."""
+    """What is wrong with one key; without a stage, its stages are not checked."""
     if key == "stage":
         return None
     if key in REFUSED:

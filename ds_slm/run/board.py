@@ -1,4 +1,4 @@
-"""TensorBoard: which value stands under which tag, in which chart, and what a run is compared by.
+"""TensorBoard: the tag and chart of each value, and the columns by which runs are compared.
 
     record --TAGS--> scalars; the recipe's values and LAST --hparams--> one line of a table of runs
     CHARTS --> the tab "custom scalars": losses first, then rates, then the machine
@@ -34,7 +34,7 @@ TAGS = {
 }  # fmt: skip
 """Kind of record -> field -> tag. `eval` is recorded once, at the end of a run, over all held-out rows."""
 PREFIXES = {"benchmarks": "eval", "layers": "layers"}
-"""Kinds whose fields have names of their own, which stand behind this."""
+"""Kind of record -> prefix of its tags, for kinds whose fields name themselves."""
 
 CHARTS = {
     "1 loss": {
@@ -55,28 +55,28 @@ CHARTS = {
         "weight norm": ["Multiline", [r"^layers/weight_norm/"]],
     },
 }
-"""The tab's categories and charts; a chart's lines are named by patterns of tags."""
+"""The tab's categories and charts; patterns of tags name the lines of a chart."""
 
 COMPARED_BY = ("model", "optimizer", "schedule", "train")
 """Sections of the recipe whose values are columns of the table of runs."""
 LAST = ("train/loss", "val/loss", "val/all_rows_loss", "val/all_rows_bits_per_byte", "perf/tokens_per_s")
-"""Scalars whose last values are."""
+"""Scalars whose last values are columns of the table of runs."""
 
 
 class Board:
     """A run's event files."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """A resumed run hides the events of steps that it takes again, those after `first_step`."""
+        """A resumed run hides the events after `first_step`, because it takes these steps again."""
         from torch.utils.tensorboard.summary import custom_scalars
 
         self._kept: tuple[list[str], Any] = [], None
-        """The tags of the last scalars, and their event: the next record mostly has the same tags."""
+        """The tags of the last scalars, and their event: most often the next record has the same tags."""
         self._file = EventFile(folder, hidden_from_step=first_step + 1)
         self._file.add(summary=custom_scalars(CHARTS))
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """The scalars of one record, in one event, or the texts of samples; of other kinds nothing."""
+        """Write the scalars of one record, in one event, or the texts of samples; nothing for other kinds."""
         if kind == "samples":
             for prompt, continuation in values["continuations"].items():
                 self.text(f"samples/{prompt}", continuation, step)
@@ -91,7 +91,7 @@ class Board:
             self._file.flush()
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Values by tag in one event: one of each by itself would cost a tiny model's step several times as much."""
+        """Write values by tag in one event: an event for each would cost a tiny model's step several times more."""
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         tags, event = self._kept
@@ -123,7 +123,7 @@ class Board:
             for key, value in recipe[section].items()
             if isinstance(value, bool | int | float | str)
         }
-        # The third summary says how a session ended, which is known only later.
+        # The third summary says how a session ended, which is not known yet.
         for summary in hparams(columns, dict.fromkeys(LAST))[:2]:
             self._file.add(summary=summary)
 

@@ -2,7 +2,7 @@
 
     Event --TensorBoard's RecordWriter--> buffer --> events.out.tfevents.TIME.HOST.PID.N
 
-torch's SummaryWriter hands each event to a thread of its own, which a tiny model's step waits for.
+torch's SummaryWriter gives each event to a thread, for which a tiny model's step would wait.
 """
 
 import os
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 FLUSH_EVERY_S = 5.0
-"""Events lie in this process's memory for no longer, as long as others follow."""
+"""Events stay in this process's memory for no longer than this, if others follow."""
 
 
 class EventFile:
-    """Appends events to a file of its own. An OSError is raised where the disk refuses them."""
+    """Appends events to its own file. Raises OSError if the disk refuses them."""
 
     def __init__(self, folder: Path, hidden_from_step: int) -> None:
-        """Readers hide the events that earlier files of the folder hold of this step and later ones."""
+        """Readers hide events in earlier files of the folder that are of this step or a later one."""
         from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -39,14 +39,14 @@ class EventFile:
         self.add_event(Event(**fields))
 
     def add_event(self, event: Any) -> None:
-        """Append an event of TensorBoard's, of this very time."""
+        """Append one of TensorBoard's events, with the current time."""
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
         if time.monotonic() >= self._flush_at_s:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what was added to the system: it outlives this process."""
+        """Hand what was added to the operating system, so that it outlives this process."""
         self._records.flush()
         self._flush_at_s = time.monotonic() + FLUSH_EVERY_S
 

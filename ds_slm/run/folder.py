@@ -1,6 +1,6 @@
 """A run's folder: who may continue it, and what it says of itself.
 
-Every launch has a generation number, one more than the last, and an id; they are in env.json (launches.py) beside the
+Every launch has an id and a generation number, one more than the last. Both are in env.json (launches.py), with the
 versions, the hosts and every effective choice.
 """
 
@@ -30,7 +30,7 @@ from ds_slm.recipe.schema import RECIPE_FILE, Recipe
 from ds_slm.run import software
 
 STOPPED = "stopped.json"
-"""Left by a run that a signal ended, with its step and generation; the next launch removes it."""
+"""The file that a run leaves if a signal ended it, with its step and generation; the next launch removes it."""
 SAVED = "saved.json"
 """The newest step that was saved, and the hosts that hold it: on every host, also on hosts that keep no checkpoints."""
 METRICS = "metrics.jsonl"
@@ -39,15 +39,15 @@ FOLDERS, FILES = (
     ("checkpoints", "logs", "tb"),
     ("env.json", "ds_config.json", METRICS, "changes.jsonl", "done.json", STOPPED, SAVED),
 )
-"""What a launch writes into, by name."""
+"""The names of the folders and files that a launch writes."""
 
 
 LEFTOVERS = re.compile(r"logs|tokenizer|changes\.jsonl|\.host-.+|\.tokenizer\.tmp|\..+\.tmp-.+")
-"""What a launch leaves that was killed before it wrote recipe.toml; an older version wrote the tokenizer before it."""
+"""What a launch leaves if it was killed before it wrote recipe.toml. Older versions wrote the tokenizer before that."""
 
 
 def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -> None:
-    """Raise CheckpointError where this launch may not write into the folder.
+    """Raise CheckpointError if this launch may not write into the folder.
 
     Args:
         run: the run folder, which need not exist.
@@ -82,7 +82,7 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
 
 
 def refuse_own_base(run: Path, base: Path) -> None:
-    """Raise ConfigError where the model to begin with is one of the run that is trained."""
+    """Raise ConfigError if the base model is a checkpoint of the run that is trained."""
     if base.resolve().is_relative_to(run.resolve()):
         raise ConfigError(
             f"--base {base} lies in --run-dir {run}, which this launch trains: name another --run-dir to begin a new "
@@ -106,11 +106,11 @@ def _refuse_unless_trained_with(run: Path, recipe: Recipe, damage: RecipeError) 
 
 
 def refuse_unusable(run: Path) -> None:
-    """Raise where a launch could not write: something is in the way of its files, or a disk refuses. Changes nothing.
+    """Raise if a launch could not write: something is in the way of its files, or a disk refuses. Changes nothing.
 
     Raises:
-        CheckpointError: for each name that is something else than it must be, a link to nothing among them.
-        OSError: where the folder, or that of the checkpoints, cannot be written to.
+        CheckpointError: for each name that is not what it must be, such as a link to nothing.
+        OSError: the run folder, or its checkpoints folder, cannot be written to.
     """
     in_the_way = [path for path in (run / name for name in FOLDERS) if os.path.lexists(path) and not path.is_dir()]
     problems = [
@@ -126,28 +126,28 @@ def refuse_unusable(run: Path) -> None:
 
 
 def finished(run: Path) -> dict[str, Any]:
-    """What the run left when it was finished: its step, losses and hashes; nothing where it was not.
+    """What the run left when it was finished: its step, losses and hashes; empty if it is not finished.
 
-    A done.json that is damaged counts as none: the run's end, its last evaluation, is then done again.
+    A damaged done.json counts as missing: the run's end, its last evaluation, is then done again.
     """
     done = read_json(run / "done.json") or {}
     return done if isinstance(done.get("step"), int) else {}
 
 
 def tell_stopped(run: Path, step: int) -> None:
-    """Leave the sign that a signal ended the run, with a whole checkpoint of this step."""
+    """Record that a signal ended the run, with a whole checkpoint of this step."""
     write_json(run / STOPPED, {"step": step, "generation": generation(run)})
 
 
 def tell_saved(run: Path, step: int, held_by: Sequence[str]) -> None:
-    """Leave the sign that a checkpoint of this step lies whole on some hosts' disks."""
+    """Record that a checkpoint of this step is whole on some hosts' disks."""
     write_json(run / SAVED, {"step": step, "held_by": list(held_by)})
 
 
 def newest_saved(run: Path) -> tuple[int, list[str]]:
-    """The newest step that a folder's records say was saved, and the hosts that held it; 0 where none was.
+    """The newest step that was saved, by a folder's records, and the hosts that held it; 0 if none was.
 
-    Older versions left no saved.json. There a save counts that another one followed: it had come to its end.
+    Older versions left no saved.json. There a save counts if another save followed, because then it was finished.
     """
     saved = read_json(run / SAVED)
     signs = [sign for sign in (saved, read_json(run / "done.json"), read_json(run / STOPPED)) if sign]
@@ -169,12 +169,12 @@ def read_records(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _recorded_saves(run: Path) -> list[int]:
-    """The steps whose saves metrics.jsonl says were begun, in ascending order."""
+    """The steps whose saves had begun, by metrics.jsonl, in ascending order."""
     return sorted({record["step"] for record in read_records(run).get("save", [])})
 
 
 def keep_records(run: Path, generation: int) -> Path | None:
-    """Keep a copy of metrics.jsonl, whose later steps this launch takes again from other weights; None without one."""
+    """Keep a copy of metrics.jsonl, because this launch takes its later steps again; None if there is none."""
     records, kept = run / METRICS, run / f"metrics.before-generation-{generation}.jsonl"
     if not records.is_file():
         return None
@@ -193,7 +193,7 @@ def generation(run: Path) -> int:
 
 
 def generation_elsewhere(run: Path) -> int:
-    """The last launch that changes.jsonl or stopped.json knows of; 0 where none does."""
+    """The last launch that changes.jsonl or stopped.json names; 0 if there is none."""
     known = [*read_changes(run), read_json(run / STOPPED)]
     numbers = [found["generation"] for found in known if found and isinstance(found.get("generation"), int)]
     return max(numbers, default=0)
@@ -203,10 +203,10 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
     """Write recipe.toml, ds_config.json, env.json, saved.json and tokenizer/; changes of the recipe are recorded.
 
     recipe.toml comes first, because it marks a folder as a run folder: a kill after any of these writes leaves a folder
-    that the same command accepts. A done.json of a run that now goes on longer is removed: it is the sign of success.
+    that the same command accepts. The done.json of a run that now goes on longer is removed: it is the sign of success.
 
     Returns:
-        What was found damaged, and is mended, a line each.
+        A line for each thing that was damaged and is mended.
     """
     run.mkdir(parents=True, exist_ok=True)
     notes = []
@@ -237,20 +237,19 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
 
 
 def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
-    """Give a run the tokenizer of its prepared data where it has none, or a damaged one.
+    """Give a run the tokenizer of its prepared data if it has none, or a damaged one.
 
-    The caller has made sure that the run was trained with these data. What was there is kept beside, in
-    tokenizer.damaged/.
+    The caller has made sure that the run was trained with these data. The damaged one is kept in tokenizer.damaged/.
 
     Returns:
-        What to say of it.
+        Lines for the user.
     """
     mine = run / "tokenizer"
     problem = _tokenizer_problem(mine, prepared)
     if problem is None:
         return []
 
-    # The copy lies whole on the disk before it gets its name.
+    # The copy is whole on the disk before it gets its name.
     temporary = run / ".tokenizer.tmp"
     new_folder(temporary)
     shutil.copytree(prepared, temporary, dirs_exist_ok=True)
@@ -265,13 +264,13 @@ def mend_tokenizer(run: Path, prepared: Path) -> list[str]:
     temporary.rename(mine)
     fsync(run)
 
-    # A new run, without a checkpoint, has no tokenizer yet: that is not worth a line.
+    # A new run, without a checkpoint, has no tokenizer yet: no line is needed.
     begun = any(run.glob("checkpoints/step-*"))
     return [f"{mine} {problem}: it is copied anew from {prepared}"] if begun else []
 
 
 def _tokenizer_problem(mine: Path, prepared: Path) -> str | None:
-    """What is wrong with a run's tokenizer; None where it is that of the prepared data."""
+    """What is wrong with a run's tokenizer; None if it is the tokenizer of the prepared data."""
     if not mine.is_dir():
         return "is missing"
     try:
@@ -291,16 +290,16 @@ def read_changes(run: Path) -> list[dict[str, Any]]:
 
 
 def changes_by_step(run: Path, launches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same with the step behind which each begins; where an older version left it out, that of its launch record.
+    """The same, each with the step after which its launch begins; if an older version left it out, from its record.
 
-    Where neither says it the step is 0.
+    If neither says it, the step is 0.
     """
     begins = {record.get("generation"): record["step"] for record in launches}
     return [{"step": begins.get(one["generation"], 0), **one} for one in read_changes(run)]
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one a line; damaged lines, and a file that cannot be read, are passed over."""
+    """The objects of a file with one per line; damaged lines, and a file that cannot be read, are passed over."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -313,11 +312,11 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def record_change(run: Path, facts: Mapping[str, Any], what: dict[str, Any]) -> None:
-    """Add a line to changes.jsonl: what a launch of these facts does differently from the launches before it."""
+    """Add a line to changes.jsonl: what a launch with these facts does differently from the launches before it."""
     path = run / "changes.jsonl"
     before = path.read_bytes() if path.is_file() else b""
     launch = {"generation": facts["generation"], "step": facts.get("begins_at_step", 0)}
-    if before and not before.endswith(b"\n"):  # a line that was cut stays a line of its own
+    if before and not before.endswith(b"\n"):  # a line that was cut stays a separate line
         before += b"\n"
     replace_bytes(path, before + json.dumps({**launch, **what}).encode() + b"\n")
 
@@ -325,7 +324,7 @@ def record_change(run: Path, facts: Mapping[str, Any], what: dict[str, Any]) -> 
 def merge_changes(run: Path, everyones: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Give changes.jsonl the lines of all hosts, in the order of launches.
 
-    Of what several hosts say of the same launch the first one counts: a host that was away compares with an old recipe.
+    If several hosts describe the same launch, the first one counts: a host that was away compares with an old recipe.
     """
     first: dict[tuple[int, str], dict[str, Any]] = {}
     for change in (change for changes in everyones for change in changes):

@@ -3,12 +3,12 @@
     RUN/env.json                 generation and launch: the one that holds the folder
     RUN/logs/.launch-ID.lock     locked by each of its writers for as long as it lives
 
-A launch has a generation, one more than any before it, and a random id: of launches that begin at the same moment, with
-the same generation, the one with the greater id holds every host's folder. The others leave without having written
-anything more. No clock decides anything.
+A launch has a generation, one more than any before it, and a random id. If launches begin at the same moment, with the
+same generation, the one with the greater id holds every host's folder. The others end and write nothing more. No clock
+decides anything.
 
-Known gap: where a file system has no locks, launches that begin within the same instant may both end, and neither
-knows that; where hosts share a disk, its locks must reach all of them.
+Known gap: if a file system has no locks, launches that begin within the same instant may both end without knowing it;
+if hosts share a disk, its locks must reach all of them.
 """
 
 import contextlib
@@ -43,26 +43,26 @@ class Launch:
     """Random; empty in folders of older versions."""
     host: str = ""
     pid: int = 0
-    """Of rank 0, on that host."""
+    """Process id of rank 0, on its host."""
     began: str = ""
-    """For people; nothing depends on it."""
+    """When it began, for people; nothing depends on it."""
 
     @property
     def order(self) -> tuple[int, str]:
-        """The greater one holds the folder."""
+        """The launch with the greater order holds the folder."""
         return self.generation, self.id
 
     def __str__(self) -> str:
         return f"{self.host}, process {self.pid}, since {self.began}" if self.host else f"launch {self.generation}"
 
     def facts(self) -> dict[str, Any]:
-        """What env.json says of it."""
+        """What env.json says of this launch."""
         described = asdict(self)
         return {"generation": described.pop("generation"), "launch": described}
 
 
 def begin(control: "Control", run: Path) -> Launch:
-    """A new launch, newer than all that any host's folder knows. Collective."""
+    """A new launch, newer than any that a host's folder names. Collective."""
     generation = max(control.gather(run_folder.generation(run))) + 1
     began = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     launch = Launch(generation, uuid.uuid4().hex, socket.gethostname(), os.getpid(), began)
@@ -70,13 +70,13 @@ def begin(control: "Control", run: Path) -> Launch:
 
 
 def holder(run: Path) -> Launch:
-    """The launch that holds a run folder; generation 0 where none does, or its env.json cannot be read.
+    """The launch that holds a run folder; generation 0 if none does, or if its env.json cannot be read.
 
-    Every step asks this: env.json is read again only when it is another file than before.
+    Every step asks this, so env.json is read again only if the file has changed.
     """
     path = run / "env.json"
     try:
-        # A shared disk asks its server when a file is opened; what it says of a closed one may be a minute old.
+        # A shared disk asks its server when a file is opened; its facts on a closed file may be a minute old.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             found = os.fstat(descriptor)
@@ -89,7 +89,7 @@ def holder(run: Path) -> Launch:
 
 @lru_cache(maxsize=1)
 def _holder_in(path: Path, stamp: tuple[int, ...]) -> Launch:
-    """The launch that a file names; `stamp` changes with the file. Raises OSError where it cannot be read just now."""
+    """The launch that a file names; `stamp` changes with the file. Raises OSError if it cannot be read now."""
     environment = read_json(path)
     if environment is None:
         raise OSError(f"{path} cannot be read.")
@@ -104,20 +104,20 @@ def _holder_in(path: Path, stamp: tuple[int, ...]) -> Launch:
 
 
 def is_replaced(run: Path, launch: Launch) -> bool:
-    """Whether another launch holds the folder. One that cannot be read (its disk is bad) is nobody else's."""
+    """Whether another launch holds the folder. A folder that cannot be read (its disk is bad) counts as ours."""
     found = holder(run)
     return found.generation > 0 and found.order != launch.order
 
 
 def refuse_replaced(run: Path, launch: Launch) -> None:
-    """Raise ReplacedByNewerLaunch where another launch holds the folder."""
+    """Raise ReplacedByNewerLaunch if another launch holds the folder."""
     if is_replaced(run, launch):
         raise ReplacedByNewerLaunch(str(holder(run)))
 
 
 @contextlib.contextmanager
 def claiming(run: Path, launch: Launch) -> Iterator[None]:
-    """Within it no other launch writes env.json. Raises ReplacedByNewerLaunch where a newer one already did."""
+    """Within it no other launch writes env.json. Raises ReplacedByNewerLaunch if a newer one already did."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     with _locked(run / "logs" / ".claim.lock", wait=True):
         found = holder(run)
@@ -132,7 +132,7 @@ def living(run: Path, launch: Launch) -> Iterator[None]:
     folder = run / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     sign, unlocked = folder / f".launch-{launch.id}.lock", folder / f".launch-{launch.id}.new"
-    with _locked(unlocked):  # it gets its name when it is locked and written
+    with _locked(unlocked):  # the file gets its name once it is locked and written
         unlocked.write_text(json.dumps(asdict(launch)), encoding="utf-8")
         unlocked.rename(sign)
         try:
@@ -148,7 +148,7 @@ def take_over(control: "Control", run: Path, launch: Launch, writers: list[int],
     """
     found: list[str] = []
     if control.rank in writers:
-        with contextlib.suppress(OSError):  # a disk that refuses this refuses env.json too, and that is reported
+        with contextlib.suppress(OSError):  # if the disk refuses this, it refuses env.json too, which is reported
             held.enter_context(living(run, launch))
             found = others_alive(run, launch)
     others = dict.fromkeys(one for theirs in control.gather(found) for one in theirs)
@@ -159,7 +159,7 @@ def take_over(control: "Control", run: Path, launch: Launch, writers: list[int],
 
 
 def others_alive(run: Path, launch: Launch) -> list[str]:
-    """Launches that write into the folder now, a line each. What killed ones left is removed."""
+    """A line for each launch that writes into the folder now. Files of killed launches are removed."""
     found = []
     for sign in sorted((run / "logs").glob(".launch-*.lock")):
         if sign.name == f".launch-{launch.id}.lock":
@@ -170,14 +170,14 @@ def others_alive(run: Path, launch: Launch) -> list[str]:
         except BlockingIOError:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 found.append(str(Launch(**json.loads(sign.read_text(encoding="utf-8")))))
-        except OSError:  # it has just ended, or is nothing of ours
+        except OSError:  # it has just ended, or is not one of our files
             continue
     return found
 
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """A file's lock, which goes with the process that holds it. Raises BlockingIOError where another one has it."""
+    """A file's lock, which ends with the process that holds it. Raises BlockingIOError if another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:

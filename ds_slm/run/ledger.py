@@ -19,16 +19,16 @@ class Comparison:
     """How far two ledgers agree."""
 
     same_until_step: int
-    """The last step up to which the rows are known to be the same; 0 where not even the first."""
+    """The last step up to which the rows are known to be the same; 0 if not even the first is."""
     differ_at_step: int | None
-    """The first common step at which they are not; None where they never differ."""
+    """The first common step at which the rows differ; None if they never do."""
 
 
 def read(run: Path) -> dict[int, str]:
     """Step -> ledger, in order.
 
     Raises:
-        CheckpointError: where the folder has no metrics.jsonl, a line of it is damaged, or it holds no step.
+        CheckpointError: the folder has no metrics.jsonl, a line of it is damaged, or it holds no step.
     """
     path = run / METRICS
     if not path.is_file():
@@ -51,7 +51,7 @@ def read(run: Path) -> dict[int, str]:
 
 
 def compare(ours: dict[int, str], theirs: dict[int, str]) -> Comparison:
-    """How far two runs drew the same rows. Raises CheckpointError where they logged no step in common."""
+    """How far two runs drew the same rows. Raises CheckpointError if they logged no step in common."""
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise CheckpointError("the two runs logged no step in common: nothing to compare; see run.log_every_steps.")

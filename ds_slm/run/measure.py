@@ -1,7 +1,7 @@
 """Tokens per second, MFU and peak memory.
 
 MFU = FLOPs the model needs per token * tokens per second / peak FLOP/s of all devices. The peak is the datasheet's on a
-known GPU and a measured matrix product on a CPU; an unknown GPU has no MFU rather than a guessed one.
+known GPU and a measured matrix product on a CPU; for an unknown GPU no MFU is given, because it would be a guess.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from ds_slm.recipe.rates import DEVICES
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of one device for matrix products; None where it is not known."""
+    """Peak FLOP/s of one device for matrix products; None if it is not known."""
     if device.type == "cuda":
         name, half = torch.cuda.get_device_name(device), dtype != torch.float32
         words = re.split(r"[\s-]", name)  # NVIDIA A100-SXM4-80GB is an A100, a T400 no T4
@@ -39,7 +39,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """The device's name, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
 
 
 def hardware(device: torch.device) -> list[Any]:
-    """What speed and memory of a device depend on: its name, its memory in bytes, its instructions, its cores."""
+    """What a device's speed and memory depend on: its name, memory in bytes, instructions and cores."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return [gpu.name, gpu.total_memory, gpu.major, gpu.minor]
@@ -75,14 +75,14 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process held since `release_memory`: the device's on a GPU, resident memory on a CPU."""
+    """Peak memory of this process since `release_memory`: of the device on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_memory_bytes() -> int:
-    """What this process holds in main memory now."""
+    """Bytes of main memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

@@ -1,9 +1,9 @@
 """The records of a run, metrics.jsonl and TensorBoard, on every host that keeps its checkpoints.
 
-    record --Records--> metrics.jsonl, tb/      each host's own: what it measures of itself may differ, steps do not
-    resume --share--> a host that was away is given the records that it missed
+    record --Records--> metrics.jsonl, tb/      each host's own: measurements of hosts may differ, steps do not
+    resume --share--> a host that was away receives the records that it missed
 
-A host may be lost, and its run goes on elsewhere: every host from which the run can be resumed tells all of it.
+If a host is lost, its run goes on elsewhere: every host from which the run can be resumed has all records.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from ds_slm.run.launches import Launch
 
 @dataclass(frozen=True)
 class _Kept:
-    """The lines of metrics.jsonl that stay when a run goes on behind a step."""
+    """The lines of metrics.jsonl that stay when a run goes on after a step."""
 
     lines: list[str]
     names: list[tuple[str, int]]
-    """Kind and step of each."""
+    """Kind and step of each line."""
     story_sha256: str
-    """Hash of what is the same on all hosts: kinds, steps and losses, but no time that a host measured."""
+    """Hash of what is the same on all hosts: kinds, steps and losses, without times that a host measured."""
     is_all: bool
     """Whether no line is left out."""
 
 
 class Records:
-    """Takes the records of a launch to this host's disk. A full disk costs records, not the run."""
+    """Writes the records of a launch to this host's disk. A full disk costs records, not the run."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Records:
 
         Args:
             folder: the run folder.
-            warn: takes a line, once, where the disk is full.
-            first_step: the step behind which the run goes on.
-            launch: nothing is written once another one holds the folder; None looks for none.
+            warn: takes a line, once, if the disk is full.
+            first_step: the step after which the run goes on.
+            launch: nothing is written once another launch holds the folder; None: this is not checked.
             is_given: the records came from another host: TensorBoard does not have them yet.
 
         Raises:
@@ -79,7 +79,7 @@ class Records:
                 self._board.record(record.pop("kind"), record.pop("step"), record)
 
     def were_made(self, kind: str, step: int) -> bool:
-        """Whether an earlier launch left such a record of this step."""
+        """Whether an earlier launch left a record of this kind and step."""
         return (kind, step) in self._earlier
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -108,9 +108,9 @@ class Records:
                 file.close()
 
     def is_replaced(self) -> bool:
-        """Whether another launch holds the folder: as the last record found it, where none asked since.
+        """Whether another launch holds the folder: the answer found by the last record, if nobody asked since.
 
-        So one look serves a step: its record is written behind it, and the next step begins with what it found.
+        So one look per step is enough: the record is written after the step, and the next step uses its answer.
         """
         seen, self._seen_replaced = self._seen_replaced, None
         return self._look() if seen is None else seen
@@ -120,7 +120,7 @@ class Records:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[bool]:
-        """Whether this launch may write; a disk that is full is told once."""
+        """Whether this launch may write; a full disk is reported once."""
         try:
             self._seen_replaced = self._look()
             yield not self._seen_replaced
@@ -131,19 +131,19 @@ class Records:
 
 
 def share(control: Control, folder: Path, keepers: list[int], step: int, generation: int, source: int) -> list[int]:
-    """Give the records up to a step, and all changes, to the keepers that have others. Collective.
+    """Send the records up to a step, and all changes, to the keepers whose records differ. Collective.
 
     Args:
         control: the ranks' connection.
         folder: the run folder, each host's own.
         keepers: the ranks that keep records.
-        step: behind which the run goes on.
-        generation: of this launch; what is replaced on a host stays beside, under its number.
-        source: the rank whose host has the checkpoint: its records are of these weights. Where it has none, as older
-            versions left a host that was not rank 0's, the keeper with the most records stands in.
+        step: the step after which the run goes on.
+        generation: this launch's number; records that are replaced on a host are kept under it.
+        source: the rank whose host has the checkpoint: its records belong to these weights. If it has none (in older
+            versions only rank 0's host had them), the keeper with the most records takes its place.
 
     Returns:
-        The keepers that were given records.
+        The keepers that received records.
     """
     reads = control.rank == source or control.rank in keepers
     kept = _kept(folder, step) if reads else _Kept([], [], "", True)
@@ -183,7 +183,7 @@ def _kept(folder: Path, step: int) -> _Kept:
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; a line that was cut, damaged or is no record belongs to none that is kept."""
+    """The step of a record; a line that is cut, damaged or not a record gets a step that is not kept."""
     try:
         record = json.loads(line) if line.endswith("\n") else None
     except ValueError:

@@ -19,9 +19,9 @@ SHOWN_FACTS = (
     "hosts", "world_size", "device", "backend", "precision", "zero_stage", "optimizer", "rows_per_step",
     "accumulation_steps", "micro_batch_rows", "kernels", "generation", "begins_at_step", "base", "start_s", "warnings",
 )  # fmt: skip
-"""Of env.json, in TensorBoard."""
+"""Facts of env.json that TensorBoard shows."""
 LONGEST_SILENCE_S = 60.0
-"""Without a progress bar, a step at least this long after the last line gets one of its own."""
+"""Without a progress bar, a step gets a line if the last line is at least this long ago."""
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def captured_output(log: Path) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
 
-    # The terminal stays within reach through copies of its descriptors.
+    # Copies of its descriptors keep the terminal reachable.
     saved = os.dup(1), os.dup(2)
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
 
@@ -60,17 +60,17 @@ def captured_output(log: Path) -> Iterator[TextIO]:
 
 
 class Report:
-    """Takes what a run has to tell to its records, and on rank 0 to the terminal."""
+    """Sends what a run reports to its records, and on rank 0 to the terminal."""
 
     def __init__(self, terminal: TextIO | None, records: Records | None, total_steps: int, first_step: int = 0) -> None:
-        """`terminal` is None on every rank but 0, `records` on hosts that keep none."""
+        """`terminal` is None on all ranks except 0, `records` on ranks that keep none."""
         self.terminal, self.records, self.total_steps = terminal, records, total_steps
         self.line_every_steps, self.spoke_at_s = max(total_steps // 20, 1), time.monotonic()
         self.bar = self._progress_bar(first_step) if terminal and terminal.isatty() else None
 
     @property
     def is_heard(self) -> bool:
-        """Whether a record goes anywhere: not on most ranks."""
+        """Whether anything keeps or prints a record here; on most ranks nothing does."""
         return self.records is not None or self.terminal is not None
 
     def is_replaced(self) -> bool:
@@ -78,7 +78,7 @@ class Report:
         return self.records is not None and self.records.is_replaced()
 
     def was_recorded(self, kind: str, step: int) -> bool:
-        """Whether an earlier launch left such a record of this step here. False on hosts that keep none."""
+        """Whether an earlier launch left a record of this kind and step here. False on hosts that keep none."""
         return self.records is not None and self.records.were_made(kind, step)
 
     def _progress_bar(self, first_step: int) -> Any:
@@ -101,7 +101,7 @@ class Report:
             print(text, file=self.terminal, flush=True)
 
     def describe(self, recipe: Mapping[str, Any], recipe_text: str, facts: Mapping[str, Any]) -> None:
-        """What is trained, and where: a record, texts in TensorBoard, and the run's line in its table of runs."""
+        """Report what is trained, and where: a record, texts in TensorBoard, and a line in its table of runs."""
         step = facts["begins_at_step"]
         self.record("launch", step, {name: facts[name] for name in SHOWN_FACTS if name in facts})
         if self.records:
@@ -111,7 +111,7 @@ class Report:
             self.records.compare_by(recipe)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any], log: bool = True) -> None:
-        """One record of a step: to the records where `log`, and to the terminal."""
+        """Report one record of a step: to the records if `log`, and to the terminal."""
         if self.records and log:
             self.records.write(kind, step, values)
         if not self.terminal:
@@ -146,7 +146,7 @@ class Report:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table of Markdown."""
+    """A value in a Markdown table."""
     if isinstance(value, Mapping):
         value = [f"{key}: {one}" for key, one in value.items()]
     return ", ".join(map(str, dict.fromkeys(value))) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""What eval.json holds, and the rows of the table: published beside ours, with what tells whether they differ.
+"""What eval.json holds, and the rows of the table: published figures beside ours, and whether they differ.
 
 RUN/eval.json, RUN/eval/step-*/eval.json --of_weights--> what was scored of these weights
 eval.json, a recipe's published figures --rows_of--> task, metric, published, ours, +-, chance, items, what
@@ -16,14 +16,14 @@ from ds_slm.recipe.schema import Recipe
 EVAL_FILE = "eval.json"
 
 CONFIDENCE = 1.96
-"""Standard errors on each side of a figure that hold 95 % of what chance does to it."""
+"""An interval of this number of standard errors on each side of a figure covers 95 % of its chance variation."""
 ARITHMARK, DOCUMENTATION = "arithmark2", "documentation"
-"""The tasks that are not the harness's; the second is made of this installation's documentation, not published."""
+"""The tasks that are not the harness's; the second is made of this installation's documentation and not published."""
 LEADERBOARD = "leaderboard/average"
 LEADERBOARD_METRICS = {
     "hellaswag": "acc_norm", "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "piqa": "acc_norm", ARITHMARK: "acc",
 }  # fmt: skip
-"""What the Open SLM Leaderboard counts of each of its tasks."""
+"""The metric that the Open SLM Leaderboard counts for each of its tasks."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Row:
     published: float | None
     ours: float | None
     plus_minus: float | None
-    """The figure over all such items lies within this, 19 times of 20."""
+    """The figure over all such items lies within this, 19 times in 20."""
     chance: float | None
     commonest: float | None
-    """What always giving the commonest answer scores."""
+    """The score of always giving the commonest answer."""
     bits_per_byte: float | None
-    """Of the right answers."""
+    """What the right answers cost, in bits for each byte of their text."""
     items: int | None
     what: str
-    """Whether ours differs from the published figure, and remarks that keep it from being held against that."""
+    """Whether ours differs from the published figure, and remarks on why the two may not be compared."""
 
 
 def rows_of(found: Mapping[str, Any], recipe: Recipe | None) -> list[Row]:
@@ -51,7 +51,7 @@ def rows_of(found: Mapping[str, Any], recipe: Recipe | None) -> list[Row]:
 
     Args:
         found: eval.json.
-        recipe: whose published figures stand beside ours; those of finished models alone.
+        recipe: the recipe whose published figures of finished models stand beside ours.
     """
     published = {
         target.metric: target.published
@@ -72,7 +72,7 @@ def rows_of(found: Mapping[str, Any], recipe: Recipe | None) -> list[Row]:
 
 
 def is_record(found: Mapping[str, Any]) -> bool:
-    """Whether something is what `ds-slm eval` writes."""
+    """Whether this is the record that `ds-slm eval` writes."""
     model, tasks = found.get("model"), found.get("tasks")
     if not isinstance(model, Mapping) or not isinstance(tasks, Mapping):
         return False
@@ -93,7 +93,7 @@ def _are_figures(figures: Any) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What eval.json holds of earlier evaluations; nothing where there is none. Raises DataError for a damaged one."""
+    """The earlier evaluations in eval.json; empty if there is none. Raises DataError if it is damaged."""
     path = folder / EVAL_FILE
     if not path.exists():
         return {}
@@ -104,14 +104,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def of_weights(run: Path, sha256: str) -> dict[str, Any]:
-    """What was scored of a checkpoint, whether the run or the checkpoint was named; nothing where nothing was.
+    """The scores of a checkpoint, whether the run or the checkpoint was named; empty if there are none.
 
     Args:
         run: the run folder.
-        sha256: of the checkpoint's weights. Figures of other weights are left out.
+        sha256: hash of the checkpoint's weights. Figures of other weights are left out.
 
     Raises:
-        DataError: for a damaged eval.json.
+        DataError: an eval.json is damaged.
     """
     folders = [run, *sorted(path.parent for path in run.glob(f"eval/*/{EVAL_FILE}"))]
     records = [found for folder in folders if (found := read(folder)) and found["model"].get("sha256") == sha256]
@@ -122,15 +122,15 @@ def of_weights(run: Path, sha256: str) -> dict[str, Any]:
 
 
 def newest(run: Path, weights: Sequence[str], last_step: int) -> tuple[dict[str, Any], list[str]]:
-    """The figures of the newest checkpoint that was scored, and what keeps them from being the finished run's.
+    """The figures of the newest checkpoint that was scored, and remarks on why they are not the finished run's.
 
-    A run folder that was trained anew still holds the figures of its former weights: these are no figures of the run.
+    A run folder that was trained anew still holds the figures of its former weights: they are not figures of the run.
 
     Args:
         run: the run folder.
-        weights: hashes of its checkpoints' weights, the newest first (`checkpoint.files.model_sha256s`). Where there is
-            none, nothing is left to compare with, and a remark says so.
-        last_step: of the whole run.
+        weights: hashes of its checkpoints' weights, the newest first (`checkpoint.files.model_sha256s`). If there are
+            none, nothing can be compared, and a remark says so.
+        last_step: the last step of the whole run.
 
     Raises:
         DataError: for a damaged eval.json.
@@ -148,17 +148,17 @@ def newest(run: Path, weights: Sequence[str], last_step: int) -> tuple[dict[str,
 def merge_tasks(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The tasks of two evaluations of the same weights, the new ones over the earlier ones.
 
-    A task that was scored whole stays whole: a later trial with a limit does not take its place.
+    A task that was scored whole stays: a later trial with a limit does not replace it.
     """
     whole = {name for name, task in before.items() if not task["limited"]}
     return {**before, **{name: task for name, task in new.items() if not (task["limited"] and name in whole)}}
 
 
 def leaderboard_average(tasks: Mapping[str, Any]) -> float | None:
-    """(HellaSwag + (ARC-Easy + ARC-Challenge) / 2 + PIQA + ArithMark) / 4, where all were scored whole.
+    """(HellaSwag + (ARC-Easy + ARC-Challenge) / 2 + PIQA + ArithMark) / 4, if all were scored whole.
 
     Args:
-        tasks: those of eval.json.
+        tasks: the tasks of eval.json.
     """
     if any(name not in tasks or tasks[name]["limited"] for name in LEADERBOARD_METRICS):
         return None
@@ -168,13 +168,13 @@ def leaderboard_average(tasks: Mapping[str, Any]) -> float | None:
 
 
 def remarks_on_average(tasks: Mapping[str, Any]) -> list[str]:
-    """What keeps the average from being the published one's: a part's rows are other ones, or unknown."""
+    """Why the average may not be compared with the published one: rows of a part are different, or unknown."""
     published = [tasks[name]["published"] for name in LEADERBOARD_METRICS]
     return ["other rows"] if False in published else ["rows unchecked"] if None in published else []
 
 
 def remarks_on(name: str, task: Mapping[str, Any]) -> list[str]:
-    """What keeps a figure from being held against the published one."""
+    """Why a figure may not be compared with the published one."""
     if task["limited"]:
         return [f"first {task['items']:,}"]
     if task["published"] is False:
@@ -204,7 +204,7 @@ def _rows_of_task(
 
 
 def _is_minor(metric: str, figures: Mapping[str, Any]) -> bool:
-    """acc where acc_norm stands beside it; ArithMark's other way of scoring."""
+    """Whether a metric is secondary: acc beside acc_norm, or ArithMark's other way of scoring."""
     return (metric == "acc" and "acc_norm" in figures) or metric == "acc_joint_mean"
 
 

@@ -1,4 +1,4 @@
-"""Which rows earlier launches of a run left out: env.json of the newest one says it, and so does every checkpoint."""
+"""Which rows earlier launches of a run left out: the newest one's env.json says it, and so does every checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from ds_slm.run import launches
 
 
 def recorded(control: Control, run: Path, content: Mapping[str, Any]) -> Ranges:
-    """What the launches before this one left out: the newest one's env.json says it, else the checkpoint. Collective.
+    """The rows that earlier launches left out, from the newest one's env.json, else from the checkpoint. Collective.
 
     Args:
         control: the ranks' connection.
         run: the run folder, each host's own.
-        content: state.json of the checkpoint that is resumed; empty where none is.
+        content: state.json of the checkpoint that is resumed; empty if there is none.
     """
     mine = (read_json(run / "env.json") or {}).get("skipped_rows")
     holders = [(*order, ranges) for order, ranges in control.gather([launches.holder(run).order, mine])]

@@ -1,8 +1,8 @@
-"""What a host computes with: its code and its libraries, compared over all hosts before they train together.
+"""A host's code and libraries, compared over all hosts before they train together.
 
-Two hosts with other code or library versions train something that neither would train alone. The code is compared by a
-hash of the source files that run: two changed trees of one commit differ, and two commits that differ in other files do
-not; that the commits are not the same is noted. Imports no library that it describes.
+Hosts with different code or library versions would train something that none of them would train alone. The code is
+compared by a hash of the source files that run. So two different edits of one commit differ, while two commits that
+differ only in other files do not; a note says that the commits differ. Imports no library that it describes.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES, ENDS = ("ds_slm", "sft"), (".py", ".cpp")
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "bitsandbytes", "numpy", "safetensors")
 UNKNOWN = "unknown"
-"""The commit of a tree that is not a git checkout."""
+"""Stands for the commit of a tree that is not a git checkout."""
 COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}
 """The variable that names a compiler, and the names to look for: C++ for a CPU, C for Triton on a GPU."""
 
@@ -42,7 +42,7 @@ def describe() -> dict[str, Any]:
 
 
 def torch_cuda() -> str:
-    """The version of CUDA or ROCm that torch was built for; 'none' for a build without, and where torch is missing."""
+    """The version of CUDA or ROCm that torch was built for; 'none' for a build without, or if torch is missing."""
     found = importlib.util.find_spec("torch")
     if found is None or not found.submodule_search_locations:
         return "none"
@@ -68,7 +68,7 @@ def size_and_mtime(path: Path) -> list[int] | None:
 
 
 def sources_sha256(root: Path) -> str:
-    """One hash of every source file of the packages, with its place; caches and everything else are left out."""
+    """One hash of the packages' source files and their paths, without caches and all other files."""
     found = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for end in ENDS for path in (root / folder).rglob(f"*{end}")):
         content = path.read_bytes()
@@ -86,7 +86,7 @@ def script_sha256(script: Path) -> str:
 
 
 def differences(hosts: Sequence[str], found: Sequence[dict[str, Any]]) -> list[str]:
-    """What is not the same on all hosts and may change results; one sentence for each, which names every host.
+    """What differs between hosts and may change results: a sentence for each, which names every host.
 
     Args:
         hosts: the name of each rank's host.
@@ -116,13 +116,13 @@ def _commits(found: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def _are_alike(facts: Iterable[Sequence[str]]) -> bool:
-    """Whether none of the facts differs between hosts that know it."""
+    """Whether each fact is the same on all hosts that know it."""
     return all(len(set(values) - {UNKNOWN}) <= 1 for values in facts)
 
 
 def notes(hosts: Sequence[str], found: Sequence[dict[str, Any]], devices: Sequence[str]) -> list[str]:
-    """What is not the same on all hosts and trains the same: the commit of equal sources; and builds of torch and kinds
-    of devices, which only round differently.
+    """What differs between hosts but trains the same: the commit of equal sources; and builds of torch and kinds of
+    devices, which only round differently.
     """
     builds = [f"{one['versions'].get('torch')}, CUDA {one['torch_cuda']}" for one in found]
     public = [_public(one["versions"].get("torch")) for one in found]
@@ -153,7 +153,7 @@ def _by_value(hosts: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _public(version: str | None) -> str:
-    """A version without its build: 2.13.0+cpu and 2.13.0+cu128 are one."""
+    """A version without its build: 2.13.0+cpu and 2.13.0+cu128 are the same."""
     return (version or "not installed").partition("+")[0]
 
 
@@ -165,7 +165,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(root: Path) -> str:
-    """The commit of a checkout, '-dirty' where a tracked file was changed; 'unknown' outside of git."""
+    """The commit of a checkout, with '-dirty' if a tracked file was changed; 'unknown' outside of git."""
     try:
         top, commit = _git(root, "rev-parse", "--show-toplevel", "HEAD").splitlines()
         if Path(top).resolve() != root:

@@ -3,7 +3,7 @@
     meet               wait for all ranks; the same code and libraries; the interface that leads to the others
     agree_on_inputs    the same recipe, data and configuration
 
-A rank that left alone would keep the others waiting.
+If one rank ended alone, the others would wait for it.
 """
 
 import socket
@@ -25,10 +25,10 @@ def meet(meeting: rendezvous.Rendezvous, allow_mixed: bool) -> dict[str, list[st
     """Wait for all ranks; compare what their hosts compute with, and choose the interface that leads to them.
 
     Returns:
-        What is said of hosts that differ and train together nevertheless.
+        What env.json says of hosts that differ and train together nevertheless.
 
     Raises:
-        ConfigError: on all ranks, where code or libraries differ and that is not allowed.
+        ConfigError: on all ranks, if code or libraries differ and that is not allowed.
     """
     world, device = meeting.world, torch.device(devices.device_type())
     everyone = meeting.arrive(
@@ -82,7 +82,7 @@ def agree_on_inputs(
 
 
 def mixed_products(hosts: Sequence[str], products: Sequence[str]) -> list[str]:
-    """A warning where hosts, of different kinds of CPU perhaps, multiply in different ways."""
+    """A warning if hosts multiply in different ways, perhaps because their CPUs differ."""
     if len(set(products)) == 1:
         return []
     by_host = dict(zip(hosts, products, strict=True))

@@ -20,7 +20,7 @@ from ds_slm.train.task import Options
 def effective_choices(
     recipe: Recipe, options: Options, engine_config: EngineConfig, control: Control
 ) -> dict[str, Any]:
-    """The effective choices of this launch, by name: they stand in env.json. Needs the process group."""
+    """The effective choices of this launch, by name, for env.json. Needs the process group."""
     device = torch.device(devices.device_type())
     packed_head_dim = recipe.model.head_dim if recipe.sft is not None and recipe.sft.packing else None
     computes = kernels.effective_kernels(device, kernels.DTYPES[recipe.train.precision], packed_head_dim)
@@ -49,7 +49,7 @@ def effective_choices(
 
 
 def blocks(engine_config: EngineConfig) -> str:
-    """How the model's blocks run, and why they are eager although the launch asks for compiled ones."""
+    """How the model's blocks run, and why they are eager if the launch asks for compiled ones."""
     if engine_config.compiled:
         return "compiled"
     return f"eager ({engine_config.eager_reason})" if engine_config.eager_reason else "eager"

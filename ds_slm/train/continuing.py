@@ -1,4 +1,4 @@
-"""Whether a run is finished, and else the checkpoint it goes on from. Asked on all ranks together."""
+"""Whether a run is finished, and if not, the checkpoint it goes on from. Collective."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ds_slm.train.task import Corpus
 
 
 def is_finished(inputs: Inputs, control: Control) -> bool:
-    """Whether a host's folder holds the finished run; says so. Collective."""
+    """Whether a host's folder holds the finished run; if so, prints it. Collective."""
     recipe, run_dir, corpus = inputs.recipe, inputs.options.run_dir, inputs.corpus
     done = max(control.gather(run_folder.finished(run_dir)), key=lambda one: one.get("step", -1))
     if done.get("step", -1) < recipe.train.steps:
@@ -25,7 +25,7 @@ def is_finished(inputs: Inputs, control: Control) -> bool:
 
 
 def resume_point(inputs: Inputs, control: Control) -> resume.ResumePoint | None:
-    """The checkpoint to go on from, if there is one. Collective. Raises CheckpointError where one is asked for."""
+    """The checkpoint to go on from; None if there is none. Raises CheckpointError if one was asked for. Collective."""
     options = inputs.options
     _refuse_unwritable(control, options.run_dir)
     found = None
@@ -37,7 +37,7 @@ def resume_point(inputs: Inputs, control: Control) -> resume.ResumePoint | None:
 
 
 def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
-    """A finished run can be exported: its tokenizer is whole, or mended. Collective."""
+    """Mend the tokenizer of a finished run if it is damaged, so that the run can be exported. Collective."""
     problems: list[str] = []
     notes = None
     if control.leads_host and run_folder.finished(run):
@@ -48,7 +48,7 @@ def _mend_finished(control: Control, run: Path, corpus: Corpus) -> None:
 
 
 def _refuse_unwritable(control: Control, run: Path) -> None:
-    """Raise on all ranks where a host cannot write into its run folder. Leaves nothing behind."""
+    """Raise on all ranks if a host cannot write into its run folder. Leaves no file behind."""
     problems: list[str] = []
     if control.leads_host:
         attempt(problems, lambda: run_folder.refuse_unusable(run))

@@ -24,7 +24,7 @@ def score_benchmarks(run: Run) -> None:
     if run.benchmarks is None:
         return
 
-    # A run that is resumed where it was scored: rank 0 alone knows.
+    # A resumed run may have been scored at this step already. Only rank 0 knows.
     if control.broadcast(run.report.was_recorded("benchmarks", run.state.step), 0):
         return
 
@@ -33,7 +33,7 @@ def score_benchmarks(run: Run) -> None:
         pulse.beat()
 
     with run.engine.eager() as model:
-        # Rank 0 alone has the figures; every host that keeps records needs them.
+        # Only rank 0 has the figures; every host that keeps records needs them.
         figures, problem = control.broadcast(run.benchmarks(model, control, look_up), 0)
     if problem:
         run.report.say(f"warning: step {run.state.step}: the benchmarks were not scored: {problem}")

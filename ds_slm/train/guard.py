@@ -28,7 +28,7 @@ ROWS, WEIGHTS, WHAT = "rows.safetensors", "model.safetensors", "what.json"
 
 
 def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
-    """Stop before the optimiser step where a loss is not finite."""
+    """Stop before the optimiser step if a loss is not finite."""
     if not sums.nonfinite_ranks:
         return
     control, micro_batch = run.engine.control, run.engine.engine_config.micro_batch
@@ -42,7 +42,7 @@ def refuse_nonfinite(run: Run, sums: Sums, rows: StepRows) -> None:
 
 
 def refuse_lost_step(run: Run, scale: float | None, rows: StepRows) -> None:
-    """A step that was not applied: normal in fp16 until the smallest scale was tried, the end in other precisions."""
+    """Handle a step that was not applied: in fp16 try a smaller loss scale, until the smallest; otherwise stop."""
     scaler = run.engine.loss_scaler
     if scaler is None or scale is None or scale <= scaler.min_scale:
         at = "" if scale is None else f" at the smallest loss scale, {scale:g}"
@@ -76,7 +76,7 @@ def refuse_step(run: Run, rows: StepRows, why: str) -> NoReturn:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where a bad step's dump lies."""
+    """The folder of a bad step's dump."""
     return run / "bad-steps" / f"step-{step:08d}"
 
 
@@ -93,7 +93,7 @@ def dump(folder: Path, rows: Rows, what: dict[str, Any]) -> None:
 
 
 def replay(run: Path, step: int) -> Iterator[str]:
-    """Run a dumped step's rows again, each alone on the CPU, in the recipe's precision; yields what is found.
+    """Run a dumped step's rows again, one at a time on the CPU, in the recipe's precision; yields what it finds.
 
     Raises:
         CheckpointError: the dump does not exist.
@@ -116,7 +116,7 @@ def replay(run: Path, step: int) -> Iterator[str]:
     except Exception as error:  # safetensors' own kind
         raise CheckpointError(f"{folder} is damaged ({error!r}): remove it; the step leaves it again.") from error
 
-    # The weights are looked at as they were dumped, before they are rounded to the recipe's precision.
+    # Check the weights as they were dumped, before they are rounded to the recipe's precision.
     dtype = kernels.DTYPES[recipe.train.precision]
     wrong_weights = [name for name, one in model.named_parameters() if not one.isfinite().all()]
     yield f"step {step}: {what['why']}; {count} rows again, each alone, on this CPU in {recipe.train.precision}"

@@ -1,4 +1,4 @@
-"""What one host trains with: everything that can be wrong there alone is found before any rank waits for another.
+"""What one host trains with. All problems that one host can have are found before any rank waits for another.
 
 recipe, flags, task --> Inputs.checked --> configuration, prepared data, rows, base, benchmarks; or all problems
 """
@@ -34,14 +34,14 @@ class Inputs:
 
     @classmethod
     def checked(cls, recipe: Recipe, options: Options, task: Task, meeting: Rendezvous) -> "Inputs":
-        """Everything that can be wrong on this host alone is found before anybody waits inside a collective.
+        """Read and check the inputs of this host, before any rank waits inside a collective.
 
-        Raises UserError with all of it, which ends the other ranks, too.
+        Raises UserError with all problems, which ends the other ranks, too.
         """
         problems: list[str] = []
         world_size = meeting.world.size
 
-        # What is asked for, before anything is prepared.
+        # Check what is asked for before anything is prepared.
         attempt(problems, network.refuse_unknown_interfaces)
         micro_batch_rows = None if options.micro_batch == "auto" else options.micro_batch
         engine_config = attempt(problems, lambda: joined_config(recipe, options, world_size, micro_batch_rows))
@@ -51,7 +51,7 @@ class Inputs:
             problems, lambda: run_folder.refuse_foreign(options.run_dir, recipe, options.resume, options.allow_change)
         )
 
-        # Data that another host has are received; what nobody has is prepared on each.
+        # Receive data that another host has. Data that no host has are prepared on each.
         if not problems and not meeting.world.on_one_host:
             attempt(problems, lambda: sharing.share(meeting, task.needs(), recipe.identity_sha256(), task.report))
 
@@ -69,7 +69,7 @@ class Inputs:
 
     @property
     def beginning(self) -> dict[str, str]:
-        """Hashes of what a run begins with beside recipe and data: equal on all hosts, and at every resumption."""
+        """Hashes of what a run begins with, except recipe and data: equal on all hosts, and at every resumption."""
         return {BASE: self.base.sha256} if self.base else {}
 
     @property
@@ -84,7 +84,7 @@ class Inputs:
 
 
 def joined_config(recipe: Recipe, options: Options, world_size: int, rows: int | None) -> ds_config.EngineConfig:
-    """What DeepSpeed is told on this device: the ds_config of the launch, the recipe, and the rows of a forward.
+    """What DeepSpeed gets on this device, joined from the launch's ds_config, the recipe, and the rows of a forward.
 
     Args:
         recipe: what is trained.
@@ -93,7 +93,7 @@ def joined_config(recipe: Recipe, options: Options, world_size: int, rows: int |
         rows: of a forward; None takes the ds_config's hint or a default.
 
     Raises:
-        ConfigError: with all that is wrong in the ds_config, or does not fit the recipe or the ranks.
+        ConfigError: with everything in the ds_config that is wrong, or does not fit the recipe or the ranks.
     """
     ds_file = ds_config.read(options.ds_config)
     return ds_config.join(recipe, ds_file, world_size, devices.device_type(), rows)

@@ -2,8 +2,8 @@
 
     this host's inputs (inputs.py) -> connect -> agree -> find a checkpoint (continuing.py) -> train (loop.py)
 
-Whatever can be wrong on one host only (its data, its run folder) is gathered from all and refused on all: a rank that
-left alone would keep the others waiting.
+Problems that one host alone can have (its data, its run folder) are gathered from all ranks and raised on all: if one
+rank ended alone, the others would wait for it.
 """
 
 import gc
@@ -49,7 +49,7 @@ def run(recipe: Recipe, options: Options, task: Task) -> None:
     """Train a recipe on the ranks of this launch.
 
     Raises:
-        UserError: on all ranks alike, with every host's problems, before anything is written but prepared data.
+        UserError: on all ranks, with every host's problems, before anything but prepared data is written.
     """
     clock, meeting = StartClock(), rendezvous.current()
     meeting.open()
@@ -81,11 +81,11 @@ class Launching:
     control: Control
     resume_point: resume.ResumePoint | None
     differing: Mapping[str, list[str]]
-    """In what hosts differ, where that is allowed."""
+    """How hosts differ, if that is allowed."""
     clock: StartClock
 
     def run(self) -> None:
-        """Take the run folder, and train until the end or a signal. Raises ReplacedByNewerLaunch, naming that one."""
+        """Take the run folder, and train until the end or a signal. Raises ReplacedByNewerLaunch, naming the newer."""
         control, options = self.control, self.inputs.options
         log = options.run_dir / "logs" / f"rank-{control.rank:05d}.log"
         launch = launches.begin(control, options.run_dir)
@@ -100,7 +100,7 @@ class Launching:
                 raise ReplacedByNewerLaunch(str(launches.holder(options.run_dir))) from replaced
 
     def _describe(self, launch: Launch, writers: list[int], terminal: TextIO) -> dict[str, Any]:
-        """Write into every run folder, and print, what this launch does; returns what env.json says of it."""
+        """Write what this launch does into every run folder, and print it; returns what env.json says of it."""
         control, inputs = self.control, self.inputs
         recipe, options, rows, corpus = inputs.recipe, inputs.options, inputs.rows, inputs.corpus
         content = self.resume_point.content if self.resume_point else {}
@@ -121,7 +121,7 @@ class Launching:
             *rows.warnings(),
         ]
 
-        # Each host's folder, unless a newer launch has it by now.
+        # Describe the launch in each host's folder, unless a newer launch holds it by now.
         problems: list[str] = []
         mended, newer = None, ""
         if control.rank in writers:
@@ -192,7 +192,7 @@ class Launching:
             loop.train(run)
 
     def _engine(self, interrupt: Interrupt) -> tuple[Engine, State]:
-        """The engine with its weights, which come once DeepSpeed has its partitions, and where the run stands."""
+        """The engine, with weights set after DeepSpeed made its partitions, and the run's state."""
         recipe, base = self.inputs.recipe, self.inputs.base
         model = decoder.Decoder(recipe.model, recipe.train.gradient_checkpointing)
         engine = Engine(recipe, self.inputs.engine_config, model, self.control, interrupt)
@@ -203,7 +203,7 @@ class Launching:
         return engine, State(ledger=self.inputs.corpus.sha256)
 
     def _report(self, launch: Launch, keepers: list[int], state: State, stop_at_step: int, terminal: TextIO) -> Report:
-        """The run's records from here on. Prints where the run goes on, and where records of repeated steps lie."""
+        """The run's records from here on. Prints where the run goes on, and where records of repeated steps are."""
         control, options, found = self.control, self.inputs.options, self.resume_point
         says, keeps = control.rank == 0, control.rank in keepers
 
@@ -236,7 +236,7 @@ class Launching:
 
 @contextmanager
 def _ending_together(control: Control, checkpoints: Checkpoints) -> Iterator[None]:
-    """Ranks wait for each other at the end, for the launcher ends the others once one has left.
+    """Let ranks wait for each other at the end, because the launcher ends all ranks once one has exited.
 
     A rank that fails alone does not wait.
     """
@@ -252,7 +252,7 @@ def _ending_together(control: Control, checkpoints: Checkpoints) -> Iterator[Non
 
 
 def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineConfig:
-    """The configuration once it is known what works here and what is fastest. Collective."""
+    """The configuration, after finding out whether compiling works and which micro-batch is fastest. Collective."""
     config = compile_probe.agree(inputs.engine_config, kernels.DTYPES[inputs.recipe.train.precision], control)
     kernels.fix_sums(config.deterministic and (config.compiled or devices.device_type() != "cpu"))
     if inputs.options.micro_batch == "auto":
@@ -263,7 +263,7 @@ def _compiled_and_batched(inputs: Inputs, control: Control) -> ds_config.EngineC
 def _with_fastest_micro_batch(
     recipe: Recipe, options: Options, engine_config: ds_config.EngineConfig, control: Control
 ) -> ds_config.EngineConfig:
-    """The same launch with the micro-batch that trains fastest. Collective."""
+    """The configuration with the micro-batch that trains fastest. Collective."""
 
     def say(line: str) -> None:
         if control.rank == 0:

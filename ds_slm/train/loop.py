@@ -5,14 +5,14 @@
 A step is done when the optimiser has applied it. A run that stops before its recipe's last step leaves a checkpoint;
 one that reaches it evaluates on all held-out rows and writes done.json.
 
-What a `Run` (train/task.py) brings along:
+What a `Run` (train/task.py) holds:
 
     run.reader       this rank's rows of a step, read in a thread while the step before trains (engine/row_reader.py)
     run.engine       DeepSpeed, and what all ranks agree on (engine/engine.py)
     run.checkpoints  saves in a thread while training goes on: all ranks send to the writers, the first rank of each of
                      the first `checkpoint_copies` hosts; durable after `wait`, not after `save` (checkpoint/saving.py)
-    run.report       a record -> metrics.jsonl, TensorBoard and the terminal; log=False leaves out the terminal alone
-    run.state        position, step, tokens, ledger: all that a checkpoint holds beside tensors (checkpoint/resume.py)
+    run.report       a record -> metrics.jsonl, TensorBoard and the terminal; log=False leaves out only the terminal
+    run.state        position, step, tokens, ledger: all that a checkpoint holds except tensors (checkpoint/resume.py)
     run.spikes, run.profile     the median loss of the last steps; where the time goes (--profile)
 """
 
@@ -33,7 +33,7 @@ from ds_slm.train.task import Run
 def train(run: Run) -> None:
     """Train until the recipe's last step, or `stop_at_step`.
 
-    Raises Stopped where a signal ended it, once the last applied step is saved, and ReplacedByNewerLaunch where a newer
+    Raises Stopped if a signal ended it, once the last applied step is saved, and ReplacedByNewerLaunch if a newer
     launch writes into the run folder.
     """
     try:
@@ -52,7 +52,7 @@ def run_steps(run: Run) -> None:
     if run.evaluate_first and run.state.step == 0:
         evaluate(run)
 
-    # A resumed run: an evaluation or a save may have been due at this step, and the end came before it.
+    # An evaluation or a save may have been due at the step of a resumed run, which ended before it.
     if 0 < run.state.step < last_step:
         after_step(run)
 
@@ -72,7 +72,7 @@ def run_steps(run: Run) -> None:
 
 
 def after_step(run: Run) -> None:
-    """Evaluate and save where it is time to, and save where a signal asks for it."""
+    """Evaluate and save if they are due, and save if a signal asks for it."""
     step, every = run.state.step, run.recipe.run
     if step % every.eval_every_steps == 0 and run.state.evaluated_step != step:
         evaluate(run)
@@ -91,7 +91,7 @@ def is_saved(run: Run) -> bool:
 
 
 def save_before_exit(run: Run) -> None:
-    """Do not leave before the last applied step is saved. Raises TrainingError where it cannot be."""
+    """Make sure that the last applied step is saved. Raises TrainingError if it cannot be saved."""
     run.checkpoints.wait()
     for _ in range(2):  # a disk may have been full for a moment
         if not is_saved(run):
@@ -134,16 +134,16 @@ def take_step(run: Run) -> None:
 
 
 def record_step(run: Run, sums: Sums, rate: float, clock: StepClock, contents: Mapping[str, int]) -> None:
-    """The record of an applied step, on ranks where it goes anywhere."""
+    """Record an applied step, on ranks that keep or print records."""
     if not run.report.is_heard:
         return
     recipe, state = run.recipe, run.state
 
-    # The norm is there once the device has taken the step: only then the clock is read.
+    # The norm is known once the device has taken the step: only then read the clock.
     grad_norm = run.engine.grad_norm
     step_s = clock.elapsed_s()
 
-    # Fine-tuning counts its real tokens, all but padding; of those only the answers are targets.
+    # Fine-tuning counts its real tokens, all but padding; only the answers among them are targets.
     tokens_per_s = contents.get("real", sums.count) / step_s
     flops_per_s = tokens_per_s * run.flops_per_token
     peak = run.peak_flops and run.peak_flops * run.engine.control.world_size

@@ -1,4 +1,4 @@
-"""Loss spikes: printed, and kept in the records. They stop nothing.
+"""Loss spikes: printed, and kept in the records. They do not stop the run.
 
 A spike is a loss that exceeds the median of the last SPIKE_WINDOW steps by more than SPIKE_DEVIATIONS robust standard
 deviations (1.4826 x the median absolute deviation) and by more than SPIKE_SHARE of that median.
@@ -13,7 +13,7 @@ SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_DEVIATIONS, SPIKE_SHARE = 50, 20, 6.0, 0.
 
 
 class Spikes:
-    """Finds losses that stand out from the losses before them."""
+    """Finds losses that lie far above the losses before them."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)

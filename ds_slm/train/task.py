@@ -1,4 +1,4 @@
-"""What a launch is asked for (its flags, and what pretraining and fine-tuning do differently), and its run."""
+"""What a launch is asked for (its flags, and the differences between pretraining and fine-tuning), and its run."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,11 +23,11 @@ from ds_slm.train.spikes import Spikes
 
 
 class Corpus(Protocol):
-    """Prepared data: what a launch needs to know of it."""
+    """What a launch needs to know of the prepared data."""
 
     @property
     def sha256(self) -> str:
-        """One hash of all that decides which rows are read."""
+        """One hash of everything that decides which rows are read."""
         ...
 
     @property
@@ -63,7 +63,7 @@ class Options:
     run_dir: Path
     ds_config: Path
     recipe_name: str = ""
-    """What prepared data are filed under."""
+    """The name under which prepared data are kept."""
     resume: str = "auto"
     max_steps: int | None = None
     micro_batch: int | Literal["auto"] | None = None
@@ -74,9 +74,9 @@ class Options:
     profile: range | None = None
     """Steps that are profiled."""
     skip_rows: tuple[range, ...] = ()
-    """Global positions of rows that are left out, beside those that are recorded; an empty range forgets these."""
+    """Global positions of rows to leave out, in addition to the recorded ones; an empty range forgets the latter."""
     grace_s: float = 25.0
-    """From a signal that stops the run to the end of its processes."""
+    """Seconds from a signal that stops the run to the end of its processes."""
 
 
 class Base(Protocol):
@@ -84,7 +84,7 @@ class Base(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name."""
         ...
 
     @property
@@ -103,8 +103,8 @@ class Base(Protocol):
 
 
 Benchmarks = Callable[[nn.Module, Control, Callable[[], None]], tuple[Mapping[str, float], str]]
-"""From the model, the ranks and a vote on signals to figures by TASK/METRIC, or what kept them from being scored, on
-rank 0. Called on every rank."""
+"""A function of the model, the ranks and a vote on signals. On rank 0 it returns figures by TASK/METRIC, or why they
+could not be scored. Called on every rank."""
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,21 @@ class Task:
     rows: Callable[[Any], RowSource]
     """Rows of the prepared data."""
     sample: Callable[[Any], Callable[[nn.Module], dict[str, str]]]
-    """From prepared data to a function that continues the recipe's prompts."""
+    """Makes, from prepared data, a function that continues the recipe's prompts."""
     val_tokens_per_byte: Callable[[Any], float | None]
     needs: Callable[[], Sequence[NeededFolder]] = list
-    """What every host must have; a host that lacks a folder is sent it before it prepares anything."""
+    """Folders that every host must have; a host that lacks one receives it before it prepares anything."""
     report: Callable[[str], None] = print
     """Takes lines about the data."""
     benchmarks: Callable[[Any], Benchmarks | None] = lambda corpus: None
-    """From prepared data to a function that scores the recipe's `[eval]` tasks; None where it names none."""
+    """Makes, from prepared data, a function that scores the recipe's `[eval]` tasks; None if it names none."""
     base: Callable[[], Base] | None = None
     """Opens the model that a run begins with; None: it begins with the recipe's initialisation."""
 
 
 @dataclass
 class Run:
-    """All that the loop needs."""
+    """Everything that the loop needs."""
 
     folder: Path
     recipe: Recipe
@@ -143,7 +143,7 @@ class Run:
     identity: dict[str, Any]
     """Hashes of recipe, data and tokenizer: stored in every checkpoint."""
     peak_flops: float | None
-    """Of one device."""
+    """Peak FLOP/s of one device."""
     sample: Callable[[nn.Module], dict[str, str]]
     """Prompt -> continuation, called on every rank at each evaluation."""
     benchmarks: Benchmarks | None = None

@@ -1,4 +1,4 @@
-"""Flags of a launch that have no effect on it: refused if they can only be a mistake, else named at its start."""
+"""A launch's flags that have no effect: refused if they can only be a mistake, else named at its start."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def last_step(recipe: Recipe, options: Options) -> int:
 
 
 def refuse(recipe: Recipe, options: Options) -> None:
-    """Raise ConfigError for steps to profile that this launch never takes."""
+    """Raise ConfigError if this launch never takes the steps that it is to profile."""
     end = last_step(recipe, options)
     if options.profile and options.profile[0] > end:
         raise ConfigError(
@@ -26,14 +26,14 @@ def refuse(recipe: Recipe, options: Options) -> None:
 def warnings(
     recipe: Recipe, options: Options, world_size: int, keeping_hosts: int, held_out_rows: int
 ) -> Iterator[str]:
-    """What was asked for and will not happen, a line each.
+    """A line for each thing that was asked for and will not happen.
 
     Args:
         recipe: what is trained.
         options: the launch's flags.
         world_size: ranks of all hosts.
         keeping_hosts: hosts that have a run folder of their own.
-        held_out_rows: all that the data have.
+        held_out_rows: the number of held-out rows in the data.
     """
     end, rows = last_step(recipe, options), recipe.rows_per_step
 

@@ -1,7 +1,7 @@
-"""What belongs to which recipe: prepared data are used for the recipe that made them, or refused; never overwritten.
+"""Which data belong to which recipe: prepared data are used for the recipe that made them, else refused, and kept.
 
 recipe --source_identity, tokenizer_identity--> plain data, kept in each manifest
-folder + recipe --conflicts--> a problem for each part that something else has made
+folder + recipe --conflicts--> a problem for each part that was made with other settings
 """
 
 from collections import Counter
@@ -22,11 +22,11 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 LEFT_OUT = "left_out"
-"""Key of a manifest: files of a known kind that were not read. Manifests of older versions lack it."""
+"""A manifest's key for files of a known kind that were not read. Manifests of older versions lack it."""
 
 
 class _Absent:
-    """What a part of a recipe holds under a key that it lacks: None is a value."""
+    """Stands for a key that a part of a recipe lacks, because None is a value."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -82,10 +82,10 @@ class _Tokenizer(BaseModel):
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared tokenizer or source; None where there is none yet.
+    """The manifest of a prepared tokenizer or source; None if there is none yet.
 
     Raises:
-        DataError: for one that is damaged, of another format, or names files that are not beside it.
+        DataError: it is damaged, has another format, or names files that are not beside it.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """The part of the recipe that decides a source's shards. Its weight and the run's length do not."""
+    """The part of the recipe that decides a source's shards; its weight and the run's length do not count."""
     return {
         "source": source.dump_for_hash(exclude={"weight"}),
         "data": recipe.data.dump_for_hash(include={"val_fraction", "held_out", "split_seed"}),
@@ -113,7 +113,7 @@ def source_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 
 def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
-    """The part of the recipe that decides the tokenizer: of a trained one, also its text and the mix."""
+    """The part of the recipe that decides the tokenizer; for a trained one also its text and the mix."""
     identity = {"tokenizer": recipe.tokenizer.dump_for_hash()}
     if recipe.tokenizer.kind == "bpe":
         included = {"val_fraction", "held_out", "split_seed", "source"}
@@ -122,7 +122,7 @@ def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path], encoding: Mapping[str, Any]) -> list[str]:
-    """A problem for each part of the folder that another recipe, encoding, or other local files, have made."""
+    """A problem for each part of the folder that was made with another recipe, encoding, or other local files."""
     way_out = f"name another --data-root, or remove {folder} to prepare anew"
     identities = {TOKENIZER: tokenizer_identity(recipe)}
     identities |= {source.name: {**source_identity(recipe, source), **encoding} for source in recipe.data.source}
@@ -152,21 +152,21 @@ def _has_other_files(source: Source, manifest: Mapping[str, Any], replacement: P
     if LEFT_OUT in manifest and documents.locate(source, replacement).file_sizes() == manifest["files"]:
         return False
 
-    # Older versions knew fewer names of splits: they have read what is read now, and more of what is there.
+    # Older versions knew fewer names of splits: they read all files that are read now, and more.
     everything = documents.locate(source.model_copy(update={"split": ALL}), replacement)
     found, chosen = Counter(map(tuple, manifest["files"])), Counter(map(tuple, _chosen(source, replacement)))
     return not chosen <= found <= Counter(map(tuple, everything.file_sizes()))
 
 
 def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> Iterator[str]:
-    """What an older version prepared and this one would not: files of another split, pointers in place of text.
+    """Data that an older version prepared and this one would not: files of another split, pointers in place of text.
 
-    Older versions read nearly every file of a folder. What they prepared can be read, so that a run on it can go on.
+    Older versions read nearly every file of a folder. Their data can still be read, so that a run on them can go on.
     """
     is_local = _is_local(source, manifest, replacement)
     names = Counter(name for name, _ in manifest["files"])
 
-    # Files that are gone can only be judged by their names.
+    # If files are gone, only their names can be judged.
     if is_local:
         others = sorted((names - Counter(name for name, _ in _chosen(source, replacement))).elements())
     elif LEFT_OUT in manifest:  # a file's folder may have named its split
@@ -190,7 +190,7 @@ def doubts_of_older_data(source: Source, manifest: Mapping[str, Any], replacemen
 
 
 def _chosen(source: Source, replacement: Path | None) -> list[list[str | int]]:
-    """Names and sizes of the local files that are read now: none where it is unclear which of them are meant."""
+    """Names and sizes of the local files that are read now; none if it is unclear which files are meant."""
     try:
         return documents.locate(source, replacement).file_sizes()
     except DataError:
@@ -198,7 +198,7 @@ def _chosen(source: Source, replacement: Path | None) -> list[list[str | int]]:
 
 
 def _is_local(source: Source, manifest: Mapping[str, Any], replacement: Path | None) -> bool:
-    """Whether the files that were prepared can be looked at."""
+    """Whether the source's files are local, so that they can be looked at."""
     if replacement is None and manifest["replaced"]:
         return False
     root = replacement or (Path(source.path) if source.path else None)

@@ -1,12 +1,12 @@
 """The shards of a source while they are written, and the journal from which writing goes on after a kill.
 
     add, end_document --> train-00000.bin.part, val-00000.bin.part; the next one begins beyond SHARD_TOKENS
-    save              --> the parts synchronised, then journal.json: where the source stands, what the parts hold
+    save              --> the parts synchronised, then journal.json: the source's position, and the parts' content
     finish            --> every part gets its name; the caller writes the manifest, then removes the journal
 
-Opening cuts the open parts back to what the journal says and hashes them anew, so what a kill left half written goes
-away. A journal of another recipe, tokenizer, limit or source, or one whose parts are gone or changed, starts the source
-from its beginning. The hash of the content is a chain over documents: a running sha256 cannot be stored.
+Opening cuts the open parts back to the journal's sizes and hashes them again, which removes what a kill left half
+written. If the journal belongs to another recipe, tokenizer, limit or source, or its parts are gone or changed, the
+source starts from its beginning. The hash of the content is a chain over documents: a running sha256 cannot be stored.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ PART = ".part"
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """The little-endian type of a shard's ids: uint16 where every id fits, else uint32."""
+    """The little-endian type of a shard's ids: uint16 if every id fits, else uint32."""
     if vocab_size > 1 << 32:
         raise DataError(f"a vocabulary of {vocab_size} ids does not fit into uint32: use a smaller one.")
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -39,14 +39,14 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass
 class Totals:
-    """What a source has given so far: the part of the journal that the manifest repeats."""
+    """Counts of what a source has given so far: the part of the journal that the manifest repeats."""
 
     documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     skipped: dict[str, int] = field(default_factory=dict)
-    """Why a document was left out -> how many were."""
+    """Reason for leaving documents out -> their number."""
     noted: dict[str, int] = field(default_factory=dict)
-    """What a user should know of how documents were read -> how many parts of them were read so."""
+    """A note on how documents were read -> the number of parts that were read in this way."""
     rows_read: int = 0
     """Documents the source has given, including the ones left out."""
     content_sha256: str = ""
@@ -57,7 +57,7 @@ class Totals:
             self.skipped[reason] = self.skipped.get(reason, 0) + documents
 
     def add_content(self, content: bytes) -> None:
-        """Take one more document, or block of ids, into the chain of hashes."""
+        """Add one more document, or block of ids, to the chain of hashes."""
         self.content_sha256 = hashlib.sha256(bytes.fromhex(self.content_sha256) + content).hexdigest()
 
 
@@ -70,7 +70,7 @@ class _Part:
     """The open shard of a split."""
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int = 0) -> None:
-        """Goes on behind the first `tokens` ids of the part; raises OSError or EOFError where they are not there."""
+        """Go on after the first `tokens` ids of the part. Raises OSError or EOFError if they are not there."""
         self.path, self.tokens, self._dtype = path, tokens, dtype
         self._sha256 = hashlib.sha256()
         flags = os.O_RDWR | os.O_NOFOLLOW | (0 if tokens else os.O_CREAT | os.O_TRUNC)
@@ -114,18 +114,18 @@ class ShardsInProgress:
     """Both splits' shards of one source."""
 
     def __init__(self, folder: Path, dtype: np.dtype, key: Mapping[str, Any]) -> None:
-        """Open the folder, going on from its journal where that was written under the same key.
+        """Open the folder, going on from its journal if that was written under the same key.
 
         Args:
-            folder: the source's folder; made where it is missing.
-            dtype: of the ids.
+            folder: the source's folder; made if it is missing.
+            dtype: the type of the ids.
             key: plain data that must be equal for going on: recipe, tokenizer, files.
         """
         self.folder, self._dtype, self._key = folder, dtype, dict(key)
         folder.mkdir(parents=True, exist_ok=True)
         self.totals = Totals()
         self.position: dict[str, Any] | None = None
-        """Where the source goes on; None at its beginning."""
+        """The position where the source goes on; None at its beginning."""
         self._closed: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._parts: dict[Split, _Part] = {}
         if not self._resumed():
@@ -143,7 +143,7 @@ class ShardsInProgress:
         self._parts[split].add(ids)
 
     def end_document(self, split: Split) -> None:
-        """A place where the split's shard may end."""
+        """Mark a place where the split's shard may end."""
         if split in self._parts and self._parts[split].tokens >= SHARD_TOKENS:
             self._closed[split].append(self._parts.pop(split).close())
 
@@ -213,6 +213,6 @@ class ShardsInProgress:
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
-        # This object changes only once the whole journal has proved right.
+        # Change this object only once the whole journal has proved right.
         self._parts, self._closed, self.totals, self.position = parts, journal["closed"], totals, position
         return True

@@ -1,7 +1,7 @@
 """The parts of a recipe's data: its tokenizer, and the shards of each source.
 
 text --make_tokenizer--> tokenizer.tmp/ --rename--> tokenizer/
-text, or ids --make_shards--> shards, behind a journal; then manifest.json, which says that they are whole
+text, or ids --make_shards--> shards, with a journal; then manifest.json, which says that they are whole
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,12 +38,12 @@ from ds_slm.files import fsync, new_folder, write_json
 from ds_slm.recipe.schema import Recipe, Source
 
 TOKENIZER_BYTES_PER_TOKEN = 5
-"""A trained tokenizer sees no more text than about what the run reads: this much for each of its tokens."""
+"""A trained tokenizer sees at most about the text that the run reads: this many bytes for each token of the run."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is prepared, from where, and how far."""
+    """What is prepared, from which sources, and how far."""
 
     recipe: Recipe
     folder: Path
@@ -52,12 +52,12 @@ class Preparation:
     limits: Mapping[str, float]
     """Training tokens at which a source may be cut, by its name."""
     max_tokens: int | None
-    """What the limits were made from, where a user asked for less than the run reads."""
+    """The number from which the limits were made, if a user asked for less than the run reads."""
     document_format: DocumentFormat
     report: Callable[[str], None]
 
     def make_tokenizer(self) -> Tokenizer:
-        """The tokenizer, made where it is missing: the recipe's, or the one of the format's folder."""
+        """The tokenizer, made if it is missing: the recipe's, or the one in the format's folder."""
         recipe, folder, tokenizer_from = self.recipe, self.folder, self.document_format.tokenizer_folder
         target = folder / TOKENIZER
         if read_manifest(target):
@@ -83,7 +83,7 @@ class Preparation:
             self.report(f"{TOKENIZER}: that of {tokenizer_from}")
             tokenizer = existing_tokenizer(tokenizer_from, recipe.tokenizer)
 
-        # The folder gets its name when all of it is on the disk.
+        # The folder gets its name once all of it is on the disk.
         temporary = folder / f"{TOKENIZER}.tmp"
         new_folder(temporary)
         tokenizer.save(temporary)
@@ -166,7 +166,7 @@ class Preparation:
 
 
 def text_of(recipe: Recipe, replacements: Mapping[str, Path]) -> dict[str, Any]:
-    """What local text a trained tokenizer is made of: names and sizes of each source's files."""
+    """The local text from which a tokenizer is trained: names and sizes of each source's files."""
     if recipe.tokenizer.kind != "bpe":
         return {}
     found = {}
@@ -177,5 +177,5 @@ def text_of(recipe: Recipe, replacements: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def tokenizer_bytes(token_limit: float) -> float:
-    """Text of a source that a trained tokenizer sees at most."""
+    """The most bytes of a source's text that a trained tokenizer sees."""
     return token_limit * TOKENIZER_BYTES_PER_TOKEN

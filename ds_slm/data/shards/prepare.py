@@ -2,11 +2,11 @@
 
     recipe --prepare--> tokenizer/, then for each source: shards, then manifest.json --open_prepared--> Prepared
 
-One process of a host prepares, under a lock; the others wait and find the work done. Data that are whole are only read:
-that takes no lock and writes nothing, so they may lie on a read-only mount. The same text gives the same bytes, even if
+One process of a host prepares, under a lock; the others wait and find the work done. Complete data are only read,
+without a lock and without writing, so they may lie on a read-only mount. The same text gives the same bytes, even if
 preparing was interrupted: a source goes on where its journal says.
 
-A document is held out if its keyed hash falls below `data.val_fraction`. A source that is one single document, and
+A document is held out if its keyed hash falls below `data.val_fraction`. Sources of one single document, and
 ready-made token files, hold out their last `data.val_fraction`. Train and validation share no document.
 
 Known gaps: a source on the hub is read twice, once for a trained tokenizer. How far a long source was read is not part
@@ -42,9 +42,9 @@ from ds_slm.recipe.problems import nearest
 from ds_slm.recipe.schema import Recipe, Source
 
 WHOLE_SOURCE_TOKENS = 20_000_000
-"""A source is read at least this far: about a minute's work, and room for a longer run."""
+"""A source is read at least to this number of tokens: about a minute's work, which allows a longer run later."""
 MARGIN = 1.01
-"""Training tokens prepared for each that the run draws."""
+"""Training tokens that are prepared for each one that the run draws."""
 
 
 def prepare(
@@ -55,25 +55,25 @@ def prepare(
     report: Callable[[str], None] = print,
     document_format: DocumentFormat = TEXT,
 ) -> Prepared:
-    """Make whatever is missing of a recipe's tokenizer and shards in a folder, and open them.
+    """Make the missing parts of a recipe's tokenizer and shards in a folder, and open them.
 
     Args:
-        recipe: what to prepare.
-        folder: where its prepared data lie or go, usually DATA_ROOT/RECIPE.
+        recipe: the recipe to prepare.
+        folder: the folder of its prepared data, usually DATA_ROOT/RECIPE.
         sources: a local file or folder in place of a source, by the source's name.
         max_tokens: training tokens of all sources together, to try things out; None prepares what the run needs.
         report: takes lines of progress.
         document_format: what the sources' documents are, and which tokenizer encodes them.
 
     Raises:
-        DataError: with every problem found; nothing that exists is overwritten.
+        DataError: with every problem found; no existing file is overwritten.
     """
     replacements = {name: Path(path) for name, path in (sources or {}).items()}
     _refuse_unknown_sources(recipe, replacements)
     if in_the_way := obstacle(folder):
         raise DataError(f"--data-root: {in_the_way}")
 
-    # Data that are whole are only read, without a lock.
+    # Complete data are only read, without a lock.
     places: dict[str, SourceFiles] = {}
     if _missing(recipe, folder):
         with _locked(recipe, folder, report), _room_on_disk(folder):
@@ -96,7 +96,7 @@ def prepare(
         refuse(conflicts(recipe, folder, replacements, document_format.identity))
 
     for source in recipe.data.source:
-        with suppress(OSError):  # a kill came right after the manifest; of no use, and no harm on a read-only mount
+        with suppress(OSError):  # left by a kill right after the manifest; useless, and harmless on a read-only mount
             (folder / source.name / JOURNAL).unlink(missing_ok=True)
 
     prepared = open_prepared(recipe, folder, document_format.identity, report)
@@ -107,11 +107,11 @@ def prepare(
 
 
 def refuse_wrong_sources(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
-    """Raise DataError where `prepare` would, by the names and sizes of local files; leaves the hub alone.
+    """Raise DataError if `prepare` would, judged by the names and sizes of local files; does not ask the hub.
 
     Args:
-        recipe: what is to be prepared.
-        folder: where its prepared data lie or go.
+        recipe: the recipe to prepare.
+        folder: the folder of its prepared data.
         replacements: a local file or folder in place of a source, by the source's name.
     """
     _refuse_unknown_sources(recipe, replacements)
@@ -126,9 +126,9 @@ def needed_folders(
     sources: Mapping[str, Path] | None = None,
     document_format: DocumentFormat = TEXT,
 ) -> list[NeededFolder]:
-    """The folders that `prepare` makes, whole on this host where they are this recipe's and have their manifest.
+    """The folders that `prepare` makes; whole on this host if they belong to this recipe and have their manifest.
 
-    Where a part is another recipe's, or damaged, none is whole and none absent: `prepare` says what is wrong.
+    If a part is another recipe's, or damaged, no folder is whole and none is absent: `prepare` says what is wrong.
     """
     try:
         usable = not conflicts(recipe, folder, sources or {}, document_format.identity)
@@ -149,13 +149,13 @@ def needed_folders(
 
 
 def _differs_from_base(recipe: Recipe, folder: Path, document_format: DocumentFormat) -> list[str]:
-    """What to say where the prepared tokenizer is not that of the model to begin with."""
+    """The problem if the prepared tokenizer is not the base model's."""
     of_base = document_format.tokenizer_folder or document_format.tokenizer_of_base
     if of_base is None:
         return []
     ours, theirs = load_tokenizer(folder / TOKENIZER), load_tokenizer(of_base)
 
-    # Conversations are encoded by the base's own, text by the recipe's, which must give the same ids.
+    # The base's own tokenizer encodes conversations; the recipe's encodes text, and must give the same ids.
     if document_format.tokenizer_folder:
         if ours.sha256 == theirs.sha256:
             return []
@@ -174,13 +174,13 @@ def _differs_from_base(recipe: Recipe, folder: Path, document_format: DocumentFo
 
 
 def _missing(recipe: Recipe, folder: Path) -> list[str]:
-    """The parts of a recipe's data that are not there yet: of what is whole, the manifest was written last."""
+    """The parts of a recipe's data that are not there yet: a part's manifest is written last, when it is whole."""
     parts = [TOKENIZER, *(source.name for source in recipe.data.source)]
     return [part for part in parts if not (folder / part / MANIFEST).exists()]
 
 
 def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[str, Path]) -> None:
-    """Remove a tokenizer that no source was prepared with, if this launch would train it on other text."""
+    """Remove a tokenizer with which no source was prepared, if this launch would train it on other text."""
     manifest = read_manifest(folder / TOKENIZER)
     if manifest is None or any((folder / source.name / MANIFEST).exists() for source in recipe.data.source):
         return
@@ -232,7 +232,7 @@ def _token_limit(recipe: Recipe, source: Source, max_tokens: int | None) -> floa
 
 
 def _changed_since(manifest: Mapping[str, Any], source: Source, replacement: Path | None) -> bool:
-    """Whether local files have the names and sizes of the prepared ones, but changed after them."""
+    """Whether local files have the names and sizes of the prepared ones, but were changed later."""
     if source.kind in ("builtin", "hub") and replacement is None:
         return False
     if replacement is None and (manifest["replaced"] or source.path is None):
@@ -259,7 +259,7 @@ def _room_on_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """The folder's lock. Raises DataError where this user cannot write there what is missing."""
+    """The folder's lock. Raises DataError if this user cannot write the missing parts there."""
     with ExitStack() as held:
         try:
             held.enter_context(locked(folder, report))

@@ -99,19 +99,19 @@ class Prepared:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills rows up."""
+        """The id with which rows are filled up."""
         return self.tokenizer_manifest["pad_id"]
 
     @property
     def sha256(self) -> str:
-        """One hash of the tokenizer and all shards: equal wherever the same rows will be read, wherever from."""
+        """One hash of the tokenizer and all shards: equal if the same rows will be read, wherever they come from."""
         return self._sha256_with(self.tokenizer_sha256)
 
     @property
     def older_sha256s(self) -> dict[str, str]:
-        """The hashes that an older version gave the same tokenizer and data, by name; nothing where they are the same.
+        """The hashes that an older version gave the same tokenizer and data, by name; empty if they are the same.
 
-        Older versions left padding, truncation and dropout of a tokenizer as they were, and hashed them.
+        Older versions left padding, truncation and dropout of a tokenizer on, and hashed them.
         """
         older = self.tokenizer_manifest.get("older_sha256")
         return {"tokenizer_sha256": older, "data_sha256": self._sha256_with(older)} if older else {}
@@ -127,7 +127,7 @@ class Prepared:
 
     @property
     def max_tokens(self) -> int | None:
-        """The --max-tokens that a source was cut at; None where the run's length alone decided."""
+        """The --max-tokens at which a source was cut; None if only the run's length decided."""
         return next((cut for manifest in self.manifests.values() if (cut := manifest.get("max_tokens"))), None)
 
     def summary(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Prepared:
 
     @property
     def val_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text, without anything for the EOS tokens.
+        """UTF-8 bytes of the held-out text; EOS tokens do not count.
 
         Raises:
             DataError: the data have no text, so nothing can be measured for each byte.
@@ -194,16 +194,16 @@ def open_prepared(
     encoding: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = _quiet,
 ) -> Prepared:
-    """Open what `prepare` has made, reading no more than manifests, file sizes and the tokenizer.
+    """Open what `prepare` has made, reading only manifests, file sizes and the tokenizer.
 
     Args:
-        recipe: what was prepared.
-        folder: where its prepared data lie.
-        encoding: what decided the encoding beside the recipe.
-        report: takes a line where shards are checked at every launch.
+        recipe: the recipe that was prepared.
+        folder: the folder of its prepared data.
+        encoding: everything that decided the encoding, except the recipe.
+        report: takes a line if shards are checked at every launch.
 
     Raises:
-        DataError: where data are missing, cut short, of another recipe or another tokenizer.
+        DataError: data are missing, cut short, of another recipe or another tokenizer.
     """
     expected = [TOKENIZER, *(source.name for source in recipe.data.source)]
     manifests = {part: manifest for part in expected if (manifest := read_manifest(folder / part))}
@@ -234,18 +234,18 @@ def verify(prepared: Prepared) -> None:
 
 
 def _changed_shards(prepared: Prepared, report: Callable[[str], None]) -> list[str]:
-    """Read the shards that changed since they were last found right; a problem for each that is not."""
+    """Read the shards that changed since they were last found right; a problem for each that is wrong."""
     stamps = _read_stamps(prepared.folder)
     if all(stamps.get(name) == _stamp(path, shard["sha256"]) for name, path, shard in _named_shards(prepared)):
         return []
     with ExitStack() as held:
-        with suppress(OSError):  # where nothing can be written every process reads for itself
+        with suppress(OSError):  # if nothing can be written, every process reads for itself
             held.enter_context(locked(prepared.folder, report))
         return _differing(prepared, _read_stamps(prepared.folder), report)
 
 
 def _differing(prepared: Prepared, trusted: Mapping[str, Any], report: Callable[[str], None]) -> list[str]:
-    """Read all shards but the trusted ones; a problem for each that its manifest does not describe."""
+    """Read all shards except trusted ones; a problem for each that does not match its manifest."""
     problems = []
     found_right = {}
     for name, path, shard in _named_shards(prepared):
@@ -260,7 +260,7 @@ def _differing(prepared: Prepared, trusted: Mapping[str, Any], report: Callable[
                 f"{path} was changed: sha256 {found}, its manifest says {shard['sha256']}: {_again(path.parent)}."
             )
 
-    # The stamps spare the next launch the reading.
+    # With the stamps, the next launch need not read the shards.
     if found_right != trusted and (unwritten := _write_stamps(prepared.folder, found_right)):
         size_gb = sum(shard["bytes"] for _, shard in prepared.shard_files()) / 1e9
         report(
@@ -277,7 +277,7 @@ def _named_shards(prepared: Prepared) -> Iterator[tuple[str, Path, dict[str, Any
 
 
 def _stamp(path: Path, sha256: str) -> list[Any]:
-    found = path.stat()  # a copy keeps size and time of change, if it likes; not its inode and when that changed
+    found = path.stat()  # a copy may keep size and time of change, but not the inode and the time it changed
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, sha256]
 
 
@@ -286,7 +286,7 @@ def _read_stamps(folder: Path) -> dict[str, Any]:
 
 
 def _write_stamps(folder: Path, stamps: dict[str, Any]) -> str | None:
-    """Returns why they could not be written: then the shards are read again the next time."""
+    """Write the stamps; returns why that failed, in which case the shards are read again the next time."""
     try:
         write_json(folder / STAMPS, stamps)
     except OSError as error:
@@ -305,7 +305,7 @@ def stamp_written(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raise DataError where there are problems."""
+    """Raise DataError if there are problems."""
     if problems:
         raise DataError(problems)
 
@@ -333,7 +333,7 @@ def _size_problems(prepared: Prepared) -> list[str]:
 def _tokenizer_problems(
     folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """A tokenizer that is not the one its manifest says, or sources that were made with another."""
+    """Problems if the tokenizer is not the one in its manifest, or if sources were made with another."""
     found, expected = tokenizer.sha256, manifest["sha256"]
     if not tokenizer.has_sha256(expected):
         return [f"{folder / TOKENIZER} was changed: sha256 {found}, not {expected}; {_again(folder)}."]

@@ -1,4 +1,4 @@
-"""How far preparing is: a bar on a terminal, a line now and then elsewhere.
+"""The progress of preparing: a bar on a terminal, elsewhere a line now and then.
 
 advance(tokens, bytes) --> MB/s, tokens/s, time left --> rich, or `report`
 
@@ -19,11 +19,11 @@ REPORT_EVERY_S = 10.0
 
 
 class Amount(NamedTuple):
-    """How much of one source's text."""
+    """An amount of one source's text."""
 
     tokens: float
     text_bytes: int | None
-    """None where it is unknown."""
+    """Bytes of text; None if unknown."""
 
 
 NOTHING = Amount(0, 0)
@@ -41,15 +41,15 @@ class Progress:
         bar: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins now.
+        """Start the clock.
 
         Args:
-            name: the source's.
-            total: the most tokens that are asked for, and about how many bytes the source's text has.
+            name: the source's name.
+            total: the most tokens that are asked for, and the approximate bytes of the source's text.
             report: takes a line every REPORT_EVERY_S if no bar is drawn.
-            done: what an interrupted run had done.
-            bar: whether to draw a bar; None draws one where stderr is a terminal.
-            clock: seconds.
+            done: the amount that an interrupted run had done.
+            bar: whether to draw a bar; None draws one if stderr is a terminal.
+            clock: gives the time in seconds.
         """
         self._name, self._total, self._first = name, total, done
         self._report, self._clock = report, clock
@@ -71,7 +71,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, tokens: int, text_bytes: int) -> None:
-        """So much more is done."""
+        """Add to what is done."""
         self._tokens += tokens
         self._bytes += text_bytes
         now_s = self._clock()
@@ -85,7 +85,7 @@ class Progress:
                 self._report(f"{self._name}: {self.line()}")
 
     def line(self) -> str:
-        """Done, speeds, time left."""
+        """A line with what is done, the speeds and the time left."""
         elapsed_s = max(self._clock() - self._begin_s, 1e-9)
         mb_per_s = (self._bytes - (self._first.text_bytes or 0)) / elapsed_s / 1e6
         tokens_per_s = (self._tokens - self._first.tokens) / elapsed_s

@@ -3,10 +3,11 @@
     documents --split_documents--> batches --encoded, one batch ahead--> train or val, an EOS after each document
     .bin files, padding cut off ----------blocks-----------------------> the same, the end held out
 
-Reading and writing run beside the encoding of the next batch, which uses all cores. Batches end at the same documents
-after a resumption as without one, so the bytes are the same.
+Reading and writing run beside the encoding of the next batch, which uses all cores. With or without a resumption,
+batches end at the same documents, so the bytes are the same.
 
-Known gap: the training text's bytes stay unknown for ready-made token files, for only their held-out part is decoded.
+Known gap: for ready-made token files the bytes of the training text are unknown, because only the held-out part is
+decoded.
 """
 
 import hashlib
@@ -34,71 +35,71 @@ from ds_slm.recipe.schema import Data
 BATCH_DOCUMENTS = 4_096
 BATCH_CHARACTERS = 4_000_000
 JOURNAL_TOKENS = 1 << 25
-"""A kill costs at most this much work and a batch."""
+"""A kill costs at most the work for this number of tokens, and a batch."""
 DRAWS = 1 << 20
 """Rows whose draws are held at a time."""
 HASHES = 1 << 64
-"""Values of a document's keyed hash."""
+"""Number of values of a document's keyed hash."""
 EMPTY = "empty or unreadable"
 NAMED_PROBLEMS = 10
 SHOWN_CHARACTERS = 400
-"""How much of a document a message shows."""
+"""Characters of a document that a message shows."""
 
 
 Ids = Sequence[int] | np.ndarray
 Encode = Callable[[list[str]], Sequence[Ids | str]]
-"""Documents to the ids that are written for each, or to the reason why one is left out."""
+"""From documents to the ids that are written for each, or to the reason for leaving it out."""
 
 
 class UnusableDocuments(Exception):
-    """Raised by an `Encode` where documents are not to be left out: what is wrong, by their places in the list."""
+    """Raised by an `Encode` if unusable documents must not be left out: problems by the places in the list."""
 
     def __init__(self, problems: Mapping[int, str], way_out: str) -> None:
-        """`way_out` is said once, after the problems."""
+        """`way_out` is printed once, after the problems."""
         super().__init__(way_out)
         self.problems, self.way_out = problems, way_out
 
 
 def encode_text(tokenizer: Tokenizer) -> Encode:
-    """Text to its ids with an EOS behind them."""
+    """Encodes a text as its ids followed by an EOS."""
     return lambda texts: [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
 @dataclass(frozen=True)
 class DocumentFormat:
-    """What a source's documents are, and how they become what is written. By default text, and its ids."""
+    """What a source's documents are, and how they are encoded. By default they are text, written as ids."""
 
     encode: Callable[[Tokenizer], Encode] = encode_text
     tokenizer_folder: Path | None = None
     """The folder of the tokenizer that encodes them; None takes the recipe's tokenizer."""
     tokenizer_of_base: Path | None = None
-    """The folder of a tokenizer: the recipe's must give a text the same ids. None: whatever the recipe's gives."""
+    """The folder of a tokenizer with which the recipe's must agree on every text's ids. None: the recipe's is free."""
     builtin: Callable[[], Sequence[str]] = builtin_documents
     """The documents of a built-in source."""
     as_json: bool = False
     """Whether documents are lists or tables, as JSON, rather than text."""
     row_limit: int | None = None
-    """Documents to read of each source at most."""
+    """The most documents to read of each source."""
     expected: str = "text in the column that data.source.column names"
-    """What a document must be: for the message to users whose documents are something else."""
+    """What a document must be, for the message to users with other documents."""
     notes: Callable[[], Mapping[str, int]] = dict
-    """Notes on how the documents were read, each with the count among all that are encoded by now."""
+    """Notes on how documents were read, each with its count among all documents encoded so far."""
     dtype: np.dtype | None = None
-    """The type of what is written; None takes the type of the tokenizer's ids."""
+    """The type of the written values; None takes the type of the tokenizer's ids."""
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """What decides the encoding, beside the recipe's data and tokenizer."""
+    """Everything that decides the encoding, except the recipe's data and tokenizer."""
     version: Mapping[str, Any] = field(default_factory=dict)
-    """Written into the manifest too: how documents are encoded, if older versions did it in another way."""
+    """How documents are encoded, if older versions did it in another way; written into the manifest too."""
 
 
 TEXT = DocumentFormat()
 
 
 def split_of(text: str, row: int, data: Data) -> Split:
-    """Where a document belongs.
+    """The split of a document.
 
-    hash: by a hash of its text, keyed with the seed, against the fraction that is held out. draw: by the draw of its
-    row, one from numpy's legacy generator for each.
+    hash: a hash of its text, keyed with the seed, is compared with the held-out fraction. draw: numpy's legacy
+    generator gives one draw for each row.
     """
     if data.held_out == "draw":
         held_out = _draws(data.split_seed, row // DRAWS)[row % DRAWS] < data.val_fraction
@@ -108,7 +109,7 @@ def split_of(text: str, row: int, data: Data) -> Split:
 
 
 def hash_position(text: str, split_seed: int) -> int:
-    """Where a document's keyed hash lies, from 0 to HASHES: those below `val_fraction` of the way are held out."""
+    """A document's keyed hash, from 0 to HASHES: documents below `val_fraction` of this range are held out."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(split_seed).encode()).digest()
     return int.from_bytes(digest, "little")
 
@@ -124,12 +125,12 @@ def _draws(seed: int, block: int) -> np.ndarray:
 def split_documents(
     texts: Iterable[str], data: Data, first_row: int = 0, cut_single: bool = True
 ) -> Iterator[tuple[Split, str]]:
-    """Each document with its split, empty ones included; a source of one single document is cut in two.
+    """Each document with its split, including empty ones; a source of one single document is cut in two.
 
     Args:
         texts: the documents from `first_row` on.
         data: how to split.
-        first_row: a source that is read from another row on is known to hold more than one document.
+        first_row: if it is not 0, the source is known to hold more than one document.
         cut_single: whether a document can be cut, as text can.
     """
     remaining = iter(texts)
@@ -146,15 +147,15 @@ def split_documents(
 @dataclass
 class _Batch:
     documents: list[tuple[Split, str]]
-    """Those that are not empty."""
+    """The documents that are not empty."""
     places: list[int]
-    """Where each of them stands in the source, from 0 on."""
+    """The place of each of them in the source, from 0 on."""
     rows: int
-    """All that were read."""
+    """Number of documents read, including empty ones."""
     position: dict[str, Any] | None
-    """Where the source goes on behind it; None where a document more was already read, or the source is at its end."""
+    """Where the source goes on after it; None if another document was already read, or at the source's end."""
     notes: Mapping[str, int] = field(default_factory=dict)
-    """Those of the form when it was encoded and no other batch after it."""
+    """The format's notes after this batch was encoded, and before the next one was."""
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,16 @@ class Destination:
     """Where the ids of one source go, and how far it is read."""
 
     name: str
-    """The source's, for errors."""
+    """The source's name, for errors."""
     shards: ShardsInProgress
-    """Go on from their position."""
+    """The shards; writing goes on from their position."""
     tokenizer: Tokenizer
     data: Data
     """How to split."""
     token_limit: float
     """Training tokens to stop at."""
     progress: Progress
-    """Told of all that is written."""
+    """Gets the amounts that are written."""
 
 
 def write_documents(
@@ -185,7 +186,7 @@ def write_documents(
     held-out document.
 
     Args:
-        to: where they go.
+        to: where the ids go.
         documents: opens the source at a position.
         document_format: what the documents are, and how they are encoded.
     """
@@ -217,7 +218,7 @@ def write_documents(
                 first_unusable = first_unusable or text
                 continue
 
-            # Only held-out documents are still needed once there is enough to train on.
+            # Once there is enough to train on, only held-out documents are needed.
             if split == "train" and shards.tokens("train") >= to.token_limit:
                 whole = False
                 if shards.tokens("val"):
@@ -239,7 +240,7 @@ def write_documents(
                 unsaved_tokens = 0
             continue
 
-        # The limit is reached and something is held out: nothing more is read.
+        # The limit is reached and a document is held out: stop reading.
         break
 
     _refuse_unusable(to.name, shards, document_format, first_unusable)
@@ -276,7 +277,7 @@ def _encoded(
 ) -> Iterator[tuple[_Batch, Sequence[Ids | str]]]:
     """Each batch with its ids; while one is consumed, the next is read and encoded.
 
-    Raises DataError for documents that are not to be left out, with where they are: `reopen` gives all from the first.
+    Raises DataError for documents that must not be left out, with their places: `reopen` gives all from the first.
     """
     encode = document_format.encode(tokenizer)
     encoding: tuple[_Batch, Future[Sequence[Ids | str]]] | None = None
@@ -309,7 +310,7 @@ def _told_with_places(error: UnusableDocuments, batch: _Batch, stream: DocumentS
 
 
 def _refuse_unusable(name: str, shards: ShardsInProgress, document_format: DocumentFormat, first: str) -> None:
-    """Raises DataError where no document of many can be used: with the first as it was read, and what is expected."""
+    """Raise DataError if no document of many can be used, with the first as it was read, and what is expected."""
     totals = shards.totals
     if not totals.rows_read or any(totals.documents.values()):
         return
@@ -322,7 +323,7 @@ def _refuse_unusable(name: str, shards: ShardsInProgress, document_format: Docum
 
 
 def _finished(to: Destination) -> dict[str, Any]:
-    """What the manifest says. Raises DataError where one of the two splits would be empty."""
+    """The content of the manifest. Raises DataError if one of the two splits would be empty."""
     shards = to.shards
     if empty := [split for split in SPLITS if not shards.tokens(split)]:
         skipped = tell_skipped(shards.totals.skipped)
@@ -349,7 +350,7 @@ def write_token_files(to: Destination, files: Sequence[Path], file_dtype: np.dty
     Padding at the end of a file is cut off and counted.
 
     Raises:
-        DataError: as `TokenFiles` does, and for a held-out part that is mostly no text.
+        DataError: as in `TokenFiles`, or the held-out part is mostly not text.
     """
     shards, tokenizer = to.shards, to.tokenizer
     ids = TokenFiles(files, file_dtype, tokenizer)

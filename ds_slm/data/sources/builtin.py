@@ -1,4 +1,4 @@
-"""The built-in corpus: real English that every installation already has, for runs without any data.
+"""The built-in corpus: real English text that every installation already has, for runs without other data.
 
     help topics, packages' sources --> docstrings --> paragraphs --> prose only, each once --> documents
 
@@ -7,8 +7,8 @@ Nothing is imported. A pattern finds the triple-quoted strings that begin a line
 and `ast` evaluates them: several times faster than parsing whole modules, most of whose text is code. So a text
 handed to a function like `add_docstr` is found as well, and the prose test keeps templates of code out.
 
-A paragraph counts once in the whole corpus, compared by its letters alone: however documents are split afterwards, no
-paragraph is on both sides.
+A paragraph occurs once in the whole corpus, compared by its letters alone. So no paragraph is on both sides, however
+documents are split afterwards.
 
 Known gaps: the text changes with the versions of the packages (its hash is recorded, and hosts compare theirs);
 paragraphs that differ only in a class name all stay.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 PACKAGES = ("numpy", "torch", "transformers", "deepspeed", "datasets", "huggingface_hub", "pydantic", "tensorboard",
             "pandas", "sympy", "networkx")  # fmt: skip
-"""Our requirements and theirs, with the most documentation; one that is not installed is left out."""
+"""The requirements, direct or not, with the most documentation; one that is not installed is left out."""
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 
@@ -66,7 +66,7 @@ def builtin_documents() -> tuple[str, ...]:
 
 
 def read_builtin() -> Iterator[str]:
-    """The same one after another, for those who need the first ones alone."""
+    """The same one after another, for callers that need only the first ones."""
     seen: set[bytes] = set()
     yield from (document for docstring in _docstrings() if (document := _document(docstring, seen)))
 
@@ -89,13 +89,13 @@ def _topics(path: Path) -> Iterator[str]:
 
 
 def package_folder(name: str) -> Path | None:
-    """Where a package's sources lie, found without importing it; None where it is not installed."""
+    """The folder of a package's sources, found without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def module_files(root: Path) -> Iterator[Path]:
-    """All Python sources under a folder in a fixed order, tests left out."""
+    """All Python sources under a folder in a fixed order, without tests."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
         yield from (

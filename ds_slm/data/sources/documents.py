@@ -5,11 +5,11 @@
 
 In a folder the files of the source's split are read (`ds_slm.data.sources.splits`); the files left out are reported.
 
-A document that is empty, null or not valid Unicode comes out as "": the consumer counts and skips it.
+A document that is empty, null or not valid Unicode is given as "": the consumer counts and skips it.
 Ready-made token files hold no documents; `ds_slm.data.shards.prepared` copies them.
 
-Known gaps: a local file is recognised by its name and size; one that was edited since and kept its size is only warned
-of, by its time of change. A folder that two links lead to is read once.
+Known gaps: a local file is recognised by its name and size. If it was edited and kept its size, its time of change only
+gives a warning. A folder to which two links lead is read once.
 """
 
 import hashlib
@@ -49,19 +49,19 @@ def _quiet(line: str) -> None:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Where a source is really read from."""
+    """The place from which a source is really read."""
 
     kind: Literal["builtin", "hub", "text", "tokens"]
     files: tuple[Path, ...] = ()
-    """Local files, in the order they are read."""
+    """Local files, in reading order."""
     other_split: tuple[Path, ...] = ()
     """Left out: files that are named for another split."""
     beside: tuple[Path, ...] = ()
-    """Left out: files that are named for no split, where others are."""
+    """Left out: files that are named for no split, while others are."""
     strange: tuple[Path, ...] = ()
     """Left out: files of no known kind."""
     root: Path = Path()
-    """What was named: the folder, or the one file."""
+    """The folder, or the one file, that was named."""
 
     @property
     def is_one_file(self) -> bool:
@@ -74,12 +74,12 @@ class SourceFiles:
         return (*self.other_split, *self.beside, *self.strange)
 
     def left_out(self) -> dict[str, list[str]]:
-        """For the manifest: files of a known kind that are left out, below the root, by the reason."""
+        """Files of a known kind that are left out, relative to the root, by reason; for the manifest."""
         groups = {"another split": self.other_split, "no split": self.beside}
         return {reason: [str(path.relative_to(self.root)) for path in group] for reason, group in groups.items()}
 
     def tell(self, split: str) -> str | None:
-        """One line: which local files are read, and which are not; None without local files."""
+        """A line on which local files are read, and which are not; None without local files."""
         if not self.files:
             return None
 
@@ -99,28 +99,28 @@ class SourceFiles:
         return line
 
     def text_bytes(self) -> int | None:
-        """About how many bytes the text has; None where that is unknown before reading it."""
+        """The approximate bytes of the text; None if that is unknown before reading it."""
         plain = all(path.suffix.lower() not in (".gz", ".zst", ".parquet") for path in self.files)
         return sum(path.stat().st_size for path in self.files) if self.files and plain else None
 
     def file_sizes(self) -> list[list[str | int]]:
-        """Name and bytes of every local file: shows without reading them whether they are the same files."""
+        """Name and bytes of every local file, which show without reading whether they are the same files."""
         return [[path.name, path.stat().st_size] for path in self.files]
 
     def newest_change_ns(self) -> int:
-        """When the local file that changed last did; 0 where there is none."""
+        """The newest time of change among local files, in ns; 0 if there are none."""
         return max((path.stat().st_mtime_ns for path in self.files), default=0)
 
 
 def locate(source: Source, replacement: Path | None = None, report: Report = _quiet) -> SourceFiles:
-    """Where to read a source: the replacement if there is one, else what the recipe says.
+    """Where to read a source: the replacement if there is one, else the place in the recipe.
 
     Token files on the hub are downloaded; `report` takes a line for every try that fails. In a folder, files that
     are named for another split than the source's are left out. A file that the recipe names is always read.
 
     Raises:
-        DataError: a path does not exist, cannot be listed, or holds no file of a known kind or of the split; or what
-            looks like a data file is a broken link or a pipe.
+        DataError: a path does not exist, cannot be listed, or holds no file of a known kind or of the split; or a
+            data file is really a broken link or a pipe.
     """
     if replacement is not None:
         root = replacement
@@ -187,7 +187,7 @@ def of_another_split(names: Sequence[str], split: str) -> list[str]:
 
 
 def stand_ins(place: SourceFiles) -> list[str]:
-    """A problem for each local file that a download left in place of the data, and for token files without a byte."""
+    """A problem for each local file that a download left in place of the data, and for each empty token file."""
     problems = []
     for path in place.files:
         size_bytes = path.stat().st_size
@@ -200,12 +200,12 @@ def stand_ins(place: SourceFiles) -> list[str]:
 
 
 def tell_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
-    """Counts and names of the files that `SourceFiles.left_out` gives; nothing where there are none."""
+    """Counts and names of the files that `SourceFiles.left_out` gives; empty if there are none."""
     return "; ".join(f"{len(names):,} of {reason}: {shortened(names)}" for reason, names in left_out.items() if names)
 
 
 def _files_under(root: Path) -> list[Path]:
-    """Every file of a folder and the folders in it but hidden ones, links followed, each folder once; sorted."""
+    """All files of a folder and its subfolders, sorted; without hidden ones, following links, each folder once."""
     if not root.is_dir():
         return [root]
 
@@ -236,15 +236,15 @@ class DocumentStream:
         """Begin at a mark.
 
         Args:
-            made_from: what distinguishes this source from others.
+            made_from: data that distinguish this source from others.
             read: gives its documents with their marks.
             mark: where to begin.
-            names: of the files; None where the documents come from no file.
+            names: names of the files; None if the documents do not come from files.
         """
         self.made_from, self._read, self._mark, self._names = made_from, read, mark, names
 
     def __iter__(self) -> Iterator[str]:
-        """The documents behind the last one yielded; "" for one that is empty, null or undecodable.
+        """The documents after the last one yielded; "" for one that is empty, null or undecodable.
 
         Raises:
             DataError: for a damaged or unreadable file, a missing column (with the columns there are), a silent hub.
@@ -266,7 +266,7 @@ class DocumentStream:
         return [found[place] for place in places]
 
     def position(self) -> dict[str, Any]:
-        """Plain JSON data: where the document after the last one yielded begins."""
+        """Where the document after the last one yielded begins, as plain JSON data."""
         return {"made_from": self.made_from, "mark": self._mark}
 
 
@@ -280,12 +280,12 @@ def documents(
 ) -> DocumentStream:
     """The documents of a source, from its beginning or from a position of an earlier stream on.
 
-    The sequence is the same however often it was cut. `report` takes a line for every try that fails. With
-    `as_json` the column holds lists or tables, and a document is one of them as JSON; `builtin` gives what a built-in
-    source holds.
+    The sequence is the same, no matter how many times reading was interrupted. `report` takes a line for every try that
+    fails. With `as_json` the column holds lists or tables, and a document is one of them as JSON; `builtin` gives the
+    documents of a built-in source.
 
     Raises:
-        DataError: for a missing place, token files, a hub that does not answer, a position in other files.
+        DataError: a place is missing, files are token files, the hub does not answer, or a position is in other files.
     """
     place = locate(source, replacement, report)
     say = _once(lambda line: report(f"{source.name}: {line}"))

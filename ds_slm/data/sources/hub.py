@@ -3,14 +3,14 @@
     id, config, split --datasets--> data files of one commit --RemoteFile--> readers.py, as for local files
     id of token files --snapshot_download--> a local folder, every file compared with the hub's list
 
-`datasets` knows how a repository's configurations and splits become files. The files are read by this project's
-readers and not by its streams: its streams start a file again after every break and every resume (one of FineWeb-Edu is
-2 GB), and sleep minutes within their retries, in silence. Here a request fetches at most `readers.READ_BYTES`, of
-parquet only from the one column's chunks, and a position is a row group and a row. The commit is part of the position:
-files that change on the hub meanwhile are not mixed.
+`datasets` knows how a repository's configurations and splits become files. This project's readers read the files, not
+the streams of `datasets`: those start a file again after every break and every resume (a file of FineWeb-Edu is 2 GB),
+and sleep minutes within their retries, in silence. Here a request fetches at most `readers.READ_BYTES`, of parquet only
+from the one column's chunks, and a position is a row group and a row. The commit is part of the position, so files that
+change on the hub meanwhile are not mixed.
 
-A passing fault (timeout, broken connection, answer cut short, 429, 5xx) is tried again with growing delays, each said
-through `report`; every answer gives the next request all its tries back. A lasting one (no such dataset, file,
+After a passing fault (timeout, broken connection, answer cut short, 429, 5xx) the request is tried again with growing
+delays, each reported; after an answer the next request has all its tries again. A lasting fault (no such dataset, file,
 configuration or split; gated) fails at once. A hub that was never reached is given up sooner than one that broke off.
 
 Known gaps: nothing is read ahead, so a small row group costs a round trip; only parquet and JSON lines are streamed.
@@ -35,7 +35,7 @@ FIRST_DELAYS_S = (1.0, 2.0, 4.0)
 DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """The same for reading, once the hub has answered."""
 LONGEST_WAIT_S = 300.0
-"""How long the hub may ask to wait: its limits count per 5 minutes."""
+"""The longest wait that the hub may ask for: its limits count per 5 minutes."""
 STREAMED = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 Report = Callable[[str], None]
@@ -43,14 +43,14 @@ Result = TypeVar("Result")
 
 
 class Hub:
-    """The hub, asked on behalf of one source."""
+    """Requests to the hub for one source."""
 
     def __init__(self, source: Source, report: Report) -> None:
         """`report` takes a line for every try that failed."""
         self.source, self._report = source, report
 
     def commit(self, revision: str | None = None) -> str:
-        """The commit that a revision, or the newest state, of the dataset is. Raises DataError as `ask` does."""
+        """The commit of a revision of the dataset, or of its newest state. Raises DataError as `ask` does."""
         from huggingface_hub import HfApi
         from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
@@ -62,7 +62,7 @@ class Hub:
         """The data files of the source's split at a commit, in order.
 
         Raises:
-            DataError: the configuration or split does not exist, naming the ones that do; or files are of other kinds.
+            DataError: the configuration or split does not exist (names those that do), or files are of other kinds.
         """
         from datasets import load_dataset_builder
 
@@ -87,10 +87,10 @@ class Hub:
         )
 
     def token_files(self, suffix: str) -> Path:
-        """A local folder with the dataset's files of a suffix, downloaded, at the source's revision.
+        """A local folder with the dataset's files that have a suffix, downloaded at the source's revision.
 
         Raises:
-            DataError: where one is missing, as `ask` does, or the hub knows no such revision.
+            DataError: a file is missing, a request fails as in `ask`, or the hub has no such revision.
         """
         from huggingface_hub import HfApi, snapshot_download
 
@@ -100,7 +100,7 @@ class Hub:
         download = partial(snapshot_download, name, repo_type="dataset", revision=commit, allow_patterns=[*sizes])
 
         def download_all() -> Path:
-            folder = Path(download())  # where the hub breaks off it gives what is there, without a word
+            folder = Path(download())  # if the hub breaks off, it silently gives what is there
             found = {path: (folder / path).stat().st_size if (folder / path).exists() else None for path in sizes}
             if missing := [path for path, size_bytes in sizes.items() if size_bytes not in (None, found[path])]:
                 raise ConnectionError(f"{missing[0]} did not come whole")
@@ -114,7 +114,7 @@ class Hub:
         """The request's answer, asked again as long as a failure may pass.
 
         Raises:
-            DataError: for a failure that does not pass, or not soon enough.
+            DataError: the failure does not pass, or not soon enough.
         """
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
         from huggingface_hub.utils import get_session
@@ -142,7 +142,7 @@ class RemoteFile(io.RawIOBase):
     """A file of a dataset at one commit, read by ranges."""
 
     def __init__(self, hub: Hub, path: str, commit: str) -> None:
-        """Asks for nothing yet."""
+        """The first request comes with the first use."""
         from huggingface_hub import hf_hub_url
 
         self._hub, self._path, self._position = hub, path, 0
@@ -202,7 +202,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def way_out(source: Source) -> str:
-    """What to do without a hub, and where a path is wrong."""
+    """What to do without a hub, or if a path is wrong."""
     return f"name a local file or folder with --source {source.name}=PATH"
 
 
@@ -226,7 +226,7 @@ def _may_pass(error: Exception) -> bool:
         return False
     if statuses := _statuses(error):
         return all(status in (408, 425, 429) or status >= 500 for status in statuses)
-    network = ("httpx", "httpcore")  # which of their versions is huggingface_hub's affair
+    network = ("httpx", "httpcore")  # by name: huggingface_hub decides which version is used
     return any(
         isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.startswith(network)
         for cause in causes
@@ -246,7 +246,7 @@ def _asked_wait_s(error: Exception) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line, and how to log in where that may help."""
+    """The error's first line, and how to log in if that may help."""
     from datasets.exceptions import DatasetNotFoundError
 
     reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

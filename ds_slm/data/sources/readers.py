@@ -1,13 +1,13 @@
 """Files of text, local or remote, as documents, from any place in them.
 
-    open binary file + column + mark --READERS[suffix]--> (document, the cursor behind it), one after the other
+    open binary file + column + mark --READERS[suffix]--> (document, the cursor after it), one after the other
 
 A cursor is two whole numbers that say where a document begins; a reader started at a cursor gives what follows. `.txt`:
 byte and piece. `.jsonl`: byte and line, counted in the unpacked text of `.gz` and `.zst`, which are unpacked from their
 start. `.parquet`: row group and row in it; the groups before are not touched, and of the others only the one column.
 
-.txt      one document; of a file over WHOLE_TXT_BYTES, pieces cut behind a line end. UTF-8, or refused with the byte; a
-          run of zeros, which a crash leaves where nothing was written, is refused.
+.txt      one document; a file over WHOLE_TXT_BYTES gives pieces cut after a line end. UTF-8, or refused with the byte;
+          a run of zeros, which a crash leaves where nothing was written, is refused.
 .jsonl    one document a line; blank lines hold none. A line that is not a JSON object with the column, not UTF-8 or
           longer than LINE_BYTES is refused with its number.
 .parquet  one document a row. A column of another type than strings is refused.
@@ -17,8 +17,8 @@ and UTF-32 are refused by name, and so is what a download left in a file's place
 of lists or tables, binary that is UTF-8 is text; any other value that JSON lacks (a time, a decimal, binary) becomes a
 table of its type and what it looks like, {"datetime": "2020-01-01 00:00:00"}, so that it is not mistaken for text.
 
-A document that is null, no string, or no valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
-comes out as "": the consumer counts and skips it. Damage that a format can show (a checksum, a file cut short,
+A document that is null, not a string, or not valid Unicode (half a surrogate pair; damaged bytes in a parquet string)
+is given as "": the consumer counts and skips it. Damage that a format can show (a checksum, a file cut short,
 rows that are missing) is always an error.
 
 Known gaps: text without checksums (.jsonl, .txt, most parquet files) can be damaged into other valid text; a .gz or
@@ -51,7 +51,7 @@ BATCH_ROWS = 1024
 ZEROS = bytes(64)
 """This number of zeros in a row is not text."""
 ZERO_SHARE = 0.1
-"""Share of zeros in the first bytes of a .txt that is not text: UTF-16 without a mark has nearly half, text none."""
+"""A .txt with more than this share of zeros in its first bytes is not text: UTF-16 without a mark has nearly half."""
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -60,15 +60,15 @@ MARKS = {
 }
 """Byte order marks, longer ones first, because one begins with another."""
 LATIN_1 = "; if it is Latin-1, convert it with iconv -f ISO-8859-1 -t UTF-8"
-"""Nothing marks it: any bytes can be read as Latin-1."""
+"""Latin-1 has no mark: any bytes can be read as Latin-1."""
 BYTE_ORDER_MARK = "\ufeff"
-"""UTF-8's, as a character."""
+"""UTF-8's byte order mark, as a character."""
 _MARK_AT_LINE = re.compile(rf"(?<=\n){BYTE_ORDER_MARK}+")
 OTHER_NAMES = {"messages": "conversations", "conversations": "messages"}
-"""A column of conversations is called either; where only the other one is there, it is read."""
+"""A column of conversations has either name; if only the other one is there, it is read."""
 
 SHOWN_BYTES = 32
-"""How much of binary that is not text a message shows."""
+"""Bytes that a message shows of binary data that are not text."""
 
 Cursor = tuple[int, int]
 START: Cursor = (0, 0)
@@ -76,16 +76,16 @@ Documents = Iterator[tuple[str, Cursor]]
 
 
 class SourceError(DataError):
-    """A source that cannot be read from where it is said to be; another command names another flag as the way out."""
+    """A source cannot be read from its stated place; another command names another flag as the way out."""
 
     def __init__(self, problem: str, way_out: str) -> None:
-        """The problem without a full stop, and what to do about it where `ds-slm train` or `prepare` was typed."""
+        """The problem without a full stop, and the way out for `ds-slm train` and `prepare`."""
         super().__init__(f"{problem}; {way_out}.")
         self.problem = problem
 
 
 class ColumnError(SourceError):
-    """A file lacks the column, and has others."""
+    """A file lacks the column, but has others."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TextFile:
     """A file, wherever it is."""
 
     name: str
-    """How messages call it."""
+    """Its name in messages."""
     open: Callable[[], io.BufferedIOBase]
 
 
@@ -104,10 +104,10 @@ class Column(NamedTuple):
     as_json: bool
     """Whether they are lists or tables rather than text."""
     say: Callable[[str], None] = lambda line: None
-    """Takes a line where another column is read than the one that was named."""
+    """Takes a line if the column that is read is not the one that was named."""
 
     def found_in(self, names: Collection[str]) -> str | None:
-        """The name under which the documents are there."""
+        """The name of the column that holds the documents; None if there is none."""
         if self.name in names:
             return self.name
         other = OTHER_NAMES.get(self.name) if self.as_json else None
@@ -118,7 +118,7 @@ class Column(NamedTuple):
 
 
 def suffix_of(name: str) -> str | None:
-    """The known suffix that a file's name ends with, in whatever case; None for other files."""
+    """The known suffix with which a file's name ends, in any case; None for other files."""
     return next((suffix for suffix in READERS if name.lower().endswith(suffix)), None)
 
 
@@ -129,13 +129,13 @@ def read_documents(
     as_json: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Documents:
-    """The documents of one file from a cursor on, each with the cursor behind it.
+    """The documents of one file from a cursor on, each with the cursor after it.
 
-    With `as_json` the column holds lists or tables, conversations for instance, and a document is one of them as JSON.
-    `say` takes a line where such a column is read under another name.
+    With `as_json` the column holds lists or tables, such as conversations, and a document is one of them as JSON.
+    `say` takes a line if such a column is read under another name.
 
     Raises:
-        DataError: for a file that cannot be read, is damaged or lacks the column.
+        DataError: the file cannot be read, is damaged or lacks the column.
     """
     suffix = suffix_of(file.name)
     assert suffix is not None, file.name
@@ -147,7 +147,7 @@ def read_documents(
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """Every kind of error by which a damaged file shows."""
+    """Every kind of error that a damaged file can raise."""
     from pyarrow import ArrowException
 
     return (OSError, EOFError, ValueError, zlib.error, ArrowException)
@@ -155,7 +155,7 @@ def _damage() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turns every way in which a file can be damaged into one error that names it."""
+    """Turn the errors of a damaged file into one error that names the file."""
     try:
         yield
     except _damage() as error:
@@ -165,7 +165,7 @@ def _readable(name: str) -> Iterator[None]:
 
 @contextmanager
 def _called_what_it_is(opened: io.BufferedIOBase, suffix: str) -> Iterator[None]:
-    """Says what a file that cannot be read is instead, where its first bytes show it."""
+    """Say what a file that cannot be read is instead, if its first bytes show it."""
     try:
         yield
     except _damage() as error:
@@ -211,12 +211,12 @@ def _txt(file: io.BufferedIOBase, name: str, column: Column, cursor: Cursor) -> 
 
 
 def _without_marks(text: str) -> str:
-    """Text of files that were joined, without the mark at the start of each; a piece begins behind a line end."""
+    """Text of joined files, without the mark at the start of each; a piece begins after a line end."""
     return _MARK_AT_LINE.sub("", text.lstrip(BYTE_ORDER_MARK)) if BYTE_ORDER_MARK in text else text
 
 
 def _refuse_other_text(block: bytes) -> None:
-    """Raises ValueError for the first bytes of a .txt that is a pointer, or text in another encoding."""
+    """Raise ValueError if the first bytes of a .txt are a pointer's, or text in another encoding."""
     if what := stand_in(block[:HEAD_BYTES], pages=False):
         raise ValueError(what)
     if encoding := _marked_encoding(block):
@@ -234,7 +234,7 @@ def _marked_encoding(head: bytes) -> str | None:
 
 
 def _last_character(block: bytes) -> int:
-    """Where to cut a block without a line end: behind its last whole character."""
+    """Where to cut a block without a line end: after its last whole character."""
     return codecs.utf_8_decode(block, "replace", False)[1]
 
 
@@ -298,7 +298,7 @@ def _text(value: Any, as_json: bool) -> str:
 
 
 def _spelled(value: Any) -> Any:
-    """What stands in JSON for a value that parquet knows and JSON does not."""
+    """The JSON form of a value that parquet has and JSON lacks."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -344,7 +344,7 @@ def _parquet(file: io.BufferedIOBase, name: str, column: Column, cursor: Cursor)
 
 
 def _check_column(schema: "pyarrow.Schema", name: str, column: Column) -> str:
-    """The column's name in the file. Raises DataError where it is missing, there twice or of another type."""
+    """The column's name in the file. Raises DataError if it is missing, occurs twice or has another type."""
     from pyarrow import types
 
     key = column.found_in(schema.names)

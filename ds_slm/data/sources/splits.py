@@ -13,12 +13,12 @@ is of that split whatever its folder is called.
     no file names a split      all of them
     split = "all"              all of them, whatever their names
 
-A name with the words of two splits (`train_dev.jsonl`) is of neither. The root's own name, and the folders above it,
-say nothing.
+A name with the words of two splits (`train_dev.jsonl`) belongs to neither. The names of the root and of the folders
+above it do not count.
 
-Known gaps: words that are written as one in small letters (`wikival`) name no split, but come first where it is said
-what is read. A title (`strength-training.txt`) can look like a split's name. Where few files name a split among
-many that name none, the folder is refused, with the way out.
+Known gaps: words that are written as one in small letters (`wikival`) name no split, but such files are named first
+when the program says what it reads. A title (`strength-training.txt`) can look like a split's name. If few files name a
+split among many that name none, the folder is refused, with the way out.
 """
 
 import re
@@ -37,7 +37,7 @@ WORDS = {
     ),
     "held out": ("heldout", "holdout"),
 }
-"""Split -> the words that name it, in `testset`, `testdata` and `testsplit` too; the words of `datasets` first."""
+"""Split -> the words that name it, also in `testset`, `testdata` and `testsplit`; the words of `datasets` first."""
 
 ALONE = {
     "validate": "validation",
@@ -46,16 +46,16 @@ ALONE = {
     "blind": "test",
     "unseen": "held out",
 }
-"""Words that are parts of titles as well: they name a split where the file or folder has no other word."""
+"""Words that also occur in titles: they name a split only if the file or folder has no other word."""
 
 NO_SPLIT = frozenset(("devops", "devtools", "devrel"))
 """Single words that are written as if they were two."""
 
 BESIDE = frozenset(("of", "part", "shard", "split", "splits", "set", "data"))
-"""Words beside a split's in the name of a file that has no other name, as in `train-00000-of-00010`."""
+"""Words that may stand beside a split's word in a name without other words, as in `train-00000-of-00010`."""
 
 TITLES_PER_NAME = 10
-"""So many files that name no split to each that does, and the words are taken for parts of titles."""
+"""If more than this many files name no split for each file that does, the words count as parts of titles."""
 
 ENDS = ("", "set", "sets", "data", "split", "splits")
 
@@ -65,7 +65,7 @@ _CAMEL = re.compile(r"(?<=[^\W\d_A-Z])(?=[A-Z])")
 _HELD_OUT = re.compile(r"(?<![^\W\d_])(held|hold)[\W_]?out(?![^\W\d_])", re.IGNORECASE)
 _LOOKS_HELD_OUT = re.compile(r"test|tst|dev|val|(held|hold)[\W_]?out|blind|gold|hidden|unseen", re.IGNORECASE)
 _SHARDED = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
-"""`datasets` takes what stands before the numbers, in the folder data/, for the whole name of a split."""
+"""In the folder data/, `datasets` takes the part before the numbers as the whole name of a split."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
 
     Args:
         paths: relative to the root, without their suffixes.
-        wanted: the split, in whatever spelling; "all" takes everything.
+        wanted: the split, in any spelling; "all" takes everything.
 
     Raises:
-        UnclearSplit: with the reason, a whole clause.
+        UnclearSplit: with the reason as a whole clause.
     """
     named = [splits_of(path, wanted) for path in paths]
     if wanted == ALL or not any(named):
@@ -99,7 +99,7 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
 
     split = canonical(wanted)
     if not any(found == {split} for found in named) and len(general := _splits_in(wanted)) == 1:
-        split = next(iter(general))  # train_sft, of files that say train
+        split = next(iter(general))  # train_sft among files named train
     mine = [place for place, found in enumerate(named) if found == {split}]
     others = tuple(place for place, found in enumerate(named) if found and found != {split})
 
@@ -122,13 +122,13 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
 
 
 def canonical(split: str) -> str:
-    """A split's one spelling: valid, val and dev are validation; an unknown one is its own words."""
+    """A split's standard spelling: valid, val and dev are validation; an unknown split keeps its own words."""
     known = _splits_in(split)
     return known.pop() if len(known) == 1 and _is_a_splits(split) else split.lower()
 
 
 def splits_of(path: PurePath, wanted: str = TRAIN) -> set[str]:
-    """The splits that a path is named for: none, one, or several where it is unclear.
+    """The splits that a path is named for: none, one, or several if it is unclear.
 
     Args:
         path: relative to the root, without its suffix.
@@ -156,14 +156,14 @@ def _sharded(path: PurePath) -> str | None:
 
 
 def _holds(part: str, wanted: str) -> bool:
-    """Whether a name has all the words of an unusual split's, one after the other."""
+    """Whether a name has all the words of an unusual split's name, one after the other."""
     words, own = _words(part), _words(wanted)
     spans = (words[begin : begin + len(own)] for begin in range(len(words) - len(own) + 1))
     return canonical(wanted) not in WORDS and bool(own) and own in spans
 
 
 def looks_held_out(path: PurePath) -> bool:
-    """Whether a name may be that of held-out data although no rule says so; it may as well be a valley's."""
+    """Whether a name may mean held-out data although no rule says so; it may also mean a valley."""
     return bool(_LOOKS_HELD_OUT.search(str(path)))
 
 
@@ -175,12 +175,12 @@ def _splits_in(name: str) -> set[str]:
 
 
 def _is_a_splits(name: str) -> bool:
-    """Whether a name holds only words of a split and words that stand beside one."""
+    """Whether a name holds only words of a split and words that may stand beside them."""
     return all(word in _SPLIT_OF or word in ALONE or word in BESIDE or len(word) == 1 for word in _words(name))
 
 
 def _words(name: str) -> list[str]:
-    """The words in lower case; what is written like `trainSplit` is two where one of them names a split."""
+    """The words in lower case; a word like `trainSplit` is two words if one of them names a split."""
     found = []
     for word in _LETTERS.findall(_HELD_OUT.sub(r"\1out", name)):
         parts = [part.lower() for part in _CAMEL.split(word)]

@@ -1,9 +1,9 @@
 """Files that are not what their names say: what a download left in place of the data.
 
-    the first bytes of a file --stand_in--> what they are, and the way out; None for what may be data
+    the first bytes of a file --stand_in--> what they are, and the way out; None if they may be data
 
-A pointer of Git LFS, Xet or git-annex is a few lines of text where the file itself was not fetched. A page is what a
-server answers instead of a file: HTML, or the XML of a storage service. In a .txt only the pointers, whose form is
+A pointer of Git LFS, Xet or git-annex is a few lines of text in place of a file that was not fetched. A page is what a
+server sends instead of a file: HTML, or the XML of a storage service. In a .txt only the pointers, whose form is
 fixed, can be distinguished from text.
 """
 
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 HEAD_BYTES = 1024
-"""A pointer is shorter than this, and a page shows what it is within it."""
+"""A pointer is shorter than this, and a page can be recognised within it."""
 
 _LFS = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v1\s")
 _PAGE = re.compile(rb"<(!doctype\s+html|html|head|\?xml|error>)", re.IGNORECASE)
@@ -22,7 +22,7 @@ def stand_in(head: bytes, pages: bool = True) -> str | None:
     """What a file is instead of data.
 
     Args:
-        head: its first HEAD_BYTES, or all of it where it is shorter.
+        head: its first HEAD_BYTES, or the whole file if it is shorter.
         pages: whether a page counts as a stand-in too, as in every kind of file except plain text.
     """
     short = len(head) < HEAD_BYTES
@@ -39,6 +39,6 @@ def stand_in(head: bytes, pages: bool = True) -> str | None:
 
 
 def stand_in_at(path: Path, pages: bool = True) -> str | None:
-    """The same of a local file."""
+    """The same for a local file."""
     with path.open("rb") as file:
         return stand_in(file.read(HEAD_BYTES), pages)

@@ -1,14 +1,14 @@
-"""Ready-made token files: raw ids without a header, so that damage has to be looked for.
+"""Ready-made token files: raw ids without a header, so damage must be looked for.
 
-    .bin files --TokenFiles--> padding at their ends cut off --blocks--> ids, each block looked at
+    .bin files --TokenFiles--> padding at their ends cut off --blocks--> ids, each block checked
 
-It refuses what no text gives:
+It refuses ids that no text gives:
     an id beyond the vocabulary, ids of twice or four times the width, numpy's own format
     NO_TEXT_RUN ids in a row that decode to nothing (EOS, padding): a document holds at least one other id
     LONG_RUN zeros in a row, whichever token 0 is: a block of a disk that was never written, 4,096 bytes, reads as 1,024
     zeros of 32 bits or 2,048 of 16
 
-Any other id LONG_RUN times in a row may be a table's rule or a damaged line: it is reported and copied.
+Any other id that occurs LONG_RUN times in a row may be a table's rule or a damaged line: it is reported and copied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ WIDE_IDS = 32
 NO_TEXT_RUN = 64
 """More equal ids in a row than this, if they decode to nothing, are not documents; at a file's end they are padding."""
 LONG_RUN = 512
-"""Half of what the smallest block of a disk holds of the widest ids: a block need not begin where ids are missing."""
+"""Half of the widest ids in the smallest block of a disk, because missing ids need not begin with a block."""
 LOOK_TOKENS = 1 << 20
-"""Ids that are looked at together."""
+"""Ids that are checked together."""
 PADDING = "ids of padding at the end of a file"
 NUMPY = b"\x93NUMPY"
 
@@ -41,11 +41,11 @@ class TokenFiles:
         """Reads the ends of the files.
 
         Raises:
-            DataError: for a file without a whole number of ids, of another format, or holds nothing but padding.
+            DataError: a file has no whole number of ids, has another format, or holds only padding.
         """
         self._files, self._dtype, self._tokenizer = files, dtype, tokenizer
         self.long_run: str | None = None
-        """The first id in a run long enough that people should look at it, and where."""
+        """The first run of one id that is so long that people should look at it, and its place."""
         self._counts = [path.stat().st_size // dtype.itemsize for path in files]
 
         problems = [
@@ -77,7 +77,7 @@ class TokenFiles:
 
     @cached_property
     def no_text(self) -> set[int]:
-        """Ids that stand for no text: EOS, the padding token, and 0 where it decodes to nothing."""
+        """Ids that stand for no text: EOS, the padding token, and 0 if it decodes to nothing."""
         found = {self._tokenizer.eos_id, self._tokenizer.pad_id}
         return found if self._tokenizer.decode([0], skip_special=True) else {0, *found}
 
@@ -97,7 +97,7 @@ class TokenFiles:
         return run - int(last == self._tokenizer.eos_id)
 
     def held_out_border(self, val_fraction: float) -> int:
-        """The position at which held-out tokens begin: behind the first EOS of the last `val_fraction`."""
+        """The position at which held-out tokens begin: after the first EOS of the last `val_fraction`."""
         begin = nominal = int(sum(self._counts) * (1 - val_fraction))
         for block in self.blocks(nominal):
             ends = np.flatnonzero(block == self._tokenizer.eos_id)
@@ -111,7 +111,7 @@ class TokenFiles:
         """The ids from a position on, in blocks of at most COPY_TOKENS.
 
         Raises:
-            DataError: for a block that holds what no text gives.
+            DataError: a block holds ids that no text gives.
         """
         file_begin = 0
         for path, count in zip(self._files, self._counts, strict=True):
@@ -153,7 +153,7 @@ class TokenFiles:
         )
 
     def _look_at_runs(self, path: Path, ids: np.ndarray, place: int) -> None:
-        """Refuse, or note, runs of one id that are too long for text."""
+        """Refuse or note runs of one id that are too long for text."""
         for offset in range(0, len(ids), LOOK_TOKENS):
             first = max(offset - LONG_RUN, 0)
             part = ids[first : offset + LOOK_TOKENS]

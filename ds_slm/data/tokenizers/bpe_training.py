@@ -2,12 +2,12 @@ r"""Byte-level BPE learned from text, in bounded time and interruptible, for any
 
     texts --LongRuns.cut--> no pre-token of more than LONGEST_RUN --train_bpe, in the background--> tokens by rank
 
-A pre-token is the unit within which tokens are joined: GPT-2's pattern ends one at each change between letters, digits,
-other signs and white space. The trainer's time grows with the square of its length: DNA, base64, a million digits, or
-Chinese without a space or a comma, are one single pre-token. So a longer run is cut while the tokenizer learns, and of
-such runs at most LONG_RUN_BYTES are learned from, since the trainer meets nothing in them twice. Encoding cuts nothing.
+Tokens are joined within a pre-token. GPT-2's pattern ends a pre-token at each change between letters, digits, other
+signs and white space. The trainer's time grows with the square of its length, and DNA, base64, a million digits, or
+Chinese without a space or a comma, are one single pre-token. So a longer run is cut while the tokenizer learns, which
+learns from at most LONG_RUN_BYTES of such runs, because nothing in them occurs twice. Encoding does not cut runs.
 
-Known gap: many random words, each shorter than LONGEST_RUN, take as long as their number asks.
+Known gap: the time for many random words, each shorter than LONGEST_RUN, is not bounded.
 """
 
 import re
@@ -19,30 +19,30 @@ import regex
 from ds_slm.data.background import in_background, result_of
 
 LONGEST_RUN = 256
-"""Characters. Ordinary text stays whole: no run in 36 MB of prose and chats, or in the demo's text, has even 100."""
+"""Characters. Ordinary text is not cut: no run in 36 MB of prose and chats, or in the demo's text, has even 100."""
 LONG_RUN_BYTES = 1_000_000
-"""Bytes of UTF-8 of all runs that were cut; the trainer takes about 10 s for random ones."""
+"""UTF-8 bytes of all cut runs from which the tokenizer learns; the trainer takes about 10 s for random ones."""
 LONGEST_READ_S = 10.0
 """How long an interrupted trainer waits for the text that is being read."""
 KINDS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")
-"""Of characters: a pre-token holds one kind, and a space before it."""
+"""Kinds of characters: a pre-token holds one kind, and a space before it."""
 
 
 class LongRuns:
-    """Cuts long runs, and counts what it did."""
+    """Cuts long runs, and counts them."""
 
     def __init__(self, longest: int = LONGEST_RUN) -> None:
         """Runs of more than `longest` characters are cut."""
         self._longest = longest
         self._pattern = regex.compile("|".join(rf"(?<!{kind}){kind}{{{longest + 1},}}" for kind in KINDS))
-        # Five times as fast, and finds every text that has a long run, but others as well.
+        # Five times faster. It finds every text that has a long run, but other texts as well.
         self._may_be_long = re.compile(rf"[^ \n]{{{longest + 1}}}|\s{{{longest + 1}}}")
         self.count = 0
         """Runs that were cut."""
         self.learned_bytes = 0
-        """What was learned from of them."""
+        """Their bytes from which the tokenizer learned."""
         self.left_out_bytes = 0
-        """What was not."""
+        """Their bytes that were left out."""
 
     def cut(self, text: str) -> Iterator[str]:
         """The text in pieces with the same pre-tokens as the text, except long ones; most often one piece."""
@@ -52,14 +52,14 @@ class LongRuns:
             for piece_begin in range(run.start(), run.end(), self._longest):
                 piece_end = min(piece_begin + self._longest, run.end())
 
-                # The rest of this run is left out: what stood before it is a piece of its own.
+                # The rest of this run is left out: the text before it is a separate piece.
                 if self.learned_bytes >= LONG_RUN_BYTES:
                     self.left_out_bytes += len(text[piece_begin : run.end()].encode())
                     yield text[begin:piece_begin]
                     begin = run.end()
                     break
 
-                # The last piece of a run stays with the text behind it.
+                # The last piece of a run stays with the text after it.
                 self.learned_bytes += len(text[piece_begin:piece_end].encode())
                 if piece_end < run.end():
                     yield text[begin:piece_end]
@@ -67,7 +67,7 @@ class LongRuns:
         yield text[begin:]
 
     def __str__(self) -> str:
-        """What a user should know, in one line; empty where nothing was cut."""
+        """One line for the user; empty if nothing was cut."""
         if not self.count:
             return ""
         left_out = f", {self.left_out_bytes:,} bytes of them left out" if self.left_out_bytes else ""
@@ -82,9 +82,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> tupl
     """Learn byte-level BPE.
 
     Args:
-        texts: what to learn from; read in another thread.
-        vocab_size: ids to learn, the 256 bytes among them; fewer are learned of too little text.
-        min_frequency: a pair that is joined was seen this often.
+        texts: the texts to learn from; read in another thread.
+        vocab_size: ids to learn, including the 256 bytes; too little text gives fewer.
+        min_frequency: the least number of times that a pair must be seen to be joined.
 
     Returns:
         The tokens in byte letters, in the order in which text is joined; and what was cut.
@@ -109,8 +109,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> tupl
                     raise InterruptedError
                 yield from long_runs.cut(text)
 
-    # The main thread waits, so that it is woken by a signal while the trainer computes. Python can end while another
-    # thread computes in Rust, but not while Rust has called it to read the next text.
+    # The main thread waits, so that a signal wakes it while the trainer computes. Python can end while another thread
+    # computes in Rust, but not while Rust has called it to read the next text.
     try:
         result_of(in_background(lambda: learner.train_from_iterator(pieces(), trainer)))
     except BaseException:

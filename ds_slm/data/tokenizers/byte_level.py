@@ -1,11 +1,11 @@
-"""Byte-level BPE by rank: kept as a Hugging Face tokenizer, and encoded in bulk by tiktoken, several times as fast.
+"""Byte-level BPE by rank: kept as a Hugging Face tokenizer, and encoded in bulk by tiktoken, several times faster.
 
     vocabulary --> merges by rank --> tokenizers.Tokenizer --save, load--> bulk_encoder --> tiktoken, with the same ids
 
-tiktoken takes a piece that is a token as it is, and else joins the two neighbours whose union has the lowest id.
-`tokenizers` does the second with P = {(l, r): l + r is a token} as merges, ordered by the id of l + r; the first by
-`ignore_merges`, or without it where the merges lead to every token anyhow. tiktoken is used for a tokenizer whose file
-says exactly that, `tokenizers` itself for any other.
+tiktoken takes a piece that is a token as it is; otherwise it joins the two neighbours whose union has the lowest id.
+`tokenizers` does the second with P = {(l, r): l + r is a token} as merges, ordered by the id of l + r. It does the
+first with `ignore_merges`, or without it if the merges lead to every token anyway. tiktoken is used for a tokenizer
+whose file says exactly that, `tokenizers` itself for any other.
 
 Source: src/lib.rs of openai/tiktoken. Known gaps: tiktoken's regex engine gives up within a million characters of white
 space; texts with LONGEST_SPACE of them in a row are left to `tokenizers`.
@@ -29,7 +29,7 @@ CL100K_PATTERN = (
 )
 """tiktoken's older one: the engine of `tokenizers` reads the newer one's possessive quantifiers differently."""
 PATTERNS = (GPT2_PATTERN, CL100K_PATTERN)
-"""Those that both engines are known to read alike."""
+"""The patterns that both engines are known to read in the same way."""
 LONGEST_SPACE = 500_000
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE}}}")
 
@@ -37,7 +37,7 @@ _LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE}}}")
 def byte_letters() -> list[str]:
     """The character that stands for each byte in a byte-level vocabulary (GPT-2's table).
 
-    Bytes that Latin-1 prints stand for themselves, the others for characters from U+0100 on, in order.
+    Bytes that are printable in Latin-1 stand for themselves; characters from U+0100 on stand for the others, in order.
     """
     printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(0x100, 0x200))
@@ -45,7 +45,7 @@ def byte_letters() -> list[str]:
 
 
 def filler(token_id: int) -> str:
-    """What stands in the vocabulary for an id that no text is made of."""
+    """The entry in the vocabulary for an id that no text gives."""
     return f"<|unused_{token_id}|>"
 
 
@@ -59,11 +59,11 @@ def by_rank(
     """A tokenizer whose special tokens already stand in the vocabulary, under the ids they must have.
 
     Args:
-        tokens: what text is made of, in byte letters; a lower id is joined first.
+        tokens: the tokens of which text is made, in byte letters; a lower id is joined first.
         others: the rest of the vocabulary.
         specials: the control tokens among the others.
         pattern: cuts text into pieces.
-        ignore_merges: take a piece that is in the vocabulary as it is; none of the others may then be a piece.
+        ignore_merges: take a piece that is in the vocabulary as it is; then none of the others may be a piece.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
@@ -91,9 +91,9 @@ def _merges(tokens: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def bulk_encoder(backend: "tokenizers.Tokenizer") -> Callable[[Sequence[str]], list[list[int]]] | None:
-    """tiktoken with the same ids for any text, or None where the tokenizer is not one of `by_rank`'s.
+    """tiktoken with the same ids for any text, or None if `by_rank` did not make the tokenizer.
 
-    The tokenizer itself takes the texts that tiktoken cannot; it must not parse control tokens.
+    The tokenizer itself encodes the texts that tiktoken cannot; it must not parse control tokens.
     """
     import tiktoken
 
@@ -118,7 +118,7 @@ def bulk_encoder(backend: "tokenizers.Tokenizer") -> Callable[[Sequence[str]], l
             for place in waiting:
                 encoded[place] = encode_one(texts[place])
 
-        # Not tiktoken's own threads: the end of the process would wait for all their texts.
+        # tiktoken's own threads are not used: the end of the process would wait for all their texts.
         for thread in [in_background(work) for _ in range(threads)]:
             result_of(thread)
         return encoded
@@ -127,7 +127,7 @@ def bulk_encoder(backend: "tokenizers.Tokenizer") -> Callable[[Sequence[str]], l
 
 
 def _ranks(backend: "tokenizers.Tokenizer") -> tuple[dict[str, int], str]:
-    """The tokens that text is made of, and the pattern; no tokens where tiktoken's ids could be others."""
+    """The tokens of which text is made, and the pattern; no tokens if tiktoken's ids could differ."""
     content = json.loads(backend.to_str())
     try:
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
@@ -150,7 +150,7 @@ def _ranks(backend: "tokenizers.Tokenizer") -> tuple[dict[str, int], str]:
     if content != json.loads(by_rank(tokens, others, specials, pattern, ignore_merges).to_str()):
         return {}, ""
 
-    # tiktoken takes a piece that is a token as it is: here the same token must come out.
+    # tiktoken takes a piece that is a token as it is: here it must give the same token.
     if ignore_merges:
         pieces = (other for other in others if len(backend.pre_tokenizer.pre_tokenize_str(other)) < 2)
     else:

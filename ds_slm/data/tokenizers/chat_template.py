@@ -26,9 +26,9 @@ CHAT_TEMPLATE = (
 
 
 def chat_template(folder: Path) -> str | None:
-    """The template of a tokenizer's folder; None where there is none.
+    """The template of a tokenizer's folder; None if there is none.
 
-    The file counts before tokenizer_config.json, where older folders have one text, or several with a name each.
+    The file takes precedence over tokenizer_config.json, where older folders have one text, or several named ones.
 
     Raises:
         DataError: the file is not UTF-8.
@@ -52,8 +52,8 @@ def is_ours(template: str) -> bool:
 
 
 def unmarked(template: str) -> str:
-    """A chat template without the marks around what is trained, which only transformers knows; it gives the same text.
+    """A chat template without the marks around the trained part, which only transformers knows; the text is the same.
 
-    Empty comments take their places, which trim the white space around them as the marks did.
+    Empty comments replace the marks, because they trim the white space around them in the same way.
     """
     return re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", template)

@@ -1,12 +1,12 @@
-"""Text with control tokens at chosen places, encoded as the whole that a rendered chat template is.
+"""Text with control tokens at chosen places, encoded as a whole like a rendered chat template.
 
-    text with marks --> the tokenizer, to which a mark is a control token and nothing else is one --> ids, spans
+    text with marks --> the tokenizer, in which only marks are control tokens --> ids, spans
 
-Added tokens that are not special, such as <think>, are found in the text as they are in a template's.
+Added tokens that are not special, such as <think>, are found in the text as in a template's text.
 
-What stands beside a control token may depend on it: whether a space is put before a word, or white space is swallowed.
-So the tokenizer itself cuts the text, with marks in the tokens' places. A mark is drawn anew for each encoder, so that
-no text can hold one, and a literal of a control token stays text.
+The text beside a control token may depend on the token: a space may be put before a word, or white space removed. So
+the tokenizer itself cuts the text, with marks in the tokens' places. A mark is random for each encoder, so no text can
+hold one, and the literal of a control token stays text.
 """
 
 import json
@@ -26,7 +26,7 @@ class ControlText:
     """A tokenizer that reads marks as control tokens."""
 
     def __init__(self, backend: "tokenizers.Tokenizer", tokens: Sequence[str], plain: Sequence[str]) -> None:
-        """Takes the literals of all added tokens but the `plain` ones as text.
+        """Treat the literals of all added tokens as text, except the `plain` ones.
 
         Raises DataError for control tokens that the tokenizer would not cut out of a text.
         """
@@ -47,19 +47,19 @@ class ControlText:
             token["special"] = token["content"] not in plain
 
         self.marks = {token: f"<|{secrets.token_hex(16)}|>" for token in tokens}
-        """What stands for each token in a text."""
+        """The mark that stands for each token in a text."""
         for token, mark in self.marks.items():
             added[token] |= {"content": mark, "special": False}
         self._backend = Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
 
-        # Marks are new words, so that the ids of all added tokens may be others than in the tokenizer.
+        # Marks are new words, so the ids of all added tokens may differ from the tokenizer's.
         written = dict(zip(added, added, strict=True)) | self.marks
         ids = {self._backend.token_to_id(text): backend.token_to_id(token) for token, text in written.items()}
         self._ids = {here: there for here, there in ids.items() if here is not None and there is not None}
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-        """The ids of each text, and where each token lies in it: int64 [N, 2], in characters."""
+        """The ids of each text, and the span of each token in it: int64 [N, 2], in characters."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             ([self._ids.get(number, number) for number in one.ids], np.array(one.offsets, np.int64).reshape(-1, 2))

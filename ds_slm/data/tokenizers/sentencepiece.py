@@ -2,14 +2,14 @@
 
     tokenizer.model --> ModelProto --refuse what cannot be exact--> Prepend, Replace, BPE with byte fallback --> proved
 
-SentencePiece's BPE joins the two neighbours whose union is the best-scored piece, the leftmost of equals. As merges:
-every cut of a piece into two, ordered by its score. Runs of spaces share one score in some models (Mistral's); with the
-longest first, the run that was begun on the left grows before another begins, which is the same.
+SentencePiece's BPE joins the two neighbours whose union is the best-scored piece; if scores are equal, the leftmost. As
+merges: every cut of a piece into two, ordered by its score. Runs of spaces share one score in some models (Mistral's);
+with the longest first, the run that began on the left grows before another begins, which is the same.
 
-Literals of control tokens are text here, as for SentencePiece. Each conversion is compared with the library itself
+Literals of control tokens are text here, as in SentencePiece. Each conversion is compared with the library itself
 before it is used: all pieces, pieces that overlap themselves, runs of one letter, and random rows of pieces.
 
-Source: bpe_model.cc and normalizer.cc of google/sentencepiece. Known gaps: what `_problems` lists.
+Source: bpe_model.cc and normalizer.cc of google/sentencepiece. Known gaps: `_problems` lists them.
 """
 
 import random
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""The character that SentencePiece writes for a space."""
 LONGEST_RUN = 70
 """Runs of one letter are compared up to this length."""
 RANDOM_ROWS, PIECES_IN_A_ROW = 8_192, 12
@@ -61,7 +61,7 @@ def read_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
 
 
 def _problems(model: Any) -> list[str]:
-    """What this conversion does not know."""
+    """Features of a model that this conversion does not support."""
     kinds = model.SentencePiece
     trained, normalizer = model.trainer_spec, model.normalizer_spec
     letters = {piece.piece for piece in model.pieces if piece.type == kinds.NORMAL and len(piece.piece) == 1}
@@ -100,7 +100,7 @@ def _converted(model: Any) -> "tokenizers.Tokenizer":
     merges = [(piece[:-end], piece[-end:]) for *_, end, piece in sorted(cuts)]
     backend = Backend(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
 
-    # Spaces are written as SentencePiece writes them, and back when decoding.
+    # Write spaces as SentencePiece does, and change them back when decoding.
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     undone: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.normalizer_spec.add_dummy_prefix:
@@ -124,7 +124,7 @@ def _compared(model: Any, backend: "tokenizers.Tokenizer", oracle: Any) -> Itera
 
 
 def _trial_texts(pieces: list[str]) -> Iterator[str]:
-    """Where a conversion could differ: pieces with several cuts beside each other, scores that are equal."""
+    """Texts on which a conversion could differ: pieces with several cuts beside each other, equal scores."""
     known = set(pieces)
     rng = random.Random(0)
     for piece in pieces:

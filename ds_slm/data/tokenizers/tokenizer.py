@@ -1,11 +1,11 @@
-"""How text becomes ids, and how that is kept: always a Hugging Face tokenizer folder.
+"""How text becomes ids, and how a tokenizer is kept: always as a Hugging Face tokenizer folder.
 
     recipe --build_tokenizer--> Tokenizer --save--> folder --load_tokenizer--> Tokenizer
 
 bpe     byte-level BPE trained on the sources. Special tokens get exactly the recipe's ids, all other ids follow in
         the order of their merges, which is the order in which text is joined.
-cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ones as fillers that no text can reach (none is
-        a single pre-token), so that ids survive saving.
+cl100k  tiktoken's ranks. Every id stands in the BPE vocabulary, unused ids as fillers that no text can give (none is a
+        single pre-token), so that ids survive saving.
 hf      a local folder, a tokenizer.json, a SentencePiece tokenizer.model, or a hub id.
 
 Text is text: an added token's literal inside a document is encoded as ordinary text, whether it is marked special or
@@ -14,8 +14,8 @@ conversations (`control_text`) the literal of an added token that is not special
 does in the chat template's text. Loaded with transformers, the saved folder parses control tokens by default, as
 chat templates need.
 
-Ids depend on the text alone: what is random in a tokenizer, or depends on its last use, is switched off, also in the
-folder that is saved and in the hash (`_switch_off`). Older versions left it on: their hash is accepted too.
+Ids depend on the text alone: settings that are random, or depend on the tokenizer's last use, are switched off, also in
+the saved folder and in the hash (`_switch_off`). Older versions left them on: their hash is accepted too.
 
 Known gaps: an hf tokenizer's chat template is not carried over.
 """
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 CL100K_RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 GENERATION_CONFIG = "generation_config.json"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-"""ChatML's control tokens: around every turn of a conversation."""
+"""ChatML's control tokens, which stand around every turn of a conversation."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers looks for a tokenizer's chat template."""
+"""The file in which transformers looks for a tokenizer's chat template."""
 CL100K_SPECIAL_TOKENS = {
     "<|endoftext|>": 100257,
     "<|fim_prefix|>": 100258,
@@ -59,7 +59,7 @@ CL100K_SPECIAL_TOKENS = {
 }
 CL100K_VOCAB_SIZE = 100277
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""Read in place of transformers' own loading, which rebuilds some tokenizers, and not always with the same ids."""
+"""Files that are read directly: transformers' own loading rebuilds some tokenizers, not always with the same ids."""
 
 
 class Tokenizer:
@@ -68,11 +68,11 @@ class Tokenizer:
     def __init__(
         self, backend: "tokenizers.Tokenizer", eos_token: str, pad_token: str, bos_token: str | None = None
     ) -> None:
-        """Raises DataError where the vocabulary lacks the EOS or the pad token, naming both."""
+        """Raises DataError, which names both, if the vocabulary lacks the EOS or the pad token."""
         self.switched_off = _leftovers(backend)
         """Settings that would have made ids depend on more than the text, for people."""
         self.older_sha256 = _sha256(backend) if self.switched_off else None
-        """The hash that older versions gave it, which left these settings as they were; None without any."""
+        """The hash that older versions gave it, with these settings left on; None if there are none."""
         _switch_off(backend)
 
         self._backend = backend
@@ -89,7 +89,7 @@ class Tokenizer:
 
         self.eos_id, self.pad_id = self.token_id(eos_token), self.token_id(pad_token)
         self.bos_id = None if bos_token is None else backend.token_to_id(bos_token)
-        """The token that begins a text, in tokenizers made by others; no document is trained with it."""
+        """The id of the token that begins a text in tokenizers made by others; no document is trained with it."""
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -106,8 +106,8 @@ class Tokenizer:
         """The ids that transformers' tokenizer gives: the literal of a control token is that token.
 
         Args:
-            texts: what is encoded.
-            add_special_tokens: whether the tokens that a tokenizer of others puts around a text are added.
+            texts: the texts to encode.
+            add_special_tokens: whether to add the tokens that a tokenizer made by others puts around a text.
         """
         found = self._parsing_encoder.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
@@ -127,14 +127,14 @@ class Tokenizer:
     def plain_added_tokens(self) -> list[str]:
         """The added tokens that are not special: their literals in a conversation give their ids.
 
-        An EOS, a pad or a ChatML token is not among them, however its file marks it.
+        An EOS, a pad or a ChatML token is never among them, whatever its file says.
         """
         control = {self.eos_token, self.pad_token, IM_START, IM_END}
         added = self._backend.get_added_tokens_decoder().values()
         return [token.content for token in added if not token.special and token.content not in control]
 
     def control_text(self, tokens: Sequence[str]) -> ControlText:
-        """Encodes text with these control tokens in it. Raises DataError for those it would not cut out of a text."""
+        """Encodes text that holds these control tokens. Raises DataError for tokens that it would not cut out."""
         return ControlText(self._backend, tokens, self.plain_added_tokens)
 
     @cached_property
@@ -150,7 +150,7 @@ class Tokenizer:
         return self._backend.token_to_id(token) is not None
 
     def token_id(self, token: str) -> int:
-        """The id of a token, given as it stands in the vocabulary. Raises DataError where there is none."""
+        """The id of a token, spelled as in the vocabulary. Raises DataError if there is none."""
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise DataError(f"the tokenizer has no token {token!r}: add it to tokenizer.special_tokens.")
@@ -163,21 +163,21 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of tokenizer.json's content, whatever its layout, without what is switched off."""
+        """Hash of tokenizer.json's content, whatever its layout, without the settings that are switched off."""
         return _sha256(self._backend)
 
     @cached_property
     def text_sha256(self) -> str:
-        """The same of what decides a text's ids: without the tokens that tokenizers of others put around it."""
+        """Hash of everything that decides a text's ids: without tokens that tokenizers made by others put around it."""
         return sha256_of_json({**json.loads(self._backend.to_str()), "post_processor": None})
 
     def has_sha256(self, sha256: str) -> bool:
-        """Whether a hash that was recorded, by this version or an older one, is this tokenizer's."""
+        """Whether a recorded hash, of this version or an older one, is this tokenizer's."""
         return sha256 in (self.sha256, self.older_sha256)
 
     @property
     def _adds_prefix_space(self) -> bool:
-        """What the pre-tokenizer says: older versions of transformers set it to what the folder's config says."""
+        """The pre-tokenizer's setting: older versions of transformers would replace it by the folder's config."""
         pre_tokenizer = json.loads(self._backend.to_str())["pre_tokenizer"] or {}
         return bool(pre_tokenizer.get("add_prefix_space", False))
 
@@ -196,7 +196,7 @@ class Tokenizer:
 
 
 def _leftovers(backend: "tokenizers.Tokenizer") -> list[str]:
-    """What is random in a tokenizer, or was left by its last use."""
+    """Settings of a tokenizer that are random, or were left by its last use."""
     found = []
     if dropout := getattr(backend.model, "dropout", None):
         found.append(f"BPE dropout of {dropout:g}, which joins letters at random")
@@ -210,7 +210,7 @@ def _leftovers(backend: "tokenizers.Tokenizer") -> list[str]:
 
 
 def _switch_off(backend: "tokenizers.Tokenizer") -> None:
-    """Leave none of `_leftovers`; what is off already stays as it is, because it is part of the hash."""
+    """Switch off all `_leftovers`. Settings that are already off do not change, because they are part of the hash."""
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
     if getattr(backend.model, "nbest_size", None) or getattr(backend.model, "alpha", None):
@@ -220,7 +220,7 @@ def _switch_off(backend: "tokenizers.Tokenizer") -> None:
 
 
 def _text_encoder(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """The same tokenizer, to which an added token's literal is text, unless it is white space."""
+    """The same tokenizer, but with added tokens' literals as text, unless they are white space."""
     from tokenizers import Tokenizer as Backend
 
     if any(not token.special and token.content.strip() for token in backend.get_added_tokens_decoder().values()):
@@ -239,11 +239,11 @@ def _sha256(backend: "tokenizers.Tokenizer") -> str:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read a folder that `Tokenizer.save`, or transformers, has written.
 
-    Its EOS is that of tokenizer_config.json, else the one id that generation_config.json or config.json gives; the EOS
-    pads where nothing else is named.
+    tokenizer_config.json names the EOS, else the one id in generation_config.json or config.json is the EOS. The EOS is
+    the pad token if no other is named.
 
     Raises:
-        DataError: where the folder is missing, holds no tokenizer, or does not say which token ends a document.
+        DataError: the folder is missing, holds no tokenizer, or does not say which token ends a document.
     """
     import tokenizers
 
@@ -268,7 +268,7 @@ def _content(token: Any) -> str | None:
 
 
 def end_ids(path: Path) -> list[Any]:
-    """What a model's configuration names as the ends of a text: one id, several, or none."""
+    """The ids that end a text by a model's configuration: one, several, or none."""
     ids = (read_json(path) or {}).get("eos_token_id")
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
@@ -295,12 +295,12 @@ def build_tokenizer(
     """The recipe's tokenizer.
 
     Args:
-        recipe: what it must be.
+        recipe: the recipe that describes it.
         documents: the training text of a source.
         report: takes a line for each thing that a user may not expect.
 
     Raises:
-        DataError: for files that are missing, too little text for the vocabulary, or ids other than the recipe's.
+        DataError: files are missing, the text is too little for the vocabulary, or ids are not the recipe's.
     """
     section = recipe.tokenizer
     if section.kind == "bpe":
@@ -319,7 +319,7 @@ def build_tokenizer(
 
 
 def existing_tokenizer(folder: Path, section: Section) -> Tokenizer:
-    """The tokenizer of a folder, which must be the recipe's. Raises DataError where it is not."""
+    """The tokenizer of a folder. Raises DataError if it is not the recipe's."""
     tokenizer = load_tokenizer(folder)
     _check_ids(tokenizer, section)
     return tokenizer
@@ -391,7 +391,7 @@ def _cl100k_ranks(section: Section) -> dict[bytes, int]:
 
 
 def _existing(section: Section, report: Callable[[str], None]) -> "tokenizers.Tokenizer":
-    """A tokenizer that somebody has made, without what it adds to a text: a document's only addition is its EOS."""
+    """A ready-made tokenizer, without the tokens that it adds to a text: only an EOS is added to a document."""
     backend = _read_existing(section)
     if added := backend.num_special_tokens_to_add(is_pair=False):
         backend.post_processor = None

@@ -1,4 +1,4 @@
-"""The part of a model card that tells where the model was trained, how fast and how long.
+"""The part of a model card that says where the model was trained, how fast and how long.
 
 RunFacts --setups--> the steps of each kind of launch --hardware, speed--> sentences
 """
@@ -19,20 +19,20 @@ class Setup:
     """Devices that took some of the steps, all in the same way."""
 
     devices: str
-    """How many of which, on how many hosts; empty where the run did not record them."""
+    """Number and kind of devices, and the number of hosts; empty if the run did not record them."""
     details: str
     """ZeRO stage and micro-batch."""
     steps: int
     records: Sequence[Record]
-    """Of those steps."""
+    """The records of those steps."""
 
     def median(self, field: str) -> float | None:
-        """The median of a field over the steps; None where none holds it."""
+        """The median of a field over the steps; None if none holds it."""
         values = self._values(field)
         return statistics.median(values) if values else None
 
     def largest(self, field: str) -> float | None:
-        """The largest value of a field over the steps; None where none holds it."""
+        """The largest value of a field over the steps; None if none holds it."""
         return max(self._values(field), default=None)
 
     def _values(self, field: str) -> list[float]:
@@ -50,7 +50,7 @@ class Setup:
 
 
 def setups(facts: RunFacts) -> list[Setup]:
-    """What took the steps up to the checkpoint, each kind of launch once, in the order they began."""
+    """The setups that took the steps up to the checkpoint, each kind of launch once, in the order they began."""
     found: dict[tuple[str, str], Setup] = {}
     launches = facts.launches()
     train = facts.records.get("train", ())
@@ -78,7 +78,7 @@ def _details(environment: Record) -> str:
 
 
 def hardware(facts: RunFacts) -> str:
-    """Devices and hosts, and how long they took; empty where the run did not record them."""
+    """Devices and hosts, and how long they took; empty if the run did not record them."""
     devices = dict.fromkeys(one.devices for one in setups(facts) if one.devices)
     if not devices:
         return ""
@@ -87,7 +87,7 @@ def hardware(facts: RunFacts) -> str:
 
 
 def duration(hours: float) -> str:
-    """Device hours, as minutes or seconds where there are few."""
+    """Device hours, as minutes or seconds if there are few."""
     for size, unit in ((1.0, "device hours"), (1 / 60, "device minutes")):
         if hours >= size:
             return f"{hours / size:.3g} {unit}"
@@ -103,7 +103,7 @@ def speed(facts: RunFacts) -> list[str]:
     whole = []
     if facts.device_hours is not None:
         whole.append(f"{duration(facts.device_hours)} of training steps")
-    if facts.recipe.sft is None:  # of a fine-tuning only the targets are counted, not what they cost
+    if facts.recipe.sft is None:  # a fine-tuning counts only targets, not the tokens that are computed
         flops = flops_per_token(facts.recipe.model, facts.recipe.data.seq_len) * facts.tokens
         whole.append(f"{flops:.2g} floating-point operations in all")
 
@@ -121,7 +121,7 @@ def speed(facts: RunFacts) -> list[str]:
 
 
 def _unrecorded_launches(facts: RunFacts) -> str:
-    """A sentence where an older version recorded of several launches the last one alone."""
+    """A sentence if an older version recorded only the last one of several launches."""
     launches = facts.environment.get("generation")
     if not isinstance(launches, int) or launches <= 1 or facts.records.get("launch"):
         return ""

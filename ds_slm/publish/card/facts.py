@@ -1,4 +1,4 @@
-"""What a run folder tells of one of its checkpoints: all that a model card is written from.
+"""The facts of a checkpoint in its run folder, from which a model card is written.
 
 RUN/env.json, changes.jsonl, metrics.jsonl, done.json, CHECKPOINT/state.json --read_facts--> RunFacts
 
@@ -29,28 +29,28 @@ class RunFacts:
     recipe: Recipe
     step: int
     weights_sha256: str
-    """Of the checkpoint's weights, in fp32."""
+    """Hash of the checkpoint's weights, in fp32."""
     state: Record
     """The checkpoint's state.json."""
     environment: Record
     """env.json, of the last launch."""
     changes: Sequence[Record]
-    """What launches did differently that took steps of these."""
+    """The changes made by launches that took some of these steps."""
     records: Mapping[str, Sequence[Record]]
     """Kind -> records of the steps up to this one."""
     done: Record
-    """done.json where this step is the one it was written at, of this recipe; else empty."""
+    """done.json if it was written at this step and for this recipe; else empty."""
 
     @property
     def samples(self) -> dict[str, str]:
-        """Prompt -> how the run continued it with these weights; empty where it did not, or an older version ran it."""
+        """Prompt -> the run's continuation with these weights; empty if there is none, or an older version ran it."""
         found = [one.get("continuations") for one in self.records.get("samples", ()) if one["step"] == self.step]
         texts = found[-1] if found and isinstance(found[-1], Mapping) else {}
         return {prompt: str(texts[prompt]) for prompt in self.recipe.eval.prompts if prompt in texts}
 
     @property
     def name(self) -> str:
-        """What the launch called its recipe; the model's name in older folders."""
+        """The launch's name for its recipe; in older folders the model's name."""
         return str(self.environment.get("recipe_name") or self.recipe.card.name)
 
     @property
@@ -60,7 +60,7 @@ class RunFacts:
 
     @property
     def base_name(self) -> str:
-        """That model's id on the hub where the recipe says it, else what it was called; empty where nothing does."""
+        """That model's id on the hub if the recipe gives it, else its name; empty if neither is known."""
         return self.recipe.card.base_model or str(self.environment.get("base") or "")
 
     @property
@@ -75,20 +75,20 @@ class RunFacts:
 
     @property
     def held_out(self) -> Record:
-        """The losses of these weights on held-out rows; empty where they were not evaluated."""
+        """The losses of these weights on held-out rows; empty if they were not evaluated."""
         if self.done:
             return {key.removeprefix("val_"): value for key, value in self.done.items() if key.startswith("val_")}
         return next((one for one in self.records.get("val", ()) if one.get("step") == self.step), {})
 
     @property
     def of_held_out(self) -> str:
-        """What `held_out` is not taken on all held-out rows of; empty where it is."""
+        """A remark if `held_out` does not cover all held-out rows; empty if it does."""
         return "" if self.done or not self.held_out else f"on {self.recipe.run.eval_rows:,} held-out rows at most"
 
     def figure(self, metric: str, step: int) -> float | None:
-        """A loss of the run after a step, by a recipe's name for it such as val/loss; None where it was not taken.
+        """A loss of the run after a step, by a recipe's name for it such as val/loss; None if it was not measured.
 
-        That of the finished run is on all held-out rows.
+        For the finished run it is the loss on all held-out rows.
         """
         kind, _, field = metric.partition("/")
         found = self.held_out if kind == "val" and step == self.step else None
@@ -99,20 +99,20 @@ class RunFacts:
 
     @property
     def device_hours(self) -> float | None:
-        """Device hours of the training steps, without evaluations and saves; None where no step was recorded.
+        """Device hours of the training steps, without evaluations and saves; None if no step was recorded.
 
-        Steps that `run.log_every_steps` left out of the records are counted with the mean of the others. Each step
-        counts with the devices of its launch; in folders of older versions, which record no launch, of the last one.
+        Steps that `run.log_every_steps` left out of the records count with the mean of the others. Each step counts
+        with the devices of its launch; in folders of older versions, which record no launch, with the last launch's.
         """
         taken = [one for one in self.records.get("train", ()) if isinstance(one.get("step_s"), int | float)]
         hours = [one["step_s"] * devices / 3600 for one in taken if (devices := self._devices_at(one["step"]))]
         return statistics.fmean(hours) * self.step if hours and len(hours) == len(taken) else None
 
     def launches(self) -> list[tuple[int, Record]]:
-        """Of each launch that took steps of these, in their order: the step it began behind, and its facts.
+        """For each launch that took some of these steps, in order: the step after which it began, and its facts.
 
-        Folders of older versions record no launch: then env.json stands for all. Of one that this version took over,
-        nothing is known of the first launches.
+        Folders of older versions record no launch: then env.json stands for all. If this version took over such a
+        folder, its first launches are not known.
         """
         recorded = self.records.get("launch", ())
         begun: dict[int, Record] = {0: {} if recorded else self.environment}
@@ -129,7 +129,7 @@ class RunFacts:
     def rows_drawn(self) -> list[int]:
         """Rows of each source that were drawn so far, in the recipe's order of sources.
 
-        The order of sources is a function of their weights alone, so this is a count of what was drawn.
+        The order of sources depends only on their weights, so this counts exactly the rows that were drawn.
         """
         weights = [source.weight for source in self.recipe.data.source]
         order = Order(self.recipe.train.seed, [1] * len(weights), weights)
@@ -149,7 +149,7 @@ def _before(recipe: Recipe, changes: Any) -> Recipe:
 
 
 def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
-    """Everything that the run folder tells of a verified checkpoint."""
+    """Read all facts of a verified checkpoint from the run folder."""
     state = checkpoint_files.read_state(checkpoint)
     step = state["step"]
 
@@ -157,7 +157,7 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
     recorded = run_folder.read_records(run)
     records = {kind: [record for record in of_kind if record["step"] <= step] for kind, of_kind in recorded.items()}
 
-    # A launch behind this step may have changed the recipe: these weights know nothing of that.
+    # A launch after this step may have changed the recipe, which does not concern these weights.
     changes = run_folder.changes_by_step(run, recorded.get("launch", []))
     for change in reversed([one for one in changes if one["step"] >= step]):
         recipe = _before(recipe, change.get("changes"))

@@ -1,9 +1,9 @@
-"""The head of a model card, which the hub reads: licence, language, data, base, and what was measured.
+"""The head of a model card, which the hub reads: licence, language, data, base, and results.
 
 RunFacts, eval.json --card_data--> huggingface_hub's ModelCardData --> YAML
 
-Hub ids stand there only of what is on the hub, and the figures only of whole sets with the published questions. A set
-whose published questions are not known has that word in the name of its metric.
+It holds hub ids only of things that are on the hub, and figures only of whole sets with the published questions. If a
+set's published questions are not known, the name of its metric says so.
 """
 
 import math
@@ -24,7 +24,7 @@ LIBRARY, PIPELINE = "transformers", "text-generation"
 
 
 class HubDataset(NamedTuple):
-    """Where the hub has the rows of a benchmark."""
+    """The dataset of a benchmark on the hub."""
 
     id: str
     config: str | None
@@ -39,12 +39,12 @@ def card_data(
     Args:
         facts: the checkpoint and its run.
         title: the model's name.
-        scored: eval.json of these weights; empty where they were not scored.
-        datasets: task -> where the hub has its rows.
+        scored: eval.json of these weights; empty if they were not scored.
+        datasets: task -> its dataset on the hub.
 
     Raises:
         RecipeError: a source has an id that no dataset of the hub can have, or another licence has no name.
-        DataError: a figure is one that no model can have.
+        DataError: a figure is impossible for any model.
     """
     from huggingface_hub import ModelCardData
 
@@ -75,7 +75,7 @@ def card_data(
 
 
 def hub_sources(facts: RunFacts) -> list[str]:
-    """Ids of the datasets of the hub that were read. Raises RecipeError where one is not an id."""
+    """Ids of the datasets of the hub that were read. Raises RecipeError if one is not a valid id."""
     ids = [source.id for source in facts.recipe.data.source if source.id and is_from_hub(source, facts)]
     if wrong := [one for one in ids if not is_repo_id(one)]:
         raise RecipeError([f"data.source.id: {one!r} is not a dataset's id on the hub." for one in wrong])
@@ -98,7 +98,7 @@ def _tags(facts: RunFacts) -> list[str]:
 
 
 def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDataset]) -> "list[EvalResult]":
-    """One task's figures for the model-index; none of a trial with a limit, or of other rows than the published."""
+    """One task's figures for the model-index; empty for a trial with a limit, or if rows are not the published ones."""
     from huggingface_hub import EvalResult
 
     if task["limited"] or task["published"] is False:
@@ -127,7 +127,7 @@ def _results(name: str, task: Mapping[str, Any], datasets: Mapping[str, HubDatas
 
 
 def _refuse_impossible(name: str, metric: str, value: float) -> None:
-    """Raise DataError for a figure that no model can have. Of other metrics the range is not known."""
+    """Raise DataError for a figure that no model can have; for other metrics the range is not known."""
     kind = _metric_type(metric)
     least = 0.0 if kind in ("accuracy", "perplexity") else -math.inf
     most = 100.0 if kind == "accuracy" else math.inf

@@ -1,4 +1,4 @@
-"""What a model cannot do, as far as its run tells: the last part of a model card."""
+"""What a model cannot do, as far as its run shows: the last part of a model card."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from ds_slm.recipe.plan import parameters
 from ds_slm.run.scores import rows_of
 
 TOKENS_PER_PARAMETER = 20
-"""Of compute-optimal training (arXiv 2203.15556, table 3)."""
+"""Tokens per parameter in compute-optimal training (arXiv 2203.15556, table 3)."""
 
 
 def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
-    """A list, as one paragraph.
+    """The limits as a list, in one paragraph.
 
     Args:
         facts: the checkpoint and its run.
-        scored: eval.json of these weights; empty where they were not scored.
+        scored: eval.json of these weights; empty if they were not scored.
     """
     recipe, count = facts.recipe, parameters(facts.recipe.model)
     languages = recipe.card.language
@@ -52,7 +52,7 @@ def limits(facts: RunFacts, scored: Mapping[str, Any]) -> list[str]:
         named = ", ".join(map(language_name, languages))
         lines.append(f"Language: text in other languages than {named} is not what it was trained on.")
 
-    # A trial with a limit has so wide a margin that guessing always lies within it.
+    # A trial with a limit has such a wide margin that guessing always lies within it.
     whole = {name: task for name, task in scored.get("tasks", {}).items() if not task["limited"]}
     rows = rows_of({**scored, "tasks": whole}, None) if whole else []
     accuracies = [row for row in rows if row.chance is not None]

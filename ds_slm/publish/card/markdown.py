@@ -7,7 +7,7 @@ SIZES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A table without the columns that hold nothing; those whose numbers are in `right` are aligned to the right."""
+    """A table without its empty columns; columns whose numbers are in `right` are aligned to the right."""
     rule = ["---:" if number in right else "---" for number in range(len(header))]
     kept = [number for number in range(len(header)) if any(row[number] for row in rows)]
     lines = ([cell(row[number]) for number in kept] for row in (header, rule, *rows))
@@ -15,17 +15,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 
 def cell(text: str) -> str:
-    """Text on one line, whose bars are not those of a table, nor escaped twice."""
+    """Text on one line, with its bars escaped once, so that they do not divide the table."""
     return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
 
 
 def plain(text: str) -> str:
-    """Text on one line that is no markup: a recipe may hold anything."""
+    """Text on one line that is not markup: a recipe may hold anything."""
     return re.sub(r"[<>`|\\*_\[\]#]", lambda sign: f"\\{sign[0]}", " ".join(text.split()))
 
 
 def code(text: str) -> str:
-    """A name within a sentence, on one line; one that holds backticks itself as plain text."""
+    """A name within a sentence, on one line; a name that holds backticks is given as plain text."""
     return plain(text) if "`" in text else f"`{' '.join(text.split())}`"
 
 

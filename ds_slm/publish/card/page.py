@@ -1,11 +1,11 @@
-"""The model card, README.md: what the model is, what was measured of it, and how to make it again.
+"""The model card, README.md: what the model is, what was measured, and how to make it again.
 
     run folder, checkpoint --describe--> README.md and its pictures
     RunFacts, eval.json    --write_card--> YAML head, glance, use, results, architecture, data, training, what the
                                            original left open, the way to make it again, limits, licence
 
 Everything comes from the files of the run: nothing is measured here, no clock is read, and no path of the machine is
-told. A figure that is missing is left out, or said to be missing where a published one stands beside it.
+shown. A missing figure is left out, or marked as missing if there is a published one.
 """
 
 import json
@@ -32,25 +32,25 @@ from ds_slm.run.scores import ARITHMARK, CONFIDENCE, DOCUMENTATION, LEADERBOARD,
 
 README = "README.md"
 NEW_TOKENS = 60
-"""That the snippet asks for, at most."""
+"""The most new tokens for which the snippet asks."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a card says beside what its run tells."""
+    """What a card says in addition to the facts of its run."""
 
     title: str
     """The model's name."""
     model_id: str
     """What the snippet loads: the folder's name, or the repository's id."""
     dtype: str = "float32"
-    """Of the stored weights."""
+    """The type of the stored weights."""
     scored: Mapping[str, Any] = field(default_factory=dict)
-    """eval.json of these weights; empty where they were not scored."""
+    """eval.json of these weights; empty if they were not scored."""
     datasets: Mapping[str, HubDataset] = field(default_factory=dict)
-    """Benchmark -> where the hub has its rows."""
+    """Benchmark -> its dataset on the hub."""
     gguf: str | None = None
-    """The file beside the card that llama.cpp reads, if there is one."""
+    """The name of the file for llama.cpp beside the card, if there is one."""
 
 
 def describe(run: Path, checkpoint: Path, recipe: Recipe, page: Page) -> dict[str, bytes]:
@@ -59,8 +59,8 @@ def describe(run: Path, checkpoint: Path, recipe: Recipe, page: Page) -> dict[st
     Args:
         run: the run folder.
         checkpoint: one of its checkpoints, verified.
-        recipe: the run's, whose card may say more than the recorded one.
-        page: what the run does not tell; its `scored` is read here.
+        recipe: the run's recipe, whose card may say more than the recorded one.
+        page: what the run does not say; its `scored` is read here.
 
     Raises:
         DataError: eval.json is damaged.
@@ -99,7 +99,7 @@ def write_card(facts: RunFacts, page: Page) -> str:
 
 
 def _glance(facts: RunFacts, page: Page) -> list[str]:
-    """What it is, in one paragraph and one table."""
+    """What the model is, in one paragraph and one table."""
     recipe, count = facts.recipe, parameters(facts.recipe.model)
     size = f"{in_words(count)} parameters"
     base = code(facts.base_name) if facts.base_name else "a base model"
@@ -142,7 +142,7 @@ def _glance(facts: RunFacts, page: Page) -> list[str]:
 
 
 def _use(facts: RunFacts, page: Page) -> list[str]:
-    """A snippet that runs as it stands."""
+    """A snippet that runs unchanged."""
     recipe = facts.recipe
     prompt = next((one for one in recipe.eval.prompts if one.strip()), "Once upon a time")
     most = min(NEW_TOKENS, recipe.model.max_position_embeddings // 2)
@@ -182,14 +182,14 @@ def _use(facts: RunFacts, page: Page) -> list[str]:
 
 
 def _llama_command(file: str, recipe: Recipe, prompt: str) -> str:
-    """llama.cpp's program for a conversation with an assistant, or for a text that a base continues."""
+    """The command of llama.cpp for a conversation with an assistant, or for a text that a base continues."""
     if recipe.sft is not None:
         return f"llama-cli -m {shlex.quote(file)}"
     return f"llama-completion -m {shlex.quote(file)} -p {shlex.quote(prompt)}"
 
 
 def _samples(facts: RunFacts) -> list[str]:
-    """What the run sampled with these weights, not chosen by anybody."""
+    """The run's samples with these weights, which nobody selected."""
     if not facts.samples:
         return []
     if facts.recipe.sft is None:
@@ -214,7 +214,7 @@ def _results(facts: RunFacts, page: Page) -> list[str]:
     recipe, scored = facts.recipe, page.scored
     rows = rows_of(scored, recipe) if scored else []
 
-    # What the original publishes and nobody has scored of this model.
+    # Figures that the original publishes and that nobody has scored for this model.
     shown = {f"{row.task}/{row.metric}" for row in rows} | {LEADERBOARD for row in rows if row.task == "leaderboard"}
     missing = [
         target

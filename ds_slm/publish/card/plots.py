@@ -2,7 +2,7 @@
 
 RunFacts --draw--> {file name: PNG}        the same run and matplotlib --> the same bytes
 
-matplotlib is imported where a picture is drawn, and nowhere else.
+matplotlib is imported only where a picture is drawn.
 """
 
 import io
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, DOTS_PER_INCH = 7.0, 3.0, 110
 LINE, MEAN, HELD_OUT = "#b9c6d8", "#1f4e8c", "#c8501e"
 SMOOTHED_OVER = 50
-"""Parts of a run: a point of the smooth curve is the mean of about one of them."""
+"""Number of parts of a run: a point of the smooth curve is the mean of about one part."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: which field of the records of training steps it shows."""
+    """One picture: the field of the records of training steps that it shows."""
 
     file: str
     field: str
@@ -46,7 +46,7 @@ def figures(facts: RunFacts) -> list[str]:
 
 
 def draw(facts: RunFacts) -> dict[str, bytes]:
-    """The pictures by file name; none of a field that fewer than two records hold."""
+    """The pictures by file name; fields that fewer than two records hold have none."""
     return {one.file: _png(facts, one) for one in PICTURES if len(_points(facts, one)) > 1}
 
 
@@ -55,7 +55,7 @@ def _points(facts: RunFacts, picture: Picture) -> list[tuple[int, float]]:
 
 
 def _png(facts: RunFacts, picture: Picture) -> bytes:
-    """A picture, drawn without a screen, without a clock, and without anybody's settings of matplotlib."""
+    """A picture, drawn without a screen, without a clock, and without a user's settings of matplotlib."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

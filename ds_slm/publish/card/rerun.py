@@ -16,11 +16,11 @@ from ds_slm.recipe import schema
 from ds_slm.recipe.hub_names import is_repo_id
 
 HIDDEN = ("run", "eval")
-"""Sections that change no result; a run's may name folders of its machine."""
+"""Sections that do not change the result, and may name folders of the machine."""
 
 
 def rerun(facts: RunFacts) -> list[str]:
-    """Commands, hashes and versions; the recipe itself where it is not the library's."""
+    """Commands, hashes and versions; the recipe itself if it is not the library's."""
     name, environment = facts.name, facts.environment
     in_library = _library_has(facts)
     recipe = shlex.quote(name if in_library else f"{name}.toml")
@@ -68,7 +68,7 @@ def _library_has(facts: RunFacts) -> bool:
 
 
 def _proof(facts: RunFacts) -> list[str]:
-    """What must be equal for the same rows in the same order, and the versions this was made with."""
+    """What must be equal for the same rows in the same order, and the versions with which this was made."""
     environment = facts.environment
     hashes = {
         "recipe": schema.parse(_shown(facts), recorded=True).identity_sha256(),
@@ -95,7 +95,7 @@ def _has_local_path(recipe: schema.Recipe) -> bool:
 
 
 def _shown(facts: RunFacts) -> str:
-    """The resolved recipe as TOML, without what is private: of a local path only the last part."""
+    """The resolved recipe as TOML, without private parts: a local path is cut to its last part."""
     tables: dict[str, Any] = facts.recipe.model_dump(mode="json", exclude_none=True, exclude=set(HIDDEN))
     for table_ in (tables["tokenizer"], *tables["data"]["source"]):
         if (path := table_.get("path")) and not (table_ is tables["tokenizer"] and is_repo_id(path)):

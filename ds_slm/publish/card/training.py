@@ -1,4 +1,4 @@
-"""The parts of a model card that tell how the model came about: its data and its training."""
+"""The parts of a model card on how the model was made: its data and its training."""
 
 from collections.abc import Mapping
 from typing import Any, assert_never
@@ -11,7 +11,7 @@ from ds_slm.publish.curves import is_number
 from ds_slm.recipe.schema import Recipe, Source, changes_result
 
 OF_TRAINING = ("val", "train")
-"""What the published figures of a recipe are called that training itself takes; the others are benchmarks."""
+"""Prefixes of published figures that training itself measures; the others are benchmarks."""
 HUB = "https://huggingface.co/datasets"
 OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with 8-bit states"}
 PRECISIONS = {
@@ -48,7 +48,7 @@ def data(facts: RunFacts) -> list[str]:
 
 
 def _origin(source: Source, facts: RunFacts) -> str:
-    """Where a source was read from. Local paths are nobody else's business."""
+    """Where a source was read from, without local paths, which are private."""
     if source.name in (facts.environment.get("replaced_sources") or ()):
         asked = f" in place of {source.id}" if source.id else ""
         return f"local files{asked}"
@@ -62,7 +62,7 @@ def _origin(source: Source, facts: RunFacts) -> str:
 
 
 def _counts(facts: RunFacts, rows: Mapping[str, Any]) -> list[str]:
-    """How much there was, how often it was seen, and what was held out; nothing where the run did not record it."""
+    """Size of the data, number of times it was seen, and held-out part; empty if the run did not record them."""
     train, val, recipe = rows.get("train") or {}, rows.get("val") or {}, facts.recipe
     if recipe.sft is not None and "conversations" in train:
         dropped = sum((rows.get("dropped") or {}).values())
@@ -96,7 +96,7 @@ def _tokenizer(facts: RunFacts) -> str:
 
 
 def training(facts: RunFacts) -> list[str]:
-    """Settings, devices and speed, losses beside the published ones, and what was not as planned."""
+    """Settings, devices and speed, losses beside the published ones, and incidents."""
     return [table(("", ""), _settings(facts)), *devices.speed(facts), *_losses(facts), *_incidents(facts)]
 
 

@@ -224,7 +224,7 @@ def verify_run(
         bool,
         typer.Option(
             "--resume",
-            help="Train a few steps, kill, resume, with as many ranks: the same? The training program's flags follow.",
+            help="Train a few steps, kill, resume on the same number of ranks, compare. The training program's flags follow.",
         ),
     ] = False,
     replay: Annotated[
@@ -331,7 +331,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="MODEL", help="Score this one too, and tell the difference on the same items."),
     ] = None,
-    devices: Annotated[int, typer.Option(min=1, metavar="N", help="On so many GPUs, or processes on the CPU.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Number of GPUs, or of processes on the CPU.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Benchmarks: published, ours, its error, and chance."""

@@ -224,7 +224,7 @@ def verify_run(
         bool,
         typer.Option(
             "--resume",
-            help="Train a few steps, kill, resume on the same number of ranks, compare. The training program's flags follow.",
+            help="Train a few steps, kill, resume on the same ranks, and compare. The training program's flags follow.",
         ),
     ] = False,
     replay: Annotated[

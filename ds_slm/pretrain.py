@@ -6,6 +6,7 @@ deepspeed ds_slm/pretrain.py --recipe mine.toml --base runs/imported  begins wit
 python ds_slm/pretrain.py                                             one device, no launcher
 """
 
+import gc
 import os
 import sys
 from functools import cache
@@ -36,6 +37,7 @@ def report(line: str) -> None:
 def main() -> None:
     """Pretrain a recipe."""
     args = flags.of_pretraining().parse_args()
+    gc.disable()  # `launch.run` turns it on: what is imported until then stays, and is not worth searching
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.data.shards.prepare import needed_folders, prepare

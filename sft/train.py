@@ -4,6 +4,7 @@ deepspeed sft/train.py --recipe demo-instruct --base runs/demo
 deepspeed --hostfile hostfiles/two_node sft/train.py --recipe axiom-380m-instruct --base runs/axiom-380m
 """
 
+import gc
 import os
 import sys
 from functools import cache
@@ -28,6 +29,7 @@ def main() -> None:
     args = flags.of_fine_tuning().parse_args()
     if args.base is None:
         raise ConfigError("--base MODEL: name the run folder, checkpoint or Hugging Face folder to begin with.")
+    gc.disable()  # `launch.run` turns it on: what is imported until then stays, and is not worth searching
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.recipe import schema

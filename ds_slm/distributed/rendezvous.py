@@ -16,7 +16,6 @@ Python's lock for longer than `silent_s` counts as a dead rank.
 
 import contextlib
 import faulthandler
-import gc
 import json
 import os
 import signal
@@ -371,7 +370,6 @@ def run_rank(main: Callable[[], int | None]) -> int:
     If this rank fails alone, or may have failed alone, it prints its error and the process ends at once.
     """
     faulthandler.enable()  # a crash inside a library says where
-    gc.disable()  # until all is imported (train/launch.py): imports make objects that stay
     print_any_name()
     worlds.die_with_torchrun()
     note = worlds.ignored()

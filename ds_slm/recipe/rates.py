@@ -12,7 +12,7 @@ from typing import Literal
 
 from ds_slm.errors import ConfigError
 
-AMX_MFU, AVX2_MFU, GPU_MFU = 0.3, 0.94, 0.15
+AMX_MFU, AVX2_MFU, GPU_MFU = 0.4, 0.94, 0.15
 """Share of the peak that training is assumed to reach: measured on CPUs; on a GPU as in the published runs (12 % on a
 T4 at 10M parameters). It is lower for smaller models and larger GPUs."""
 

@@ -263,9 +263,9 @@ def test_two_runs_on_the_same_hosts_do_not_disturb_each_other(two: Hosts, folder
     try:
         first.await_steps()
         second.await_steps()
-        before = newest(two, "node1", "second")
         first.supervisor().terminate()
         assert first.process.wait(PATIENCE_S) == 75, first.output
+        before = newest(two, "node1", "second")
         second.wait_for("further steps", lambda: newest(two, "node1", "second") > before)
         assert "restart" not in second.output
     finally:

@@ -32,6 +32,7 @@ def test_nothing_is_written_where_nobody_watches(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     pulse.beat(1)
     pulse.final(2)
+    pulse.stopped()
     assert not list(tmp_path.iterdir())
 
 

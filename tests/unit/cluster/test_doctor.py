@@ -99,8 +99,10 @@ def test_a_recipe_is_looked_at_on_every_host(hosts: Callable[..., list[Finding]]
 
 def test_a_file_of_variables_is_read_before_any_host(hosts: Callable[..., list[Finding]], tmp_path: Path) -> None:
     (tmp_path / "variables").write_text("A=1\n# B=2\n")
-    (trap,) = about(hosts("denied", "two"), "variables")
+    found = hosts("denied", "two")
+    (trap,) = about(found, "variables")
     assert trap.level == "failure" and "variables, line 2" in trap.said
+    assert found.index(trap) < found.index(about(found, "ssh")[0])
 
 
 def test_a_host_without_packages_can_say_so() -> None:

@@ -86,9 +86,8 @@ def test_the_user_of_a_host_is_not_part_of_its_name() -> None:
 
 def test_a_missing_program_is_named_with_its_package() -> None:
     packages = {"ssh": "openssh-client", "pdsh": "pdsh"}
-    assert_only(
-        findings.of_programs({"ssh": "/usr/bin/ssh", "pdsh": None}, packages), "failure", "apt-get install pdsh"
-    )
+    found = findings.of_programs({"ssh": None, "pdsh": "/usr/bin/pdsh"}, packages)
+    assert_only(found, "failure", "ssh not installed here", "`apt-get install openssh-client`")
     assert_only(findings.of_programs(dict.fromkeys(packages, "/usr/bin/x"), packages), "ok")
 
 
@@ -153,8 +152,9 @@ def test_a_missing_package_is_not_only_another_version() -> None:
 
 
 def test_another_build_of_torch_is_noted() -> None:
-    (note, _) = findings.of_software(installed(torch_cuda="12.8"))
-    assert note.level == "warning" and "rounded differently" in note.said
+    note, rest = findings.of_software(installed(torch_cuda="12.8"))
+    assert (note.level, rest.level) == ("warning", "ok")
+    assert "CUDA 12.8 on node2" in note.said and "rounded differently" in note.said
 
 
 CPU = {"node1": "none", "node2": "none"}
@@ -216,8 +216,8 @@ NEEDS = Needs("slm-10m", checkpoint_bytes=GB, checkpoints=4, keepers=2, data_byt
         ("run", {"problem": "Read-only file system"}, "failure", ["Read-only file system", "--run-dir"]),
         ("data", {"problem": "No space left on device"}, "failure", ["No space left", "--data-root"]),
         ("home", {"problem": "Permission denied"}, "failure", ["its home", "Permission denied"]),
-        ("run", {"free_bytes": 10**7}, "failure", ["10 MB free", "--run-dir"]),
-        ("data", {"free_bytes": 10**7}, "failure", ["10 MB free", "--data-root"]),
+        ("run", {"free_bytes": 10**7}, "failure", ["10 MB free: make space", "--run-dir"]),
+        ("data", {"free_bytes": 10**7}, "failure", ["10 MB free: make space", "--data-root"]),
         ("run", {"free_bytes": GB // 2}, "failure", ["500 MB free", "takes 1.0 GB"]),
         ("run", {"free_bytes": 3 * GB}, "warning", ["up to 4", "run.keep_last"]),
         ("data", {"free_bytes": 5 * GB}, "warning", ["take up to 10.0 GB"]),
@@ -392,4 +392,4 @@ def test_forwarding_that_the_server_refuses() -> None:
 
 
 def test_a_host_alone_that_is_not_this_machine() -> None:
-    assert_only([findings.alone("node2")], "warning", "--force_multi")
+    assert_only([findings.alone("node2")], "warning", "node2 alone is not this machine", "--force_multi")

@@ -37,6 +37,9 @@ def test_a_flag_without_effect_is_refused(flag: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--restarts", "-1"], ["--restarts", "many"], ["--lease", "0"]])
-def test_what_is_not_a_number_is_refused(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit):
+def test_what_is_not_a_number_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
         flags(*arguments)
+    flag, value = arguments
+    assert refused.value.code == 2
+    assert f"argument {flag}: {value!r} is not a " in capsys.readouterr().err

@@ -96,7 +96,8 @@ def test_hosts_that_differ_are_refused_unless_allowed(monkeypatch: pytest.Monkey
     other: Any = Meeting(python="3.0.0", sources_sha256="6" * 64)
     with pytest.raises(ConfigError) as refused:
         agreement.meet(other, allow_mixed=False)
-    assert [part in refused.value.problems[index] for index, part in enumerate(("source", "Python", "--allow-mixed"))]
+    for part, problem in zip(("source", "Python", "--allow-mixed"), refused.value.problems, strict=True):
+        assert part in problem
     assert len(agreement.meet(other, allow_mixed=True)["mixed_hosts"]) == 2
 
 

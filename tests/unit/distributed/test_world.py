@@ -78,6 +78,7 @@ def test_nonsense_is_refused_in_a_sentence(change: dict[str, str | None], told: 
 
 
 def test_all_nonsense_is_told_at_once() -> None:
+    """Oracle: by hand: of a launch's five variables one is wrong and four are missing; last comes the way out."""
     with pytest.raises(DeviceError) as refused:
         worlds.read({"RANK": "x"})
     *problems, way_out = refused.value.problems

@@ -177,6 +177,7 @@ def test_the_interface_that_leads_to_the_others(
 
 @pytest.mark.usefixtures("interfaces")
 def test_what_the_user_names_stays() -> None:
+    """Oracle: the environment as the user made it, gloo's interface from it, and no complaint."""
     environ = {network.GLOO: "docker0", network.NCCL: "^docker"}
     assert network.choose(["192.0.2.11", "192.0.2.12"], 0, is_cuda=True, environ=environ) == "docker0"
     assert environ == {network.GLOO: "docker0", network.NCCL: "^docker"}

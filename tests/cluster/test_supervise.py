@@ -259,13 +259,14 @@ def test_rank_0s_host_of_three_dies_and_comes_back(tmp_path: Path, folder: Path)
 
 @pytest.mark.slow
 def test_two_runs_on_the_same_hosts_do_not_disturb_each_other(two: Hosts, folder: Path) -> None:
+    """Oracle: exit code 75 of the run that is stopped; the other then takes further steps, and never restarts."""
     first, second = (Supervised(two, folder, name, ("node1", "node2")) for name in ("first", "second"))
     try:
         first.await_steps()
         second.await_steps()
-        before = newest(two, "node1", "second")
         first.supervisor().terminate()
         assert first.process.wait(PATIENCE_S) == 75, first.output
+        before = newest(two, "node1", "second")
         second.wait_for("further steps", lambda: newest(two, "node1", "second") > before)
         assert "restart" not in second.output
     finally:

@@ -60,6 +60,7 @@ def test_hosts_with_another_version_end_the_run_in_one_paragraph(two: Hosts, fol
 
 @pytest.mark.slow
 def test_a_shard_that_was_changed_on_one_host_ends_the_run_in_one_paragraph(two: Hosts, folder: Path) -> None:
+    """A shard's first bytes are others on node2. Oracle: exit code 2, and that shard's name, once."""
     run = Supervised(two, folder, "whole", PAIR, "--max-steps", "2")
     assert run.process.wait(PATIENCE_S) == 0, run.output
     shard = next(two.data("node2").rglob("train-*.bin"))

@@ -80,6 +80,7 @@ def assert_same_training(got: list[dict], expected: list[dict]) -> None:
 
 
 def test_zero1_gives_the_losses_of_two_ranks_on_one_host(across: list[dict], alone: list[dict]) -> None:
+    """Oracle: the same recipe on two ranks of node1: equal tokens and ledgers, losses apart by rounding alone."""
     assert len(across) == len(alone) == STEPS
     assert_same_training(across, alone)
     assert across[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=TOLERANCE.grad_norm)
@@ -87,6 +88,7 @@ def test_zero1_gives_the_losses_of_two_ranks_on_one_host(across: list[dict], alo
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_other_stages_give_them_too(hosts: TwoHosts, alone: list[dict], stage: int) -> None:
+    """Oracle: the losses of ZeRO-1 on two ranks of node1; the stage that was asked for, in each host's env.json."""
     steps, run = STEPS - 1, f"z{stage}"
     train(hosts, TWO_HOSTS, steps, "--ds-config", f"ds_configs/zero{stage}.json", "--run-dir", f"runs/{run}")
     records = train_records(hosts, run)

@@ -148,6 +148,17 @@ def test_modules_say_what_they_do() -> None:
     assert not undocumented
 
 
+def test_tests_name_their_oracle() -> None:
+    """Oracle: CONTRIBUTING.md: a test's docstring says what makes its expected value right."""
+    silent = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in python_files(ROOT, "tests")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
 def test_dependencies_are_declared_and_pinned() -> None:
     """Oracle: setup.py names what the package imports, and constraints.txt pins what setup.py names."""
     strings = {

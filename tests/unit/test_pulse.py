@@ -28,14 +28,17 @@ def test_an_agent_reads_what_a_rank_writes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nothing_is_written_where_nobody_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the working folder is still empty after each kind of sign."""
     monkeypatch.delenv(pulse.FOLDER, raising=False)
     monkeypatch.chdir(tmp_path)
     pulse.beat(1)
     pulse.final(2)
+    pulse.stopped()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: no error, and no folder in its place."""
     monkeypatch.setenv(pulse.FOLDER, str(tmp_path / "gone"))
     pulse.beat(1)
     assert not list(tmp_path.iterdir())

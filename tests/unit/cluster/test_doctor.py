@@ -91,6 +91,7 @@ def test_torch_that_starts_too_late_is_not_a_fault() -> None:
 
 
 def test_a_recipe_is_looked_at_on_every_host(hosts: Callable[..., list[Finding]]) -> None:
+    """Oracle: both names lead to this checkout, which has one `demo`, and to a data folder that is not there."""
     found = hosts("one", "two", recipe="demo")
     (recipe,), (data,) = about(found, "recipe"), about(found, "data")
     assert recipe.said == "demo is the same on one, two"
@@ -98,9 +99,12 @@ def test_a_recipe_is_looked_at_on_every_host(hosts: Callable[..., list[Finding]]
 
 
 def test_a_file_of_variables_is_read_before_any_host(hosts: Callable[..., list[Finding]], tmp_path: Path) -> None:
+    """Oracle: by hand: line 2 is a comment with `=`. It is told before the host that lets nobody in."""
     (tmp_path / "variables").write_text("A=1\n# B=2\n")
-    (trap,) = about(hosts("denied", "two"), "variables")
+    found = hosts("denied", "two")
+    (trap,) = about(found, "variables")
     assert trap.level == "failure" and "variables, line 2" in trap.said
+    assert found.index(trap) < found.index(about(found, "ssh")[0])
 
 
 def test_a_host_without_packages_can_say_so() -> None:

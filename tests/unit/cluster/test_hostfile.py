@@ -40,6 +40,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_the_shipped_hostfiles() -> None:
+    """Oracle: the lines of both files, read by hand."""
     assert parse_hostfile(ROOT / "hostfiles" / "two_node") == [Host("node1", 1), Host("node2", 1)]
     assert parse_hostfile(ROOT / "hostfiles" / "localhost") == [Host("localhost", 1)]
 
@@ -57,11 +58,13 @@ def test_deepspeed_reads_the_shipped_hostfiles_alike(name: str) -> None:
 
 
 def test_comments_blanks_and_order(tmp_path: Path) -> None:
+    """Oracle: by hand: three hosts in the order of the file, without blank lines and whatever follows a #."""
     path = write(tmp_path / "h", "# b = first\n\n  b\tslots=2  \nuser@a.example slots=03 # why\n10.0.0.7 slots=1")
     assert parse_hostfile(path) == [Host("b", 2), Host("user@a.example", 3), Host("10.0.0.7", 1)]
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    """Oracle: by hand: each of lines 2 to 7 has its own mistake; `good` has 1 slot and 4 more, so 5."""
     text = "good slots=1\nbare\nspaced slots = 2\ngood slots=4\nnone slots=0\nnode[1-2] slots=1\ntail slots=2x\n"
     problems = problems_of(write(tmp_path / "h", text))
     assert [re.search(r"line (\d+)", problem)[1] for problem in problems] == ["2", "3", "4", "5", "6", "7"]  # type: ignore[index]
@@ -119,12 +122,14 @@ def test_hosts_of_an_address(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# node1 slots=1\n"])
 def test_a_hostfile_without_hosts(tmp_path: Path, text: str) -> None:
+    """Oracle: by hand: no line, blank lines, and a host in a comment name nobody; told is what a line looks like."""
     (problem,) = problems_of(write(tmp_path / "h", text))
     assert "names no host" in problem
     assert "`host slots=N`" in problem
 
 
 def test_a_missing_hostfile_names_the_nearest(tmp_path: Path) -> None:
+    """Oracle: by hand: `two_node` is the only file beside `two_nodes`, which is not there."""
     write(tmp_path / "two_node", "a slots=1\n")
     (problem,) = problems_of(tmp_path / "two_nodes")
     assert f"{tmp_path / 'two_nodes'} is not a file" in problem
@@ -133,6 +138,7 @@ def test_a_missing_hostfile_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_hostfile(tmp_path: Path) -> None:
+    """Oracle: by hand: the path of a folder, which is there and has no lines."""
     (problem,) = problems_of(tmp_path)
     assert "is not a file" in problem
 
@@ -202,6 +208,7 @@ def test_the_runners_own_hostfile_is_told_from_the_scripts(arguments: str, expec
     ],
 )
 def test_the_program_of_a_command_line(argv: str, program: str) -> None:
+    """Oracle: `python --help`, by hand: -X and -W take a value, -m names a module; `sh -c` names no program."""
     assert hostfiles._program(argv.split())[0] == program
 
 
@@ -252,11 +259,13 @@ def chain(tmp_path: Path):
 
 @pytest.mark.parametrize("module", [False, True])
 def test_the_hostfile_of_the_runner_above(chain, tmp_path: Path, module: bool) -> None:
+    """Oracle: the runner's own -H, from the folder where it runs; not the script's --hostfile, nor the rank's."""
     done = chain("print(launcher_hostfile())", ["-H", "sub/h", "train.py", "--hostfile", "x"], module=module)
     assert done.stdout.strip() == str(tmp_path / "sub" / "h")
 
 
 def test_a_runner_without_a_hostfile(chain) -> None:
+    """Oracle: by hand: the only --hostfile is the script's, so there is none, and nothing to refuse."""
     done = chain("print(launcher_hostfile()); refuse_missing_hostfile()", ["train.py", "--hostfile", "x"])
     assert (done.stdout.strip(), done.returncode) == ("None", 0)
 
@@ -271,6 +280,7 @@ REFUSE = "import sys; sys.exit(run_program(refuse_missing_hostfile))"
 
 
 def test_a_missing_hostfile_is_refused(chain, tmp_path: Path) -> None:
+    """Oracle: exit code 2 of a user's mistake, and the path from the runner's folder, without a traceback."""
     done = chain(REFUSE, ["--hostfile", "absent", "train.py"])
     assert done.returncode == 2
     assert f"{tmp_path / 'absent'} is not a file" in done.stderr
@@ -300,5 +310,6 @@ def test_a_single_remote_host_is_refused(
 
 
 def test_neither_torch_nor_deepspeed_is_imported() -> None:
+    """Oracle: sys.modules of a new Python that imports this module alone."""
     code = "import sys, ds_slm.cluster.hostfile; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -70,6 +70,7 @@ def test_one_supervisor_holds_a_run_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """Oracle: the system's own words for a folder below a file."""
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="Not a directory"):
         supervise._alone(tmp_path / "file").__enter__()
@@ -93,6 +94,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_host_that_could_not_take_part_is_named(ssh: Path, answer: str, told: str) -> None:
+    """Oracle: the stand-in's answers: its shell's error, and a clock one minute ahead or behind."""
     ssh.write_text(f"#!/bin/sh\n{answer}\n")
     with pytest.raises(HostfileError, match=f"host node2.* {told}"):
         supervise.refuse_unfit([Host("node2", 1)], None)
@@ -151,6 +153,7 @@ def test_ssh_that_would_ask_a_question_is_refused_in_one_paragraph(ssh: Path, tm
     ],
 )
 def test_flags_that_make_no_sense_are_refused(runner: list[str], told: str) -> None:
+    """Oracle: by hand: two flags are for DeepSpeed's launcher, which does not run; the third names slots of a host."""
     parser = argparse.ArgumentParser()
     runner_flags.add_runner_flags(parser)
     with pytest.raises(ConfigError, match=told):

@@ -110,8 +110,12 @@ def test_nothing_is_sent_between_hosts_with_other_recipes(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_nobody_or_everybody_has_is_left_alone(tmp_path: Path) -> None:
+    """Oracle: still no file where there was none; where both hosts have the folder, each one's own bytes."""
     assert launch(["node1", "node2"], tmp_path) == ["", ""]
     assert list(tmp_path.iterdir()) == []
+    own = {host: write(tmp_path / host / "demo/docs", seed) for seed, host in enumerate(("node1", "node2"))}
+    assert launch(["node1", "node2"], tmp_path) == ["", ""]
+    assert {host: read(tmp_path / host / "demo/docs") for host in own} == own
 
 
 def test_a_file_that_changes_while_it_is_sent_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,8 @@ def test_hosts_that_differ_are_refused_unless_allowed(monkeypatch: pytest.Monkey
     other: Any = Meeting(python="3.0.0", sources_sha256="6" * 64)
     with pytest.raises(ConfigError) as refused:
         agreement.meet(other, allow_mixed=False)
-    assert [part in refused.value.problems[index] for index, part in enumerate(("source", "Python", "--allow-mixed"))]
+    for part, problem in zip(("source", "Python", "--allow-mixed"), refused.value.problems, strict=True):
+        assert part in problem
     assert len(agreement.meet(other, allow_mixed=True)["mixed_hosts"]) == 2
 
 
@@ -176,6 +177,7 @@ def test_the_interface_that_leads_to_the_others(
 
 @pytest.mark.usefixtures("interfaces")
 def test_what_the_user_names_stays() -> None:
+    """Oracle: the environment as the user made it, gloo's interface from it, and no complaint."""
     environ = {network.GLOO: "docker0", network.NCCL: "^docker"}
     assert network.choose(["192.0.2.11", "192.0.2.12"], 0, is_cuda=True, environ=environ) == "docker0"
     assert environ == {network.GLOO: "docker0", network.NCCL: "^docker"}

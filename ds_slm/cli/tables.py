@@ -88,6 +88,7 @@ def _scaling_lines(plan: Plan) -> list[str]:
         f"Scaling, predicted: a step has {scaling.most_devices:,} rows, so more than {scaling.most_devices:,} devices "
         f"bring nothing; of the rows that these {plan.world_size:,} compute, {scaling.busy_share:.0%} count."
     ]
+
     if scaling.network_shares:
         half = {
             name: f"half at {nodes:,} hosts" if nodes else "never half"

@@ -103,6 +103,8 @@ def _cache_key(trial: Trial, control: Control) -> dict[str, Any]:
     """Everything that the speed or the memory of a micro-batch depends on, on all ranks. Collective."""
     recipe, engine_config = trial.recipe, trial.engine_config
     own_device = [*measure.hardware(trial.device), control.ranks_on_host, torch.get_num_threads()]
+    products = kernels.chosen_products(), cpu_attention.is_built(trial.dtype)
+
     return {
         "method": [METHOD, MINIMAL_GAIN, REPEATS, FREE_SHARE],
         "model": recipe.model.model_dump(mode="json"),
@@ -110,13 +112,7 @@ def _cache_key(trial: Trial, control: Control) -> dict[str, Any]:
         "train": recipe.train.model_dump(mode="json", include={"precision", "gradient_checkpointing", "z_loss"}),
         "optimizer": recipe.optimizer.model_dump(mode="json", include={"name", "embedding_bits"}),
         "deepspeed": {name: value for name, value in engine_config.deepspeed.items() if name not in BATCH_KEYS},
-        "kernels": [
-            str(trial.dtype),
-            engine_config.compiled,
-            engine_config.deterministic,
-            kernels.chosen_products(),
-            cpu_attention.is_built(trial.dtype),
-        ],
+        "kernels": [str(trial.dtype), engine_config.compiled, engine_config.deterministic, *products],
         "devices": control.gather(own_device),
         "versions": {name: _version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda},
     }

@@ -31,11 +31,11 @@ def believe_passed_tests() -> None:
     cache, conditions = ResultCache("instruction_sets"), _conditions()
 
     @wraps(test)
-    def passes(instruction_set: Any, program: str) -> bool:
-        key = {**conditions, "set": str(instruction_set), "program": program}
+    def passes(self: Any, code: str) -> bool:
+        key = {**conditions, "set": str(self), "program": code}
         if cache.load(key) is True:
             return True
-        passed = bool(test(instruction_set, program))
+        passed = bool(test(self, code))
         if passed:
             cache.store(key, True)
         return passed

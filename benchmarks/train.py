@@ -2,7 +2,7 @@
 
     random ids, made-up tokenizer --> OUT/ids.bin, OUT/tokenizer
     each side at each micro-batch, once --> its best micro-batch
-    ours, trainer, trainer-ds, bare; ours, ... ROUNDS times --> medians, spread --> OUT/RECIPE.json and a table
+    ours, trainer, trainer-ds, bare; ours, ... ROUNDS times --> medians, spread --> OUT/RECIPE/result.json and a table
 
 python benchmarks/train.py RECIPE [--sides ours bare] [--rounds 2] [--micro-batches 1 2 4] [--set SECTION.KEY=VALUE]
 python benchmarks/train.py RECIPE --memory --micro-batches 8

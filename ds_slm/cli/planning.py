@@ -7,7 +7,7 @@ from ds_slm.cli import tables
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import plan, rates, schema
-from ds_slm.recipe.ds_config import join, read
+from ds_slm.recipe.ds_config import join, read, refuse_conflicts
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.times import Topology
 
@@ -58,6 +58,7 @@ def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bo
     """
     settings, own = read(ds_config), where.own
     assert own is not None
+    refuse_conflicts(settings)
 
     if measure:
         from ds_slm.engine.core_speed import core_speed

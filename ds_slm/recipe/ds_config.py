@@ -114,9 +114,7 @@ def join(
         device_type: 'cpu' or 'cuda'.
         micro_batch: rows per forward and device; None takes the ds_config's hint, then a default.
     """
-    problems = _conflicts(ds_file)
-    if problems:
-        raise ConfigError(problems)
+    refuse_conflicts(ds_file)
     compile_blocks, deterministic = ds_file.get("compile_blocks", "auto"), ds_file.get("deterministic", False)
     if compile_blocks == "auto":
         compile_blocks = compiles_blocks(recipe, ds_file["zero_optimization"]["stage"], world_size, device_type)
@@ -130,6 +128,12 @@ def join(
 def compiles_blocks(recipe: Recipe, zero_stage: int, world_size: int, device_type: str) -> bool:
     """Whether a run is long enough to compile its blocks; asked if its ds_config does not decide."""
     return zero_stage < 3 and training_flops(recipe) / world_size >= COMPILE_FLOPS[device_type]
+
+
+def refuse_conflicts(ds_file: dict[str, Any]) -> None:
+    """Raise ConfigError with every key of a ds_config that is unknown, refused, or belongs to the recipe."""
+    if problems := _conflicts(ds_file):
+        raise ConfigError(problems)
 
 
 def _conflicts(ds_file: dict[str, Any]) -> list[str]:

@@ -7,10 +7,11 @@ Times are this rank's. Known gap: if pdsh started this host's ranks, the launche
 
 import contextlib
 import time
+from itertools import pairwise
 
 import psutil
 
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "ds-slm")
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "ds-slm train", "ds-slm sft")
 """The programs, or modules, between the command that a user types and a rank."""
 
 
@@ -50,7 +51,8 @@ def _launch_began_s(rank: psutil.Process) -> float:
     began_s = rank.create_time()
     with contextlib.suppress(psutil.Error):  # a parent that has just ended, or is another user's
         for parent in rank.parents():
-            if not any(word.rpartition("/")[2] in LAUNCHERS for word in parent.cmdline()[:4]):
+            words = [word.rpartition("/")[2] for word in parent.cmdline()[:5]]
+            if not {*words, *map(" ".join, pairwise(words))} & set(LAUNCHERS):
                 break
             began_s = parent.create_time()
     return began_s

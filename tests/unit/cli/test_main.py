@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from ds_slm import __version__
 from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
+from ds_slm.errors import ConfigError
 from ds_slm.publish.export import WeightFormat
-from ds_slm.recipe import plan, rates, schema, times
+from ds_slm.recipe import ds_config, plan, rates, schema, times
 from ds_slm.run.software import find_compiler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -269,6 +270,18 @@ def test_refusals(
     message = refused(arguments, monkeypatch, capsys)
     assert message.startswith("error: ")
     assert all(part in message for part in expected), message
+
+
+def test_plan_refuses_a_ds_config_that_training_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the message of the join that a launch makes of the same file."""
+    content = {"zero_optimization": {"stage": 1}, "optimizer": {}, "compile_blocks": "yes"}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as refusal:
+        ds_config.join(schema.load("demo"), content, 1, "cpu", None)
+    message = refused(["plan", "demo", "--ds-config", str(tmp_path / "mine.json")], monkeypatch, capsys)
+    assert len(refusal.value.problems) == 2 and all(part in message for part in refusal.value.problems)
 
 
 @pytest.mark.parametrize("arguments", [["plan", "slm10m"], ["plan", "demo", "--nods=2"], ["trian"]])

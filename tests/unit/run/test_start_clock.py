@@ -27,6 +27,7 @@ def process(began_s: float, *parents: tuple[list[str], float]) -> Any:
         ([(LAUNCH, 102.0), (RUNNER, 100.0), (["bash"], 7.0)], 4.0),
         ([(LAUNCH, 102.0), (["sshd: node2"], 7.0)], 2.0),
         ([(LAUNCH, 102.0), (["/venv/bin/python", "/venv/bin/ds-slm", "train", "demo"], 101.0)], 3.0),
+        ([(LAUNCH, 102.0), (["/venv/bin/python", "/venv/bin/ds-slm", "verify", "runs/demo"], 50.0)], 2.0),
         ([(["python", "-m", "pytest"], 7.0), (RUNNER, 1.0)], 0.0),
         ([], 0.0),
     ],

@@ -236,7 +236,7 @@ def _wait_for_lock(descriptor: int, folder: Path, say: Callable[[str], None]) ->
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):  # some network file systems answer the second
             raise
-        say(Waiting(f"{folder}: another process prepares or checks it, waiting"))
+        say(Waiting(f"{folder}: another process, such as another rank of this launch, prepares or checks it: waiting"))
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 

@@ -148,7 +148,7 @@ def test_readers_do_not_wait_for_one_another(made: Recipe, tmp_path: Path) -> No
         daemon=True,
     )
     late.start()
-    assert waits.wait(timeout=60) and "another process prepares or checks it, waiting" in said[0]
+    assert waits.wait(timeout=60) and "another rank of this launch, prepares or checks it: waiting" in said[0]
     os.close(lock)
     late.join(timeout=60)
     assert prepare(made, tmp_path / "data").sha256 == prepared.sha256

@@ -128,6 +128,14 @@ def test_a_model_whose_blocks_are_compiled_builds_it(monkeypatch: pytest.MonkeyP
     assert len(built) == (dtype == torch.bfloat16)
 
 
+def test_a_thread_without_memory_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the library's answer, made up: it returns false where a buffer cannot be allocated."""
+    monkeypatch.setattr(cpu_attention, "_library", Mock(backward=Mock(return_value=False)))
+    q, k, v, dy = random_case(1, 2, 1, 8, 16)
+    with pytest.raises(MemoryError, match="over 8 tokens"):
+        cpu_attention.backward(dy, q, k, v, dy, torch.zeros(1, 2, 8))
+
+
 def test_a_compiler_that_fails_leaves_torchs_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the reason is the compiler's own line, nothing is raised, and documents are taken by torch's pass."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)

@@ -95,7 +95,7 @@ RAISED_ON_ALL_RANKS = (Stopped, TrainingError, AgreedDataError)
 """Once the ranks have met, all of them raise these at the same place, so none is left inside a collective."""
 
 
-def telling_line(output: str) -> str | None:
+def error_line(output: str) -> str | None:
     """The line of a failed program's output that says most: a compiler's error, else Python's, else the last one.
 
     None where there is no line. Long lines lose their beginning.

@@ -30,7 +30,7 @@ import torch
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine import devices, instruction_sets
 from ds_slm.engine.result_cache import ResultCache
-from ds_slm.errors import telling_line
+from ds_slm.errors import error_line
 from ds_slm.model import cpu_attention, kernels
 from ds_slm.recipe.ds_config import EngineConfig
 from ds_slm.run import software
@@ -137,7 +137,7 @@ def _probe(device: torch.device) -> str | None:
     except OSError as error:
         return f"torch.compile does not work: {error}"
 
-    cause = telling_line(text) or f"exit code {exit_code}"
+    cause = error_line(text) or f"exit code {exit_code}"
     return f"torch.compile does not work: {cause}" if exit_code else None
 
 

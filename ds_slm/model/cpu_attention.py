@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_slm.errors import telling_line
+from ds_slm.errors import error_line
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NO_INSTRUCTIONS = "this CPU has no AVX-512 bf16"
@@ -96,5 +96,5 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = CppCodeCache.load(f"// torch {torch.__version__}\n{SOURCE.read_text()}")
         library.supported.restype = library.backward.restype = ctypes.c_bool
     except Exception as error:  # a compiler that lacks a header, a cache without room, a torch that moved these names
-        return None, f"cpu_attention.cpp: {telling_line(str(error)) or repr(error)}"
+        return None, f"cpu_attention.cpp: {error_line(str(error)) or repr(error)}"
     return (library, None) if library.supported() else (None, "this torch has no such products")

@@ -81,29 +81,26 @@ def alternatives(
     return found
 
 
-def scaling(
-    cuts: Mapping[str, Batch], times: list[Time], topology: Topology, times_on: Callable[[Topology], list[Time]]
-) -> Scaling:
+def scaling(cut: Batch, topology: Topology, times_on: Callable[[Topology], list[Time]]) -> Scaling:
     """Where the asked devices stand.
 
     Args:
-        cuts: device type -> a step on the asked devices.
-        times: its durations, one for each kind of device.
+        cut: how a step is divided among the asked devices, as GPUs.
         topology: the asked devices.
-        times_on: gives the durations on another number of hosts of the same kind.
+        times_on: gives the durations on a topology, one for each kind of device.
     """
-    rows, cut = cuts["cuda"].rows_per_step, cuts["cuda"]
-    most_hosts = max(rows // topology.ranks_per_host, 2)
 
     @cache
     def network_shares(nodes: int) -> dict[str, float]:
         return {time.device: time.network_s / time.step_s for time in times_on(topology.on(nodes))}
 
     # More hosts compute fewer rows each and send about as much: the first host count whose share is a half or more.
-    hosts = range(2, most_hosts + 1)
-    shares = {time.device: time.network_s / time.step_s for time in times if time.network_s}
+    hosts = range(2, max(cut.rows_per_step // topology.ranks_per_host, 2) + 1)
+    shares = {time.device: time.network_s / time.step_s for time in times_on(topology) if time.network_s}
     balanced: dict[str, int | None] = {}
     for device in shares:
         index = bisect_left(hosts, 0.5, key=lambda nodes, device=device: network_shares(nodes)[device])
         balanced[device] = hosts[index] if index < len(hosts) else None
-    return Scaling(rows, rows / (rows + cut.filler_rows), shares, balanced)
+
+    busy_share = cut.rows_per_step / (cut.rows_per_step + cut.filler_rows)
+    return Scaling(cut.rows_per_step, busy_share, shares, balanced)

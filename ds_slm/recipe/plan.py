@@ -121,9 +121,11 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
         cuts = {kind: cut(recipe, ds_config, where.world_size, kind) for kind in DEFAULT_MICRO_BATCH_TOKENS}
         return {kind: load(recipe, per_token, zero, where, one, kind) for kind, one in cuts.items()}
 
+    def times_on(where: Topology) -> list[Time]:
+        return times(recipe, loads_on(where), where)
+
     loads = loads_on(topology)
     gpu, cpu = loads["cuda"], loads["cpu"]
-    durations = times(recipe, loads, topology)
 
     return Plan(
         recipe=name,
@@ -148,13 +150,8 @@ def plan(recipe: Recipe, name: str, ds_config: Mapping[str, Any], topology: Topo
         cpu_alternatives=alternatives(
             recipe, zero, world_size, cpu.cut.micro_batch, "cpu", topology.multiplies(recipe.train.precision)
         ),
-        scaling=scaling(
-            {kind: one.cut for kind, one in loads.items()},
-            durations,
-            topology,
-            lambda where: times(recipe, loads_on(where), where),
-        ),
-        times=durations,
+        scaling=scaling(gpu.cut, topology, times_on),
+        times=times_on(topology),
         assumptions=assumptions(recipe, loads, topology),
         warnings=warnings(recipe),
     )

@@ -62,7 +62,7 @@ def fake_compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) ->
         ("sys.stderr.buffer.write(b'\\xff\\nerror: \\xff'); sys.exit(1)", FAILS + "error: \ufffd"),
     ],
 )
-def test_a_failed_child_is_reported_by_its_most_telling_line(
+def test_a_failed_child_is_reported_by_its_most_error_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str | None
 ) -> None:
     """Oracle: by hand, from what g++, ld and torch print; only a success is kept."""

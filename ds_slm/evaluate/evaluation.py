@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_slm.errors import ConfigError, DataError, UserError
-from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
+from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, HubUnreachable, find_rows
 from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.own_sets import OPERATORS, OWN_SETS, Answering, questions_of
 from ds_slm.evaluate.results import Figure, Item, Question, content_sha256, figures, is_published
@@ -87,7 +87,9 @@ def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str]
     Raises:
         DataError: with every task that does not exist, or whose rows are missing or damaged.
     """
-    tasks, problems = [], []
+    tasks: list[Task] = []
+    problems: list[str] = []
+    unreached: list[HubUnreachable] = []
     for name in names:
         try:
             for task in _tasks_of(name, bench_dir):
@@ -95,8 +97,14 @@ def prepare(names: Sequence[str], bench_dir: Path | None, report: Callable[[str]
                     continue  # both a group of tasks and one of its members were named
                 report(f"{task.name}: {len(task.questions):,} items of {task.file}")
                 tasks.append(task)
+        except HubUnreachable as error:
+            unreached.append(error)
         except UserError as error:
             problems += error.problems
+
+    if unreached:  # one sentence for all
+        datasets = {name: path for one in unreached for name, path in one.datasets.items()}
+        problems += HubUnreachable(datasets, unreached[0].reason).problems
     if problems:
         raise DataError(problems)
     return tasks

@@ -20,7 +20,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -36,6 +36,10 @@ DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """The same for reading, once the hub has answered."""
 LONGEST_WAIT_S = 300.0
 """The longest wait that the hub may ask for: its limits count per 5 minutes."""
+NETWORK = ("httpx", "httpcore")
+"""Prefixes of modules whose errors mean that the hub was not reached; huggingface_hub decides which one it uses."""
+NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "ProxyError")
+"""Names of its errors that mean that no connection was made."""
 STREAMED = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 Report = Callable[[str], None]
@@ -201,6 +205,24 @@ class RemoteFile(io.RawIOBase):
         return answer.content
 
 
+@cache
+def unreachable() -> str | None:
+    """Why the hub cannot be asked, which one request finds out, once in a process; None if it gives any answer.
+
+    The longest wait is HF_HUB_ETAG_TIMEOUT, in seconds. After `unreachable.cache_clear()` it is asked again.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the network library's own kinds
+        return _reason(error)
+    return None
+
+
 def way_out(source: Source) -> str:
     """What to do without a hub, or if a path is wrong."""
     return f"name a local file or folder with --source {source.name}=PATH"
@@ -226,11 +248,11 @@ def _may_pass(error: Exception) -> bool:
         return False
     if statuses := _statuses(error):
         return all(status in (408, 425, 429) or status >= 500 for status in statuses)
-    network = ("httpx", "httpcore")  # by name: huggingface_hub decides which version is used
-    return any(
-        isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.startswith(network)
-        for cause in causes
-    )
+    return any(_is_of_network(cause) for cause in causes)
+
+
+def _is_of_network(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(NETWORK)
 
 
 def _asked_wait_s(error: Exception) -> float:
@@ -246,10 +268,13 @@ def _asked_wait_s(error: Exception) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line, and how to log in if that may help."""
+    """The error's first line; which host was not reached; how to log in if that may help."""
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import constants
 
     reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+    if any(type(cause).__name__ in NOT_CONNECTED for cause in _causes(error)):
+        reason = f"{constants.ENDPOINT} cannot be reached: {reason}"
     if {401, 403} & set(_statuses(error)) or isinstance(error, DatasetNotFoundError):
         reason += "; no such dataset, or no access: accept its terms on its page, log in with hf auth login or HF_TOKEN"
     return reason

@@ -1,17 +1,23 @@
 """Tasks by name, and what is asked of them."""
 
 import json
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
+import huggingface_hub.constants
 import pytest
 from datasets import Dataset
 
 from ds_slm import evaluate as package
+from ds_slm.data.sources.hub import unreachable
 from ds_slm.errors import DataError
 from ds_slm.evaluate import evaluation
 from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
 from ds_slm.recipe import schema
+from tests.support.benchmark_files import ROWS
 
 
 def test_card_is_what_the_recipe_publishes() -> None:
@@ -29,6 +35,48 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         evaluation.prepare(["piqa", "arithmark2", "hella"], tmp_path, lambda line: None)
     told = "\n".join(raised.value.problems)
     assert len(raised.value.problems) == 3 and "piqa: " in told and "arithmark2: " in told and "hellaswag?" in told
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A hub at a port where nobody listens; gives the waits of its libraries between tries, which are not slept."""
+    waits_s: list[float] = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits_s.append)
+    unreachable.cache_clear()
+    yield waits_s
+    unreachable.cache_clear()
+
+
+def test_a_hub_out_of_reach_is_told_at_once(no_hub: list[float]) -> None:
+    """Oracle: no try is repeated, and one sentence names the host, the tasks, their datasets and the way out."""
+    with pytest.raises(DataError) as raised:
+        evaluation.prepare(["sciq", "mmlu", "hella", "boolq"], None, lambda line: None)
+    assert no_hub == []
+    named, told = raised.value.problems
+    assert "hellaswag?" in named
+    for part in ("sciq, mmlu_abstract_algebra, boolq: ", "allenai/sciq, ", "http://127.0.0.1:", "--bench-dir DIR"):
+        assert part in told
+    assert "cannot be reached" in told and not huggingface_hub.constants.is_offline_mode()
+
+
+def test_a_hub_out_of_reach_leaves_its_cache(no_hub: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the rows that the hub's library has in its cache, for which it is asked offline."""
+
+    def load_dataset(*_: str, split: str) -> list[dict]:
+        assert huggingface_hub.constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+        return ROWS["sciq"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert find_rows(BENCHMARKS["sciq"], None).rows == ROWS["sciq"]
+    assert not huggingface_hub.constants.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
 
 
 def test_examples_of_a_task_come_from_their_own_split(tmp_path: Path) -> None:

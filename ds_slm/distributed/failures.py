@@ -8,6 +8,7 @@ a rank that did not    ends, and says so if no rank of its host failed
 import json
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from ds_slm.distributed.problems import merged
@@ -53,6 +54,7 @@ class FailureBoard:
     def __init__(self, store: Store, size: int, intervals: Intervals) -> None:
         self._store, self._size, self._intervals = store, size, intervals
         self._told: list[Failure] = []
+        """The failures that the first rank prints, as far as is known here."""
 
     @property
     def is_empty(self) -> bool:
@@ -63,7 +65,9 @@ class FailureBoard:
         """Post a rank's failure; returns what this rank must print, if anything, before it calls `mark_told`."""
         self._store.set(f"failed/{own.rank}", json.dumps(asdict(own)))
         if self._store.count("failed", 1) > 1:
-            return None if was_told else self._left_to_tell(own)
+            self.await_told()
+            self.read()
+            return None if was_told else self.left_to_tell(own)
         if not own.problems or was_told:
             self._told = [own]
             return None if was_told else own.text
@@ -76,10 +80,18 @@ class FailureBoard:
         if not self._store.has("told"):
             self._store.set("told", json.dumps([one.rank for one in self._told]))
 
-    def await_told(self) -> None:
-        """Wait until the first failure is printed, for a limited time."""
+    def await_told(self, or_else: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until the first failure is printed, or something else happens, for a limited time; whether it is."""
         limit_s = self._intervals.together_s + self._intervals.come_out_s
-        wait_until(lambda: self._store.has("told"), limit_s, POLL_S)
+        wait_until(lambda: self._store.has("told") or or_else(), limit_s, POLL_S)
+        return self._store.has("told")
+
+    def read(self) -> list[Failure]:
+        """All posted failures, and which of them are printed. After that, `left_to_tell` needs no store."""
+        told = json.loads(self._store.get("told")) if self._store.has("told") else []
+        failures = self.failures()
+        self._told = [one for one in failures if one.rank in told]
+        return failures
 
     def failures(self) -> list[Failure]:
         """All posted failures, in the order of ranks."""
@@ -87,12 +99,9 @@ class FailureBoard:
         found = [json.loads(self._store.get(f"failed/{rank}")) for rank in posted]
         return [Failure(**{**one, "problems": tuple(one["problems"])}) for one in found]
 
-    def _left_to_tell(self, own: Failure) -> str | None:
-        """The part of this rank's failure that the first rank did not print."""
-        self.await_told()
-        told = json.loads(self._store.get("told")) if self._store.has("told") else []
-        self._told = [one for one in self.failures() if one.rank in told]
-        if own.rank in told or own.text in [one.text for one in self._told]:
+    def left_to_tell(self, own: Failure) -> str | None:
+        """The part of this rank's failure that the first rank did not print, as `read` found it."""
+        if own.rank in [one.rank for one in self._told] or own.text in [one.text for one in self._told]:
             return None
         if self._told and not own.problems:  # most often the rank waited for something that will never come
             return f"{own.place} ends, too ({self._told[0].place} had failed): {own.text.splitlines()[-1]}"

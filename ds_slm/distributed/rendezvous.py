@@ -29,7 +29,7 @@ from typing import Any
 from ds_slm import pulse
 from ds_slm.distributed import network
 from ds_slm.distributed import world as worlds
-from ds_slm.distributed.failures import Failure, FailureBoard, failure_of
+from ds_slm.distributed.failures import POLL_S, Failure, FailureBoard, failure_of
 from ds_slm.distributed.store import Intervals, Store, await_server, first_line, wait_until
 from ds_slm.distributed.world import World
 from ds_slm.errors import (
@@ -279,32 +279,50 @@ class Rendezvous:
             self._tell_once(text)
         self._was_told = True
         board.mark_told()
-        self._leave_store(own.code, store)
+        store.count("left", 1)
+        self._leave_in_order(own.code, store)
 
     def _follow(self, store: Store, board: FailureBoard) -> None:
         """Another rank failed: end as soon as it has printed why."""
         self._follows = True
-        board.await_told()
-        if self._met.is_set():  # the main thread may fail as well, with more to report
-            wait_until(lambda: self._failure is not None, self._intervals.come_out_s, self._intervals.poll_s)
-        if self._failure is not None:
+        if not board.await_told(or_else=lambda: self._failure is not None) and self._failure is not None:
             return self._report(self._failure, store, board)
-        failures = board.failures()
+
+        # The last that this rank asks of the store, which rank 0 takes along when it ends.
+        failures = board.read()
+        store.count("left", 1)
+
+        # The main thread may fail as well, with more to report.
+        if self._met.is_set():
+            wait_until(lambda: self._failure is not None, self._intervals.come_out_s, self._intervals.poll_s)
+        if own := self._failure:
+            if text := board.left_to_tell(own):
+                self._tell_once(text)
+            self._was_told = True
+            return self._leave_in_order(own.code, store)
+
         if any(one.is_final for one in failures):
             pulse.final(max(one.code for one in failures))
         if failures and self._host not in {one.host for one in failures} and not pulse.is_watched():
             first = failures[0]
             self._tell_for_host(f"{self._host} ends, too: {first.place} failed: {first.text.splitlines()[-1]}")
         self._was_told = True
-        self._leave_store(max((one.code for one in failures), default=EXIT_FAILURE), store)
+        self._leave_in_order(max((one.code for one in failures), default=EXIT_FAILURE), store)
 
-    def _leave_store(self, code: int, store: Store) -> None:
-        """End; rank 0 first serves the others until they have noticed, unless a launcher on the same host ends them."""
-        store.count("left", 1)
-        if self.world.rank == 0 and not self.world.on_one_host:
-            limit_s = self._intervals.come_out_s if self._met.is_set() else self._patience_s(code)
-            wait_until(lambda: store.count("left") >= self.world.size, limit_s, self._intervals.poll_s)
+    def _leave_in_order(self, code: int, store: Store) -> None:
+        """End; rank 0 once the others need its store no more: torch prints a stack where one finds it gone."""
+        world = self.world
+        if world.rank == 0:
+            offered_s, come_out_s = self._patience_s(code), self._intervals.come_out_s
+            before_s = min(offered_s, come_out_s) if world.on_one_host else offered_s
+            limit_s = come_out_s if self._met.is_set() else before_s
+            wait_until(lambda: store.count("left") >= self._count_connected(store), limit_s, POLL_S)
         self._leave(code)
+
+    def _count_connected(self, store: Store) -> int:
+        """The number of ranks to serve to the end. A launcher on the same host ends those that have not connected."""
+        size = self.world.size
+        return sum(store.has(f"claim/{rank}") for rank in range(size)) if self.world.on_one_host else size
 
     def _leave(self, code: int) -> None:
         for stream in (sys.stdout, sys.stderr):

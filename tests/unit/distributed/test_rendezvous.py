@@ -15,113 +15,24 @@ from pathlib import Path
 import pytest
 
 from ds_slm.distributed.rendezvous import Rendezvous
-from ds_slm.distributed.store import Intervals, Store
-from ds_slm.distributed.world import World
+from ds_slm.distributed.store import Store
 from ds_slm.errors import DataError
-from tests.support import runs
+from tests.support.launches import QUICK, Launch, arrives, fails, prepares
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-QUICK = Intervals(
-    poll_s=0.01,
-    beat_s=0.02,
-    first_word_s=60,
-    word_every_s=60,
-    connect_s=20,
-    silent_s=20,
-    together_s=2,
-    come_out_s=0.2,
-    linger_s=0.5,
-)
-
-
-class Launch:
-    """Ranks of one launch, each with an end that is recorded instead of ending this process."""
-
-    def __init__(self, size: int, folder: Path, intervals: Intervals = QUICK) -> None:
-        self.world = World(size=size, port=runs.free_port())
-        self.intervals, self.codes = intervals, dict[int, int]()
-        self.mains: list[tuple[int, threading.Thread]] = []
-        self._log = os.open(folder / "terminal", os.O_CREAT | os.O_RDWR | os.O_APPEND)
-        self._path = folder / "terminal"
-        self.made: list[Rendezvous] = []
-        self.ranks = [self.rank(number) for number in range(size)]
-
-    def rank(self, number: int) -> Rendezvous:
-        def end(code: int) -> None:
-            self.codes.setdefault(number, code)
-            raise SystemExit
-
-        self.made.append(Rendezvous(replace(self.world, rank=number), self.intervals, self._log, end))
-        return self.made[-1]
-
-    @property
-    def told(self) -> str:
-        return self._path.read_text()
-
-    def run(self, *actions: Callable[[Rendezvous], object]) -> None:
-        """Each rank's main thread; returns when all have ended."""
-        for rank, action in zip(self.ranks, actions, strict=False):
-            main = threading.Thread(target=action, args=(rank,), daemon=True)
-            main.start()
-            self.mains.append((rank.world.rank, main))
-        deadline_s = time.monotonic() + 20
-        while self.unfinished and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        assert not self.unfinished
-
-    @property
-    def unfinished(self) -> list[int]:
-        """Ranks whose main thread has neither returned nor been ended."""
-        return [rank for rank, main in self.mains if main.is_alive() and rank not in self.codes]
-
-    def await_codes(self, count: int) -> None:
-        deadline_s = time.monotonic() + 20
-        while len(self.codes) < count and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        for rank in self.made:
-            rank._met.set()  # a main thread whose process ended in earnest would be gone
-            rank.close()
-
-        # A thread that comes back from C++ while the interpreter ends would abort it.
-        for rank in self.made:
-            if rank._thread is not None:
-                rank._thread.join(timeout=30)
-                assert not rank._thread.is_alive()
-        os.close(self._log)
 
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     made: list[Launch] = []
 
-    def make(size: int, **intervals: float) -> Launch:
-        made.append(Launch(size, tmp_path, replace(QUICK, **intervals)))
+    def make(size: int, on_one_host: bool = False, **intervals: float) -> Launch:
+        made.append(Launch(size, tmp_path, replace(QUICK, **intervals), on_one_host))
         return made[-1]
 
     yield make
     for one in made:
         one.close()
-
-
-def arrives(rank: Rendezvous) -> None:
-    rank.open()
-    rank.arrive(f"I am {rank.world.rank}")
-
-
-def fails(error: BaseException, when_open: bool = True) -> Callable[[Rendezvous], None]:
-    def action(rank: Rendezvous) -> None:
-        if when_open:
-            rank.open()
-        rank.fail(error)
-
-    return action
-
-
-def prepares(rank: Rendezvous) -> None:
-    """Opens, and is busy with something else from then on."""
-    rank.open()
 
 
 def test_ranks_that_meet_know_what_each_says(launch: Callable[..., Launch]) -> None:
@@ -355,6 +266,55 @@ def test_a_crash_after_the_ranks_have_met_ends_the_others(launch: Callable[..., 
     three.await_codes(3)
     assert three.codes == {0: 1, 1: 1, 2: 1}
     assert three.told == "ZeroDivisionError: division by zero\n"
+
+
+@pytest.fixture
+def asked_of_the_store(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads of ranks that used the store, in order, but for rank 0's own."""
+    asked: list[str] = []
+
+    def watched(real: Callable[..., object]) -> Callable[..., object]:
+        def use(*args: object) -> object:
+            answer = real(*args)
+            asked.append(threading.current_thread().name)
+            return answer
+
+        return use
+
+    for name in ("get", "set", "has", "count"):
+        monkeypatch.setattr(Store, name, watched(getattr(Store, name)))
+    return asked
+
+
+@pytest.mark.parametrize("have_met", [False, True])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_rank_0_serves_the_store_until_no_rank_of_its_host_asks(
+    launch: Callable[..., Launch], failing: int, have_met: bool, asked_of_the_store: list[str]
+) -> None:
+    """Oracle: no other rank uses the store once rank 0 has ended, where torch would print a stack; all end with 2."""
+    three = launch(3, on_one_host=True, together_s=0.1, come_out_s=1, beat_s=0.2)
+    for rank in three.ranks:
+        rank.open()
+    if have_met:
+        three.run(arrives, arrives, arrives)
+    used_at_end: list[int] = []
+    end = three.ranks[0]._end
+
+    def end_rank_0(code: int) -> None:
+        used_at_end.append(sum(not name.startswith("rank 0") for name in asked_of_the_store))
+        end(code)
+
+    three.ranks[0]._end = end_rank_0
+    assert three.ranks[0]._thread is not None
+    three.ranks[0]._thread.name = "rank 0"
+
+    waits = (lambda rank: None) if have_met else arrives
+    actions = [waits, waits]
+    actions.insert(failing, fails(DataError("this is wrong")))
+    three.run(*actions)
+    three.await_codes(3)
+    assert three.codes == {0: 2, 1: 2, 2: 2} and three.told == "error: this is wrong\n"
+    assert used_at_end[0] == sum(not name.startswith("rank 0") for name in asked_of_the_store)
 
 
 def test_what_follows_from_a_crash_is_one_line(launch: Callable[..., Launch]) -> None:

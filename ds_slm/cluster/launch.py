@@ -114,12 +114,16 @@ def own_cores() -> int:
 
 
 def run(
-    command: Sequence[str], environ: Mapping[str, str], stdout: TextIO | None = None, hold_back: bool = False
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    stdout: TextIO | None = None,
+    stderr: TextIO | None = None,
+    hold_back: bool = False,
 ) -> int:
     """Run a launch to its end; returns its exit code, 1 if a signal ended it, 130 if a signal was sent to us.
 
-    What it prints goes to `stdout`, or where this process's own output goes. With `hold_back`, log lines of DeepSpeed's
-    launcher are shown only if the launch fails.
+    What it prints goes to `stdout` and `stderr`, or where this process's own output goes. With `hold_back`, log lines
+    of DeepSpeed's launcher are shown only if the launch fails.
 
     SIGTERM and SIGINT are passed on to the launch, as SIGTERM; a rank that also gets one from a terminal obeys the
     first.
@@ -133,13 +137,13 @@ def run(
 
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     pipe = subprocess.PIPE if hold_back else None
-    child = subprocess.Popen([program, *command[1:]], env=environ, stdout=pipe or stdout, stderr=pipe)
+    child = subprocess.Popen([program, *command[1:]], env=environ, stdout=pipe or stdout, stderr=pipe or stderr)
 
     # With `hold_back` the ranks' lines are shown at once, and the launcher's own are kept.
     held: list[bytes] = []
     copiers = [
         threading.Thread(target=_copy_lines, args=(source, target, held), daemon=True)
-        for source, target in ((child.stdout, stdout or sys.stdout), (child.stderr, sys.stderr))
+        for source, target in ((child.stdout, stdout or sys.stdout), (child.stderr, stderr or sys.stderr))
         if source is not None
     ]
     for copier in copiers:

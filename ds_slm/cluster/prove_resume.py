@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.cluster import launch
@@ -58,7 +59,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
     script = CHECKOUT / ("ds_slm/pretrain.py" if recipe.sft is None else "sft/train.py")
 
     # Each run saves half-way and at its end, and records every step.
-    every = {"save_every_steps": STEPS // 2, "eval_every_steps": 10 * STEPS, "log_every_steps": 1}
+    every = {"save_every_steps": STEPS // 2, "eval_every_steps": STEPS, "log_every_steps": 1}
 
     # Settings that change bits are taken from the run: ZeRO stage, micro-batch, compiled blocks.
     same = {key: engine_config[key] for key in ("zero_optimization", "train_micro_batch_size_per_gpu")}
@@ -76,27 +77,36 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         str(scratch / "ds_config.json"),
         *flags,
     ]
-    shared += [word for key, value in every.items() for word in ("--set", f"run.{key}={value}")]
+    settings = {f"run.{key}": value for key, value in every.items()}
+    if recipe.train.steps < STEPS:  # there must be steps after the kill
+        settings["train.steps"] = STEPS
+    shared += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     if "--base" not in flags and facts.get("base_folder"):
         shared += ["--base", facts["base_folder"]]
     ranks = facts["world_size"]
 
-    def train(name: str, resume: str = "never", **environment: str) -> int:
+    def train(name: str, resume: str = "never", output: TextIO = sys.stderr, **environment: str) -> int:
         arguments = [*shared, "--run-dir", str(scratch / name), "--resume", resume]
         command = launch.command(script, arguments, devices=ranks, launcher=["--quiet"])
         cpu_ranks = ranks if facts["backend"] == "gloo" else None
         environ = {**launch.environment(os.environ, cpu_ranks), **environment}
-        return launch.run(command, environ, stdout=sys.stderr)  # stdout is the proof's own
+        return launch.run(command, environ, stdout=output, stderr=output)  # stdout is the proof's own
 
     say(f"{STEPS} steps without interruption, {ranks} ranks")
     if train("whole"):
         raise CheckpointError(f"the run without interruption failed: see above, and {scratch / 'whole' / 'logs'}.")
 
-    say(f"the same, killed once step {STEPS // 2} is saved")
-    if train("resumed", DS_SLM_DIE_AT=f"retained@{STEPS // 2}") == 0:
-        raise CheckpointError("the run that was to be killed was not.")
+    # The launch that is killed prints what the first did, then its launcher and other ranks complain of the death.
+    half, killed_log = STEPS // 2, scratch / "killed.log"
+    say(f"the same, to be killed with SIGKILL once step {half} is saved")
+    with killed_log.open("w", encoding="utf-8") as file:
+        code = train("resumed", output=file, DS_SLM_DIE_AT=f"retained@{half}")
+    if code == 0 or checkpoint_files.steps(scratch / "resumed") != [half]:
+        sys.stderr.write(killed_log.read_text(encoding="utf-8", errors="replace"))
+        what = "was not" if code == 0 else f"failed before step {half} was saved"
+        raise CheckpointError(f"the run that was to be killed {what}: see above, and {scratch / 'resumed' / 'logs'}.")
 
-    say("and resumed")
+    say(f"killed as intended; resumed from step {half}")
     if train("resumed", resume="must"):
         raise CheckpointError(f"resuming failed: see above, and {scratch / 'resumed' / 'logs'}.")
 

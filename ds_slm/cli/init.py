@@ -10,6 +10,7 @@ from pathlib import Path
 from ds_slm.cli.output import print_json, report_to
 from ds_slm.data.sources.documents import locate
 from ds_slm.data.sources.readers import ColumnError, SourceError, is_unicode
+from ds_slm.data.sources.splits import ALL, are_titles
 from ds_slm.data.survey import survey
 from ds_slm.errors import ConfigError, DataError, RecipeError
 from ds_slm.files import obstacle, printable, replace_text
@@ -19,6 +20,7 @@ from ds_slm.recipe.schema import RECIPE_FILE, Source
 
 MUCH_HELD_OUT = 0.2
 """Share of held-out text above which a warning is printed."""
+NOT_LEFT_OUT = "name them for one, move them, or write split = 'all' into the recipe's [[data.source]]"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -69,8 +71,14 @@ def _survey(
 ) -> tuple[Text, Fit]:
     """What the text holds, and the run that fits it. Raises UserError, whose ways out name this command's flags."""
     try:
-        place = locate(source)
+        everything = locate(source.model_copy(update={"split": ALL}))
+        if are_titles([path.relative_to(everything.root) for path in everything.files]):
+            source, place = source.model_copy(update={"split": ALL}), everything
+        else:
+            place = locate(source)
         report(f"{source.path}: {'reading all of it' if place.is_one_file else place.tell(source.split)}")
+        if place.beside:
+            report(f"warning: {len(place.beside):,} files are named for no split, and left out: {NOT_LEFT_OUT}")
         found = survey(source, base)
     except ColumnError as error:
         raise DataError(f"{error.problem}; name one of them with --column.") from error

@@ -68,7 +68,7 @@ def survey(source: Source, recipe: Recipe) -> Text:
     return Text(
         path=str(source.path), column=source.column, documents=count, text_bytes=text_bytes,
         **_measure(sample, recipe), val_fraction=fraction, held_out_share=share, beginnings=_beginnings(sample),
-        held_out_documents=held_out,
+        held_out_documents=held_out, split=source.split,
     )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ EVALUATIONS = 20
 """Held-out evaluations of a run; it has half this number of checkpoints."""
 
 
+_WHY_ALL = "no file is named for held-out text, so all are read, also those without `train` in their names"
+
+
 class TooLittleText(DataError):
     """There is less text than a base needs."""
 
@@ -51,6 +54,8 @@ class Text:
     """The first words of some documents."""
     held_out_documents: int = 0
     """Number of held-out documents; 0 if the end of the only document is held out."""
+    split: str = "train"
+    """The split that is read: "all" where the files' names are titles."""
 
     @property
     def train_tokens(self) -> int:
@@ -188,6 +193,7 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit, co
         'kind = "files"',
         f"path = {_quoted(text.path)}",
         *([f"column = {_quoted(text.column)}"] if text.column != "text" else []),
+        *([f"split = {_quoted(text.split)}  # {_WHY_ALL}"] if text.split != "train" else []),
         "",
         "[train]",
         f"global_batch_tokens = {batch_tokens:_}  # {chosen.rows} rows{smaller}",

@@ -121,6 +121,22 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
     raise UnclearSplit(f"its files are named for {there}, and none for {wanted!r}")
 
 
+def are_titles(paths: Sequence[PurePath]) -> bool:
+    """Whether names that seem to name the training split are more likely titles, such as `training.txt`.
+
+    They are where every file is one document, some are named for no split, none for another one, and no folder is.
+
+    Args:
+        paths: relative to the root, with their suffixes.
+    """
+    if {path.suffix.lower() for path in paths} != {".txt"}:
+        return False
+    stems = [path.with_suffix("") for path in paths]
+    named = [splits_of(stem) for stem in stems]
+    by_folder = any(_splits_in(part) for stem in stems for part in stem.parts[:-1])
+    return set().union(*named) == {TRAIN} and not all(named) and not by_folder
+
+
 def canonical(split: str) -> str:
     """A split's standard spelling: valid, val and dev are validation; an unknown split keeps its own words."""
     known = _splits_in(split)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_slm.cli.flags import token_count
+from ds_slm.data.sources.documents import locate
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import schema
 from tests.unit.cli.test_main import refused
@@ -172,6 +173,31 @@ def test_what_is_left_out_of_a_folder_is_said(
     (texts / "notes.pdf").write_text("not read", encoding="utf-8")
     run(["init", "mine", "--text", "texts"], monkeypatch)
     assert "1 of no known kind: notes.pdf" in capsys.readouterr().out
+
+
+def test_a_title_that_sounds_like_a_split_leaves_no_text_out(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: by hand: all four documents are surveyed, and read again when they are prepared; it is said which."""
+    (texts / "training.txt").write_text(words(30_000, 9), encoding="utf-8")
+    run(["init", "mine", "--text", "texts"], monkeypatch)
+    printed = capsys.readouterr().out
+    assert "texts: reads 0.txt, 1.txt, 2.txt, training.txt\n" in printed and "texts: 4 documents" in printed
+    (source,) = schema.load("mine.toml").data.source
+    assert [path.name for path in locate(source).files] == ["0.txt", "1.txt", "2.txt", "training.txt"]
+
+
+def test_files_of_a_split_are_still_told_apart(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: by hand: where a file is named for held-out text, it is not trained on; what is left out is said."""
+    (texts / "training.txt").write_text(words(100_000, 9), encoding="utf-8")
+    (texts / "test.txt").write_text(words(30_000, 8), encoding="utf-8")
+    run(["init", "mine", "--text", "texts"], monkeypatch)
+    printed = capsys.readouterr().out
+    assert "warning: 3 files are named for no split, and left out" in printed
+    assert "reads training.txt (1 of 5 files)" in printed and "1 of another split: test.txt" in printed
+    assert schema.load("mine.toml").data.source[0].split == "train"
 
 
 @pytest.mark.parametrize("refused_base", ["slm-10m", "gpt-s-1.4m"])

@@ -11,7 +11,7 @@ import pytest
 
 from ds_slm.data.shards.prepared import open_prepared
 from ds_slm.data.sources.documents import locate
-from ds_slm.data.sources.splits import UnclearSplit, choose
+from ds_slm.data.sources.splits import UnclearSplit, are_titles, choose
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe.schema import Source
 from tests.support import data_recipes
@@ -356,3 +356,20 @@ def test_one_problem_for_each_of_many_files_is_told_in_a_few_lines(capsys: pytes
     assert run_program(fail) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21 and lines[-1].strip() == "and 1,980 more"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["cooking.txt", "training.txt"], True),
+        (["poems/a.txt", "strength-training.txt"], True),
+        (["cooking.txt", "training.txt", "testing.txt"], False),
+        (["train.txt"], False),
+        (["a.txt", "b.txt"], False),
+        (["train/a.txt", "notes.txt"], False),
+        (["train.jsonl", "metadata.jsonl"], False),
+    ],
+)
+def test_titles_that_sound_like_the_training_split(names: list[str], expected: bool) -> None:
+    """Oracle: by hand: text files of which none is held out; a split's folder and files of rows are no titles."""
+    assert are_titles([PurePath(name) for name in names]) is expected

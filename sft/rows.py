@@ -7,13 +7,13 @@ function of seed and epoch. Held-out rows are never packed and never shuffled. W
 1 / (number of targets in its conversation).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ds_slm.data.order import RowId
-from ds_slm.data.rows import Rows, Split
+from ds_slm.data.rows import TOO_OFTEN, Rows, Split, is_too_often
 from ds_slm.data.shards.journal import tell_skipped
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
@@ -126,16 +126,21 @@ class ConversationRows:
         padded = len(row_ids) * (self._seq_len + 1) - real
         return {"conversations": len(numbers), "real": real, "supervised": supervised, "padded": padded}
 
+    def notes(self) -> list[str]:
+        """A line if the rows run out and come again, as often as text may be repeated."""
+        return [line for line, times in self._repeats() if not is_too_often(times)]
+
     def warnings(self) -> list[str]:
-        """A line for each thing that a user may not expect of these rows."""
+        """A line if the rows are read so often that little more is learned."""
+        return [f"{line}{TOO_OFTEN.format(times)}" for line, times in self._repeats() if is_too_often(times)]
+
+    def _repeats(self) -> Iterator[tuple[str, float]]:
+        """If the rows run out: when they come again, and about how many times they are read."""
         rows, steps = len(self._epoch(0)), self._recipe.train.steps
-        lines = []
         if steps * self._rows_per_step > rows:
             step = rows // self._rows_per_step + 1
-            lines.append(
-                f"the {rows:,} rows run out: from step {step:,} of {steps:,} on they come again, in another order"
-            )
-        return lines
+            line = f"the {rows:,} rows run out: from step {step:,} of {steps:,} on they come again, in another order"
+            yield line, steps * self._rows_per_step / rows
 
     def summary(self) -> dict[str, Any]:
         """Kept, truncated and dropped conversations, and the supervised share, of both splits."""

@@ -11,7 +11,7 @@ published recipes do, so `document_ids` is None here; packed rows of fine-tuning
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import numpy as np
 from ds_slm.data.order import LastBatch, Order, RowId, next_step_position, step_at, step_row_ids
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.errors import DataError
+from ds_slm.recipe.own_text import EPOCHS
 from ds_slm.recipe.schema import Recipe
 
 Split = Literal["train", "val", "val_card"]
@@ -61,6 +62,14 @@ class Rows:
         return len(self.document_ids) + int(np.count_nonzero(np.diff(self.document_ids)))
 
 
+TOO_OFTEN = f"; {{:.0f}} times in all, and beyond {EPOCHS} little more is learned"
+
+
+def is_too_often(times: float) -> bool:
+    """Whether text that is read this number of times teaches much less than new text would."""
+    return round(times) > EPOCHS
+
+
 class PretrainRows:
     """Rows of prepared token shards, in the recipe's order."""
 
@@ -93,18 +102,25 @@ class PretrainRows:
             raise DataError(problems)
         return rows_per_source
 
+    def notes(self) -> list[str]:
+        """A line for each source that begins another epoch during the run, as often as text may be repeated."""
+        return [line for line, times in self._repeats() if not is_too_often(times)]
+
     def warnings(self) -> list[str]:
-        """One line for each source that runs out during the run and begins another epoch, in another order."""
-        lines = []
+        """A line for each source that is read so often that little more is learned."""
+        return [f"{line}{TOO_OFTEN.format(times)}" for line, times in self._repeats() if is_too_often(times)]
+
+    def _repeats(self) -> Iterator[tuple[str, float]]:
+        """For each source that runs out: when it begins its second epoch, and about how many times it is read."""
         for place, name in enumerate(self._prepared.manifests):
             first = self._order.first_repeat(place)
             step = step_at(first, self._rows_per_step, self._last_batch, self.epoch_rows)
             if step <= self._steps:
-                lines.append(
+                line = (
                     f"source {name} runs out after {self._order.rows_of(place):,} rows: from step {step:,} of "
                     f"{self._steps:,} on its rows come again, in another order"
                 )
-        return lines
+                yield line, self._steps * self._rows_per_step / first
 
     measures: Mapping[str, Split] = MappingProxyType({"": "val"})
     """Ways of counting the held-out loss: prefix of a value's name -> the split to `read`."""

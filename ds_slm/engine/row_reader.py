@@ -53,6 +53,10 @@ class RowSource(Protocol):
         """The rows themselves; None is a filler row of weight 0."""
         ...
 
+    def notes(self) -> list[str]:
+        """Lines on what these rows do that is as it should be, such as a second epoch."""
+        ...
+
     def warnings(self) -> list[str]:
         """A line for each thing that a user may not expect of these rows."""
         ...

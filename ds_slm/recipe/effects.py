@@ -109,25 +109,34 @@ def warnings(recipe: "Recipe") -> list[str]:
 
 
 def set_keys(section: Section, resolved: bool) -> set[str]:
-    """The keys of a section that were set."""
+    """The keys of a section that were set. Of one that holds every key, nobody knows: those that are not the default.
+
+    Args:
+        section: a table of a recipe.
+        resolved: whether the whole recipe holds every key, as in one that a run has recorded.
+    """
+    whole = resolved or _holds_every_key(section)  # also where a recipe takes [run] from a run's
     return {
         key
         for key in section.model_fields_set
-        if not resolved or getattr(section, key) != type(section).model_fields[key].get_default()
+        if not whole or getattr(section, key) != type(section).model_fields[key].get_default()
     }
 
 
 def _is_resolved(recipe: "Recipe") -> bool:
-    """Whether every key is there, as in a recipe that a run has recorded: then nobody knows which keys were set.
+    """Whether every key is there, as in a recipe that a run has recorded.
 
     A recipe recorded by an earlier version may lack keys that this version did not know.
     """
     tables = (recipe.model, recipe.tokenizer, recipe.data, recipe.optimizer, recipe.schedule, recipe.train, recipe.run)
+    return all(map(_holds_every_key, tables))
+
+
+def _holds_every_key(section: Section) -> bool:
     return all(
-        key in table.model_fields_set
-        for table in tables
-        for key, field in type(table).model_fields.items()
-        if field.get_default() is not None and key not in newer_fields(type(table))
+        key in section.model_fields_set
+        for key, field in type(section).model_fields.items()
+        if field.get_default() is not None and key not in newer_fields(type(section))
     )
 
 

@@ -23,6 +23,8 @@ LEAST_ROWS, LEAST_STEPS = 16, 100
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 EVALUATIONS = 20
 """Held-out evaluations of a run; it has half this number of checkpoints."""
+SURELY_HELD_OUT = 0.9
+"""This share of the held-out rows that a survey finds will be there: its sample only estimates a token's bytes."""
 
 
 _WHY_ALL = "no file is named for held-out text, so all are read, also those without `train` in their names"
@@ -203,10 +205,20 @@ def as_toml(name: str, base_name: str, base: Recipe, text: Text, chosen: Fit, co
         "",
         "[run]",
         f"eval_every_steps = {every}",
+        *_evaluated_rows(base_name, base, text),
         f"save_every_steps = {2 * every}",
         *(["", "[eval]", f"prompts = [{prompts}]  # continued at each evaluation, for TensorBoard"] if prompts else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _evaluated_rows(base_name: str, base: Recipe, text: Text) -> list[str]:
+    """The rows of an evaluation, where the text holds out fewer than the base evaluates."""
+    held_out_tokens = text.text_bytes * text.held_out_share / text.bytes_per_token
+    rows = max(1, int(SURELY_HELD_OUT * held_out_tokens / base.data.seq_len))
+    if rows >= base.run.eval_rows:
+        return []
+    return [f"eval_rows = {rows}  # of {base_name}'s {base.run.eval_rows}: the text holds out hardly more"]
 
 
 def _rates(base: Recipe, chosen: Fit) -> list[str]:

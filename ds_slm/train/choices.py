@@ -71,6 +71,7 @@ def announce(facts: Mapping[str, Any], options: Options, warnings: Sequence[str]
         f"data {facts['data_sha256'][:16]}, recipe {facts['recipe_sha256'][:16]}, run folder {options.run_dir}, "
         f"generation {facts['generation']}",
         *base,
+        *(f"note: {note}" for note in facts["notes"]),
         *(f"warning: {warning}" for warning in (*facts["mixed_hosts"], *warnings)),
     ]
     print("\n".join(lines), file=terminal, flush=True)

@@ -122,6 +122,7 @@ class Launching:
             *unused_flags.warnings(recipe, options, control.world_size, len(writers), len(rows.val_row_ids(None))),
             *rows.warnings(),
         ]
+        facts["notes"] = rows.notes()
 
         # Describe the launch in each host's folder, unless a newer launch holds it by now.
         problems: list[str] = []

@@ -3,13 +3,17 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ds_slm.cli.flags import token_count
+from ds_slm.data.rows import PretrainRows
+from ds_slm.data.shards.prepare import prepare
 from ds_slm.data.sources.documents import locate
 from ds_slm.errors import ConfigError
-from ds_slm.recipe import schema
+from ds_slm.recipe import effects, schema
+from ds_slm.train import unused_flags
 from tests.unit.cli.test_main import refused
 from tests.unit.data.test_survey import words
 
@@ -240,3 +244,25 @@ def test_a_name_may_be_typed_with_its_suffix(
     capsys.readouterr()
     assert Path("mine.toml").is_file() and schema.load("mine.toml").card.name == "mine"
     assert "a file mine.toml: name that one" in refused(["plan", "mine"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_recipe_trains_without_a_warning(texts: Path, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: none of the lines that a launch on one host prints as warnings; from the library, and from its run."""
+    for number in range(12):  # so that one of them is a small share, of fewer rows than the demo evaluates
+        (texts / f"{number}.txt").write_text(words(8_000, number), encoding="utf-8")
+    run(["init", "mine", "--text", "texts"], monkeypatch)
+    if again:  # what a run records holds every key
+        recipe = schema.load("mine.toml")
+        write_run(Path("runs/mine"), schema.to_toml(recipe))
+        prepare(recipe, Path("data"), report=lambda line: None).tokenizer_folder.rename("runs/mine/tokenizer")
+        run(["init", "more", "--from", "runs/mine", "--text", "texts"], monkeypatch)
+
+    recipe = schema.load("more.toml" if again else "mine.toml")
+    rows = PretrainRows(recipe, prepare(recipe, Path("fresh"), report=lambda line: None))
+    held_out = len(rows.val_row_ids(None))
+    assert held_out < schema.load("demo").run.eval_rows
+    options = SimpleNamespace(max_steps=None, profile=None, micro_batch=None)
+    assert effects.warnings(recipe) == []
+    assert list(unused_flags.warnings(recipe, options, 1, keeping_hosts=1, held_out_rows=held_out)) == []
+    assert rows.warnings() == [] and "runs out" in rows.notes()[0]

@@ -159,11 +159,19 @@ def test_sources_shorter_than_a_row(tmp_path: Path) -> None:
     assert [problem.split("'")[1] for problem in caught.value.problems] == ["one", "two"]
 
 
+def told(rows: PretrainRows) -> list[str]:
+    """Notes and warnings, in the order of the sources' names."""
+    return sorted([*rows.notes(), *rows.warnings()])
+
+
 def test_a_source_that_runs_out_is_announced_once(tmp_path: Path) -> None:
-    """Oracle: the first step in which taking all steps meets a row of a second epoch; nothing for one that lasts."""
+    """Oracle: the first step in which taking all steps meets a row of a second epoch; nothing for one that lasts.
+
+    Up to four times (arXiv 2305.16264) it is a note, beyond that a warning.
+    """
     made, prepared = make(tmp_path, rows_per_step=20)
     rows = PretrainRows(made.model_copy(update={"train": made.train.model_copy(update={"steps": 1})}), prepared)
-    assert rows.warnings() == []
+    assert rows.warnings() == rows.notes() == []
     position, first = 0, {}
     for step in range(1, 61):
         for row in rows.row_ids(position):
@@ -171,14 +179,16 @@ def test_a_source_that_runs_out_is_announced_once(tmp_path: Path) -> None:
                 first.setdefault(row.source, step)
         position = rows.next_position(position)
     long = made.model_copy(update={"train": made.train.model_copy(update={"steps": 60})})
-    found = [
-        re.search(r"source (\w+) runs out .* from step (\d+) of 60", line)
-        for line in PretrainRows(long, prepared).warnings()
-    ]
+    rows = PretrainRows(long, prepared)
+    found = [re.search(r"source (\w+) runs out .* from step (\d+) of 60", line) for line in told(rows)]
     assert {match[1]: int(match[2]) for match in found if match} == {
         ["one", "two"][at]: step for at, step in first.items()
     }
     assert len(found) == len(first) == 2
+    per_epoch = {name: rows._order.first_repeat(place) for place, name in enumerate(("one", "two"))}
+    often = [name for name, position in per_epoch.items() if 4.5 * position < 60 * 20]
+    assert [line.split()[1] for line in rows.warnings()] == often
+    assert all("beyond 4 little more is learned" in line for line in rows.warnings())
 
 
 def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:

@@ -236,10 +236,15 @@ def test_running_out_of_rows_is_announced(folder: Path) -> None:
     """Oracle: rows over rows a step."""
     rows = rows_of(folder, "sft.packing=false")
     count = len(rows._splits["train"])
-    assert rows.warnings() == []
+    assert rows.warnings() == rows.notes() == []
+
+    # Four times are a note, many more a warning.
+    four = rows_of(folder, "sft.packing=false", f"train.steps={4 * count // 8}")
+    assert four.warnings() == [] and f"from step {count // 8 + 1} of {4 * count // 8} on" in four.notes()[0]
     long = rows_of(folder, "sft.packing=false", "train.steps=500")
-    assert long.warnings() == [
-        f"the {count} rows run out: from step {count // 8 + 1} of 500 on they come again, in another order"
+    assert long.notes() == [] and long.warnings() == [
+        f"the {count} rows run out: from step {count // 8 + 1} of 500 on they come again, in another order; "
+        f"{4000 / count:.0f} times in all, and beyond 4 little more is learned"
     ]
 
 

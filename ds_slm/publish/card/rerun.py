@@ -69,9 +69,11 @@ def _library_has(facts: RunFacts) -> bool:
 
 def _proof(facts: RunFacts) -> list[str]:
     """What must be equal for the same rows in the same order, and the versions with which this was made."""
-    environment = facts.environment
+    environment, recipe_sha256 = facts.environment, facts.recipe.identity_sha256()
+    shown_sha256 = schema.parse(_shown(facts), recorded=True).identity_sha256()
     hashes = {
-        "recipe": schema.parse(_shown(facts), recorded=True).identity_sha256(),
+        "recipe": recipe_sha256,
+        "recipe as shown, without local paths": shown_sha256 if shown_sha256 != recipe_sha256 else None,
         "prepared data": environment.get("data_sha256"),
         "tokenizer": environment.get("tokenizer_sha256"),
         "base": environment.get(BASE),

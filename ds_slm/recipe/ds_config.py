@@ -16,9 +16,11 @@ from typing import Any
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import zero_keys
 from ds_slm.recipe.plan import cut, training_flops
-from ds_slm.recipe.problems import nearest
+from ds_slm.recipe.problems import closest, nearest
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.zero_keys import MICRO_BATCH, SWITCH, Kind
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 ALLOWED = {
     "zero_optimization": None,
@@ -79,12 +81,21 @@ class EngineConfig:
     """Why blocks are eager although the ds_config, or the run's length, asks for compiled ones."""
 
 
+def _those_there_are(wanted: Path) -> str:
+    """The files of the checkout, the nearest to a wrong name first."""
+    folder = DS_CONFIGS.relative_to(Path.cwd()) if DS_CONFIGS.is_relative_to(Path.cwd()) else DS_CONFIGS
+    stems = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+    best = closest(wanted.stem, stems)
+    near = f"the nearest is {folder / best}.json; " if best else ""
+    return f"{near}the checkout has {', '.join(f'{stem}.json' for stem in stems)} in {folder}"
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a ds_configs file. Raises ConfigError if it is missing or not JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except OSError as error:
-        raise ConfigError(f"--ds-config {path}: {error.strerror}; the checkout has ds_configs/zero1.json.") from error
+        raise ConfigError(f"--ds-config {path}: {error.strerror}; {_those_there_are(path)}.") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ds-config {path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -53,7 +53,11 @@ def with_base(path: Path, name: str, find: Callable[[str, Path], Path]) -> tuple
         base = tables.pop("base")
         if not isinstance(base, str):
             raise RecipeError(f"recipe {child!r}: base = {base!r}: expected the name of a recipe, or a path to one.")
-        path = find(base, path.parent)
+        try:
+            path = find(base, path.parent)
+        except RecipeError as error:
+            problems = [problem.removeprefix(f"recipe {base!r}: ") for problem in error.problems]
+            raise RecipeError([f"recipe {child!r}: base = {base!r}: {problem}" for problem in problems]) from error
         if path.resolve() in seen:
             raise RecipeError(f"recipe {child!r}: base = {base!r}: a recipe cannot be its own base.")
         seen.append(path.resolve())

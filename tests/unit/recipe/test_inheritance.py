@@ -87,3 +87,14 @@ def test_a_mistake_in_what_is_inherited_is_found(tmp_path: Path) -> None:
     """Oracle: a combination that is wrong only together: heads of the child on the hidden size of the base."""
     with pytest.raises(RecipeError, match="num_attention_heads"):
         schema.load(write(tmp_path, f'base = "demo"\n{HEAD}[model]\nnum_attention_heads = 5\n'))
+
+
+def test_a_base_that_is_missing_is_named_with_the_recipe_that_wants_it(tmp_path: Path) -> None:
+    """Oracle: by hand: of a chain, the file and the key in which the wrong name stands."""
+    middle = write(tmp_path, f'base = "dmeo"\n{HEAD}', "middle")
+    name = write(tmp_path, f'base = "middle.toml"\n{HEAD}')
+    with pytest.raises(RecipeError) as raised:
+        schema.load(name)
+    (said,) = raised.value.problems
+    assert said.startswith("recipe 'middle.toml': base = 'dmeo': no such recipe and no such .toml file")
+    assert "the nearest is 'demo'" in said and Path(middle).is_file()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+LEAST_GBIT_PER_S = 0.001
 MOST_TOKENS = 1e15
 """More tokens than anybody has trained on."""
 
@@ -106,6 +107,21 @@ def token_count(text: str) -> int:
     if not 1 <= count <= MOST_TOKENS:
         raise ConfigError(f"{text!r} is not a number of tokens: expected one such as 500k, 300M or 1.5B.")
     return round(count)
+
+
+def link_speed(text: str) -> float:
+    """The speed of a link in Gbit/s: 10, 10G, 10Gbit, 10Gbit/s, 10Gbps or 400Mbit/s.
+
+    Raises:
+        ConfigError: it is none; bytes per second, as in 1GB/s, are refused, too.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MGT](?:[Bb]its?(?:/s|ps)?|bps|b/s|b)?)?", text)
+    speed = float(found[1]) * {"M": 1e-3, "G": 1.0, "T": 1e3}[(found[2] or "G")[0]] if found else 0.0
+    if not LEAST_GBIT_PER_S <= speed < math.inf:
+        raise ConfigError(
+            f"--network {text!r}: not the speed of a link: expected Gbit/s, such as 10 or 10Gbit/s, or 400Mbit/s."
+        )
+    return speed
 
 
 def _seconds(text: str) -> float:

@@ -16,11 +16,13 @@ import typer
 
 from ds_slm.cli import examples
 from ds_slm.cli.output import print_either, print_json, print_version, report_to
+from ds_slm.cli.verb_group import VerbGroup
 from ds_slm.errors import ConfigError, DataError, run_program
 from ds_slm.publish.sampling import Settings
 
 app = typer.Typer(
     name="ds-slm",
+    cls=VerbGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -102,7 +104,7 @@ def plan_recipe(
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Hosts.  [default: 1]")] = None,
     network: Annotated[
-        float | None, typer.Option(min=0.001, metavar="GBIT_PER_S", help="Speed of each host's link.")
+        str | None, typer.Option(metavar="GBIT_PER_S", help="Speed of each host's link, such as 10 or 10Gbit/s.")
     ] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Take devices and hosts from a hostfile.")] = None,
     host_memory: Annotated[
@@ -119,9 +121,11 @@ def plan_recipe(
 ) -> None:
     """Parameters, FLOPs per token, steps, batch, memory, time. Trains nothing."""
     from ds_slm.cli import planning
+    from ds_slm.cli.flags import link_speed
     from ds_slm.recipe import schema
 
-    topology = planning.topology(hostfile, nodes, devices, network, host_memory)
+    speed_gbit_per_s = None if network is None else link_speed(network)
+    topology = planning.topology(hostfile, nodes, devices, speed_gbit_per_s, host_memory)
     planning.run(name, schema.load(name, overrides), ds_config, topology, measure, as_json)
 
 

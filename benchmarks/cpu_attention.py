@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ds_slm.errors import DeviceError, run_program
 from ds_slm.model import cpu_attention
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.sections import Model
 from ds_slm.run import measure
 
 forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -32,7 +33,7 @@ torch_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 Pass = Callable[[], tuple[Tensor, ...]]
 
 
-def operands(shape: schema.Model, rows: int, tokens: int) -> tuple[Tensor, ...]:
+def operands(shape: Model, rows: int, tokens: int) -> tuple[Tensor, ...]:
     """dy, q, k, v in bf16, in the memory layout of a block's heads."""
     generator, heads, keys = torch.Generator().manual_seed(0), shape.num_attention_heads, shape.num_key_value_heads
     return tuple(
@@ -93,7 +94,7 @@ def main() -> int:
         grid.add_column(name, justify="left" if name == "recipe" else "right")
 
     for name in args.recipes:
-        shape = schema.load(name).model
+        shape = loading.load(name).model
         for tokens in args.tokens:
             off = errors(*operands(shape, 1, min(tokens, 256)))
             theirs, ours = times_ms(passes(*operands(shape, args.rows, tokens)), args.rounds)

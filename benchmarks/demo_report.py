@@ -17,7 +17,7 @@ from rich.table import Table
 from ds_slm.data.shards import prepared
 from ds_slm.errors import CheckpointError, run_program
 from ds_slm.publish import baselines
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 PROMPTS = ("The function returns", "If the file does not exist,")
 
@@ -64,7 +64,7 @@ def main() -> int:
     steps = [record for record in trained if record["kind"] == "train"]
 
     # The baselines learn from the training tokens, and are measured on the same held-out bytes as the model.
-    recipe = schema.load(str(args.run / "recipe.toml"))
+    recipe = loading.load(str(args.run / "recipe.toml"))
     data = prepared.open_prepared(recipe, args.data_root / args.run.name)
     train_ids, held_out_ids = np.asarray(data.tokens("train")[0]), np.asarray(data.tokens("val")[0])
     unigram, bigram = baselines.ngram_bits_per_byte(

@@ -35,7 +35,7 @@ if __name__ == "__main__":  # benchmarks is a package
 
 from benchmarks.engine_answers import Answers, Questions
 from benchmarks.tiny_runs import TINY
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = f"torch=={torch.__version__.partition('+')[0]}"
@@ -124,7 +124,7 @@ def make_export(name: str, folder: Path) -> Path:
     overrides = {f"model.{key}": value for key, value in (SHAPE | EXPORTS[name]).items()} | {
         "tokenizer.vocab_size": 512
     }
-    recipe = schema.parse(text, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+    recipe = loading.parse(text, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
     tokenizer_folder = folder / f"{name}-tokenizer"
     build_tokenizer(recipe, lambda source: iter([*TEXTS, GIVEN] * 4)).save(tokenizer_folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import train as bench_train
-from ds_slm.recipe import plan, schema
+from ds_slm.recipe import loading, plan
 from ds_slm.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # checks that have no case should not wait for torch
@@ -113,7 +113,7 @@ def load(case: Case, rehearsing: bool) -> tuple[Recipe, list[str]]:
     tiny = TINY if rehearsing else []
     replaced = {one.partition("=")[0] for one in tiny}
     settings = [*(one for one in case.settings if one.partition("=")[0] not in replaced), *tiny]
-    return schema.load(case.recipe, settings), settings
+    return loading.load(case.recipe, settings), settings
 
 
 def speed(case: Case, out: Path, rounds: int, rehearsing: bool) -> list[bench_train.Round]:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "benchmarks" / "nanogpt_char.toml"
@@ -79,7 +79,7 @@ def main() -> int:
     steps = [record for record in records if record["kind"] == "train"]
     speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
 
-    target = schema.load(str(run / "recipe.toml")).targets[0]
+    target = loading.load(str(run / "recipe.toml")).targets[0]
     assert target.tolerance is not None
     reached = done["val_loss"] <= target.published + target.tolerance
 

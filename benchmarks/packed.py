@@ -38,7 +38,7 @@ from ds_slm.errors import DeviceError, run_program
 from ds_slm.model import decoder, kernels
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.model.kernels import DTYPES
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure
 from sft.packing import rows_of_epoch
@@ -129,7 +129,7 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = schema.load(args.recipe)
+    recipe = loading.load(args.recipe)
     dtype = DTYPES[recipe.train.precision]
     if not kernels.multiplies(device.type, dtype):
         dtype = torch.float32

@@ -34,7 +34,7 @@ from benchmarks import tiny_runs
 from benchmarks import train as bench_train
 from ds_slm.errors import DataError, run_program
 from ds_slm.files import sha256_of_json
-from ds_slm.recipe import budget, ds_config, rates, schema
+from ds_slm.recipe import budget, ds_config, loading, rates
 from ds_slm.recipe.schema import Recipe
 
 RECIPES = ("demo", "gpt-s-1.4m", "slm-10m", "ant-10m", "slm-124m")
@@ -78,7 +78,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     """The cases that were asked for, the fastest first."""
     for name in args.recipes:
         precision = [] if args.precision == "own" else [f"train.precision={args.precision}"]
-        recipe = schema.load(name, [*precision, *args.set])
+        recipe = loading.load(name, [*precision, *args.set])
         for stage in args.stages:
             own = ds_config.compiles_blocks(recipe, stage, RANKS, "cpu")
             compiled = {"own": own, "never": False, "always": stage < 3}[args.compiled]

@@ -35,7 +35,7 @@ from benchmarks import train as bench_train
 from benchmarks.host_tools import missing_requirements
 from benchmarks.hosts import TwoHosts
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import ds_config, plan, rates, schema, times
+from ds_slm.recipe import ds_config, loading, plan, rates, times
 from ds_slm.recipe.schema import Recipe
 
 RECIPES = ("demo", "slm-10m")
@@ -66,7 +66,7 @@ class Case:
     @property
     def recipe(self) -> Recipe:
         """The recipe with a step of ACCUMULATION forwards on each host."""
-        recipe = schema.load(self.name, [f"train.precision={self.precision}"])
+        recipe = loading.load(self.name, [f"train.precision={self.precision}"])
         tokens = len(NODES) * self.micro_batch * ACCUMULATION * recipe.data.seq_len
         train = recipe.train.model_copy(update={"global_batch_tokens": tokens})
         return recipe.model_copy(update={"train": train})
@@ -75,7 +75,7 @@ class Case:
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """The cases that were asked for."""
     for name in args.recipes:
-        recipe = schema.load(name)
+        recipe = loading.load(name)
         rows = plan.default_micro_batch("cpu", recipe.data.seq_len)
         for precision in args.precisions:
             for stage in args.stages:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ds_slm.errors import RecipeError, run_program
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
 
-    recipe = schema.load(args.recipe, args.set)
+    recipe = loading.load(args.recipe, args.set)
     if recipe.train.precision not in PRECISIONS:
         raise RecipeError(f"train.precision = {recipe.train.precision!r}: the rivals run in {' or '.join(PRECISIONS)}.")
 

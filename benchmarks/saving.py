@@ -30,7 +30,7 @@ from ds_slm.engine import engine as engines
 from ds_slm.engine.row_reader import Share
 from ds_slm.errors import DataError
 from ds_slm.model import decoder
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
 from ds_slm.run.launches import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def main() -> int:
     world = rendezvous.current().world
     rank, world_size = world.rank, world.size
     overrides = [f"data.seq_len={SEQ_LEN}", f"train.global_batch_tokens={SEQ_LEN * world_size}", "run.keep_last=1"]
-    recipe = schema.load(args.recipe, [*args.set, *overrides])
+    recipe = loading.load(args.recipe, [*args.set, *overrides])
     engine_config = ds_config.join(recipe, ds_config.read(args.ds_config), world_size, devices.device_type(), 1)
 
     control = process_group.connect()

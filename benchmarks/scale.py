@@ -31,8 +31,8 @@ READ = """
 import sys, time
 from pathlib import Path
 from ds_slm.data.shards.prepare import prepare
-from ds_slm.recipe import schema
-recipe, root = schema.load(sys.argv[1]), Path(sys.argv[2])
+from ds_slm.recipe import loading
+recipe, root = loading.load(sys.argv[1]), Path(sys.argv[2])
 begin_s = time.process_time()
 print(prepare(recipe, root / "tiny", report=lambda line: None).sha256, time.process_time() - begin_s)
 """

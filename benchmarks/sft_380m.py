@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "axiom-380m-instruct"
@@ -34,7 +34,7 @@ def write_base(ranks: Path, folder: Path) -> int:
     from ds_slm.model import decoder
     from ds_slm.publish.export import export
 
-    recipe = schema.load(RECIPE, [f"tokenizer.path={ranks}"])
+    recipe = loading.load(RECIPE, [f"tokenizer.path={ranks}"])
     tokenizer = folder.parent / "tokenizer"
     build_tokenizer(recipe, lambda source: iter(())).save(tokenizer)
     model = decoder.build(recipe.model, recipe.train.seed)

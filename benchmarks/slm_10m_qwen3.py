@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
 
@@ -317,7 +317,7 @@ def main() -> int:
     import torch
 
     settings, on_gpu = overrides(args.steps, args.set), torch.cuda.is_available()
-    recipe = schema.load("slm-10m", settings)
+    recipe = loading.load("slm-10m", settings)
     args.out.mkdir(parents=True, exist_ok=True)
     if code := run_ours(args.prose, args.out, settings, on_gpu):
         return code

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from benchmarks import tables, train
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 FIRST_STEP = "first step"
 
@@ -79,7 +79,7 @@ def main() -> int:
 
     from ds_slm.run import measure
 
-    bench = train.bench_of(args.recipe, args.set, args.out.resolve() / schema.recipe_path(args.recipe).stem)
+    bench = train.bench_of(args.recipe, args.set, args.out.resolve() / loading.recipe_path(args.recipe).stem)
 
     first = start(bench, args.program)  # prepares the data, and compiles blocks that torch's cache does not hold
     warm = medians([start(bench, args.program) for _ in range(args.rounds)])

@@ -32,7 +32,9 @@ from ds_slm.data.shards.writer import Destination, write_documents
 from ds_slm.data.sources import documents
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from ds_slm.errors import run_program
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.data_sections import Source
+from ds_slm.recipe.data_sections import Tokenizer as TokenizerSection
 
 KINDS = {
     "bpe-8192": ("bpe", 8_192, {"<|endoftext|>": 0, "<|pad|>": 1}, "<|pad|>"),
@@ -42,7 +44,7 @@ KINDS = {
 
 def read_texts(place: Path | None, max_bytes: float) -> list[str]:
     """The documents of a file or folder, or of the built-in corpus, up to `max_bytes`."""
-    source = schema.Source(name="text", kind="builtin", weight=1)
+    source = Source(name="text", kind="builtin", weight=1)
     texts, size_bytes = [], 0
     for text in filter(None, documents.documents(source, place)):
         texts.append(text)
@@ -55,8 +57,8 @@ def read_texts(place: Path | None, max_bytes: float) -> list[str]:
 def make_tokenizer(kind: str, texts: Sequence[str], ranks: Path | None, folder: Path) -> Tokenizer:
     """A tokenizer as preparing makes it, saved and loaded."""
     kind, vocab_size, special_tokens, pad_token = KINDS[kind]
-    recipe = schema.load("demo")
-    section = schema.Tokenizer(
+    recipe = loading.load("demo")
+    section = TokenizerSection(
         kind=kind,
         vocab_size=vocab_size,
         special_tokens=special_tokens,
@@ -76,7 +78,7 @@ def with_encode_batch(tokenizer: Tokenizer, texts: list[str]) -> int:
 
 def with_shards(tokenizer: Tokenizer, texts: list[str]) -> int:
     """The number of tokens written into shards, without the EOS of each document."""
-    data, dtype = schema.load("demo").data, id_dtype(tokenizer.vocab_size)
+    data, dtype = loading.load("demo").data, id_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         shards = ShardsInProgress(Path(folder), dtype, {})
         progress = Progress("text", Amount(float("inf"), None), lambda line: None, bar=False)

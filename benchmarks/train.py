@@ -40,7 +40,7 @@ if __name__ == "__main__":  # this folder has modules named like others
 
 from ds_slm.distributed import world
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import ds_config, plan, schema
+from ds_slm.recipe import ds_config, loading, plan
 from ds_slm.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,7 +344,7 @@ def bench_of(name: str, settings: list[str], out: Path, steps: int = Bench.steps
     import torch
 
     on_gpu = torch.cuda.is_available()
-    recipe = schema.load(name, settings)
+    recipe = loading.load(name, settings)
     overrides = [*settings, *lay_out(recipe, out)]
     devices = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
     return Bench(name, recipe, overrides, out, devices, on_gpu, steps)
@@ -381,7 +381,7 @@ def main() -> int:
     from ds_slm.model.kernels import DTYPES
     from ds_slm.run import measure as device_measure
 
-    out = args.out.resolve() / schema.recipe_path(args.recipe).stem
+    out = args.out.resolve() / loading.recipe_path(args.recipe).stem
     bench = bench_of(args.recipe, args.set, out, args.steps)
 
     if args.memory:

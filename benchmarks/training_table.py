@@ -27,7 +27,7 @@ from benchmarks import train
 from ds_slm.errors import DataError
 from ds_slm.model import kernels
 from ds_slm.model.kernels import DTYPES
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import measure
 
 RECIPES = ("gpt-s-1.4m", "slm-10m", "ant-10m", "slm-124m", "axiom-380m")
@@ -148,7 +148,7 @@ def run(out: Path, choices: list[int], steps: int, precisions: Sequence[str]) ->
             if precision in lacking or read(path).is_done:
                 continue
             settings = [f"train.precision={precision}"]
-            bench = train.bench_of(name, settings, out / "data" / schema.recipe_path(name).stem, steps)
+            bench = train.bench_of(name, settings, out / "data" / loading.recipe_path(name).stem, steps)
             measure_row(path, bench, choices)
 
     Console(width=170).print(table(out, lacking))

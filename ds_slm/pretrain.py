@@ -42,10 +42,10 @@ def main() -> None:
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
     from ds_slm.data.shards.prepare import needed_folders, prepare
     from ds_slm.data.shards.prepared import Prepared
-    from ds_slm.recipe import schema
+    from ds_slm.recipe import loading
 
-    name = schema.recipe_path(args.recipe).stem
-    recipe = schema.load(args.recipe, args.set, flags.run_dir(args, name))
+    name = loading.recipe_path(args.recipe).stem
+    recipe = loading.load(args.recipe, args.set, flags.run_dir(args, name))
     if recipe.sft is not None:
         raise RecipeError(
             f"recipe {args.recipe!r} fine-tunes a base: launch sft/train.py --recipe {name} --base MODEL."

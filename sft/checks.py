@@ -11,7 +11,8 @@ import numpy as np
 from ds_slm.data.shards.prepared import Tokens
 from ds_slm.data.tokenizers.tokenizer import IM_END
 from ds_slm.errors import DataError
-from ds_slm.recipe.schema import Recipe, Sft
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Sft
 from sft import shards
 from sft.shards import CUT, IDS, TRAINED, Conversations
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ds_slm.data.shards.writer import DocumentFormat, Encode, UnusableDocuments
 from ds_slm.data.tokenizers.tokenizer import Tokenizer
-from ds_slm.recipe.schema import Recipe, Sft
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Sft
 from sft import builtin
 from sft.chatml import ChatML, problem_of
 from sft.checks import section

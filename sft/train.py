@@ -32,11 +32,11 @@ def main() -> None:
     gc.disable()  # `launch.run` turns it on: what is imported until then stays, and is not worth searching
 
     from ds_slm.cluster.hostfile import refuse_missing_hostfile
-    from ds_slm.recipe import schema
+    from ds_slm.recipe import loading
     from sft.checks import section
 
-    name = schema.recipe_path(args.recipe).stem
-    recipe = schema.load(args.recipe, args.set, flags.run_dir(args, name))
+    name = loading.recipe_path(args.recipe).stem
+    recipe = loading.load(args.recipe, args.set, flags.run_dir(args, name))
     section(recipe)
     sources = flags.parse_sources(args.source)
     refuse_missing_hostfile()

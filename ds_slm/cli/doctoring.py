@@ -12,7 +12,7 @@ from ds_slm.cluster import doctor
 from ds_slm.cluster.findings import Finding
 from ds_slm.cluster.hostfile import parse_hostfile
 from ds_slm.errors import EXIT_USER_ERROR
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 MARKS = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
 
@@ -25,7 +25,7 @@ def run(hostfile: Path | None, recipe: str | None, data_root: Path, run_dir: Pat
         RecipeError: this machine cannot read the recipe.
     """
     began = time.monotonic()
-    name = schema.recipe_path(recipe).stem if recipe else "demo"
+    name = loading.recipe_path(recipe).stem if recipe else "demo"
     hosts = parse_hostfile(hostfile) if hostfile else []
     launch = doctor.Plan(hosts, run_dir or Path("runs") / name, data_root, recipe)
 

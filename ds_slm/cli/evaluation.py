@@ -19,7 +19,7 @@ from ds_slm.evaluate.on_devices import opened_on
 from ds_slm.evaluate.opening import Opened, open_scorer
 from ds_slm.evaluate.results import Item
 from ds_slm.files import refuse_unwritable
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run.scores import EVAL_FILE, rows_of
 
 
@@ -45,9 +45,9 @@ def run(model: Path, flags: Flags) -> None:
             record.refuse_damaged(one.folder)
             refuse_unwritable(one.run or one.folder)
 
-        recipe = schema.load(flags.recipe) if flags.recipe else None
+        recipe = loading.load(flags.recipe) if flags.recipe else None
         if recipe is None and opened.run:
-            recipe = schema.load_recorded(opened.run)
+            recipe = loading.load_recorded(opened.run)
 
         names = evaluation.chosen_tasks([name.strip() for name in flags.tasks.split(",") if name.strip()], recipe)
         if not names:

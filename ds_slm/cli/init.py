@@ -14,9 +14,11 @@ from ds_slm.data.sources.splits import ALL, are_titles
 from ds_slm.data.survey import survey
 from ds_slm.errors import ConfigError, DataError, RecipeError
 from ds_slm.files import obstacle, printable, replace_text
-from ds_slm.recipe import own_text, plan, schema
+from ds_slm.recipe import loading, own_text, plan
+from ds_slm.recipe.data_sections import Source
+from ds_slm.recipe.loading import RECIPE_FILE
 from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER, Fit, Text, TooLittleText
-from ds_slm.recipe.schema import RECIPE_FILE, Source
+from ds_slm.recipe.schema import Recipe
 
 MUCH_HELD_OUT = 0.2
 """Share of held-out text above which a warning is printed."""
@@ -35,7 +37,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     run_folder = Path(base_name) if (Path(base_name) / RECIPE_FILE).is_file() else None
     if run_folder:
         base_name = str(run_folder / RECIPE_FILE)
-    base = schema.load(base_name)
+    base = loading.load(base_name)
     if run_folder:
         base = own_text.with_tokenizer_of(run_folder, base)
     _refuse(name, out, base_name, base, text, column)
@@ -45,7 +47,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
     found, chosen = _survey(source, base_name, base, tokens, report)
     replace_text(out, own_text.as_toml(name, base_name, base, found, chosen, run_folder))
     try:
-        schema.load(str(out))
+        loading.load(str(out))
     except RecipeError:
         out.unlink()
         raise
@@ -67,7 +69,7 @@ def run(name: str, base_name: str, text: Path, tokens: int | None, column: str, 
 
 
 def _survey(
-    source: Source, base_name: str, base: schema.Recipe, tokens: int | None, report: Callable[[str], None]
+    source: Source, base_name: str, base: Recipe, tokens: int | None, report: Callable[[str], None]
 ) -> tuple[Text, Fit]:
     """What the text holds, and the run that fits it. Raises UserError, whose ways out name this command's flags."""
     try:
@@ -93,7 +95,7 @@ def _survey(
 
 def _who_takes(source: Source, refused: str) -> str:
     """A sentence on the smallest other recipe that takes this little text; it is surveyed and fitted to be sure."""
-    recipes = {name: recipe for name in schema.library_names() if not (recipe := schema.load(name)).sft}
+    recipes = {name: recipe for name in loading.library_names() if not (recipe := loading.load(name)).sft}
     for name in sorted(recipes, key=lambda name: plan.parameters(recipes[name].model)):
         with contextlib.suppress(TooLittleText):
             if name != refused:
@@ -116,11 +118,11 @@ def _held_out(found: Text) -> str:
     return line
 
 
-def _refuse(name: str, out: Path, base_name: str, base: schema.Recipe, text: Path, column: str) -> None:
+def _refuse(name: str, out: Path, base_name: str, base: Recipe, text: Path, column: str) -> None:
     problems = []
     if not NAME.fullmatch(name):
         problems.append(f"NAME = {name!r}: expected small letters, digits, '.', '_' and '-', for a file and a folder.")
-    if name in schema.library_names():
+    if name in loading.library_names():
         problems.append(f"NAME = {name!r} is a recipe of the library: choose another.")
     if out.exists():
         problems.append(f"{out} exists already: choose another name, or delete it.")

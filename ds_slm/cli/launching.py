@@ -18,7 +18,7 @@ from ds_slm.cluster import launch, limits, runner_flags
 from ds_slm.cluster.hostfile import Host, is_this_machine
 from ds_slm.distributed import world
 from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def start(script: Path, line: CommandLine) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ds_slm.run.folder import STOPPED
 
-    run_folder = run_dir(args, schema.recipe_path(line.recipe).stem)
+    run_folder = run_dir(args, loading.recipe_path(line.recipe).stem)
 
     # Mistakes in the recipe, the flags or the hosts are reported before anything starts.
-    recipe = schema.load(line.recipe, args.set, run_folder)
+    recipe = loading.load(line.recipe, args.set, run_folder)
     hosts = runner_flags.chosen_hosts(args)
     endured = limits.of_flags(args)
     mistakes.refuse_recipe(

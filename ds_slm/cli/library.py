@@ -9,7 +9,7 @@ from pathlib import Path
 from ds_slm.cli import tables
 from ds_slm.cli.ours import ours_of
 from ds_slm.cli.output import print_json
-from ds_slm.recipe import plan, schema
+from ds_slm.recipe import loading, plan
 
 
 def run(runs: Path, as_json: bool) -> None:
@@ -20,8 +20,8 @@ def run(runs: Path, as_json: bool) -> None:
         as_json: print one object instead.
     """
     rows = []
-    for name in schema.library_names():
-        recipe = schema.load(name)
+    for name in loading.library_names():
+        recipe = loading.load(name)
         headline = recipe.targets[0] if recipe.targets else None
         ours = ours_of(name, recipe, runs)
 

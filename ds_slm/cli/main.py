@@ -122,11 +122,11 @@ def plan_recipe(
     """Parameters, FLOPs per token, steps, batch, memory, time. Trains nothing."""
     from ds_slm.cli import planning
     from ds_slm.cli.flags import link_speed
-    from ds_slm.recipe import schema
+    from ds_slm.recipe import loading
 
     speed_gbit_per_s = None if network is None else link_speed(network)
     topology = planning.topology(hostfile, nodes, devices, speed_gbit_per_s, host_memory)
-    planning.run(name, schema.load(name, overrides), ds_config, topology, measure, as_json)
+    planning.run(name, loading.load(name, overrides), ds_config, topology, measure, as_json)
 
 
 @app.command(epilog=examples.epilog("prepare"))
@@ -144,9 +144,9 @@ def prepare(
     from ds_slm.data.shards.prepare import prepare as prepare_data
     from ds_slm.data.shards.prepared import open_prepared
     from ds_slm.data.shards.prepared import verify as verify_shards
-    from ds_slm.recipe import schema
+    from ds_slm.recipe import loading
 
-    recipe, stem = schema.load(name, overrides), schema.recipe_path(name).stem
+    recipe, stem = loading.load(name, overrides), loading.recipe_path(name).stem
 
     if recipe.sft is not None:
         raise DataError(

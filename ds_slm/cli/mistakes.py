@@ -9,7 +9,7 @@ from pathlib import Path
 from ds_slm.cli.flags import parse_sources
 from ds_slm.cluster.launch import own_cores
 from ds_slm.errors import CheckpointError, ConfigError, RecipeError, UserError, attempt
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
 from ds_slm.recipe.schema import Recipe
 
 MOST_RANKS_PER_CORE = 4
@@ -42,7 +42,7 @@ def refuse_files(args: argparse.Namespace, recipe: Recipe, run_folder: Path) -> 
     from ds_slm.run import folder
 
     problems: list[str] = []
-    data = args.data_root / schema.recipe_path(args.recipe_name).stem
+    data = args.data_root / loading.recipe_path(args.recipe_name).stem
     attempt(problems, lambda: refuse_wrong_sources(recipe, data, parse_sources(args.source)))
     if args.base is not None:
         from ds_slm.publish.models import refuse_no_model

@@ -14,8 +14,9 @@ from typing import Any
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import DataError, RecipeError
 from ds_slm.files import read_json
-from ds_slm.recipe import schema
-from ds_slm.recipe.schema import RECIPE_FILE, Recipe
+from ds_slm.recipe import loading, resume_rules
+from ds_slm.recipe.loading import RECIPE_FILE
+from ds_slm.recipe.schema import Recipe, changes_result
 from ds_slm.run import scores
 from ds_slm.run.scores import LEADERBOARD, leaderboard_average, remarks_on, remarks_on_average
 
@@ -74,7 +75,7 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Ours | None:
     """The run of a folder, if it was launched under this recipe's name or has exactly its content."""
     environment, done = read_json(folder / "env.json") or {}, read_json(folder / "done.json") or {}
     try:
-        recorded = schema.load_recorded(folder)
+        recorded = loading.load_recorded(folder)
     except RecipeError:  # damaged
         return None
 
@@ -136,8 +137,8 @@ def _remarked(value: float, remarks: list[str]) -> str:
 def _differences(recipe: Recipe, recorded: Recipe) -> str:
     changed = [
         f"{place} {_short(was)} -> {_short(now)}"
-        for place, (was, now) in schema.changes(recipe, recorded).items()
-        if schema.changes_result(place)
+        for place, (was, now) in resume_rules.changes(recipe, recorded).items()
+        if changes_result(place)
     ]
     more = f" and {len(changed) - NAMED_CHANGES} more" if len(changed) > NAMED_CHANGES else ""
     return f"another recipe: {', '.join(changed[:NAMED_CHANGES])}{more}"

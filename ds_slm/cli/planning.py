@@ -6,7 +6,7 @@ from pathlib import Path
 from ds_slm.cli import tables
 from ds_slm.cli.output import print_json
 from ds_slm.errors import ConfigError
-from ds_slm.recipe import plan, rates, schema
+from ds_slm.recipe import loading, plan, rates
 from ds_slm.recipe.ds_config import join, read, refuse_conflicts
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.times import Topology
@@ -71,8 +71,8 @@ def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bo
 
     found = plan.plan(recipe, name, settings, replace(where, own=own))
     if not as_json:
-        tables.show_plan(found, schema.inherited_toml(name), own)
+        tables.show_plan(found, loading.inherited_toml(name), own)
         return
 
     memory, cpu_memory = ({**asdict(one), "device_bytes": one.device_bytes} for one in (found.memory, found.cpu_memory))
-    print_json({**asdict(found), "memory": memory, "cpu_memory": cpu_memory, "inherited": schema.inherited(name)})
+    print_json({**asdict(found), "memory": memory, "cpu_memory": cpu_memory, "inherited": loading.inherited(name)})

@@ -22,13 +22,13 @@ def show(name: str, args: Namespace) -> None:
 
     from ds_slm.files import replace_text
     from ds_slm.publish.models import open_base
-    from ds_slm.recipe import schema
+    from ds_slm.recipe import loading
     from sft import preview
     from sft.checks import section
     from sft.prepare import prepare_conversations
     from sft.rows import summary_line
 
-    recipe, stem = schema.load(name, args.set), schema.recipe_path(name).stem
+    recipe, stem = loading.load(name, args.set), loading.recipe_path(name).stem
     base, with_ids = args.base, args.ids
     section(recipe)
     sources, out = parse_sources(args.source), args.out or Path(f"preview-{stem}.html")

@@ -17,7 +17,7 @@ from ds_slm.publish.card.header import HubDataset
 from ds_slm.publish.card.page import README, Page
 from ds_slm.publish.card.page import describe as describe_card
 from ds_slm.publish.export import WeightFormat, export_run, name_of, name_of_gguf
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 
 
@@ -63,7 +63,7 @@ def run(run_folder: Path, flags: Flags) -> None:
                 )
             return _validated(importing.describe_imported(run_folder, state), flags)
 
-        recipe = _with(schema.load_recorded(run_folder), flags.overrides)
+        recipe = _with(loading.load_recorded(run_folder), flags.overrides)
         if recipe.card.license is None:
             print("note: the model card states no licence: --set card.license=apache-2.0 would", file=sys.stderr)
         elif (recipe.sft is not None or state.get(BASE)) and not flags.overrides:
@@ -108,7 +108,7 @@ def _validated(described: dict[str, bytes], flags: Flags) -> dict[str, bytes]:
 
 def _with(recorded: Recipe, overrides: list[str]) -> Recipe:
     """A recorded recipe with additions to its card. Raises RecipeError with every problem."""
-    return schema.parse(schema.to_toml(recorded), overrides, origin="--set", recorded=True) if overrides else recorded
+    return loading.parse(loading.to_toml(recorded), overrides, origin="--set", recorded=True) if overrides else recorded
 
 
 def _hub_datasets() -> dict[str, HubDataset]:

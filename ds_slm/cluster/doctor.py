@@ -28,7 +28,7 @@ from ds_slm.cluster.hostfile import Host, is_this_machine
 from ds_slm.cluster.link_findings import MASTER_PORT
 from ds_slm.cluster.probing import Forward, Session, close_all
 from ds_slm.cluster.runner_flags import PROGRAMS
-from ds_slm.recipe import ds_config, plan, schema
+from ds_slm.recipe import ds_config, loading, plan
 from ds_slm.run import software
 
 CONNECT_PATIENCE_S = 3
@@ -69,7 +69,7 @@ class Plan:
         if self.recipe is None:
             return Needs()
 
-        recipe, name = schema.load(self.recipe, run=self.run_dir), schema.recipe_path(self.recipe).stem
+        recipe, name = loading.load(self.recipe, run=self.run_dir), loading.recipe_path(self.recipe).stem
         zero1 = ds_config.read(software.ROOT / "ds_configs" / "zero1.json")
         world_size = sum(host.slots for host in self.places)
         memory = plan.plan(recipe, name, zero1, plan.Topology(world_size, len(self.places))).cpu_memory

@@ -105,10 +105,10 @@ def route(towards, port):
 
 def recipe(name, run):
     """The hash of a recipe as this host reads it."""
-    schema = importlib.import_module("ds_slm.recipe.schema")
+    loading = importlib.import_module("ds_slm.recipe.loading")
     sha256_of_json = importlib.import_module("ds_slm.files").sha256_of_json
     try:
-        return {"sha256": sha256_of_json(schema.load(name, run=Path(run)).model_dump(mode="json"))}
+        return {"sha256": sha256_of_json(loading.load(name, run=Path(run)).model_dump(mode="json"))}
     except importlib.import_module("ds_slm.errors").UserError as error:
         return {"problems": error.problems}
 
@@ -129,10 +129,10 @@ def data(name, data_root, within_s):
 
 def _read_data(name, data_root, found):
     try:
-        schema = importlib.import_module("ds_slm.recipe.schema")
+        loading = importlib.import_module("ds_slm.recipe.loading")
         identity = importlib.import_module("ds_slm.data.shards.identity")
         prepared = importlib.import_module("ds_slm.data.shards.prepared")
-        loaded, stem = schema.load(name), schema.recipe_path(name).stem
+        loaded, stem = loading.load(name), loading.recipe_path(name).stem
 
         parts = [identity.TOKENIZER, *(source.name for source in loaded.data.source)]
         absent = [part for part in parts if identity.read_manifest(data_root / stem / part) is None]

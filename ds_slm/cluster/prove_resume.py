@@ -19,7 +19,7 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.cluster import launch
 from ds_slm.errors import CheckpointError
 from ds_slm.files import read_json
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 STEPS = 4
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def prove(run: Path, flags: Sequence[str], scratch: Path, say: Callable[[str], N
         CheckpointError: this is not a run folder, or a launch failed for another reason.
     """
     try:
-        recipe = schema.load_recorded(run)
+        recipe = loading.load_recorded(run)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; {run} is no run folder.") from error
 

@@ -16,8 +16,9 @@ from ds_slm.data.tokenizers.bpe_training import train_bpe
 from ds_slm.data.tokenizers.byte_level import GPT2_PATTERN, bulk_encoder, by_rank
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer
 from ds_slm.errors import DataError
+from ds_slm.recipe.data_sections import Source
 from ds_slm.recipe.own_text import Text
-from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.schema import Recipe
 
 SAMPLE_BYTES = 4 << 20
 """Bytes of text on which the bytes of a token are measured."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ds_slm.recipe.budget import BLOCK_VALUES
-from ds_slm.recipe.schema import Optimizer
+from ds_slm.recipe.sections import Optimizer
 
 CPU_PIECE = 1 << 18
 """Values that the 8-bit optimiser updates at a time on a CPU."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ds_slm.data.shards.writer import split_of
 from ds_slm.data.sources.builtin import read_builtin
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 VERSION = "1"
 CONTEXT_WORDS, ENDING_WORDS = 16, 6
@@ -27,7 +27,7 @@ def rows() -> list[dict[str, Any]]:
     """Items with `ctx`, `endings` and `label`, always the same: from the first documents that the demo recipe holds out
     and that are long enough.
     """
-    data = schema.load("demo").data
+    data = loading.load("demo").data
     held_out = (text.split() for row, text in enumerate(read_builtin()) if split_of(text, row, data) == "val")
     long_enough = (words for words in held_out if len(words) >= CONTEXT_WORDS + ENDING_WORDS)
     chosen = [words[: CONTEXT_WORDS + ENDING_WORDS] for words in islice(long_enough, MOST_ITEMS)]

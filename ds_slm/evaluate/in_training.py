@@ -17,16 +17,14 @@ from ds_slm.evaluate.on_ranks import RanksScorer, serve
 from ds_slm.evaluate.opening import Opened
 from ds_slm.evaluate.scoring import DecoderScorer
 from ds_slm.model.decoder import Decoder
-from ds_slm.recipe import schema
+from ds_slm.recipe.schema import Recipe
 
 Score = Callable[[nn.Module, Control, Callable[[], None]], tuple[dict[str, float], str]]
 """A function of the model, the ranks and the vote after each round. It returns figures by TASK/METRIC, and why they
 could not be scored; both are empty on all ranks except 0."""
 
 
-def scored_tasks(
-    recipe: schema.Recipe, tokenizer_folder: Path, rank: int, report: Callable[[str], None]
-) -> Score | None:
+def scored_tasks(recipe: Recipe, tokenizer_folder: Path, rank: int, report: Callable[[str], None]) -> Score | None:
     """The function that scores the recipe's `[eval]` tasks; None if it names none.
 
     Args:

@@ -22,7 +22,7 @@ from ds_slm.evaluate.scoring import BATCH_TOKENS, Batch, DecoderScorer, Scorer
 from ds_slm.model.decoder import branched
 from ds_slm.model.loss import TokenScores
 from ds_slm.publish.models import open_model, sha256_of_weights, weight_files
-from ds_slm.recipe.schema import RECIPE_FILE
+from ds_slm.recipe.loading import RECIPE_FILE
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ds_slm.model import cpu_attention, documents, kernels
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.model.kernels import attention, embed, product
 from ds_slm.model.loss import LossSums, Targets, TokenScores, chunked_loss, score_tokens
-from ds_slm.recipe import schema
+from ds_slm.recipe.sections import Model
 
 __all__ = ["Continuations", "Decoder", "KVCache", "build", "exclude_own_value", "initialise"]
 
@@ -102,7 +102,7 @@ class Continuations(NamedTuple):
 class KVCache:
     """Keys and values of the tokens seen so far, for decoding; every row has the same length."""
 
-    def __init__(self, shape: schema.Model, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Model, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         size = (shape.num_hidden_layers, 2, rows, shape.num_key_value_heads, capacity, shape.head_dim)
         self.buffer = torch.empty(size, dtype=dtype, device=device)
         self.length = 0
@@ -120,7 +120,7 @@ class KVCache:
 class Attention(nn.Module):
     """Causal attention with grouped keys and values."""
 
-    def __init__(self, shape: schema.Model) -> None:
+    def __init__(self, shape: Model) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -177,7 +177,7 @@ def rotary_tables(head_dim: int, theta: float, length: int, device: torch.device
 class Mlp(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, shape: schema.Model) -> None:
+    def __init__(self, shape: Model) -> None:
         super().__init__()
         self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size)
         self.up_proj = Linear(shape.hidden_size, shape.intermediate_size)
@@ -191,7 +191,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream."""
 
-    def __init__(self, shape: schema.Model) -> None:
+    def __init__(self, shape: Model) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape)
@@ -207,7 +207,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Everything below the head."""
 
-    def __init__(self, shape: schema.Model, gradient_checkpointing: bool) -> None:
+    def __init__(self, shape: Model, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.shape = shape
         self.gradient_checkpointing = gradient_checkpointing
@@ -311,9 +311,9 @@ def run_with_training_graph(block: nn.Module, x_BTD: Tensor, positions: Position
 
 
 class Decoder(nn.Module):
-    """A causal language model; `schema.Model` gives its shape."""
+    """A causal language model; `Model` gives its shape."""
 
-    def __init__(self, shape: schema.Model, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, shape: Model, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.shape = shape
         self.model = Backbone(shape, gradient_checkpointing)
@@ -395,7 +395,7 @@ class Decoder(nn.Module):
         return chunked_loss(hidden_BTD.flatten(0, 1), self.head_weight_VD, targets, compiled=self.compiled)
 
 
-def build(shape: schema.Model, seed: int, gradient_checkpointing: bool = False) -> Decoder:
+def build(shape: Model, seed: int, gradient_checkpointing: bool = False) -> Decoder:
     """An initialised fp32 decoder on the CPU."""
     model = Decoder(shape, gradient_checkpointing)
     initialise(model, shape, seed)
@@ -403,14 +403,14 @@ def build(shape: schema.Model, seed: int, gradient_checkpointing: bool = False) 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, shape: schema.Model, seed: int) -> None:
+def initialise(model: nn.Module, shape: Model, seed: int) -> None:
     """Fill every parameter with its `initial_weights`."""
     parameters = dict(model.named_parameters())
     for name, values in initial_weights({name: one.shape for name, one in parameters.items()}, shape, seed):
         parameters[name].copy_(values)
 
 
-def initial_weights(shapes: Mapping[str, torch.Size], shape: schema.Model, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_weights(shapes: Mapping[str, torch.Size], shape: Model, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and initial values, fp32 on the CPU, one at a time: matrices normal, norms one.
 
     Each parameter has its own generator, seeded by `seed` and its name, so neither the order of the parameters nor
@@ -426,7 +426,7 @@ def initial_weights(shapes: Mapping[str, torch.Size], shape: schema.Model, seed:
         yield name, values.normal_(0.0, _standard_deviation(name, shape), generator=generator)
 
 
-def _standard_deviation(name: str, shape: schema.Model) -> float:
+def _standard_deviation(name: str, shape: Model) -> float:
     if name == "model.embed_tokens.weight":
         return shape.embedding_init_std or shape.init_std
     if shape.scaled_residual_init and name.endswith(("o_proj.weight", "down_proj.weight")):

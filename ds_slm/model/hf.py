@@ -1,6 +1,6 @@
 """The decoder's shape in the Hugging Face format, there and back. Parameter names need no mapping: they are the same.
 
-    schema.Model --hf_config--> config.json --shape_from_hf--> schema.Model
+    Model --hf_config--> config.json --shape_from_hf--> Model
 
 A plain decoder is a Llama, one with QK-norm a Qwen3; exclusive attention has a modeling file of its own, found through
 `auto_map` and loaded with trust_remote_code=True. transformers 5 reads `rope_parameters` and `dtype`; `rope_theta` and
@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_slm.errors import CheckpointError
-from ds_slm.recipe import schema
 from ds_slm.recipe.problems import sentences
+from ds_slm.recipe.sections import Model
 
 MODELING_FILE = Path(__file__).with_name("modeling_exclusive.py")
 """Shipped with models of exclusive attention."""
@@ -38,7 +38,7 @@ QWEN3_HEAD_DIM, QWEN3_KV_HEADS = 128, 32
 
 
 def hf_config(
-    shape: schema.Model, *, eos_id: int | None, pad_id: int | None = None, bos_id: int | None = None, dtype: str
+    shape: Model, *, eos_id: int | None, pad_id: int | None = None, bos_id: int | None = None, dtype: str
 ) -> dict[str, Any]:
     """The content of config.json; `dtype` is a torch dtype's name, as in 'float32'."""
     model_type = "ds_slm_exclusive" if shape.exclusive_attention else "qwen3" if shape.qk_norm else "llama"
@@ -87,7 +87,7 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
+def shape_from_hf(config: Mapping[str, Any]) -> Model:
     """The shape of a Llama, a Qwen3 or one of our own from the content of its config.json.
 
     Raises:
@@ -138,7 +138,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> schema.Model:
     if any(value is None for value in fields.values()):
         raise CheckpointError([CANNOT_BE, *problems])
     try:
-        shape = schema.Model.model_validate(fields)
+        shape = Model.model_validate(fields)
     except ValidationError as error:
         raise CheckpointError([CANNOT_BE, *problems, *(f"{one}." for one in sentences(error))]) from error
     if problems:

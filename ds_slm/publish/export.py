@@ -34,7 +34,8 @@ from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.model.kernels import DTYPES
 from ds_slm.publish.place import appears_whole, free_place
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.sections import Model
 
 WEIGHTS = "model.safetensors"
 
@@ -83,7 +84,7 @@ def export_run(
         raise CheckpointError(f"{run} is not a run folder: {reason}.")
     free_place(out, run)
 
-    recipe = schema.load_recorded(run)
+    recipe = loading.load_recorded(run)
     checkpoint = checkpoint_files.choose(run, step=step, best=best)
     notes = checkpoint_files.read_state(checkpoint)
 
@@ -129,7 +130,7 @@ def name_of_gguf(out: Path, precision: str) -> str:
 
 def export(
     state: Mapping[str, Tensor],
-    shape: schema.Model,
+    shape: Model,
     tokenizer_folder: Path,
     out: Path,
     dtype: torch.dtype = torch.float32,
@@ -157,7 +158,7 @@ def export(
 @contextlib.contextmanager
 def export_folder(
     state: Mapping[str, Tensor],
-    shape: schema.Model,
+    shape: Model,
     tokenizer_folder: Path,
     out: Path,
     dtype: torch.dtype = torch.float32,
@@ -210,7 +211,7 @@ def _make_readable_by_others(folder: Path) -> None:
         template_file.write_text(unmarked(template_file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def refuse_other_shape(state: Mapping[str, Tensor], shape: schema.Model) -> None:
+def refuse_other_shape(state: Mapping[str, Tensor], shape: Model) -> None:
     """Raise CheckpointError with every parameter whose name or shape is not the model's, if there are any."""
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in Decoder(shape).named_parameters()}

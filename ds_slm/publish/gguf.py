@@ -26,7 +26,7 @@ from ds_slm.errors import CheckpointError, ConfigError
 from ds_slm.files import shortened
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.gguf_vocabulary import Vocabulary, read_vocabulary
-from ds_slm.recipe import schema
+from ds_slm.recipe.sections import Model
 
 BLOCK = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]
 """Values of a row that share a scale."""
@@ -41,7 +41,7 @@ class GgufFile:
 
     name: str
     """The model's name."""
-    shape: schema.Model
+    shape: Model
     vocabulary: Vocabulary
     precision: str
     """f16 or q8_0."""
@@ -137,7 +137,7 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return rows.reshape(-1, 2, head_dim // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def prepare(shape: schema.Model, tokenizer_folder: Path, name: str, precision: str) -> GgufFile:
+def prepare(shape: Model, tokenizer_folder: Path, name: str, precision: str) -> GgufFile:
     """A file for a model of this shape and its tokenizer, before its weights are read.
 
     Raises:

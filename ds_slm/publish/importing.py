@@ -29,9 +29,10 @@ from ds_slm.errors import CheckpointError, DataError, UserError
 from ds_slm.files import read_json, replace_text, write_json
 from ds_slm.publish.models import HEAD, OpenModel, open_model
 from ds_slm.publish.place import appears_whole, free_place
-from ds_slm.recipe import effects, schema
+from ds_slm.recipe import effects, loading
+from ds_slm.recipe.loading import RECIPE_FILE
 from ds_slm.recipe.plan import parameters
-from ds_slm.recipe.schema import RECIPE_FILE, Recipe
+from ds_slm.recipe.schema import Recipe
 from ds_slm.run import software
 
 IMPORTED = "imported"
@@ -80,7 +81,7 @@ def import_model(source: Path, run: Path) -> dict[str, Any]:
                 shutil.copyfile(source / name, came_along / name)
         _write_checkpoint(folder, opened, {"tokenizer_sha256": tokenizer.sha256, IMPORTED: origin})
         write_json(folder / "env.json", {IMPORTED: origin, **software.describe()})
-        replace_text(folder / RECIPE_FILE, schema.to_toml(recipe))
+        replace_text(folder / RECIPE_FILE, loading.to_toml(recipe))
 
     count, kind = parameters(recipe.model), "qwen3" if recipe.model.qk_norm else "llama"
     return {"folder": str(run), "params": count, "model_type": kind, **origin}

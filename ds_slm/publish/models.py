@@ -25,7 +25,9 @@ from ds_slm.files import NeededFolder, is_plain_name, read_json, shortened
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.export import refuse_other_shape
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Model
 
 INDEX = "model.safetensors.index.json"
 """The file in which transformers lists which of several files holds which tensor."""
@@ -56,7 +58,7 @@ class OpenModel:
     """Its name, from its run's recipe or its folder."""
     folder: Path
     """The checkpoint or folder that was chosen."""
-    shape: schema.Model
+    shape: Model
     tokenizer_folder: Path
     sha256: str
     """One hash of all weights."""
@@ -125,7 +127,7 @@ def open_model(path: Path) -> OpenModel:
         CheckpointError: there is none, it is damaged, or this decoder cannot have its shape.
     """
     refuse_no_model(path)
-    if (path / schema.RECIPE_FILE).is_file():
+    if (path / loading.RECIPE_FILE).is_file():
         return _open_checkpoint(path, checkpoint_files.choose(path))
     if (path / CONFIG).is_file():
         return _open_hf(path)
@@ -144,7 +146,7 @@ def refuse_no_model(path: Path) -> None:
 
     run = root_of(path)
     is_checkpoint = run != path and (path.name == "best" or path.name.removeprefix("step-").isdecimal())
-    is_run = (run / schema.RECIPE_FILE).is_file() and (run == path or is_checkpoint)
+    is_run = (run / loading.RECIPE_FILE).is_file() and (run == path or is_checkpoint)
     if not is_run and not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} is not a model: expected a run folder (with recipe.toml), one of its checkpoints, or a Hugging "
@@ -173,7 +175,7 @@ def files_of(path: Path, opened: OpenModel) -> tuple[str, ...] | None:
     pointers = [one for one in pointers if one.is_file() and one.read_text().strip() == chosen.name]
     weights = [one for one in sorted(chosen.iterdir()) if one.name != checkpoint_files.MANIFEST]
     tokenizer = [one for one in sorted(opened.tokenizer_folder.iterdir()) if one.is_file()]
-    files = [root / schema.RECIPE_FILE, *tokenizer, *pointers, *weights, chosen / checkpoint_files.MANIFEST]
+    files = [root / loading.RECIPE_FILE, *tokenizer, *pointers, *weights, chosen / checkpoint_files.MANIFEST]
     return tuple(one.relative_to(root).as_posix() for one in files)
 
 
@@ -193,7 +195,7 @@ def needed_base(path: Path, opened: Callable[[], OpenModel]) -> NeededFolder:
     return NeededFolder(str(path), root, files, is_absent=not has_one, lock=root)
 
 
-def open_base(path: Path, recipe: schema.Recipe) -> OpenModel:
+def open_base(path: Path, recipe: Recipe) -> OpenModel:
     """Find and verify a model that a run of this recipe can begin with.
 
     Raises:
@@ -205,7 +207,7 @@ def open_base(path: Path, recipe: schema.Recipe) -> OpenModel:
     return opened
 
 
-def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
+def refuse_other_base(recipe: Recipe, base: OpenModel) -> None:
     """Raise CheckpointError with every difference if the base model has another shape than the recipe."""
     free = {"init_std", "embedding_init_std", "scaled_residual_init"}
     ours, theirs = recipe.model.model_dump(exclude=free), base.shape.model_dump(exclude=free)
@@ -215,14 +217,14 @@ def refuse_other_base(recipe: schema.Recipe, base: OpenModel) -> None:
         if ours[field] != theirs[field]
     ]
     if problems:
-        own = root_of(base.folder) / schema.RECIPE_FILE
+        own = root_of(base.folder) / loading.RECIPE_FILE
         taken = f"`base = {json.dumps(str(own))}`" if own.is_file() else "the recipe.toml of its import as `base`"
         way_out = f"A recipe with {taken} at its head takes the model's shape (docs/fine-tuning.md); or name another."
         raise CheckpointError(["--base is not a model of this recipe:", *problems, way_out])
 
 
 def _open_checkpoint(run: Path, checkpoint: Path) -> OpenModel:
-    recipe = schema.load_recorded(run)
+    recipe = loading.load_recorded(run)
     trained_with = checkpoint_files.read_state(checkpoint).get("tokenizer_sha256")
     _refuse_other_tokenizer(run / "tokenizer", trained_with)
     sha256 = checkpoint_files.model_sha256(checkpoint)

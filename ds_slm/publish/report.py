@@ -17,8 +17,8 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import ConfigError
 from ds_slm.files import printable, read_json
 from ds_slm.publish import curves
-from ds_slm.recipe import plan, schema
-from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe import loading, plan, resume_rules
+from ds_slm.recipe.schema import Recipe, changes_result
 from ds_slm.run import folder as run_folder
 from ds_slm.run import scores
 
@@ -63,9 +63,9 @@ def write_page(runs: Sequence[Path]) -> str:
         ConfigError: with every folder that is not a run, or has no trained step.
     """
     problems = [
-        f"{run} is not a run folder: it holds no {schema.RECIPE_FILE}."
+        f"{run} is not a run folder: it holds no {loading.RECIPE_FILE}."
         for run in runs
-        if not (run / schema.RECIPE_FILE).is_file()
+        if not (run / loading.RECIPE_FILE).is_file()
     ]
     if problems:
         raise ConfigError(problems)
@@ -83,7 +83,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _read(run: Path, name: str) -> Story:
-    recipe = schema.load_recorded(run)
+    recipe = loading.load_recorded(run)
     records = run_folder.read_records(run)
     for kind in ("train", "val"):
         records[kind] = [one for one in records.get(kind, []) if isinstance(one.get("loss"), int | float)]
@@ -171,8 +171,8 @@ def _facts(story: Story) -> dict[str, str]:
 def _differences(stories: Sequence[Story]) -> dict[str, list[str]]:
     """The parts of the recipes that differ between runs."""
     first = stories[0].recipe
-    compared = [schema.changes(first, story.recipe) for story in stories]
-    keys = sorted({key for changed in compared for key in changed if schema.changes_result(key)})
+    compared = [resume_rules.changes(first, story.recipe) for story in stories]
+    keys = sorted({key for changed in compared for key in changed if changes_result(key)})
     firsts = {key: was for changed in compared for key, (was, _) in changed.items()}
     return {key: [_shown(changed.get(key, (None, firsts[key]))[1]) for changed in compared] for key in keys}
 

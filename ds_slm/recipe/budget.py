@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, assert_never
 
 from ds_slm.recipe.counts import ParameterCounts, parameter_counts
-from ds_slm.recipe.schema import Model, Optimizer, Recipe
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Model, Optimizer
 
 FP32, HALF = 4, 2
 REDUCE_BUCKET_ELEMENTS = 500_000_000

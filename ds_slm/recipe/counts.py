@@ -6,7 +6,8 @@ Recipe, world size, micro-batch --> batch --> Batch
 
 from dataclasses import dataclass
 
-from ds_slm.recipe.schema import Model, Recipe
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Model
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,13 @@ trial of a long recipe.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from ds_slm.recipe.data_sections import Data, Source, Tokenizer
 from ds_slm.recipe.schedule import learning_rate
+from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.section import Section, newer_fields
 from ds_slm.recipe.sections import Model, Optimizer, Schedule, Train
-
-if TYPE_CHECKING:
-    from ds_slm.recipe.schema import Recipe
 
 READ_FROM = {
     "builtin": (),
@@ -95,7 +93,7 @@ def _unread_places(source: Source) -> Iterator[str]:
             )
 
 
-def warnings(recipe: "Recipe") -> list[str]:
+def warnings(recipe: Recipe) -> list[str]:
     """A line for each setting that has no effect in this recipe, or not the effect that it names."""
     sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
     resolved = _is_resolved(recipe)
@@ -123,7 +121,7 @@ def set_keys(section: Section, resolved: bool) -> set[str]:
     }
 
 
-def _is_resolved(recipe: "Recipe") -> bool:
+def _is_resolved(recipe: Recipe) -> bool:
     """Whether every key is there, as in a recipe that a run has recorded.
 
     A recipe recorded by an earlier version may lack keys that this version did not know.
@@ -140,12 +138,12 @@ def _holds_every_key(section: Section) -> bool:
     )
 
 
-def is_set(recipe: "Recipe", section: str, key: str) -> bool:
+def is_set(recipe: Recipe, section: str, key: str) -> bool:
     """Whether a key was set, rather than left at its default."""
     return key in set_keys(getattr(recipe, section), _is_resolved(recipe))
 
 
-def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+def _of_schedule(recipe: Recipe, resolved: bool) -> Iterator[str]:
     schedule, steps = recipe.schedule, recipe.train.steps
     if schedule.warmup_steps >= steps > 0 and schedule.warmup_steps:
         highest = max(learning_rate(recipe, step) for step in (0, steps - 1))
@@ -168,7 +166,7 @@ def _of_schedule(recipe: "Recipe", resolved: bool) -> Iterator[str]:
         assert_never(schedule.kind)
 
 
-def _of_cosine(recipe: "Recipe", last: float, resolved: bool) -> Iterator[str]:
+def _of_cosine(recipe: Recipe, last: float, resolved: bool) -> Iterator[str]:
     """`last` is the learning rate of the last step."""
     schedule, steps, lr = recipe.schedule, recipe.train.steps, recipe.optimizer.lr
     if schedule.warmup_steps < steps and last == lr > recipe.optimizer.min_lr:
@@ -183,7 +181,7 @@ def _of_cosine(recipe: "Recipe", last: float, resolved: bool) -> Iterator[str]:
         )
 
 
-def _of_wsd(recipe: "Recipe", last: float) -> Iterator[str]:
+def _of_wsd(recipe: Recipe, last: float) -> Iterator[str]:
     """The recipe says where the decay begins and ends; `last` is the learning rate of the last step."""
     schedule, steps, lr, min_lr = recipe.schedule, recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr
     start, length = schedule.decay_start_step or 0, schedule.decay_steps or 0
@@ -205,7 +203,7 @@ def _of_wsd(recipe: "Recipe", last: float) -> Iterator[str]:
         )
 
 
-def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+def _of_run(recipe: Recipe, resolved: bool) -> Iterator[str]:
     run, steps = recipe.run, recipe.train.steps
     given = set_keys(run, resolved)
 
@@ -243,7 +241,7 @@ def _of_run(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             )
 
 
-def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+def _of_data(recipe: Recipe, resolved: bool) -> Iterator[str]:
     sources = recipe.data.source
     if all(source.kind == "tokens" for source in sources):
         for key in sorted(set_keys(recipe.data, resolved) & {"held_out", "split_seed"}):
@@ -259,7 +257,7 @@ def _of_data(recipe: "Recipe", resolved: bool) -> Iterator[str]:
             yield f"data.source: weight = {source.weight} of source {source.name!r} has no effect: it is the only one"
 
 
-def _of_other_kinds(recipe: "Recipe", resolved: bool) -> Iterator[str]:
+def _of_other_kinds(recipe: Recipe, resolved: bool) -> Iterator[str]:
     """Keys that belong to another kind of tokenizer or optimiser."""
     kind, optimizer = recipe.tokenizer.kind, recipe.optimizer
     if kind != "bpe":

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_slm.errors import DataError
-from ds_slm.recipe import plan, schema
-from ds_slm.recipe.schema import Recipe, Tokenizer
+from ds_slm.recipe import loading, plan
+from ds_slm.recipe.data_sections import Tokenizer
+from ds_slm.recipe.schema import Recipe
 
 EPOCHS = 4
 ENOUGH_TOKENS_PER_PARAMETER = 20
@@ -131,8 +132,8 @@ def what_fits(text: Text) -> str:
     tokens = EPOCHS * text.train_tokens
     sizes = {
         name: plan.parameters(recipe.model)
-        for name in schema.library_names()
-        if (recipe := schema.load(name)).sft is None
+        for name in loading.library_names()
+        if (recipe := loading.load(name)).sft is None
     }
 
     fitting = [name for name, size in sizes.items() if size * ENOUGH_TOKENS_PER_PARAMETER <= tokens]

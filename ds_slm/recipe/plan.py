@@ -19,7 +19,8 @@ from ds_slm.recipe.alternatives import Alternative, Scaling, alternatives, scali
 from ds_slm.recipe.budget import Memory, save_bytes
 from ds_slm.recipe.counts import Batch, ParameterCounts, batch, parameter_counts, parameters
 from ds_slm.recipe.effects import warnings
-from ds_slm.recipe.schema import Model, Recipe
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Model
 from ds_slm.recipe.times import Load, Time, Topology, assumptions, load, times
 
 __all__ = ["Batch", "ParameterCounts", "Plan", "Topology", "batch", "parameter_counts", "parameters", "plan"]

@@ -11,13 +11,12 @@ Steps count from 0: `learning_rate(recipe, 0)` is the rate of the first optimise
 """
 
 import math
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
-if TYPE_CHECKING:
-    from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.schema import Recipe
 
 
-def learning_rate(recipe: "Recipe", step: int) -> float:
+def learning_rate(recipe: Recipe, step: int) -> float:
     """Learning rate of optimiser step `step` (0-based); past the end it stays at min_lr."""
     schedule, lr, min_lr = recipe.schedule, recipe.optimizer.lr, recipe.optimizer.min_lr
     if step < schedule.warmup_steps:

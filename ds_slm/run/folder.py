@@ -25,8 +25,9 @@ from ds_slm.files import (
     replace_text,
     write_json,
 )
-from ds_slm.recipe import schema
-from ds_slm.recipe.schema import RECIPE_FILE, Recipe
+from ds_slm.recipe import loading, resume_rules
+from ds_slm.recipe.loading import RECIPE_FILE
+from ds_slm.recipe.schema import Recipe
 from ds_slm.run import software
 
 STOPPED = "stopped.json"
@@ -70,11 +71,11 @@ def refuse_foreign(run: Path, recipe: Recipe, resume: str, allow_change: bool) -
 
     # The run's recipe must be the same, except for changes that are permitted.
     try:
-        old = schema.load_recorded(run)
+        old = loading.load_recorded(run)
     except RecipeError as error:
         _refuse_unless_trained_with(run, recipe, error)
         return
-    refused = schema.refused_changes(old, recipe, allow_change)
+    refused = resume_rules.refused_changes(old, recipe, allow_change)
     if refused:
         raise CheckpointError(
             [f"--run-dir {run} holds a run of another recipe:", *refused, "Name another --run-dir, or undo the change."]
@@ -218,13 +219,13 @@ def describe(run: Path, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[s
     old = None
     if recorded.is_file():
         try:
-            old = schema.load_recorded(run)
+            old = loading.load_recorded(run)
         except RecipeError:
             notes.append(f"{recorded} was damaged: it is written anew, by the same recipe")
-    changed = {place: list(pair) for place, pair in schema.changes(old, recipe).items()} if old else {}
+    changed = {place: list(pair) for place, pair in resume_rules.changes(old, recipe).items()} if old else {}
     if changed:
         record_change(run, facts, {"changes": changed})
-    replace_text(recorded, schema.to_toml(recipe))
+    replace_text(recorded, loading.to_toml(recipe))
     if facts.get("skip_rows"):
         record_change(run, facts, {"skipped_rows": facts["skip_rows"]})
 

@@ -21,7 +21,7 @@ from ds_slm.errors import CheckpointError, TrainingError
 from ds_slm.files import read_json, write_json
 from ds_slm.model import decoder, kernels
 from ds_slm.model.documents import PackedDocuments
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.train.task import Run
 
 ROWS, WEIGHTS, WHAT = "rows.safetensors", "model.safetensors", "what.json"
@@ -107,7 +107,7 @@ def replay(run: Path, step: int) -> Iterator[str]:
             f"{folder} is not there: a step whose loss or gradient is not finite leaves it. Steps found: {there}."
         )
 
-    recipe = schema.load_recorded(run)
+    recipe = loading.load_recorded(run)
     model = decoder.build(recipe.model, recipe.train.seed)
     what = read_json(folder / WHAT) or {}
     try:

@@ -31,7 +31,7 @@ from ds_slm.errors import (
     problems_of,
 )
 from ds_slm.model import decoder, kernels
-from ds_slm.recipe import ds_config, effects, schema
+from ds_slm.recipe import ds_config, effects, loading
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches, measure, records, skipped_rows
@@ -166,7 +166,7 @@ class Launching:
         background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)
         checkpoints = Checkpoints(background, inputs.identity)
         facts["start_s"] = self.clock.lap("records")
-        report.describe(recipe.model_dump(mode="json"), schema.to_toml(recipe), facts)
+        report.describe(recipe.model_dump(mode="json"), loading.to_toml(recipe), facts)
         state = replace(state, skipped_rows=facts["skipped_rows"])
         if found:
             checkpoints.resume(state, found)

@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks.host_tools import missing_requirements
 from benchmarks.hosts import TwoHosts
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.cluster.commands import mounted, on
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def write_recipe(runs: Path, *overrides: str) -> None:
         (runs / "texts" / f"{number}.txt").write_text("".join(sentences))
     source = ["data.source.0.kind=files", "data.source.0.path=runs/texts", "data.val_fraction=0.2"]
     shape = ["tokenizer.vocab_size=300", "model.vocab_size=300"]
-    (runs / "small.toml").write_text(schema.to_toml(schema.load("demo", [*source, *shape, *overrides])))
+    (runs / "small.toml").write_text(loading.to_toml(loading.load("demo", [*source, *shape, *overrides])))
 
 
 def failures(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:

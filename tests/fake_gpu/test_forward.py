@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ds_slm.model import decoder, documents, kernels
 from ds_slm.model.decoder import Decoder, KVCache
 from ds_slm.model.documents import PackedDocuments
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 if not torch.version.cuda:
     pytest.skip("this PyTorch was built without CUDA: make fake-gpu", allow_module_level=True)
@@ -39,7 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def model_of(name: str, dtype: torch.dtype) -> Decoder:
     """A recipe's model on the GPU, in a launch's dtype."""
-    recipe, usual = schema.load(name), torch.get_default_dtype()
+    recipe, usual = loading.load(name), torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # fake parameters cannot be moved or cast afterwards
     try:
         with torch.device("cuda"):
@@ -58,7 +58,7 @@ def on_gpu(*tensors: Tensor) -> bool:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 def test_the_loss_and_its_gradient_stay_on_the_device(name: str, dtype: torch.dtype, packed: bool) -> None:
     """Oracle: fake tensors, which refuse two devices in one operation and any value that is asked for."""
     model = model_of(name, dtype)
@@ -72,7 +72,7 @@ def test_the_loss_and_its_gradient_stay_on_the_device(name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 def test_branches_and_generation_stay_there(name: str, dtype: torch.dtype) -> None:
     """Oracle: as above, of the hidden states of rows with branches, of a prompt and of the token behind it."""
     model = model_of(name, dtype)
@@ -88,7 +88,7 @@ def test_branches_and_generation_stay_there(name: str, dtype: torch.dtype) -> No
 
 @pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 def test_a_block_is_one_graph(name: str, packed: bool) -> None:
     """Oracle: torch.compile with fullgraph, which refuses a graph that breaks and warns of doubts."""
     model = model_of(name, torch.bfloat16)

@@ -39,7 +39,7 @@ from ds_slm.data.tokenizers.tokenizer import build_tokenizer
 from ds_slm.files import write_json
 from ds_slm.publish.export import export_run
 from ds_slm.publish.models import open_model
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import software
 from sft.encode import conversation_format
 from sft.prepare import prepare_conversations
@@ -151,7 +151,7 @@ def make(folder: Path, scratch: Path) -> dict[str, Any]:
     recipe_file, tuning_file = (folder / f"{name}.toml" for name in (facts.PRETRAINING, facts.FINE_TUNING))
     recipe_file.write_text(PRETRAINING.lstrip())
     tuning_file.write_text(FINE_TUNING.lstrip())
-    recipe, tuning = schema.load(str(recipe_file)), schema.load(str(tuning_file))
+    recipe, tuning = loading.load(str(recipe_file)), loading.load(str(tuning_file))
 
     # Few documents: an epoch of each source ends within the run. Made-up text stands in for the installation's.
     runs.write_corpus(folder / "corpus.jsonl", documents=8)

@@ -8,7 +8,7 @@ import pytest
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows, share
 from ds_slm.data.shards.prepare import prepare
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import runs
 
 PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
@@ -58,7 +58,7 @@ def test_a_row_that_cannot_be_read_stops_every_rank(recipe: Path) -> None:
     folder = recipe.parent / "bad_rows"
     folder.mkdir()
     copy = runs.write_recipe(folder)
-    loaded = schema.load(str(copy))
+    loaded = loading.load(str(copy))
     data = prepare(loaded, folder / "data" / copy.stem, report=lambda line: None)
     shard, _ = data.tokens("train")[0].place(0)
     content = bytearray(shard.read_bytes())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards.prepared import open_prepared
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from sft.prepare import prepare_conversations
 from sft.rows import ConversationRows
 from tests.support import assistants, runs
@@ -72,7 +72,7 @@ def public(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A tiny Llama whose tokenizer puts a BOS before each text, or a tiny Qwen3; imported as runs/imported."""
     folder = tmp_path_factory.mktemp(request.param)
     text = runs.TINY.replace('"<|endoftext|>" = 0, "<|pad|>" = 1', SPECIALS).replace("qk_norm = true", "")
-    build_tokenizer(schema.parse(text), lambda source: iter(texts(300))).save(folder / "tokenizer")
+    build_tokenizer(loading.parse(text), lambda source: iter(texts(300))).save(folder / "tokenizer")
     tokenizer = folder / "tokenizer"
     if request.param == "llama":
         tokenizer = with_bos(tokenizer, folder / "with-bos")
@@ -100,7 +100,7 @@ def train(public: Public, *flags: object, base: str = "runs/imported") -> None:
 
 def test_begins_with_the_weights_of_a_public_model(continued: Public) -> None:
     """Oracle: transformers' loss of the model it had saved, on the rows of step 1 and on all that are held out."""
-    recipe = schema.load_recorded(continued.folder / "runs" / "mine")
+    recipe = loading.load_recorded(continued.folder / "runs" / "mine")
     rows = PretrainRows(recipe, open_prepared(recipe, continued.folder / "data" / "mine"))
     first = runs.records(continued.folder / "runs" / "mine")[0]
     before = runs.records(continued.folder / "runs" / "mine", "val")[0]
@@ -190,7 +190,7 @@ packing = false
     )
     public.done("sft", "chatty.toml", "--devices", public.ranks, "--base", "runs/imported")
     run = public.folder / "runs" / "chatty"
-    recorded = schema.load_recorded(run)
+    recorded = loading.load_recorded(run)
     folder = public.folder / "runs" / "imported" / "tokenizer"
     prepared = prepare_conversations(recorded, public.folder / "data" / "chatty", folder, report=lambda line: None)
     rows = ConversationRows(recorded, prepared)

@@ -6,13 +6,13 @@ import sys
 import numpy as np
 
 from benchmarks import packed
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import runs
 
 
 def test_rows_hold_documents_of_the_given_lengths() -> None:
     """Oracle: the lengths asked for; only the last document of a row may be cut, or be padding."""
-    recipe = schema.load("slm-10m")
+    recipe = loading.load("slm-10m")
     rows = packed.packed_rows(recipe, 3, (100, 600))
     assert rows.document_ids is not None and rows.document_ids.shape == (3, recipe.data.seq_len)
     for row in rows.document_ids:

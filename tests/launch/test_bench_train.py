@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks import train as bench_train
 from ds_slm.errors import DataError
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
 from tests.support import runs
 
 MICRO_S, OPTIMIZER_S = 0.5, 0.2
@@ -25,7 +25,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bench_train.Bench:
         return bench_train.Launch(seconds, 1.0 + micro_batch, 9.0 if side == "ours" else None)
 
     monkeypatch.setattr(bench_train, "launch", made_up)
-    return bench_train.Bench("demo", schema.load("demo"), [], tmp_path, devices=2, on_gpu=False)
+    return bench_train.Bench("demo", loading.load("demo"), [], tmp_path, devices=2, on_gpu=False)
 
 
 def test_a_step_is_put_together_from_its_parts(bench: bench_train.Bench) -> None:
@@ -64,7 +64,7 @@ def test_a_launch_compiles_what_the_recipe_itself_would(
 ) -> None:
     """Oracle: the rule, asked of the recipe as it is; a launch has steps of one micro-batch, so it asks another."""
     config = ds_config.read(runs.ROOT / "ds_configs" / "zero1.json")
-    recipe, commands = schema.load(name), []
+    recipe, commands = loading.load(name), []
     bench = bench_train.Bench(name, recipe, [], tmp_path, devices=1, on_gpu=True)
     monkeypatch.setattr(bench_train.subprocess, "Popen", lambda command, **_: commands.append(command) or 1 / 0)
     for side, accumulation in (("ours", 1), ("ours", 4), ("bare", 1)):
@@ -73,7 +73,7 @@ def test_a_launch_compiles_what_the_recipe_itself_would(
 
     wanted = ds_config.join(recipe, config, 1, "cuda", None).compiled
     for command in commands[:2]:
-        shrunk = schema.load(name, [command[at + 1] for at, word in enumerate(command) if word == "--set"])
+        shrunk = loading.load(name, [command[at + 1] for at, word in enumerate(command) if word == "--set"])
         given = ds_config.read(Path(command[command.index("--ds-config") + 1]))
         assert ds_config.join(shrunk, given, 1, "cuda", 16).compiled is wanted
         assert given | {"compile_blocks": "auto"} == config | {"compile_blocks": "auto"}

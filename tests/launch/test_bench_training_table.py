@@ -23,7 +23,7 @@ class Machine:
 
     def bench_of(self, name: str, settings: list[str], out: Path, steps: int) -> train.Bench:
         """demo's recipe on two ranks, without data."""
-        recipe = train.schema.load(name, settings)
+        recipe = train.loading.load(name, settings)
         return train.Bench(name, recipe, settings, out, devices=2, on_gpu=False, steps=steps)
 
     def launch(self, bench: train.Bench, side: str, micro_batch: int, accumulation: int) -> train.Launch:

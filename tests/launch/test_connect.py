@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
 from ds_slm.train import agreement
 from tests.support import runs
 
@@ -96,7 +96,7 @@ class Hosts:
 @pytest.mark.parametrize("what", ["recipe", "data", "ds_config or batch", "base"])
 def test_hosts_that_would_train_something_else(what: str) -> None:
     """Oracle: what differs, on which host, and the way out; nothing is said where all agree."""
-    recipe = schema.load("demo")
+    recipe = loading.load("demo")
     engine_config = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 2, "cpu", None)
     base = {"base_sha256": "b" * 64}
     agreed: Any = Hosts()

@@ -17,7 +17,7 @@ from ds_slm.data.shards.prepare import prepare
 from ds_slm.engine.layer_norms import layer_of
 from ds_slm.engine.optim import build_optimizer
 from ds_slm.model import decoder, kernels
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schedule import learning_rate
 from tests.support import runs, tolerances
 
@@ -45,7 +45,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe_path: Path) -> list[dict]:
     """Loss and gradient norm of each step in a plain PyTorch loop."""
-    recipe = schema.load(str(recipe_path))
+    recipe = loading.load(str(recipe_path))
     data = prepare(recipe, recipe_path.parent / "data" / recipe_path.stem, report=lambda line: None)
     rows, model = PretrainRows(recipe, data), decoder.build(recipe.model, recipe.train.seed)
     optimizer = build_optimizer(model, recipe.optimizer)

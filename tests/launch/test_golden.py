@@ -18,7 +18,7 @@ from ds_slm.data.shards.prepare import prepare
 from ds_slm.data.shards.prepared import Prepared, verify
 from ds_slm.errors import DataError
 from ds_slm.publish.models import open_model
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading, resume_rules
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import ledger
 from sft.prepare import prepare_conversations
@@ -74,15 +74,15 @@ def test_a_recipe_has_the_hash_it_had(workspace: Path, name: str, kind: str) -> 
     """Under whichever word the kind of its source is named."""
     text = (workspace / f"{name}.toml").read_text()
     assert text.count(f'kind = "{KINDS[0]}"') == 1
-    recipe = schema.parse(text.replace(f'kind = "{KINDS[0]}"', f'kind = "{kind}"'))
+    recipe = loading.parse(text.replace(f'kind = "{KINDS[0]}"', f'kind = "{kind}"'))
     assert recipe.identity_sha256() == EXPECTED["recipes"][name]
 
 
 def test_a_run_may_go_on_with_its_recipe(workspace: Path) -> None:
     """What the run has recorded is the recipe it was launched with: no field differs."""
-    recorded, recipe = schema.load_recorded(workspace / facts.RUN), schema.load(f"{facts.PRETRAINING}.toml")
+    recorded, recipe = loading.load_recorded(workspace / facts.RUN), loading.load(f"{facts.PRETRAINING}.toml")
     assert recorded.identity_sha256() == EXPECTED["recipes"][facts.PRETRAINING]
-    assert schema.changes(recorded, recipe) == {}
+    assert resume_rules.changes(recorded, recipe) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +90,7 @@ def test_a_run_may_go_on_with_its_recipe(workspace: Path) -> None:
 def test_prepared_data_are_used_as_they_are(workspace: Path, name: str, kind: str) -> None:
     """No file is written, every shard is whole, and the same rows are drawn in the same order and hold the same."""
     text = (workspace / f"{name}.toml").read_text()
-    recipe = schema.parse(text.replace(f'kind = "{KINDS[0]}"', f'kind = "{kind}"'))
+    recipe = loading.parse(text.replace(f'kind = "{KINDS[0]}"', f'kind = "{kind}"'))
     before, said = states_of_files(workspace / facts.DATA), []
     prepared = open_data(name, recipe, said)
     assert states_of_files(workspace / facts.DATA) == before, said
@@ -102,7 +102,7 @@ def test_prepared_data_are_used_as_they_are(workspace: Path, name: str, kind: st
 @pytest.mark.parametrize("name", RECIPES)
 def test_prepared_data_of_another_recipe_are_refused(workspace: Path, name: str) -> None:
     """So that using them as they are does not come from comparing nothing."""
-    recipe = schema.load(f"{name}.toml", ["data.split_seed=1"])
+    recipe = loading.load(f"{name}.toml", ["data.split_seed=1"])
     with pytest.raises(DataError, match=r"belongs to another recipe \(data.split_seed was 0, is 1\)"):
         open_data(name, recipe, [])
 
@@ -140,7 +140,7 @@ def test_an_export_has_the_same_bytes(workspace: Path, monkeypatch: pytest.Monke
 def test_other_exports_have_the_same_bytes(workspace: Path) -> None:
     """In bf16, and with the chat template of an assistant."""
     chat_tokenizer = workspace / facts.DATA / facts.FINE_TUNING / "tokenizer"
-    recipe = schema.load_recorded(workspace / facts.RUN)
+    recipe = loading.load_recorded(workspace / facts.RUN)
     assert facts.of_exports(workspace / facts.RUN, recipe, chat_tokenizer, workspace) == EXPECTED["exports"]
 
 
@@ -172,7 +172,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(resumed: Path) -> None:
 def test_a_resumed_run_keeps_what_it_had(resumed: Path) -> None:
     """Its recipe, its earlier records byte for byte, the ledger they hold, and the rows that were to be left out."""
     before = facts.MADE / facts.RUN
-    assert schema.changes(schema.load_recorded(before), schema.load_recorded(resumed)) == {}
+    assert resume_rules.changes(loading.load_recorded(before), loading.load_recorded(resumed)) == {}
     assert (resumed / "metrics.jsonl").read_bytes().startswith((before / "metrics.jsonl").read_bytes())
     compared = ledger.compare(ledger.read(resumed), ledger.read(before))
     assert (compared.same_until_step, compared.differ_at_step) == (facts.SAVED_STEPS[-1], None)

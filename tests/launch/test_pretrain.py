@@ -18,7 +18,7 @@ from ds_slm.errors import ConfigError, DeviceError
 from ds_slm.model import kernels
 from ds_slm.publish.card.facts import read_facts
 from ds_slm.publish.card.rerun import rerun
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import runs
 
 
@@ -51,7 +51,7 @@ def test_a_run_folder_tells_the_whole_story(finished: Path) -> None:
     assert (done["step"], done["tokens"]) == (20, 20 * 224)
     assert done["val_loss"] == runs.records(finished, "eval")[-1]["loss"]
     assert done["data_sha256"] == env["data_sha256"]
-    assert schema.load(str(finished / "recipe.toml")).identity_sha256() == done["recipe_sha256"]
+    assert loading.load(str(finished / "recipe.toml")).identity_sha256() == done["recipe_sha256"]
     assert (env["world_size"], env["backend"], env["precision"]) == (1, "gloo", "fp32")
     assert json.loads((finished / "ds_config.json").read_text())["gradient_clipping"] == 1.0
 
@@ -59,7 +59,7 @@ def test_a_run_folder_tells_the_whole_story(finished: Path) -> None:
 def test_the_card_states_the_recipes_hash_as_the_launch_did(finished: Path) -> None:
     """Oracle: the start line, env.json and done.json; the recipe that the card shows has no local path, and its own."""
     shown = re.search(r"recipe ([0-9a-f]{16}), run folder", (finished.parents[1] / "output.txt").read_text())
-    recipe = schema.load_recorded(finished)
+    recipe = loading.load_recorded(finished)
     card = "\n".join(rerun(read_facts(finished, recipe, checkpoint_files.choose(finished))))
     stated = re.findall(r"^\| (recipe.*?) \| `([0-9a-f]{64})` \|$", card, re.M)
     recorded = {json.loads((finished / name).read_text())["recipe_sha256"] for name in ("env.json", "done.json")}
@@ -67,7 +67,7 @@ def test_the_card_states_the_recipes_hash_as_the_launch_did(finished: Path) -> N
     assert shown and [what for what, _ in stated] == ["recipe", "recipe as shown, without local paths"]
     assert recorded == {stated[0][1]} and stated[0][1].startswith(shown[1])
     (toml,) = re.findall(r"```toml\n(.+?)\n```", card, re.S)
-    assert schema.parse(toml).identity_sha256() == stated[1][1]
+    assert loading.parse(toml).identity_sha256() == stated[1][1]
 
 
 def test_an_eager_run_does_not_import_the_compiler(recipe: Path) -> None:
@@ -129,7 +129,7 @@ def test_bits_per_byte_counts_every_held_out_token(finished: Path, recipe: Path)
     done = runs.run([str(runs.BIN / "ds-slm"), "export", str(finished), "--out", str(out)], cwd=out.parent)
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(out)
-    loaded = schema.load(str(recipe))
+    loaded = loading.load(str(recipe))
     data = prepared.open_prepared(loaded, finished.parents[1] / "data" / "tiny")
     rows, nll, tokens = PretrainRows(loaded, data), 0.0, 0
     for row_id in rows.val_row_ids(None):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_slm.data.shards import prepared
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.plan import parameters
 from ds_slm.recipe.schedule import learning_rate
 from tests.support import runs
@@ -31,7 +31,7 @@ def nanogpt_parameters(vocabulary: int = 65, layers: int = 4, width: int = 128) 
 
 def test_the_recipe_is_nanogpts() -> None:
     """Oracle: nanoGPT's own formulas for the rate of every step and for the parameters, of which ours has no more."""
-    recipe = schema.load(str(BENCHMARKS / "nanogpt_char.toml"))
+    recipe = loading.load(str(BENCHMARKS / "nanogpt_char.toml"))
     rates = [learning_rate(recipe, step) for step in range(2000)]
     assert rates == pytest.approx([nanogpt_learning_rate(step) for step in range(2000)], rel=1e-12)
     assert recipe.card.params == nanogpt_parameters()
@@ -66,7 +66,7 @@ def test_nanogpts_loss_is_reproduced(test_data: Path, trained: Path) -> None:
     """
     published = json.loads((test_data / "reference_curves" / "nanogpt_char.json").read_text())
     run, counts = trained / "runs" / "nanogpt_char", published["data"]
-    data = prepared.open_prepared(schema.load(str(run / "recipe.toml")), trained / "data" / "nanogpt_char")
+    data = prepared.open_prepared(loading.load(str(run / "recipe.toml")), trained / "data" / "nanogpt_char")
     assert data.vocab_size == counts["vocab"]
     assert (data.train_tokens, data.val_tokens) == (counts["train_chars"] + 1, counts["val_chars"] + 1)
     assert len(runs.records(run)) == published["cpu"]["train"]["max_iters"]
@@ -98,7 +98,7 @@ def plain_llama() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1337)
-    shape = schema.load(str(BENCHMARKS / "nanogpt_char.toml")).model
+    shape = loading.load(str(BENCHMARKS / "nanogpt_char.toml")).model
     names = set(LlamaConfig().to_dict()) & set(shape.model_dump())
     config = LlamaConfig(
         **shape.model_dump(include=names), initializer_range=0.02, bos_token_id=None, eos_token_id=None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import slm_10m_qwen3
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading, resume_rules
 from ds_slm.recipe.schedule import learning_rate
 from tests.support import runs
 
@@ -40,8 +40,8 @@ def records(losses: list[float], held_out: float) -> list[slm_10m_qwen3.Record]:
 @pytest.mark.parametrize("steps", [3, 300])
 def test_what_is_changed_in_the_recipe(steps: int) -> None:
     """Oracle: the recipe of the library; what the README says of the batch and the schedule."""
-    published, changed = schema.load("slm-10m"), schema.load("slm-10m", slm_10m_qwen3.overrides(steps))
-    places = {place for place in schema.changes(published, changed) if not place.startswith("run.")}
+    published, changed = loading.load("slm-10m"), loading.load("slm-10m", slm_10m_qwen3.overrides(steps))
+    places = {place for place in resume_rules.changes(published, changed) if not place.startswith("run.")}
     assert places == {
         "train.steps", "train.global_batch_tokens", "schedule.warmup_steps", "schedule.decay_start_step",
         "schedule.decay_steps", "optimizer.lr", "optimizer.min_lr", "data.val_fraction",

@@ -12,7 +12,7 @@ import pytest
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards import prepared
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import runs
 
 PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
@@ -72,7 +72,7 @@ def test_resuming_is_bit_exact(folder: Path, name: str) -> None:
 
 def test_an_epoch_ends_where_they_stop(folder: Path) -> None:
     """Oracle: the order of rows itself; the killed case takes this step twice, the others go on right behind it."""
-    recipe = schema.load(str(folder / "tiny.toml"))
+    recipe = loading.load(str(folder / "tiny.toml"))
     rows = PretrainRows(recipe, prepared.open_prepared(recipe, folder / "data" / "tiny"))
     epochs = [{row.epoch for row in rows.row_ids(step * recipe.rows_per_step)} for step in range(STEPS)]
     assert epochs[STOP_AT - 2 : STOP_AT + 1] == [{0}, {0, 1}, {1}]

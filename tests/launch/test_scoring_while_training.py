@@ -8,7 +8,7 @@ import pytest
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.evaluate.in_training import scored_tasks
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import runs
 from tests.unit.cli.test_main import ds_slm
 
@@ -157,4 +157,4 @@ def test_a_task_that_fails_does_not_end_the_run(folder: Path) -> None:
 
 def test_without_tasks_nothing_is_scored(tmp_path: Path) -> None:
     """Oracle: the demo recipe names none."""
-    assert scored_tasks(schema.load("demo"), tmp_path, 0, print) is None
+    assert scored_tasks(loading.load("demo"), tmp_path, 0, print) is None

@@ -16,7 +16,7 @@ from ds_slm.model import decoder
 from ds_slm.model.documents import PackedDocuments
 from ds_slm.publish.export import export
 from ds_slm.publish.generate import GREEDY, generate
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schedule import learning_rate
 from sft.chatml import ChatML
 from sft.rows import ConversationRows
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_rates_of_axiom_380m_instruct() -> None:
     """Oracle: the rates in the published logs, to all printed digits; 641 steps of 312 rows of 1,024 targets."""
-    recipe = schema.load("axiom-380m-instruct")
+    recipe = loading.load("axiom-380m-instruct")
     printed = {step: f"{learning_rate(recipe, step):.5e}" for step in (0, 51, 200, 538, 540, 640)}
     assert printed == {
         0: "1.50000e-04",

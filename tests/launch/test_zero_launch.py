@@ -16,7 +16,7 @@ from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards import prepared
 from ds_slm.model import decoder
 from ds_slm.model.kernels import DTYPES
-from ds_slm.recipe import schema, zero_keys
+from ds_slm.recipe import loading, zero_keys
 from tests.support import runs
 
 PROGRAM = runs.ROOT / "tests" / "support" / "programs" / "cases.py"
@@ -121,7 +121,7 @@ def test_resumes_bit_exactly_with_every_allowed_key(folder: Path, name: str) -> 
 def test_the_saved_weights_have_the_loss_of_the_run(folder: Path, name: str) -> None:
     """Oracle: the run's own loss on all held-out rows. The file's weights alone, in one process, must give it."""
     run = folder / f"whole-{name}"
-    recipe = schema.load(str(run / "recipe.toml"))
+    recipe = loading.load(str(run / "recipe.toml"))
     rows = PretrainRows(recipe, prepared.open_prepared(recipe, folder / "data" / "tiny"))
     batch = rows.read(rows.val_row_ids(None), "val")
     model = decoder.build(recipe.model, seed=99)
@@ -157,7 +157,7 @@ def test_other_sub_groups_are_another_topology(folder: Path) -> None:
 @pytest.mark.parametrize("name", BEGINNINGS)
 def test_a_run_begins_with_the_fp32_weights(folder: Path, name: str) -> None:
     """Oracle: the recipe's initialisation, or the base's weights, bit for bit, in what is saved at step 0."""
-    recipe = schema.load(str(folder / "tiny.toml"))
+    recipe = loading.load(str(folder / "tiny.toml"))
     expected = {key: value.detach() for key, value in decoder.build(recipe.model, recipe.train.seed).named_parameters()}
     if name == "base":
         expected = checkpoint_files.read_model(checkpoint_of(folder / "whole-1-fp32"))

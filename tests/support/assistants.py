@@ -14,7 +14,7 @@ from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE, build_tokenizer
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from sft.chatml import ChatML
 from tests.support import scored_models
 from tests.support.runs import TINY
@@ -57,7 +57,7 @@ def write_sft(folder: Path, conversations: list[Messages], name: str = "chatty")
 
 def write_base(folder: Path) -> Path:
     """A Hugging Face folder of a fresh decoder in the tiny recipe's shape, with a byte-level BPE."""
-    recipe = schema.parse(TINY_SFT)
+    recipe = loading.parse(TINY_SFT)
     lines = [message["content"] for messages in small_talk(300) for message in messages]
     tokenizer = build_tokenizer(recipe, lambda source: iter(lines))
     tokenizer.save(folder / "tokenizer")
@@ -101,7 +101,7 @@ class Assistant:
 
 def write_assistant(folder: Path, steps: int = 90) -> Assistant:
     """A decoder that is trained for seconds to answer about cities, and to end its answers."""
-    recipe = schema.parse(TINY_SFT.replace("max_position_embeddings = 256", f"max_position_embeddings = {CONTEXT}"))
+    recipe = loading.parse(TINY_SFT.replace("max_position_embeddings = 256", f"max_position_embeddings = {CONTEXT}"))
     assert recipe.model is not None
     talks = city_talk()
     texts = [message["content"] for messages in talks for message in messages]

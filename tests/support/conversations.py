@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.tiny_runs import SHAPE
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 from sft.prepare import prepare_conversations
 from sft.rows import ConversationRows
 from tests.support import data_recipes
@@ -88,9 +89,9 @@ def write(path: Path, conversations: Iterable[Any]) -> Path:
     return path
 
 
-def recipe(path: Path, *overrides: str) -> schema.Recipe:
+def recipe(path: Path, *overrides: str) -> Recipe:
     """The tiny recipe, reading one file."""
-    return schema.parse(TINY.replace("SOURCE", str(path)), list(overrides))
+    return loading.parse(TINY.replace("SOURCE", str(path)), list(overrides))
 
 
 def tokenizer(seed: int = 0) -> Tokenizer:
@@ -102,7 +103,7 @@ def tokenizer(seed: int = 0) -> Tokenizer:
     return build_tokenizer(tiny, lambda source: iter(texts))
 
 
-def prepare(recipe: schema.Recipe, folder: Path, sources: dict[str, Path] | None = None) -> Prepared:
+def prepare(recipe: Recipe, folder: Path, sources: dict[str, Path] | None = None) -> Prepared:
     """Prepare in silence, with a tokenizer of our own as the base's."""
     if not (folder / "base").exists():
         tokenizer().save(folder / "base")

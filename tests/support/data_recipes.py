@@ -10,7 +10,8 @@ import tokenizers
 from ds_slm.data.shards import prepared
 from ds_slm.data.shards.prepare import prepare as prepare_data
 from ds_slm.data.tokenizers import tokenizer
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 
 SPECIALS = '{ "<|endoftext|>" = 0, "<|pad|>" = 1, "<|im_start|>" = 2, "<|im_end|>" = 3 }'
 BPE = f'kind = "bpe"\nvocab_size = 300\nspecial_tokens = {SPECIALS}\npad_token = "<|pad|>"'
@@ -64,7 +65,7 @@ def recipe(
     val_fraction: float = 0.1,
     split_seed: int = 0,
     last_batch: str = "wrap",
-) -> schema.Recipe:
+) -> Recipe:
     """A recipe whose model is never built."""
     text = TEXT.format(
         tokenizer=tokenizer,
@@ -75,7 +76,7 @@ def recipe(
         batch_tokens=rows_per_step * seq_len,
         last_batch=last_batch,
     )
-    return schema.parse(text)
+    return loading.parse(text)
 
 
 def texts(count: int = 200, seed: int = 0) -> list[str]:
@@ -91,7 +92,7 @@ def write_jsonl(path: Path, documents: list[str], column: str = "text") -> Path:
     return path
 
 
-def two_sources(folder: Path) -> schema.Recipe:
+def two_sources(folder: Path) -> Recipe:
     """A recipe of two sources, one of two files."""
     (folder / "two").mkdir()
     write_jsonl(folder / "one.jsonl", texts(300, seed=1))
@@ -110,7 +111,7 @@ def cl100k(ranks: Path) -> tokenizer.Tokenizer:
     return tokenizer.build_tokenizer(recipe(source("made", path="."), tokenizer=section), lambda _: iter(()))
 
 
-def prepare(made: schema.Recipe, root: Path, **options: object) -> prepared.Prepared:
+def prepare(made: Recipe, root: Path, **options: object) -> prepared.Prepared:
     """Prepare in silence."""
     report: Callable[[str], None] = lambda line: None  # noqa: E731
     return prepare_data(made, root / "made", **{"report": report, **options})  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from ds_slm.distributed.stop import Interrupt
 from ds_slm.engine import engine as engines
 from ds_slm.engine.process_group import connected
 from ds_slm.model import decoder
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
 from ds_slm.train import loop
 from tests.support import runs
 
@@ -60,7 +60,7 @@ class Records:
 def tiny_run(folder: Path, control: Control, micro_batch: int = 1, *overrides: str) -> loop.Run:
     """A run of the tiny recipe in `folder`, that saves nothing."""
     path = runs.write_recipe(folder)
-    recipe = schema.load(str(path), list(overrides))
+    recipe = loading.load(str(path), list(overrides))
     rows = PretrainRows(recipe, prepare(recipe, folder / "data" / path.stem, report=lambda line: None))
     engine_config = ds_config.join(recipe, {"zero_optimization": {"stage": 1}}, 1, "cpu", micro_batch)
     model = decoder.build(recipe.model, recipe.train.seed)

@@ -12,7 +12,9 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
 from ds_slm.evaluate.results import Question
 from ds_slm.model.decoder import Decoder, build
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Model
 from tests.support.runs import TINY
 
 CONTEXT, TRAINED, VOCAB = 96, 32, 480
@@ -24,9 +26,9 @@ TEXT = (
 )
 
 
-def recipe_of(qk_norm: bool = True) -> schema.Recipe:
+def recipe_of(qk_norm: bool = True) -> Recipe:
     """The tiny recipe with a longer context: a Qwen3 with QK-norm, else a Llama."""
-    return schema.parse(TEXT.replace("qk_norm = true", f"qk_norm = {str(qk_norm).lower()}"))
+    return loading.parse(TEXT.replace("qk_norm = true", f"qk_norm = {str(qk_norm).lower()}"))
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str]) -> Path:
@@ -62,7 +64,7 @@ def texts_of(questions: Mapping[str, Sequence[Question]], most: bool) -> list[st
     return found
 
 
-def trained(shape: schema.Model, tokenizer_folder: Path, texts: Sequence[str], steps: int = 150) -> Decoder:
+def trained(shape: Model, tokenizer_folder: Path, texts: Sequence[str], steps: int = 150) -> Decoder:
     """A decoder trained on the ends of texts: they hold the answers."""
     tokenizer = load_tokenizer(tokenizer_folder)
     ends = [ids[-TRAINED:] for ids in tokenizer.encode_with_control_tokens(texts, add_special_tokens=False)]
@@ -91,11 +93,11 @@ def state_of(model: Decoder) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def write_run(run: Path, recipe: schema.Recipe, state: Mapping[str, Tensor], tokenizer_folder: Path) -> Path:
+def write_run(run: Path, recipe: Recipe, state: Mapping[str, Tensor], tokenizer_folder: Path) -> Path:
     """A run folder with one checkpoint; returns the checkpoint."""
     writer = checkpoint_files.Writer(run, 7)
     writer.add_tensors(checkpoint_files.MODEL, state)
     checkpoint = writer.commit({"step": 7, "tokenizer_sha256": load_tokenizer(tokenizer_folder).sha256})
-    (run / "recipe.toml").write_text(schema.to_toml(recipe))
+    (run / "recipe.toml").write_text(loading.to_toml(recipe))
     shutil.copytree(tokenizer_folder, run / "tokenizer")
     return checkpoint

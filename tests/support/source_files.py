@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from ds_slm.recipe.schema import Source
+from ds_slm.recipe.data_sections import Source
 
 ROWS_PER_GROUP = 4
 

@@ -10,7 +10,8 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.files import write_json
 from ds_slm.model.decoder import build
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 from tests.golden.facts import MADE
 from tests.support import scored_models
 
@@ -22,12 +23,12 @@ BITS = {"value": 1.625, "stderr": 0.01, "chance": None, "commonest": None}
 CHATS = {"conversations": 40, "truncated": 3, "tokens": 4_000, "supervised_tokens": 1_000}
 
 
-def recipe_of(*overrides: str, kind: str = "tiny") -> schema.Recipe:
+def recipe_of(*overrides: str, kind: str = "tiny") -> Recipe:
     """The golden recipe, or with `tiny-instruct` the one that fine-tunes it."""
-    return schema.load(str(MADE / f"{kind}.toml"), list(overrides))
+    return loading.load(str(MADE / f"{kind}.toml"), list(overrides))
 
 
-def write_run(folder: Path, recipe: schema.Recipe, step: int | None = None, **environment: Any) -> Path:
+def write_run(folder: Path, recipe: Recipe, step: int | None = None, **environment: Any) -> Path:
     """A run of the recipe up to a step, by default its last, with one checkpoint; returns the run folder.
 
     The loss of step n is 6 - n / 100, its held-out loss 0.25 more; each step took STEP_S on DEVICES devices.
@@ -36,7 +37,7 @@ def write_run(folder: Path, recipe: schema.Recipe, step: int | None = None, **en
     tokenizer = TOKENIZER if recipe.sft is None else CHAT_TOKENIZER
     batch = recipe.train.global_batch_tokens
     folder.mkdir(parents=True)
-    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
+    (folder / "recipe.toml").write_text(loading.to_toml(recipe))
     shutil.copytree(tokenizer, folder / "tokenizer")
     add_checkpoint(folder, recipe, step)
 
@@ -62,7 +63,7 @@ def write_run(folder: Path, recipe: schema.Recipe, step: int | None = None, **en
     return folder
 
 
-def add_checkpoint(folder: Path, recipe: schema.Recipe, step: int) -> Path:
+def add_checkpoint(folder: Path, recipe: Recipe, step: int) -> Path:
     """A checkpoint of fresh weights, others for each step."""
     writer = checkpoint_files.Writer(folder, step)
     writer.add_tensors(checkpoint_files.MODEL, scored_models.state_of(build(recipe.model, seed=step)))

@@ -15,8 +15,9 @@ from ds_slm.data.sources import documents
 from ds_slm.data.sources.splits import ALL
 from ds_slm.errors import DataError
 from ds_slm.files import is_plain_name, read_json, shortened
+from ds_slm.recipe.data_sections import Source
 from ds_slm.recipe.problems import sentences
-from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.schema import Recipe
 
 FORMAT = 3
 MANIFEST = "manifest.json"

@@ -35,7 +35,8 @@ from ds_slm.data.sources.documents import DocumentStream, SourceFiles, documents
 from ds_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, existing_tokenizer, load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.files import fsync, new_folder, write_json
-from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.data_sections import Source
+from ds_slm.recipe.schema import Recipe
 
 TOKENIZER_BYTES_PER_TOKEN = 5
 """A trained tokenizer sees at most about the text that the run reads: this many bytes for each token of the run."""

@@ -40,8 +40,9 @@ from ds_slm.data.sources.documents import SourceFiles, locate, stand_ins, tell_l
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.files import CANNOT_WRITE, NeededFolder, locked, obstacle, shortened
+from ds_slm.recipe.data_sections import Source
 from ds_slm.recipe.problems import nearest
-from ds_slm.recipe.schema import Recipe, Source
+from ds_slm.recipe.schema import Recipe
 
 WHOLE_SOURCE_TOKENS = 20_000_000
 """A source is read at least to this number of tokens: about a minute's work, which allows a longer run later."""

@@ -30,7 +30,7 @@ from ds_slm.data.sources.documents import DocumentStream
 from ds_slm.data.sources.token_files import PADDING, TokenFiles
 from ds_slm.data.tokenizers.tokenizer import Tokenizer
 from ds_slm.errors import DataError
-from ds_slm.recipe.schema import Data
+from ds_slm.recipe.data_sections import Data
 
 BATCH_DOCUMENTS = 4_096
 BATCH_CHARACTERS = 4_000_000

@@ -37,8 +37,7 @@ from ds_slm.data.sources.splits import ALL, TRAIN, UnclearSplit, canonical, choo
 from ds_slm.data.sources.stand_ins import HEAD_BYTES, stand_in_at
 from ds_slm.errors import DataError
 from ds_slm.files import NAMES_TOLD, shortened
-from ds_slm.recipe.data_sections import OLD_WORD
-from ds_slm.recipe.schema import Source
+from ds_slm.recipe.data_sections import OLD_WORD, Source
 
 TOKENS_SUFFIX = ".bin"
 

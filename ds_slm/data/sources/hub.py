@@ -28,7 +28,7 @@ from ds_slm.data.sources.readers import READ_BYTES, TextFile, suffix_of
 from ds_slm.data.sources.splits import ALL
 from ds_slm.errors import DataError
 from ds_slm.files import shortened
-from ds_slm.recipe.schema import Source
+from ds_slm.recipe.data_sections import Source
 
 FIRST_DELAYS_S = (1.0, 2.0, 4.0)
 """Waits before the first requests for a dataset are tried again."""

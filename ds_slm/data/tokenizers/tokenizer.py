@@ -36,8 +36,9 @@ from ds_slm.data.tokenizers.control_text import ControlText
 from ds_slm.data.tokenizers.sentencepiece import read_sentencepiece
 from ds_slm.errors import DataError
 from ds_slm.files import read_json, sha256_of_json
-from ds_slm.recipe.schema import Recipe, Source
-from ds_slm.recipe.schema import Tokenizer as Section
+from ds_slm.recipe.data_sections import Source
+from ds_slm.recipe.data_sections import Tokenizer as Section
+from ds_slm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import tokenizers

@@ -15,8 +15,8 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.data.order import Order
 from ds_slm.data.skipping import merged
 from ds_slm.files import read_json
-from ds_slm.recipe import schema
-from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe, changes_result
 from ds_slm.run import folder as run_folder
 
 Record = Mapping[str, Any]
@@ -144,8 +144,8 @@ class RunFacts:
 def _before(recipe: Recipe, changes: Any) -> Recipe:
     """The recipe as it was before a launch changed its result."""
     pairs = changes.items() if isinstance(changes, Mapping) else ()
-    was = {place: pair[0] for place, pair in pairs if schema.changes_result(place) and isinstance(pair, list)}
-    return schema.with_values(recipe, was) if was else recipe
+    was = {place: pair[0] for place, pair in pairs if changes_result(place) and isinstance(pair, list)}
+    return loading.with_values(recipe, was) if was else recipe
 
 
 def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ds_slm.errors import DataError, RecipeError
 from ds_slm.model.hf import hf_config
 from ds_slm.publish.card.facts import RunFacts
+from ds_slm.recipe.data_sections import Source
 from ds_slm.recipe.hub_names import is_repo_id
-from ds_slm.recipe.schema import Source
 from ds_slm.run.scores import DOCUMENTATION, EVAL_FILE, remarks_on
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from ds_slm.data.skipping import merged
 from ds_slm.errors import RecipeError
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.markdown import code, code_block, table
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.hub_names import is_repo_id
+from ds_slm.recipe.schema import Recipe
 
 HIDDEN = ("run", "eval")
 """Sections that do not change the result, and may name folders of the machine."""
@@ -59,10 +60,10 @@ def rerun(facts: RunFacts) -> list[str]:
 
 def _library_has(facts: RunFacts) -> bool:
     """Whether the library's recipe of this name still trains the same model."""
-    if facts.name not in schema.library_names():
+    if facts.name not in loading.library_names():
         return False
     try:
-        return schema.load(facts.name).identity_sha256() == facts.recipe.identity_sha256()
+        return loading.load(facts.name).identity_sha256() == facts.recipe.identity_sha256()
     except RecipeError:
         return False
 
@@ -70,7 +71,7 @@ def _library_has(facts: RunFacts) -> bool:
 def _proof(facts: RunFacts) -> list[str]:
     """What must be equal for the same rows in the same order, and the versions with which this was made."""
     environment, recipe_sha256 = facts.environment, facts.recipe.identity_sha256()
-    shown_sha256 = schema.parse(_shown(facts), recorded=True).identity_sha256()
+    shown_sha256 = loading.parse(_shown(facts), recorded=True).identity_sha256()
     hashes = {
         "recipe": recipe_sha256,
         "recipe as shown, without local paths": shown_sha256 if shown_sha256 != recipe_sha256 else None,
@@ -91,7 +92,7 @@ def _proof(facts: RunFacts) -> list[str]:
     return [*told, f"Versions: {', '.join(listed)}."] if listed else told
 
 
-def _has_local_path(recipe: schema.Recipe) -> bool:
+def _has_local_path(recipe: Recipe) -> bool:
     tokenizer = recipe.tokenizer.path
     return any(one.path for one in recipe.data.source) or (tokenizer is not None and not is_repo_id(tokenizer))
 

@@ -8,7 +8,8 @@ from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.header import is_from_hub
 from ds_slm.publish.card.markdown import number, percent, table, times
 from ds_slm.publish.curves import is_number
-from ds_slm.recipe.schema import Recipe, Source, changes_result
+from ds_slm.recipe.data_sections import Source
+from ds_slm.recipe.schema import Recipe, changes_result
 
 OF_TRAINING = ("val", "train")
 """Prefixes of published figures that training itself measures; the others are benchmarks."""

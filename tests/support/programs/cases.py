@@ -35,18 +35,15 @@ from ds_slm.engine.row_reader import Share  # noqa: E402
 from ds_slm.files import write_json  # noqa: E402
 from ds_slm.publish.generate import sampler  # noqa: E402
 from ds_slm.publish.models import open_model  # noqa: E402
-from ds_slm.recipe import (  # noqa: E402
-    ds_config,
-    schema,
-    zero_keys,
-)
+from ds_slm.recipe import ds_config, loading, zero_keys  # noqa: E402
+from ds_slm.recipe.schema import Recipe  # noqa: E402
 from ds_slm.train import launch, loop  # noqa: E402
 from ds_slm.train.task import Options, Task  # noqa: E402
 
 AGREE = engine.Engine.agree
 
 
-def task(recipe: schema.Recipe, name: str, data_root: Path) -> Task:
+def task(recipe: Recipe, name: str, data_root: Path) -> Task:
     """Pretraining on prepared shards, as ds_slm/pretrain.py sets it up."""
     return Task(
         prepare=lambda: prepare(recipe, data_root / name, report=lambda line: None),
@@ -69,7 +66,7 @@ def run_case(recipe_path: Path, out: Path, name: str, settings: list[str]) -> No
     single = {key: value for key, value in pairs if key not in ("set", "ds")}
     # Of several overrides of one field the last counts: a case differs from what it shares with others.
     overrides = {value.partition("=")[0]: value for key, value in pairs if key == "set"}
-    recipe = schema.load(str(recipe_path), list(overrides.values()))
+    recipe = loading.load(str(recipe_path), list(overrides.values()))
     originals = engine.Engine.agree, loop.record_step, ds_config._deepspeed, ds_config.COMPILE_FLOPS
     run_steps, zero_problems = loop.run_steps, zero_keys.problems
     if "unchecked" in single:

@@ -15,7 +15,8 @@ from typing import Any
 
 from ds_slm.data.shards import journal, prepare, writer
 from ds_slm.data.sources import token_files
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 
 KILLED = 9
 EVERY_ADD = 47
@@ -29,7 +30,7 @@ token_files.COPY_TOKENS = 700
 
 def main(recipe_path: str, folder: Path, step: int) -> None:
     """Runs until a try comes to its end without being killed."""
-    recipe = schema.load(recipe_path)
+    recipe = loading.load(recipe_path)
     kill_at = 0
     while in_child(recipe, folder / str(kill_at) / "data", kill_at) == KILLED:
         assert in_child(recipe, folder / str(kill_at) / "data", None) == 0
@@ -37,7 +38,7 @@ def main(recipe_path: str, folder: Path, step: int) -> None:
     print(kill_at)
 
 
-def in_child(recipe: schema.Recipe, data_root: Path, kill_at: int | None) -> int:
+def in_child(recipe: Recipe, data_root: Path, kill_at: int | None) -> int:
     """The exit code of preparing in a child of its own."""
     child = os.fork()
     if child == 0:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from ds_slm.cli import flags, launching, main, preview
 from ds_slm.cluster import limits, runner_flags
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 VERBS = list(typer.main.get_group(main.app).commands)
 PROGRAMS = {
@@ -40,7 +40,7 @@ def test_help_ends_with_two_examples_that_parse(verb: str, monkeypatch: pytest.M
         command, named, *words = shlex.split(line)
         assert (command, named) == ("ds-slm", verb)
         recipe = recipe_of(verb, words)
-        assert recipe is None or schema.load(recipe)
+        assert recipe is None or loading.load(recipe)
 
 
 @pytest.mark.parametrize("example", ["slm-10m --no-such-flag", ""])

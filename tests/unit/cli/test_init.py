@@ -12,7 +12,7 @@ from ds_slm.data.rows import PretrainRows
 from ds_slm.data.shards.prepare import prepare
 from ds_slm.data.sources.documents import locate
 from ds_slm.errors import ConfigError
-from ds_slm.recipe import effects, schema
+from ds_slm.recipe import effects, loading
 from ds_slm.train import unused_flags
 from tests.unit.cli.test_main import refused
 from tests.unit.data.test_survey import words
@@ -44,7 +44,7 @@ def test_writes_a_recipe_and_says_what_follows(
 ) -> None:
     """The recipe is read as any other; its three commands are in the output."""
     run(["init", "mine", "--text", "texts"], monkeypatch)
-    recipe = schema.load("mine.toml")
+    recipe = loading.load("mine.toml")
     printed = capsys.readouterr().out
 
     assert (recipe.card.name, recipe.data.source[0].path) == ("mine", "texts")
@@ -58,7 +58,7 @@ def test_json_says_the_same(texts: Path, monkeypatch: pytest.MonkeyPatch, capsys
     run(["init", "mine", "--text", "texts", "--tokens", "500k", "--json"], monkeypatch)
     printed = json.loads(capsys.readouterr().out)
     assert (printed["documents"], printed["tokens"]) == (3, 500_000)
-    assert printed["steps"] == schema.load("mine.toml").train.steps
+    assert printed["steps"] == loading.load("mine.toml").train.steps
 
 
 def test_refuses_what_cannot_be_all_at_once(
@@ -86,7 +86,7 @@ def test_a_base_is_quoted(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path may hold what TOML would read as the end of its string."""
     Path('q"b.toml').write_text('base = "demo"\n[card]\nname = "b"\n', encoding="utf-8")
     run(["init", "mine", "--text", "texts", "--from", 'q"b.toml'], monkeypatch)
-    assert schema.load("mine.toml").model == schema.load("demo").model
+    assert loading.load("mine.toml").model == loading.load("demo").model
 
 
 def test_never_replaces_a_file(
@@ -124,10 +124,10 @@ def test_a_run_is_continued_in_its_own_tokenizer(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Oracle: the run's shape, its tokenizer's folder in place of one that is trained, and the flag of the launch."""
-    demo = schema.load("demo")
-    write_run(Path("runs/demo"), schema.to_toml(demo))
+    demo = loading.load("demo")
+    write_run(Path("runs/demo"), loading.to_toml(demo))
     run(["init", "mine", "--from", "runs/demo", "--text", "texts"], monkeypatch)
-    recipe, printed = schema.load("mine.toml"), capsys.readouterr().out
+    recipe, printed = loading.load("mine.toml"), capsys.readouterr().out
 
     assert recipe.model == demo.model
     assert (recipe.tokenizer.kind, recipe.tokenizer.path) == ("hf", "runs/demo/tokenizer")
@@ -140,7 +140,7 @@ def test_a_run_is_not_continued_into_itself(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The new recipe's run folder would be the one whose weights it begins with; nothing is written."""
-    write_run(Path("runs/mine"), schema.to_toml(schema.load("demo")))
+    write_run(Path("runs/mine"), loading.to_toml(loading.load("demo")))
     assert "choose another" in refused(["init", "mine", "--from", "runs/mine", "--text", "texts"], monkeypatch, capsys)
     assert not Path("mine.toml").exists()
 
@@ -187,7 +187,7 @@ def test_a_title_that_sounds_like_a_split_leaves_no_text_out(
     run(["init", "mine", "--text", "texts"], monkeypatch)
     printed = capsys.readouterr().out
     assert "texts: reads 0.txt, 1.txt, 2.txt, training.txt\n" in printed and "texts: 4 documents" in printed
-    (source,) = schema.load("mine.toml").data.source
+    (source,) = loading.load("mine.toml").data.source
     assert [path.name for path in locate(source).files] == ["0.txt", "1.txt", "2.txt", "training.txt"]
 
 
@@ -201,7 +201,7 @@ def test_files_of_a_split_are_still_told_apart(
     printed = capsys.readouterr().out
     assert "warning: 3 files are named for no split, and left out" in printed
     assert "reads training.txt (1 of 5 files)" in printed and "1 of another split: test.txt" in printed
-    assert schema.load("mine.toml").data.source[0].split == "train"
+    assert loading.load("mine.toml").data.source[0].split == "train"
 
 
 @pytest.mark.parametrize("refused_base", ["slm-10m", "gpt-s-1.4m"])
@@ -213,7 +213,7 @@ def test_text_that_is_too_little_for_a_base_names_one_that_takes_it(
     named = re.search(r"--from (\S+) takes it: ([\d,]+) steps", said)
     assert named and named[1] != refused_base
     run(["init", "mine", "--from", named[1], "--text", "texts"], monkeypatch)
-    assert f"{schema.load('mine.toml').train.steps:,}" == named[2]
+    assert f"{loading.load('mine.toml').train.steps:,}" == named[2]
 
 
 def test_hardly_any_text_names_no_recipe(
@@ -242,7 +242,7 @@ def test_a_name_may_be_typed_with_its_suffix(
     """`init mine.toml` writes mine.toml; `mine` alone is not a recipe, and the file beside it is named."""
     run(["init", "mine.toml", "--text", "texts"], monkeypatch)
     capsys.readouterr()
-    assert Path("mine.toml").is_file() and schema.load("mine.toml").card.name == "mine"
+    assert Path("mine.toml").is_file() and loading.load("mine.toml").card.name == "mine"
     assert "a file mine.toml: name that one" in refused(["plan", "mine"], monkeypatch, capsys)
 
 
@@ -253,15 +253,15 @@ def test_the_recipe_trains_without_a_warning(texts: Path, again: bool, monkeypat
         (texts / f"{number}.txt").write_text(words(8_000, number), encoding="utf-8")
     run(["init", "mine", "--text", "texts"], monkeypatch)
     if again:  # what a run records holds every key
-        recipe = schema.load("mine.toml")
-        write_run(Path("runs/mine"), schema.to_toml(recipe))
+        recipe = loading.load("mine.toml")
+        write_run(Path("runs/mine"), loading.to_toml(recipe))
         prepare(recipe, Path("data"), report=lambda line: None).tokenizer_folder.rename("runs/mine/tokenizer")
         run(["init", "more", "--from", "runs/mine", "--text", "texts"], monkeypatch)
 
-    recipe = schema.load("more.toml" if again else "mine.toml")
+    recipe = loading.load("more.toml" if again else "mine.toml")
     rows = PretrainRows(recipe, prepare(recipe, Path("fresh"), report=lambda line: None))
     held_out = len(rows.val_row_ids(None))
-    assert held_out < schema.load("demo").run.eval_rows
+    assert held_out < loading.load("demo").run.eval_rows
     options = SimpleNamespace(max_steps=None, profile=None, micro_batch=None)
     assert effects.warnings(recipe) == []
     assert list(unused_flags.warnings(recipe, options, 1, keeping_hosts=1, held_out_rows=held_out)) == []

@@ -13,7 +13,8 @@ from ds_slm.cli import main, tables
 from ds_slm.cli.main import app
 from ds_slm.errors import ConfigError
 from ds_slm.publish.export import WeightFormat
-from ds_slm.recipe import ds_config, plan, rates, schema, times
+from ds_slm.recipe import ds_config, loading, plan, rates, times
+from ds_slm.recipe.schema import Recipe
 from ds_slm.run.software import find_compiler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -127,9 +128,9 @@ def test_a_long_last_cell_goes_on_below_itself(
 def test_recipes() -> None:
     """Oracle: the library; the JSON is one object, the table one line per recipe."""
     rows = json.loads(ds_slm("recipes", "--json").stdout)["recipes"]
-    assert [row["name"] for row in rows] == schema.library_names()
+    assert [row["name"] for row in rows] == loading.library_names()
     assert {row["name"]: row["params"] for row in rows} == {
-        name: plan.parameters(schema.load(name).model) for name in schema.library_names()
+        name: plan.parameters(loading.load(name).model) for name in loading.library_names()
     }
     lines = CliRunner().invoke(app, ["recipes"]).stdout.splitlines()
     assert lines[0].split() == ["recipe", "parameters", "tokens", "published", "ours"]
@@ -169,7 +170,7 @@ def test_plan_prints_what_is_inherited_as_toml(tmp_path: Path) -> None:
     first, _, rest = output.partition("# from its base:\n")
     assert first == f"{recipe}\n\n"
     inherited = rest.partition("\nparameters ")[0]
-    assert schema.parse('[card]\nname = "mine"\n' + inherited) == schema.load(str(recipe))
+    assert loading.parse('[card]\nname = "mine"\n' + inherited) == loading.load(str(recipe))
 
 
 def test_plan_names_the_row_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_plan_measures_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the measured core's row, of 1 s a micro-batch, with the rows and blocks that a launch here takes."""
     measured = []
 
-    def core_speed(_: schema.Recipe, rows: int, compiled: bool) -> rates.CoreSpeed:
+    def core_speed(_: Recipe, rows: int, compiled: bool) -> rates.CoreSpeed:
         measured.append((rows, compiled))
         return rates.CoreSpeed(1.0, 0.0, compiled)
 
@@ -214,7 +215,7 @@ def test_plan_table_says_what_is_predicted() -> None:
     output = CliRunner().invoke(app, ["plan", "axiom-380m", *flags]).stdout
     zero1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 25_000_000}}
     planned = plan.plan(
-        schema.load("axiom-380m"), "axiom-380m", zero1, plan.Topology(512, 64, 100.0, own=rates.own_cpu())
+        loading.load("axiom-380m"), "axiom-380m", zero1, plan.Topology(512, 64, 100.0, own=rates.own_cpu())
     )
     assert f"{planned.save_bytes / 1e9:.2f} GB more of the host's memory" in output
     for one in planned.alternatives:
@@ -229,7 +230,7 @@ def test_plan_table_says_what_is_predicted() -> None:
 def test_plan_of_a_file(tmp_path: Path) -> None:
     """Oracle: a recipe is a name or a path; what is written resolved plans the same."""
     recipe = tmp_path / "mine.toml"
-    recipe.write_text(schema.to_toml(schema.load("slm-10m")))
+    recipe.write_text(loading.to_toml(loading.load("slm-10m")))
     runner = CliRunner()
     by_path, by_name = (runner.invoke(app, ["plan", name, "--json"]).stdout for name in (str(recipe), "slm-10m"))
     assert {**json.loads(by_path), "recipe": "slm-10m"} == json.loads(by_name)
@@ -279,7 +280,7 @@ def test_plan_refuses_a_ds_config_that_training_refuses(
     content = {"zero_optimization": {"stage": 1}, "optimizer": {}, "compile_blocks": "yes"}
     (tmp_path / "mine.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError) as refusal:
-        ds_config.join(schema.load("demo"), content, 1, "cpu", None)
+        ds_config.join(loading.load("demo"), content, 1, "cpu", None)
     message = refused(["plan", "demo", "--ds-config", str(tmp_path / "mine.json")], monkeypatch, capsys)
     assert len(refusal.value.problems) == 2 and all(part in message for part in refusal.value.problems)
 
@@ -304,8 +305,8 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (tmp_path / "texts" / f"{number}.txt").write_text(f"Document {number}.\n{text[number * 500 :][:4000]}")
     recipe = tmp_path / "small.toml"
     recipe.write_text(
-        schema.to_toml(
-            schema.load(
+        loading.to_toml(
+            loading.load(
                 "demo",
                 [
                     "data.source.0.kind=files",

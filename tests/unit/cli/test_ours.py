@@ -9,17 +9,18 @@ import pytest
 
 from ds_slm.cli.ours import ours_of
 from ds_slm.files import write_json
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 from tests.support.assistants import ds_slm
 
-DEMO = schema.load("demo")
+DEMO = loading.load("demo")
 
 
 def write_run(runs: Path, name: str, *overrides: str, done: bool = True, **environment: Any) -> Path:
     """A run folder of the demo, as a launch leaves it."""
-    recipe, folder = schema.load("demo", list(overrides)), runs / name
+    recipe, folder = loading.load("demo", list(overrides)), runs / name
     (folder / "checkpoints" / "step-00000400").mkdir(parents=True)
-    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
+    (folder / "recipe.toml").write_text(loading.to_toml(recipe))
     facts = {"recipe_name": "demo", "replaced_sources": [], "data_sha256": "d", **environment}
     write_json(folder / "env.json", facts)
     if done:
@@ -59,15 +60,15 @@ def write_eval(folder: Path, step: int, sha256: str = "a", **task: Any) -> None:
     write_json(folder / "eval.json", {"model": {"step": step, "sha256": sha256}, "tasks": {"hellaswag": whole}})
 
 
-def write_gpt_s(runs: Path, checkpoints: Mapping[int, str]) -> tuple[schema.Recipe, Path]:
+def write_gpt_s(runs: Path, checkpoints: Mapping[int, str]) -> tuple[Recipe, Path]:
     """A finished run of gpt-s-1.4m with checkpoints of these weights; its recipe, and its folder."""
-    recipe, folder = schema.load("gpt-s-1.4m"), runs / "run"
+    recipe, folder = loading.load("gpt-s-1.4m"), runs / "run"
     for step, sha256 in checkpoints.items():
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         write_json(checkpoint / "manifest.json", {"files": {"model.safetensors": {"sha256": sha256}}})
     folder.mkdir(exist_ok=True)
-    (folder / "recipe.toml").write_text(schema.to_toml(recipe))
+    (folder / "recipe.toml").write_text(loading.to_toml(recipe))
     write_json(folder / "env.json", {"replaced_sources": [], "data_sha256": "d"})
     hashes = {"recipe_sha256": recipe.identity_sha256(), "data_sha256": "d"}
     write_json(folder / "done.json", {"step": 20_345, "val_loss": 2.5, **hashes})
@@ -157,7 +158,7 @@ def test_the_verb_reads_the_runs_it_is_given(
     """Oracle: the figure of a run, in the table and the JSON object; without runs every recipe is not yet run."""
     monkeypatch.chdir(tmp_path)
     assert ds_slm("recipes", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("not yet run") == len(schema.library_names())
+    assert capsys.readouterr().out.count("not yet run") == len(loading.library_names())
     write_run(tmp_path / "elsewhere", "demo")
     assert ds_slm("recipes", "--runs", "elsewhere", monkeypatch=monkeypatch) == 0
     assert "1.716 bits per byte" in capsys.readouterr().out

@@ -15,7 +15,8 @@ from ds_slm.data.sources import builtin
 from ds_slm.data.sources.builtin import builtin_documents
 from ds_slm.data.sources.documents import documents, locate
 from ds_slm.errors import DataError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.data_sections import Source
 from tests.support.data_recipes import texts, write_jsonl
 from tests.support.source_files import WRITERS, files_source
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def demo_split() -> dict[str, list[str]]:
     """The built-in corpus as the demo recipe splits it."""
     split: dict[str, list[str]] = {"train": [], "val": []}
-    for side, text in split_documents(builtin_documents(), schema.load("demo").data):
+    for side, text in split_documents(builtin_documents(), loading.load("demo").data):
         split[side].append(text)
     return split
 
@@ -36,7 +37,7 @@ def test_hidden_files_are_no_text(tmp_path: Path) -> None:
     (tmp_path / ".ipynb_checkpoints").mkdir()
     write_jsonl(tmp_path / ".ipynb_checkpoints" / "one.jsonl", texts(3))
     write_jsonl(tmp_path / ".one.jsonl", texts(3))
-    place = locate(schema.Source(name="web", kind="files", path=str(tmp_path)))
+    place = locate(Source(name="web", kind="files", path=str(tmp_path)))
     assert [path.name for path in place.files] == ["one.jsonl"]
 
 
@@ -89,7 +90,7 @@ def test_missing_places(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{path} .*--source made=PATH"):
             list(documents(files_source(path)))
     with pytest.raises(DataError, match="does not exist"):
-        locate(schema.Source(name="made", kind="tokens", path="x"), tmp_path / "none")
+        locate(Source(name="made", kind="tokens", path="x"), tmp_path / "none")
 
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in WRITERS if suffix != ".txt"])
@@ -104,14 +105,14 @@ def test_a_local_folder_replaces_any_source(tmp_path: Path) -> None:
     """Oracle: the documents that were written, for a hub dataset and for the built-in corpus."""
     write_jsonl(tmp_path / "made.jsonl", texts(30))
     (tmp_path / "README.md").write_text("no data")
-    assert list(documents(schema.Source(name="web", kind="hub", id="a/b"), tmp_path)) == texts(30)
-    assert list(documents(schema.Source(name="docs", kind="builtin"), tmp_path / "made.jsonl")) == texts(30)
+    assert list(documents(Source(name="web", kind="hub", id="a/b"), tmp_path)) == texts(30)
+    assert list(documents(Source(name="docs", kind="builtin"), tmp_path / "made.jsonl")) == texts(30)
 
 
 def test_a_hub_that_does_not_answer() -> None:
     """Oracle: a process told to stay offline says which source, and how to do without the hub."""
     program = (
-        "from ds_slm.data.sources.documents import documents\nfrom ds_slm.recipe.schema import Source\n"
+        "from ds_slm.data.sources.documents import documents\nfrom ds_slm.recipe.data_sections import Source\n"
         "from ds_slm.errors import DataError\n"
         "for name, kind in (('web', 'hub'), ('ids', 'tokens')):\n"
         "    try: next(iter(documents(Source(name=name, kind=kind, id='no/such'))))\n"

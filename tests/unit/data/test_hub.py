@@ -21,7 +21,7 @@ from ds_slm.data.shards import writer
 from ds_slm.data.sources import hub as hub_module
 from ds_slm.data.sources.documents import documents, locate
 from ds_slm.errors import DataError
-from ds_slm.recipe.schema import Source
+from ds_slm.recipe.data_sections import Source
 from tests.support import data_recipes
 from tests.support.data_recipes import texts
 from tests.support.faults import fail_at
@@ -118,7 +118,7 @@ def test_documents_of_a_dataset(chosen: Source, expected: list[str], hub: HubSta
 def test_a_program_with_another_endpoint(tmp_path: Path) -> None:
     """Oracle: HF_ENDPOINT alone leads a new process to the stand-in; an unset configuration is the default one."""
     program = (
-        "from ds_slm.data.sources.documents import documents\nfrom ds_slm.recipe.schema import Source\n"
+        "from ds_slm.data.sources.documents import documents\nfrom ds_slm.recipe.data_sections import Source\n"
         "print(*documents(Source(name='web', kind='hub', id='made/lines')), sep='\\n')"
     )
     with HubStandIn().serving() as stand_in:

@@ -16,7 +16,7 @@ from ds_slm.data.shards.progress import Amount, Progress
 from ds_slm.data.sources import token_files
 from ds_slm.errors import DataError
 from ds_slm.files import write_json
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import BPE, character_folder, contents, prepare, recipe, source, texts, write_jsonl
 from tests.support.faults import fail_at
@@ -58,7 +58,7 @@ def test_killed_before_changes_on_disk(make: Any, step: int, tmp_path: Path) -> 
     made = make(tmp_path)
     whole = contents(prepare(made, tmp_path / "whole").folder)
     assert sum(name.startswith(("first/train", "ids/train")) for name in whole) > 2
-    (tmp_path / "made.toml").write_text(schema.to_toml(made))
+    (tmp_path / "made.toml").write_text(loading.to_toml(made))
     program = ROOT / "tests" / "support" / "programs" / "killed_preparing.py"
     command = [sys.executable, str(program), str(tmp_path / "made.toml"), str(tmp_path / "tries"), str(step)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -154,7 +154,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_really_full_disk(tmp_path: Path) -> None:
     """A disk of 32 kB, in a mount namespace of its own: exit code 2 and the sentence."""
     made = text_recipe(tmp_path)
-    (tmp_path / "made.toml").write_text(schema.to_toml(made))
+    (tmp_path / "made.toml").write_text(loading.to_toml(made))
     small = tmp_path / "small"
     small.mkdir()
     prepare_it = "from ds_slm.cli.main import run; run()"
@@ -265,10 +265,10 @@ PEAK_MEMORY = """
 import sys
 from pathlib import Path
 from ds_slm.data.shards import prepare, writer
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 writer.BATCH_CHARACTERS = 200_000
 for name in sys.argv[2:]:
-    prepare.prepare(schema.load(name), Path(sys.argv[1]) / Path(name).stem, report=lambda line: None)
+    prepare.prepare(loading.load(name), Path(sys.argv[1]) / Path(name).stem, report=lambda line: None)
     peak_kb = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(1024 * int(peak_kb))
 """
@@ -282,7 +282,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         line_block = path.read_bytes()
         path.write_bytes(line_block * (megabytes * 1_000_000 // len(line_block)))
         made = recipe(source("first", path=path), tokenizer=BPE)
-        (tmp_path / f"made-{megabytes}.toml").write_text(schema.to_toml(made))
+        (tmp_path / f"made-{megabytes}.toml").write_text(loading.to_toml(made))
         names.append(tmp_path / f"made-{megabytes}.toml")
     command = [sys.executable, "-c", PEAK_MEMORY, tmp_path / "data", *names]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -19,7 +19,8 @@ from ds_slm.errors import CheckpointError, DataError
 from ds_slm.model import decoder
 from ds_slm.publish.export import export_run
 from ds_slm.publish.models import open_model
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 from tests.support import runs
 from tests.support.data_recipes import BPE, contents, prepare, recipe, source, texts, write_jsonl
 from tests.unit.data.test_tokenizer import LAST_USE, byte_level_folder
@@ -36,9 +37,7 @@ def raw_sha256(folder: Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def prepare_as_before(
-    made: schema.Recipe, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Prepared, dict[str, str]]:
+def prepare_as_before(made: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Prepared, dict[str, str]]:
     """Data of a version that switches nothing off and knows of no older hashes; and what it called them."""
     with monkeypatch.context() as before:
         before.setattr(tokenizers, "_leftovers", lambda backend: [])
@@ -52,7 +51,7 @@ def prepare_as_before(
     return prepared, hashes
 
 
-def given(folder: Path, setting: str, **changes: object) -> schema.Recipe:
+def given(folder: Path, setting: str, **changes: object) -> Recipe:
     """A recipe of a tokenizer with such a setting."""
     blocks: dict[str, Any] = {block: {**values, **changes} for block, values in LAST_USE[setting].items()}  # type: ignore[dict-item]
     given = byte_level_folder(folder / "given", **blocks)
@@ -117,13 +116,13 @@ def test_a_source_that_is_added_to_older_data_is_accepted(tmp_path: Path, monkey
 def test_an_older_run_is_exported_and_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     """Its checkpoint names the raw hash: it is exported, opened as a base, and so is an export that names it."""
     data, older = prepare_as_before(given(tmp_path, setting), tmp_path / "data", monkeypatch)
-    loaded = schema.load(str(runs.write_recipe(tmp_path)))
+    loaded = loading.load(str(runs.write_recipe(tmp_path)))
     run = tmp_path / "run"
     writer = checkpoint_files.Writer(run, 5)
     state = decoder.build(loaded.model, 0).named_parameters()
     writer.add_tensors(checkpoint_files.MODEL, {name: value.detach() for name, value in state})
     writer.commit({"step": 5, **older})
-    (run / "recipe.toml").write_text(schema.to_toml(loaded))
+    (run / "recipe.toml").write_text(loading.to_toml(loaded))
     (run / "tokenizer").symlink_to(data.tokenizer_folder)
 
     assert open_model(run).tokenizer_folder == run / "tokenizer"

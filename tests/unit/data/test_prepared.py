@@ -16,7 +16,7 @@ from ds_slm.data.shards import journal, writer
 from ds_slm.data.shards.prepared import Prepared, open_prepared, verify
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
 from ds_slm.errors import DataError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import (
     BPE,
@@ -110,8 +110,8 @@ def test_data_hash_is_the_same_on_every_host(made: Recipe, tmp_path: Path) -> No
 
 
 PREPARE = (
-    "import sys; from pathlib import Path; from ds_slm.data.shards import prepare; from ds_slm.recipe import schema\n"
-    + ("prepare.prepare(schema.load(sys.argv[1]), Path(sys.argv[2]) / 'made')")
+    "import sys; from pathlib import Path; from ds_slm.data.shards import prepare; from ds_slm.recipe import loading\n"
+    + ("prepare.prepare(loading.load(sys.argv[1]), Path(sys.argv[2]) / 'made')")
 )
 
 
@@ -121,7 +121,7 @@ def start(program: str, *arguments: Path) -> subprocess.Popen[str]:
 
 
 def saved(made: Recipe, path: Path) -> Path:
-    path.write_text(schema.to_toml(made))
+    path.write_text(loading.to_toml(made))
     return path
 
 

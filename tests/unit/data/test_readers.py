@@ -58,7 +58,7 @@ def test_a_position_goes_on_where_reading_stopped(suffix: str, tmp_path: Path) -
 
 def test_the_builtin_corpus_has_positions_too() -> None:
     """Oracle: the list that the corpus is; another list refuses the position."""
-    from ds_slm.recipe.schema import Source
+    from ds_slm.recipe.data_sections import Source
 
     source = Source(name="docs", kind="builtin")
     stream = documents(source, builtin=lambda: MADE)

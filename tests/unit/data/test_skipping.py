@@ -16,7 +16,7 @@ from ds_slm.cli import flags
 from ds_slm.data import skipping
 from ds_slm.data.order import RowId, next_step_position
 from ds_slm.errors import RecipeError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import folder, skipped_rows
 from ds_slm.run.launches import Launch
 from tests.support import ranks
@@ -178,7 +178,7 @@ def test_a_change_says_what_this_launch_added(tmp_path: Path) -> None:
     """Oracle: the flags of the launch, not what it goes on with."""
     facts = {"generation": 2, "skipped_rows": [[7, 14], [28, 35]], "skip_rows": [[28, 35]]}
     (tmp_path / "tokenizer").mkdir()
-    recipe = schema.load("demo")
+    recipe = loading.load("demo")
     folder.describe(tmp_path / "run", recipe, {}, facts, tmp_path / "tokenizer")
     folder.describe(tmp_path / "run", recipe, {}, {**facts, "skip_rows": []}, tmp_path / "tokenizer")
     lines = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()

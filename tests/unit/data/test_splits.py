@@ -13,7 +13,7 @@ from ds_slm.data.shards.prepared import open_prepared
 from ds_slm.data.sources.documents import locate
 from ds_slm.data.sources.splits import UnclearSplit, are_titles, choose
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe.schema import Source
+from ds_slm.recipe.data_sections import Source
 from tests.support import data_recipes
 from tests.support.data_recipes import texts, write_jsonl
 from tests.support.source_files import files_source

@@ -8,11 +8,12 @@ import pytest
 
 from ds_slm.data.survey import FEW_DOCUMENTS, HELD_OUT, survey
 from ds_slm.errors import DataError
-from ds_slm.recipe import own_text, schema
+from ds_slm.recipe import loading, own_text
+from ds_slm.recipe.schema import Recipe
 from tests.support.data_recipes import prepare, write_jsonl
 from tests.support.source_files import files_source
 
-DEMO = schema.load("demo")
+DEMO = loading.load("demo")
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -30,7 +31,7 @@ def test_counts_are_those_of_the_prepared_data(documents: int, words_each: int, 
 
     recipe_file = tmp_path / "mine.toml"
     recipe_file.write_text(own_text.as_toml("mine", "demo", DEMO, found, own_text.fit(DEMO, found)), encoding="utf-8")
-    prepared = prepare(schema.load(str(recipe_file)), tmp_path / "data")
+    prepared = prepare(loading.load(str(recipe_file)), tmp_path / "data")
 
     assert found.documents == documents
     assert prepared.train_tokens == pytest.approx(found.train_tokens, rel=0.03)
@@ -85,14 +86,14 @@ def test_a_run_that_goes_on_is_counted_in_its_own_tokenizer(tmp_path: Path) -> N
     old = files_source(write_jsonl(tmp_path / "old.jsonl", [words(300, seed) for seed in range(400)]))
     known, old_recipe = survey(old, DEMO), tmp_path / "old.toml"
     old_recipe.write_text(own_text.as_toml("old", "demo", DEMO, known, own_text.fit(DEMO, known)), encoding="utf-8")
-    run = prepare(schema.load(str(old_recipe)), tmp_path / "data").folder
+    run = prepare(loading.load(str(old_recipe)), tmp_path / "data").folder
 
     base = own_text.with_tokenizer_of(run, DEMO)
     new = files_source(write_jsonl(tmp_path / "new.jsonl", [words(300, seed).upper() for seed in range(400)]))
     found = survey(new, base)
     assert found.bytes_per_token < 0.7 * survey(new, DEMO).bytes_per_token
     tables = {**DEMO.model_dump(), "tokenizer": base.tokenizer, "data": {**DEMO.data.model_dump(), "source": [new]}}
-    prepared = prepare(schema.Recipe.model_validate(tables), tmp_path / "more")
+    prepared = prepare(Recipe.model_validate(tables), tmp_path / "more")
     assert prepared.train_tokens + prepared.val_tokens == pytest.approx(
         found.text_bytes / found.bytes_per_token, rel=0.01
     )

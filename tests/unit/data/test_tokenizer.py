@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ds_slm.data.tokenizers import tokenizer as tokenizers
 from ds_slm.errors import DataError
-from ds_slm.recipe.schema import Source
+from ds_slm.recipe.data_sections import Source
 from tests.support.data_recipes import BPE, character_folder, recipe, source, texts
 
 CONTROLS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")

@@ -6,6 +6,7 @@ import pytest
 
 from ds_slm.data.shards.prepared import open_prepared
 from ds_slm.errors import DataError
+from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 from sft.prepare import prepare_conversations
 from tests.support import conversations
@@ -74,6 +75,6 @@ def test_conversations_that_failed_bind_neither_a_share_nor_a_base(tmp_path: Pat
     conversations.write(path, conversations.made())
     conversations.tokenizer(seed=1).save(tmp_path / "other")
     text = conversations.TINY.replace("SOURCE", str(path)).replace("val_fraction = 0.1", "val_fraction = 0.2")
-    made = conversations.schema.parse(text)
+    made = loading.parse(text)
     prepared = prepare_conversations(made, tmp_path / "data" / "tiny", tmp_path / "other", report=lambda line: None)
     assert prepared.tokenizer_sha256 == conversations.tokenizer(seed=1).sha256

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from ds_slm.engine import core_speed
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 
 
 def test_blocks_are_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by hand; 2 s for all but the blocks and 3 s a block, on one thread, of the whole recipe's blocks."""
-    recipe, threads = schema.load("slm-10m"), torch.get_num_threads()
+    recipe, threads = loading.load("slm-10m"), torch.get_num_threads()
     used = []
 
-    def micro_batch_s(part: schema.Recipe, rows: int, compiled: bool) -> float:
+    def micro_batch_s(part: Recipe, rows: int, compiled: bool) -> float:
         used.append((part.model.num_hidden_layers, rows, compiled, torch.get_num_threads()))
         return 2.0 + 3.0 * part.model.num_hidden_layers
 
@@ -34,7 +35,7 @@ def test_a_real_recipe_has_a_speed(precision: str, optimizer: str, monkeypatch: 
     settings = [f"model.{name}={value}" for name, value in shape.items()]
     heads = ["model.num_attention_heads=4", "model.num_key_value_heads=2", "model.head_dim=8"]
     others = [f"train.precision={precision}", f"optimizer.name={optimizer}", "tokenizer.vocab_size=320"]
-    recipe = schema.load("demo", [*settings, *heads, *others])
+    recipe = loading.load("demo", [*settings, *heads, *others])
 
     ticks = iter([0.0, 5.0, 5.0, 7.0, 7.0, 11.0] * 3)  # when each of three rounds begins and ends
     monkeypatch.setattr(core_speed, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))

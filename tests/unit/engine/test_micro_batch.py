@@ -15,7 +15,8 @@ from ds_slm.engine import micro_batch
 from ds_slm.engine.result_cache import ResultCache
 from ds_slm.model import loss
 from ds_slm.model.decoder import Decoder
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
+from ds_slm.recipe.schema import Recipe
 from ds_slm.run import measure
 from tests.support import runs
 
@@ -37,12 +38,12 @@ class TwoRanks:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> schema.Recipe:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return schema.load(str(runs.write_recipe(tmp_path)), ["train.global_batch_tokens=512"])
+    return loading.load(str(runs.write_recipe(tmp_path)), ["train.global_batch_tokens=512"])
 
 
-def make_trial(recipe: schema.Recipe, zero: dict[str, Any] = ZERO, **changes: Any) -> micro_batch.Trial:
+def make_trial(recipe: Recipe, zero: dict[str, Any] = ZERO, **changes: Any) -> micro_batch.Trial:
     """On a CPU in fp32; `changes` are to the engine_config configuration."""
     engine_config = replace(ds_config.join(recipe, {"zero_optimization": zero}, 2, "cpu", 1), **changes)
     return micro_batch.Trial(recipe, engine_config, torch.device("cpu"), torch.float32)
@@ -70,7 +71,7 @@ def test_twice_the_rows_must_pay(speeds: dict[int, float], chosen: int) -> None:
     assert micro_batch.fastest(speeds) == chosen
 
 
-def test_the_slowest_rank_counts_and_slow_sizes_end_it(recipe: schema.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slowest_rank_counts_and_slow_sizes_end_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: made-up durations: 2 rows are fastest, 4 and 8 slower, 16 never tried (8 rows a rank)."""
     seconds, tried = {1: 1.0, 2: 1.0, 4: 3.0, 8: 7.0}, []
 
@@ -87,7 +88,7 @@ def test_the_slowest_rank_counts_and_slow_sizes_end_it(recipe: schema.Recipe, mo
     ]
 
 
-def test_a_size_that_does_not_fit_ends_it(recipe: schema.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_that_does_not_fit_ends_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: free memory for one row and not for two; and for none, where one row is chosen and not kept."""
     real = micro_batch._free_bytes
     plans = [micro_batch.budget.memory(recipe, ZERO, 2, rows, "cpu") for rows in (1, 2)]
@@ -118,7 +119,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_a_choice_is_kept(recipe: schema.Recipe, tried: list[int]) -> None:
+def test_a_choice_is_kept(recipe: Recipe, tried: list[int]) -> None:
     """Oracle: nothing is measured a second time, and the file is named."""
     chosen, _ = choose(make_trial(recipe))
     tried.clear()
@@ -152,7 +153,7 @@ CHANGES: dict[str, Callable[[micro_batch.Trial], micro_batch.Trial]] = {
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_what_a_speed_depends_on_is_measured_again(recipe: schema.Recipe, tried: list[int], changed: str) -> None:
+def test_what_a_speed_depends_on_is_measured_again(recipe: Recipe, tried: list[int], changed: str) -> None:
     """Oracle: with one thing changed the sizes are tried again; with nothing changed they are not."""
     choose(make_trial(recipe))
     tried.clear()
@@ -164,7 +165,7 @@ def test_what_a_speed_depends_on_is_measured_again(recipe: schema.Recipe, tried:
 
 @pytest.mark.parametrize("changed", ["torch", "deepspeed", "own device", "other rank's device", "packed", "products"])
 def test_another_library_device_or_packing_is_measured_again(
-    recipe: schema.Recipe, tried: list[int], monkeypatch: pytest.MonkeyPatch, changed: str
+    recipe: Recipe, tried: list[int], monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     """Oracle: as above, for what the launch's configuration does not hold."""
     choose(make_trial(recipe))
@@ -187,7 +188,7 @@ def test_another_library_device_or_packing_is_measured_again(
 
 
 @pytest.mark.parametrize("content", ["[1", "[]", "\x00", *(json.dumps(one) for one in (True, 0, -1, 10**6, "2", [2]))])
-def test_a_damaged_or_odd_file_is_measured_again(recipe: schema.Recipe, tried: list[int], content: str) -> None:
+def test_a_damaged_or_odd_file_is_measured_again(recipe: Recipe, tried: list[int], content: str) -> None:
     """Oracle: a file that is not JSON, or another kind of it, or holds what is not a number of rows of this rank."""
     chosen, _ = choose(make_trial(recipe))
     path = ResultCache("micro_batch").path
@@ -237,7 +238,7 @@ class Thread:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_an_error_on_one_rank_ends_the_trials_on_all(
-    recipe: schema.Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception, failing_rank: int
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception, failing_rank: int
 ) -> None:
     """Oracle: the sizes before it count on both ranks, neither waits for the other, and each frees every trial."""
     released: list[Any] = []
@@ -269,7 +270,7 @@ def test_an_error_on_one_rank_ends_the_trials_on_all(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_trial_frees_its_model(recipe: schema.Recipe, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_a_trial_frees_its_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """Oracle: Python's own list of objects: a model that is no longer there, also after a failure in its last pass."""
     released: list[Any] = []
     monkeypatch.setattr(measure, "release_memory", released.append)
@@ -291,7 +292,7 @@ def count_models() -> int:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_trial_computes_as_the_run_does(
-    recipe: schema.Recipe, monkeypatch: pytest.MonkeyPatch, packed: bool, compiled: bool
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, packed: bool, compiled: bool
 ) -> None:
     """Oracle: the trial's model and what it is given: compiled parts, dtype, checkpointing, z-loss, document ids."""
     calls: list[tuple[Any, ...]] = []

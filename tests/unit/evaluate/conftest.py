@@ -16,7 +16,7 @@ from ds_slm.evaluate.benchmarks import BENCHMARKS
 from ds_slm.evaluate.results import Question
 from ds_slm.model.decoder import Decoder
 from ds_slm.publish.export import export
-from ds_slm.recipe import schema
+from ds_slm.recipe.schema import Recipe
 from tests.support import benchmark_files, scored_models
 
 KINDS = {"qwen3": True, "llama": False}
@@ -27,7 +27,7 @@ KINDS = {"qwen3": True, "llama": False}
 class Made:
     """A trained model, in each of the places that a command line may name."""
 
-    recipe: schema.Recipe
+    recipe: Recipe
     model: Decoder
     export: Path
     run: Path

@@ -13,7 +13,8 @@ import torch
 from ds_slm.evaluate import record
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.sections import Target
 from tests.support import benchmark_files, scored_models
 from tests.support.benchmark_files import ROWS
 
@@ -255,9 +256,9 @@ def test_published_figures_stand_beside_those_of_every_checkpoint(
 ) -> None:
     """Oracle: the figure that the run's own recipe names, whichever of its checkpoints is scored."""
     run = shutil.copytree(fresh / "run", tmp_path / "run")
-    target = schema.Target(metric="piqa/acc_norm", published=61.25, step=None, source="made up")
-    recipe = schema.load_recorded(run).model_copy(update={"targets": [target]})
-    (run / "recipe.toml").write_text(schema.to_toml(recipe))
+    target = Target(metric="piqa/acc_norm", published=61.25, step=None, source="made up")
+    recipe = loading.load_recorded(run).model_copy(update={"targets": [target]})
+    (run / "recipe.toml").write_text(loading.to_toml(recipe))
     (run / "checkpoints" / "best").write_text("step-00000007")
     done = ds_slm("eval", run / place, "--tasks", "piqa", "--bench-dir", fresh / "files")
     assert done.returncode == 0, done.stderr

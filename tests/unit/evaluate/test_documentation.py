@@ -6,14 +6,14 @@ from ds_slm.data.shards.writer import split_of
 from ds_slm.data.sources import builtin
 from ds_slm.evaluate import documentation
 from ds_slm.evaluate.own_sets import OWN_SETS, questions_of
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 
 def test_items_come_from_held_out_documents_alone() -> None:
     """Oracle: the recipe's rule of what is held out; endings of four documents, the right one in its place."""
     rows = documentation.rows()
     assert len(rows) == documentation.MOST_ITEMS == len({row["ctx"] for row in rows})
-    data = schema.load("demo").data
+    data = loading.load("demo").data
     first = [
         " ".join(text.split())
         for row, text in islice(enumerate(builtin.read_builtin()), 9_000)

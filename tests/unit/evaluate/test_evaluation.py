@@ -16,13 +16,13 @@ from ds_slm.data.sources.hub import unreachable
 from ds_slm.errors import DataError
 from ds_slm.evaluate import evaluation
 from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support.benchmark_files import ROWS
 
 
 def test_card_is_what_the_recipe_publishes() -> None:
     """Oracle: the tasks of Ant-10M's card, in its order, ArithMark's parts once; else what all cards score."""
-    names = evaluation.chosen_tasks(["card"], schema.load("ant-10m"))
+    names = evaluation.chosen_tasks(["card"], loading.load("ant-10m"))
     expected = "arc_challenge arc_easy piqa winogrande mmlu sciq boolq hellaswag wikitext arithmark2"
     assert names == expected.split()
     assert evaluation.chosen_tasks(["card"], None) == list(evaluation.ALL_TASKS)

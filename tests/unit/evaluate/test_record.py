@@ -12,7 +12,7 @@ from ds_slm.evaluate import evaluation, record
 from ds_slm.evaluate.evaluation import TaskResult
 from ds_slm.evaluate.results import Figure, Item
 from ds_slm.evaluate.scoring import Counts
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import scores
 from ds_slm.run.scores import CONFIDENCE, leaderboard_average, rows_of
 
@@ -98,7 +98,7 @@ def test_words_of_the_table(word: str) -> None:
     one, published = WORDS[word]
     figures = {name: vars(figure) for name, figure in one.figures.items()}
     task = {**vars(one), "figures": figures, "limited": one.is_limited}
-    (row,) = rows_of({"model": {}, "tasks": {"piqa": task}}, schema.load("slm-10m"))
+    (row,) = rows_of({"model": {}, "tasks": {"piqa": task}}, loading.load("slm-10m"))
     assert (row.published, row.plus_minus, row.chance, row.commonest) == (published, CONFIDENCE, 25.0, 26.0)
     assert row.what == word
 
@@ -106,9 +106,9 @@ def test_words_of_the_table(word: str) -> None:
 def test_a_figure_of_another_step_says_so() -> None:
     """Oracle: slm-10m's last step is 47,683; its figures are the finished model's."""
     tasks = tasks_of(result("piqa", 50.92, published=True))
-    (row,) = rows_of({"model": {"step": 400}, "tasks": tasks}, schema.load("slm-10m"))
+    (row,) = rows_of({"model": {"step": 400}, "tasks": tasks}, loading.load("slm-10m"))
     assert row.what == "within ±, at step 400"
-    (row,) = rows_of({"model": {"step": 47_683}, "tasks": tasks}, schema.load("slm-10m"))
+    (row,) = rows_of({"model": {"step": 47_683}, "tasks": tasks}, loading.load("slm-10m"))
     assert row.what == "within ±"
 
 
@@ -122,7 +122,7 @@ def test_the_average_is_of_what_the_file_holds(tmp_path: Path) -> None:
     record.store(tmp_path, found_of("a", result("hellaswag", 26.53 + 40, published=False)), {})
     found = json.loads((tmp_path / scores.EVAL_FILE).read_text())
     assert found["leaderboard"] == pytest.approx(42.38, abs=0.005)
-    *_, row = rows_of(found, schema.load("slm-10m"))
+    *_, row = rows_of(found, loading.load("slm-10m"))
     assert row.what == "differs by +10.00, other rows"
 
 

@@ -15,7 +15,7 @@ from ds_slm.evaluate.scoring import Counts, DecoderScorer, Request, Score, score
 from ds_slm.evaluate.text import TextEncoder
 from ds_slm.model.decoder import Continuations, Decoder, branched, build
 from ds_slm.model.loss import score_tokens
-from ds_slm.recipe import schema
+from ds_slm.recipe.sections import Model
 from tests.support.scored_models import CONTEXT, recipe_of
 
 CLOSE = {"rel": 1e-5, "abs": 1e-5}
@@ -33,7 +33,7 @@ def decoder_of(**changes: Any) -> Decoder:
     """A decoder of random weights that are large enough for every token to count."""
     shape = recipe_of(qk_norm=False).model
     assert shape is not None
-    return build(schema.Model(**{**shape.model_dump(), "init_std": 0.2, **changes}), seed=4).eval()
+    return build(Model(**{**shape.model_dump(), "init_std": 0.2, **changes}), seed=4).eval()
 
 
 def random_items(seed: int = 0) -> list[list[Request]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._inductor.exc import CppCompileError
 
 from ds_slm.model import cpu_attention, decoder, documents, kernels
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 
 # rows, heads, key heads, tokens, head dimension: whole blocks, one token, odd lengths, more than one block
 SHAPES = [(2, 4, 2, 256, 32), (1, 2, 2, 1, 16), (2, 3, 1, 37, 32), (1, 6, 2, 300, 64), (1, 1, 1, 129, 18)]
@@ -124,7 +124,7 @@ def test_a_model_whose_blocks_are_compiled_builds_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(kernels.PRODUCTS_VARIABLE, "native")
     built: list[int] = []
     monkeypatch.setattr(cpu_attention, "build", lambda: built.append(1))
-    decoder.Decoder(schema.load("demo").model).to(dtype).compile_parts()
+    decoder.Decoder(loading.load("demo").model).to(dtype).compile_parts()
     assert len(built) == (dtype == torch.bfloat16)
 
 

@@ -10,7 +10,8 @@ from ds_slm.errors import ConfigError
 from ds_slm.model import decoder, kernels, loss
 from ds_slm.model.decoder import Decoder, KVCache, build
 from ds_slm.model.documents import PackedDocuments
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.sections import Model
 from tests.support import tolerances
 
 SMALL = {
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes):
-    return schema.Model(**(SMALL | changes))
+    return Model(**(SMALL | changes))
 
 
 def random_ids(*size, vocab_size=SMALL["vocab_size"], seed=0):
@@ -66,7 +67,7 @@ def assert_all_close(got, wanted, **tolerance):
 def test_parameter_counts_are_the_cards(card):
     """Oracle: the counts the cards publish, or that follow from their configurations."""
     with torch.device("meta"):
-        model = Decoder(schema.load(card).model)
+        model = Decoder(loading.load(card).model)
     assert sum(parameter.numel() for parameter in model.parameters()) == CARDS[card]
 
 
@@ -87,7 +88,7 @@ def test_parameter_names_are_hugging_faces():
 @pytest.mark.parametrize("card", CARDS)
 def test_first_loss_is_as_predicted(card):
     """Oracle: ln V + hidden_size * sigma^2 / 2, sigma of the head; logits are then normal with that variance."""
-    shape = schema.load(card).model
+    shape = loading.load(card).model
     model = build(shape, seed=0)
     with torch.inference_mode():
         logits_BTV = model(random_ids(1, 48, vocab_size=shape.vocab_size))
@@ -340,7 +341,7 @@ def test_initialisation_depends_on_the_seed_alone():
 
 def test_initialisation_has_the_recipes_deviations():
     """Oracle: slm-10m's N(0, 0.02), with 0.02 / sqrt(2 * 12) for o_proj and down_proj; axiom-380m's head at 0.00289."""
-    shape = schema.load("slm-10m").model
+    shape = loading.load("slm-10m").model
     parameters = dict(build(shape, seed=0).named_parameters())
     for name, parameter in parameters.items():
         if parameter.ndim == 1:
@@ -350,7 +351,7 @@ def test_initialisation_has_the_recipes_deviations():
         deviation = 0.02 / math.sqrt(24) if residual else 0.02
         assert parameter.std().item() == pytest.approx(deviation, rel=0.02), name
         assert abs(parameter.mean().item()) < 4 * deviation / math.sqrt(parameter.numel()), name
-    axiom = schema.load("axiom-380m").model
+    axiom = loading.load("axiom-380m").model
     assert (axiom.embedding_init_std or axiom.init_std) == pytest.approx(0.02 / math.sqrt(48), abs=2e-6)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_slm.model import decoder, documents, kernels, loss
 from ds_slm.model.decoder import Decoder
 from ds_slm.model.documents import PackedDocuments
-from ds_slm.recipe import schema
+from ds_slm.recipe.sections import Model
 
 ROWS, TOKENS = 3, 96
 SMALL: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_a_model_is_the_same_with_documents_cut_and_masked(
     changes: dict[str, Any], recompute: bool, cut: Callable[[bool], None]
 ) -> None:
     """Oracle: a mask over T x T, in fp32: the loss and every gradient, beside the largest value of each."""
-    model = decoder.build(schema.Model(**(SMALL | changes)), 0, recompute)
+    model = decoder.build(Model(**(SMALL | changes)), 0, recompute)
     found = {}
     for yes in (True, False):
         cut(yes)
@@ -148,7 +148,7 @@ def test_a_compiled_model_has_one_graph_for_few_and_many_documents(monkeypatch: 
 
     monkeypatch.setattr(kernels, "CALL_SCORES", 0)
     monkeypatch.setattr("ds_slm.model.loss._compiled", lambda: loss._from_logits)
-    model = decoder.build(schema.Model(**SMALL), 0)
+    model = decoder.build(Model(**SMALL), 0)
     for block in model.model.layers:
         block.compile(dynamic=False, backend=backend)
     model.compiled = True
@@ -202,7 +202,7 @@ def test_offsets_are_the_runs_and_then_empty_documents() -> None:
 
 def test_many_short_documents_are_masked_on_a_cpu() -> None:
     """Oracle: the border as measured, with 4 heads and 256 tokens a row between 24 and 32 tokens a document."""
-    model = decoder.build(schema.Model(**(SMALL | {"max_position_embeddings": 256})), 0).model
+    model = decoder.build(Model(**(SMALL | {"max_position_embeddings": 256})), 0).model
     masked = {
         length: model.packed_positions(PackedDocuments(torch.arange(256).expand(2, -1) // length)).mask_BTS is not None
         for length in (4, 24, 32, 256)

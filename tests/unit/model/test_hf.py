@@ -6,9 +6,10 @@ import pytest
 
 from ds_slm.errors import CheckpointError
 from ds_slm.model import hf
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.sections import Model
 
-SHAPE = schema.load("demo").model
+SHAPE = loading.load("demo").model
 OTHER_VALUES: dict[str, Any] = {
     "hidden_size": 384,
     "intermediate_size": 640,
@@ -32,7 +33,7 @@ INITIAL = ("embedding_init_std", "scaled_residual_init")
 
 def test_every_field_is_looked_at() -> None:
     """Oracle: the fields of a shape, and the demo's values."""
-    assert {*OTHER_VALUES, *INITIAL} == set(schema.Model.model_fields)
+    assert {*OTHER_VALUES, *INITIAL} == set(Model.model_fields)
     assert not [name for name, value in OTHER_VALUES.items() if getattr(SHAPE, name) == value]
 
 

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ds_slm.model import loss
 from ds_slm.model.decoder import build
 from ds_slm.model.loss import Targets, chunked_loss
-from ds_slm.recipe import schema
 from ds_slm.recipe.budget import loss_chunk_tokens
+from ds_slm.recipe.sections import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,7 +212,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_comes_near_the_logits_of_all_tokens(dtype):
     """Oracle: every operation of forward and backward of a whole model, watched: at 32,768 tokens, a tenth at most."""
-    shape = schema.Model(
+    shape = Model(
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,

@@ -12,10 +12,10 @@ from ds_slm.errors import CheckpointError, DataError
 from ds_slm.model import hf
 from ds_slm.model.decoder import Decoder, build
 from ds_slm.model.documents import PackedDocuments
-from ds_slm.publish import export as exporting
-from ds_slm.publish.export import export, export_folder
+from ds_slm.publish.export import export, export_folder, export_run
 from ds_slm.publish.generate import GREEDY, Chooser, Sampling, generate, sampler
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.sections import Model
 from tests.support.faults import fail_at
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -84,7 +84,7 @@ def pair(request, tokenizer_folder, remote_code_cache, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     changes, architecture = VARIANTS[request.param]
-    shape = schema.Model(**(SHAPE | changes))
+    shape = Model(**(SHAPE | changes))
     ours = build(shape, seed=1)
     out = tmp_path_factory.mktemp("export") / "model"
     exported = export(dict(ours.named_parameters()), shape, tokenizer_folder, out.with_name("without-card"))
@@ -189,7 +189,7 @@ def test_a_config_gives_the_shape_back(pair):
 
 def test_a_foreign_config_is_refused_with_every_reason():
     """Oracle: the fields named in the error."""
-    config = hf.hf_config(schema.Model(**SHAPE), eos_id=0, dtype="float32")
+    config = hf.hf_config(Model(**SHAPE), eos_id=0, dtype="float32")
     config |= {"hidden_act": "gelu", "attention_bias": True, "rope_parameters": {"rope_type": "yarn", "factor": 4}}
     del config["hidden_size"]
     with pytest.raises(CheckpointError) as caught:
@@ -203,7 +203,7 @@ def test_transformers_counts_the_cards_parameters(card):
     """Oracle: the published counts, a tied head counted once, by the classes the recipe exports to."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    recipe = schema.load(card)
+    recipe = loading.load(card)
     config = hf.hf_config(recipe.model, eos_id=None, dtype="bfloat16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
@@ -217,7 +217,7 @@ def test_export_in_half_precision(tmp_path, tokenizer_folder, dtype):
     """Oracle: the rounded weights, loaded in the dtype the configuration names."""
     from transformers import AutoModelForCausalLM
 
-    shape = schema.Model(**SHAPE)
+    shape = Model(**SHAPE)
     state = dict(build(shape, seed=1).named_parameters())
     export(state, shape, tokenizer_folder, tmp_path / "out", dtype=dtype)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -228,7 +228,7 @@ def test_export_in_half_precision(tmp_path, tokenizer_folder, dtype):
 
 def test_a_folder_in_the_way_is_refused_and_untouched(tmp_path, tokenizer_folder):
     """Oracle: CheckpointError and the same single file; an empty folder is filled."""
-    shape = schema.Model(**SHAPE)
+    shape = Model(**SHAPE)
     state = dict(build(shape, seed=1).named_parameters())
     taken, empty = tmp_path / "taken", tmp_path / "empty"
     for folder in (taken, empty):
@@ -243,7 +243,7 @@ def test_a_folder_in_the_way_is_refused_and_untouched(tmp_path, tokenizer_folder
 
 def test_weights_of_another_model_are_refused(tmp_path, tokenizer_folder):
     """Oracle: every missing, superfluous and misshapen name in the error, and nothing written."""
-    shape = schema.Model(**SHAPE)
+    shape = Model(**SHAPE)
     state = {name: parameter.detach() for name, parameter in build(shape, seed=1).named_parameters()}
     state["model.norm.weight"] = torch.ones(5)
     state["lm_head.weight"] = torch.ones(2)
@@ -257,7 +257,7 @@ def test_weights_of_another_model_are_refused(tmp_path, tokenizer_folder):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tokenizer_folder):
     """Oracle: DataError where there is none, CheckpointError where it has more ids than the model."""
-    shape = schema.Model(**(SHAPE | {"vocab_size": 200}))
+    shape = Model(**(SHAPE | {"vocab_size": 200}))
     state = dict(build(shape, seed=1).named_parameters())
     with pytest.raises(DataError):
         export(state, shape, tmp_path, tmp_path / "out")
@@ -267,7 +267,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tokenizer_folder):
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer_folder):
     """Oracle: an empty folder after a full disk."""
-    shape = schema.Model(**SHAPE)
+    shape = Model(**SHAPE)
     with fail_at("syncing", "model.safetensors"), pytest.raises(OSError, match="No space"):
         export(dict(build(shape, seed=1).named_parameters()), shape, tokenizer_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -275,10 +275,10 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer_folder):
 
 def test_a_runs_checkpoints_are_exported_by_step_newest_and_best(tmp_path, tokenizer_folder):
     """Oracle: the tensors each checkpoint was written with; a step that is not there is refused."""
-    recipe = schema.load("demo", [f"model.{name}={value}" for name, value in SHAPE.items()] + RUN_OVERRIDES)
+    recipe = loading.load("demo", [f"model.{name}={value}" for name, value in SHAPE.items()] + RUN_OVERRIDES)
     run = tmp_path / "run"
     shutil.copytree(tokenizer_folder, run / "tokenizer")
-    (run / "recipe.toml").write_text(schema.to_toml(recipe))
+    (run / "recipe.toml").write_text(loading.to_toml(recipe))
     states = {}
     for step in (2, 4, 6):
         states[step] = {name: tensor.detach() for name, tensor in build(recipe.model, seed=step).named_parameters()}
@@ -288,7 +288,7 @@ def test_a_runs_checkpoints_are_exported_by_step_newest_and_best(tmp_path, token
         if step == 4:
             checkpoint_files.mark_best(folder)
     for options, step in (({"step": 2}, 2), ({}, 6), ({"best": True}, 4)):
-        told = exporting.export_run(run, tmp_path / f"out-{step}", **options)
+        told = export_run(run, tmp_path / f"out-{step}", **options)
         with checkpoint_files.open_tensors(tmp_path / f"out-{step}" / "model.safetensors") as tensors:
             assert all(torch.equal(tensors.get_tensor(name), states[step][name]) for name in tensors.keys())  # noqa: SIM118
         assert told["step"] == step and told["params"] == sum(tensor.numel() for tensor in states[step].values())
@@ -296,15 +296,15 @@ def test_a_runs_checkpoints_are_exported_by_step_newest_and_best(tmp_path, token
     writer.add_tensors(checkpoint_files.MODEL, states[6])
     writer.commit({"step": 8, "tokenizer_sha256": "f00d"})
     with pytest.raises(CheckpointError, match="was trained with f00d"):
-        exporting.export_run(run, tmp_path / "out-8", step=8)
+        export_run(run, tmp_path / "out-8", step=8)
     with pytest.raises(CheckpointError, match="2, 4, 6"):
-        exporting.export_run(run, tmp_path / "out-3", step=3)
+        export_run(run, tmp_path / "out-3", step=3)
     with pytest.raises(CheckpointError, match=r"recipe\.toml"):
-        exporting.export_run(tmp_path, tmp_path / "out-3")
+        export_run(tmp_path, tmp_path / "out-3")
 
 
 def small_model(**changes):
-    return build(schema.Model(**(SHAPE | changes)), seed=1)
+    return build(Model(**(SHAPE | changes)), seed=1)
 
 
 def test_generation_depends_on_its_seed_alone():

@@ -20,7 +20,8 @@ from ds_slm.errors import UserError
 from ds_slm.model.decoder import build
 from ds_slm.publish import gguf as files
 from ds_slm.publish.export import WeightFormat, export_run
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 from tests.support import conversations, scored_models
 from tests.support.faults import fail_at
 from tests.support.llama_cpp import LlamaCpp
@@ -51,7 +52,7 @@ PROMPTS = ["<|im_start|>user\nwho sees the cat?<|im_end|>\n<|im_start|>assistant
 class Exported:
     """A run's export with a GGUF file, and the model it was made of."""
 
-    recipe: schema.Recipe
+    recipe: Recipe
     state: dict[str, Tensor]
     folder: Path
 
@@ -84,9 +85,9 @@ def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def model_of(overrides: Sequence[str]) -> tuple[schema.Recipe, dict[str, Tensor]]:
+def model_of(overrides: Sequence[str]) -> tuple[Recipe, dict[str, Tensor]]:
     """A model whose norms differ and whose heads look somewhere: neither is so of a fresh one."""
-    recipe = schema.parse(conversations.TINY, [*SHAPE, *overrides])
+    recipe = loading.parse(conversations.TINY, [*SHAPE, *overrides])
     state = scored_models.state_of(build(recipe.model, seed=1))
     generator = torch.Generator().manual_seed(2)
     for name, tensor in state.items():
@@ -295,7 +296,7 @@ def test_what_llama_cpp_cannot_load_is_refused(
     """Oracle: exit code 2 and the reason, before the weights are read; nothing is left behind."""
     overrides, precision, reason = REFUSED[name]
     changed = {override.split("=")[0] for override in overrides}
-    recipe = schema.parse(
+    recipe = loading.parse(
         conversations.TINY, [*overrides, *(line for line in SHAPE if line.split("=")[0] not in changed)]
     )
     scored_models.write_run(tmp_path / "run", recipe, {}, chat_tokenizer)

@@ -20,7 +20,7 @@ from ds_slm.errors import DataError
 from ds_slm.model.decoder import build
 from ds_slm.publish import gguf as files
 from ds_slm.publish.gguf_vocabulary import CHATML, read_vocabulary
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import conversations, scored_models
 from tests.support.llama_cpp import LlamaCpp
 from tests.unit.data import test_sentencepiece
@@ -119,7 +119,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Make], Path]:
 
 def loaded(folder: Path, vocab_size: int, out: Path) -> LlamaCpp:
     """A fresh model with a tokenizer, in llama.cpp."""
-    shape = schema.parse(conversations.TINY, ["model.num_hidden_layers=1"]).model
+    shape = loading.parse(conversations.TINY, ["model.num_hidden_layers=1"]).model
     shape = shape.model_copy(update={"vocab_size": vocab_size})
     file = out / "tiny.gguf"
     files.prepare(shape, folder, "tiny", "f16").write(file, dict(build(shape, seed=1).named_parameters()))

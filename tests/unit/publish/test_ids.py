@@ -11,7 +11,7 @@ from ds_slm.model.decoder import Decoder, build
 from ds_slm.publish import generate as generating
 from ds_slm.publish.export import export
 from ds_slm.publish.generate import Sampling, generate, sampler
-from ds_slm.recipe import schema
+from ds_slm.recipe.sections import Model
 from tests.support.data_recipes import BPE, recipe, source, texts
 
 UNUSED = set(range(300, 400))
@@ -23,7 +23,7 @@ def model() -> Decoder:
     """Untrained: it draws every id about equally often."""
     fields = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 400, "head_dim": 8}
     fields |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return build(schema.Model(**fields, tie_word_embeddings=True), seed=1)  # type: ignore[arg-type]
+    return build(Model(**fields, tie_word_embeddings=True), seed=1)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,6 @@ def test_an_export_without_unused_ids_says_nothing_of_them(tokenizer_folder: Pat
     """Oracle: the generation settings of a model whose every id is a token."""
     fields = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 300, "head_dim": 8}
     fields |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    full = build(schema.Model(**fields), seed=1)  # type: ignore[arg-type]
+    full = build(Model(**fields), seed=1)  # type: ignore[arg-type]
     export(dict(full.named_parameters()), full.shape, tokenizer_folder, tmp_path / "out")
     assert "suppress_tokens" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())

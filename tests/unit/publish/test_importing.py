@@ -18,7 +18,7 @@ from ds_slm.model.decoder import build
 from ds_slm.publish.export import export, export_run
 from ds_slm.publish.importing import import_model, readable_by_both
 from ds_slm.publish.models import INDEX, open_model, refuse_other_base
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support.assistants import small_talk, write_base, write_sft
 from tests.support.data_recipes import texts
 from tests.support.faults import fail_at
@@ -129,11 +129,11 @@ def test_the_commands_take_what_was_imported(made: Path, tmp_path: Path, ds_slm:
 def test_a_recipe_says_what_a_model_does_not_tell(made: Path, tmp_path: Path) -> None:
     """Oracle: the parts of a recipe that are neither shape nor tokenizer; reading it back."""
     import_model(made, tmp_path / "run")
-    recipe = schema.load_recorded(tmp_path / "run")
+    recipe = loading.load_recorded(tmp_path / "run")
     assert recipe.card.name == "Small-Llama" and recipe.model == open_model(made).shape
     assert {place.partition(".")[0] for place in recipe.unstated} == {"data", "optimizer", "schedule", "train"}
     assert recipe.tokenizer.path == str(tmp_path / "run" / "tokenizer")
-    assert schema.load(str(tmp_path / "run" / "recipe.toml")).identity_sha256() == recipe.identity_sha256()
+    assert loading.load(str(tmp_path / "run" / "recipe.toml")).identity_sha256() == recipe.identity_sha256()
 
 
 def test_a_model_without_a_card_says_so(made: Path, tmp_path: Path, ds_slm: Callable[..., Any]) -> None:
@@ -256,7 +256,7 @@ def test_rope_scaling_counts_as_in_transformers(made: Path, tmp_path: Path) -> N
 
 def test_a_llama_that_transformers_refuses_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Oracle: the sentence that refuses such a recipe: 32 components do not divide among 3 heads."""
-    shape = schema.parse(TINY, ["model.qk_norm=false"]).model.model_copy(
+    shape = loading.parse(TINY, ["model.qk_norm=false"]).model.model_copy(
         update={"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 32, "vocab_size": 512}
     )
     export(dict(build(shape, 0).state_dict()), shape, tokenizer_folder, tmp_path / "hf")
@@ -323,7 +323,7 @@ def test_an_imported_base_is_prepared_for_fine_tuning(tmp_path: Path) -> None:
 
     base = write_base(tmp_path)
     import_model(base, tmp_path / "run")
-    recipe = schema.load(str(write_sft(tmp_path, small_talk(40))))
+    recipe = loading.load(str(write_sft(tmp_path, small_talk(40))))
     opened = open_model(tmp_path / "run")
     refuse_other_base(recipe, opened)
     opened.refuse_other_parameters()

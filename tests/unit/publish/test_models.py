@@ -12,16 +12,17 @@ from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
 from ds_slm.publish.export import export, export_run
 from ds_slm.publish.models import needed_base, open_base, open_model, refuse_other_base
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 from tests.support import runs
 from tests.support.data_recipes import BPE, prepare, recipe, source, texts, write_jsonl
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Recipe, list[dict[str, torch.Tensor]]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe, list[dict[str, torch.Tensor]]]:
     """A run of two checkpoints, the first one the best; the recipe and the weights."""
     folder = tmp_path_factory.mktemp("models")
-    loaded = schema.load(str(runs.write_recipe(folder)))
+    loaded = loading.load(str(runs.write_recipe(folder)))
     text = write_jsonl(folder / "text.jsonl", texts(200))
     data = prepare(recipe(source("a", path=text), tokenizer=BPE), folder / "data")
     run = folder / "run"
@@ -32,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Recipe,
         checkpoint = writer.commit({"step": step})
         if step == 5:
             checkpoint_files.mark_best(checkpoint)
-    (run / "recipe.toml").write_text(schema.to_toml(loaded))
+    (run / "recipe.toml").write_text(loading.to_toml(loaded))
     (run / "tokenizer").symlink_to(data.tokenizer_folder)
     return run, loaded, [{name: value.detach() for name, value in state.items()} for state in states]
 
@@ -51,7 +52,7 @@ def test_places_in_a_run(made: tuple) -> None:
     assert open_model(run).sha256 != open_model(run / "checkpoints" / "best").sha256
 
 
-def files_needed(path: Path, loaded: schema.Recipe) -> tuple[Path, tuple[str, ...] | None, bool]:
+def files_needed(path: Path, loaded: Recipe) -> tuple[Path, tuple[str, ...] | None, bool]:
     found = needed_base(path, lambda: open_base(path, loaded))
     return found.path, found.files, found.is_absent
 
@@ -92,7 +93,7 @@ def test_another_tokenizer_in_a_run_is_refused(made: tuple, tmp_path: Path) -> N
     """Oracle: the hash the checkpoint was saved with, and that of the tokenizer lying beside it."""
     run, loaded, states = made
     trained_with = load_tokenizer(run / "tokenizer").sha256
-    (tmp_path / "recipe.toml").write_text(schema.to_toml(loaded))
+    (tmp_path / "recipe.toml").write_text(loading.to_toml(loaded))
     writer = checkpoint_files.Writer(tmp_path, 5)
     writer.add_tensors(checkpoint_files.MODEL, states[0])
     writer.commit({"step": 5, "tokenizer_sha256": trained_with})

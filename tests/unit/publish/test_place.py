@@ -14,7 +14,7 @@ from ds_slm.errors import CheckpointError
 from ds_slm.files import obstacle, write_json
 from ds_slm.publish import export as exporting
 from ds_slm.publish.place import appears_whole, free_place
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support.runs import TINY
 from tests.unit.data.test_file_systems import mount, read_only  # noqa: F401 - a fixture
 
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     """A run folder whose weights must not be looked for."""
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "recipe.toml").write_text(schema.to_toml(schema.parse(TINY)))
+    (folder / "recipe.toml").write_text(loading.to_toml(loading.parse(TINY)))
     write_json(folder / "env.json", {})
     return folder
 

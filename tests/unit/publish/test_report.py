@@ -15,7 +15,8 @@ import pytest
 from ds_slm.errors import ConfigError
 from ds_slm.publish import curves
 from ds_slm.publish.report import write_page
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def write_run(folder: Path, steps: int = 40, lr: float = 3e-3, **more: list[dict]) -> Path:
     """A run folder of so many steps, with the records that `more` adds."""
     folder.mkdir(parents=True)
-    recipe = schema.load("demo", [f"optimizer.lr={lr}"])
-    (folder / "recipe.toml").write_text(schema.to_toml(recipe), encoding="utf-8")
+    recipe = loading.load("demo", [f"optimizer.lr={lr}"])
+    (folder / "recipe.toml").write_text(loading.to_toml(recipe), encoding="utf-8")
     lines = [
         {
             "kind": "train", "step": step, "tokens": 2048 * step, "loss": 8 / (1 + lr * step), "lr": lr,
@@ -203,10 +204,10 @@ def test_what_two_texts_differ_in_is_named(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("one", "two")]
     for run in runs:
         text = f'name = "text"\nkind = "files"\npath = "/data/{run.name}.jsonl"'
-        recipe = schema.parse((run / "recipe.toml").read_text(), recorded=True)
+        recipe = loading.parse((run / "recipe.toml").read_text(), recorded=True)
         tables = recipe.model_dump(mode="json", exclude_none=True)
         tables["data"]["source"] = [tomllib.loads(text)]
-        (run / "recipe.toml").write_text(schema.to_toml(schema.Recipe.model_validate(tables)))
+        (run / "recipe.toml").write_text(loading.to_toml(Recipe.model_validate(tables)))
     assert "text of one.jsonl (1)\ntext of two.jsonl (1)" in Page(write_page(runs)).text
 
 

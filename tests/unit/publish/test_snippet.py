@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ds_slm.recipe import schema
+from ds_slm.recipe.sections import Eval
 from tests.support.told_runs import recipe_of, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "offline")
@@ -36,7 +36,7 @@ def run_snippet(card: str, folder: Path) -> str:
 @pytest.mark.parametrize("prompt", ["the cat", 'a "quoted" \\ ``` prompt | with é'])
 def test_the_snippet_of_a_base_continues_text(tmp_path: Path, export: Any, prompt: str) -> None:
     """Oracle: transformers, run by the snippet itself: what it prints begins with the prompt."""
-    recipe = recipe_of().model_copy(update={"eval": schema.Eval(prompts=[prompt])})
+    recipe = recipe_of().model_copy(update={"eval": Eval(prompts=[prompt])})
     card = export(write_run(tmp_path / "run", recipe))
     assert run_snippet(card, tmp_path / "exports" / "run-out").startswith(prompt.split()[0])
 

@@ -12,7 +12,7 @@ from ds_slm.data.tokenizers.chat_template import CHAT_TEMPLATE, unmarked
 from ds_slm.data.tokenizers.tokenizer import CHAT_TEMPLATE_FILE
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support import conversations
 
 
@@ -26,7 +26,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(tokenizer_folder: Path, out: Path, **changes: Any) -> Path:
     """A fresh decoder with a trained tokenizer, as a Hugging Face folder."""
-    shape = schema.parse(conversations.TINY).model.model_copy(update=changes)
+    shape = loading.parse(conversations.TINY).model.model_copy(update=changes)
     export(dict(build(shape, seed=4).named_parameters()), shape, tokenizer_folder, out)
     return out
 

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from ds_slm.model import decoder, kernels
-from ds_slm.recipe import alternatives, budget, plan, schema
+from ds_slm.recipe import alternatives, budget, loading, plan
+from ds_slm.recipe.schema import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ZERO1 = {"stage": 1}
 TOKENS = 64
 
 
-def saved_bytes(recipe: schema.Recipe) -> int:
+def saved_bytes(recipe: Recipe) -> int:
     """Bytes that autograd keeps of a forward over one row, each storage once, the parameters' own left out."""
     model = decoder.build(recipe.model, 0).to(DTYPES[recipe.train.precision]).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -39,7 +40,7 @@ def test_a_block_keeps_on_a_cpu_what_torch_saves(
     saved, planned = [], []
     for layers in (1, 3):
         flags = [f"model.num_hidden_layers={layers}", f"train.precision={precision}", f"data.seq_len={TOKENS}"]
-        recipe = schema.load(
+        recipe = loading.load(
             name, [*flags, "train.gradient_checkpointing=false", f"train.global_batch_tokens={TOKENS}"]
         )
         saved.append(saved_bytes(recipe))
@@ -49,7 +50,7 @@ def test_a_block_keeps_on_a_cpu_what_torch_saves(
 
 def test_a_cpu_counts_what_its_process_holds() -> None:
     """Oracle: by hand, slm-10m in fp32 on two ranks; a GPU sets a buffer aside, a CPU gives what is written."""
-    recipe = schema.load("slm-10m", ["train.precision=fp32"])
+    recipe = loading.load("slm-10m", ["train.precision=fp32"])
     counts, params = plan.parameter_counts(recipe.model), 9_968_640
     zero = {"stage": 1, "reduce_bucket_size": 25_000_000}
     on_gpu, on_cpu = (budget.memory(recipe, zero, 2, 1, kind) for kind in ("cuda", "cpu"))
@@ -65,7 +66,7 @@ def test_a_cpu_counts_what_its_process_holds() -> None:
 
 def test_zero_3_gathers_what_its_limits_let_it_keep() -> None:
     """Oracle: DeepSpeed's limits, in elements: the whole model below them, what they say above."""
-    recipe = schema.load("slm-10m", ["train.precision=fp32"])
+    recipe = loading.load("slm-10m", ["train.precision=fp32"])
     counts = plan.parameter_counts(recipe.model)
     assert budget.memory(recipe, {"stage": 3}, 2, 1).gathered_bytes == 4 * counts.total
     limited = {"stage": 3, "stage3_max_live_parameters": 1000}
@@ -74,10 +75,10 @@ def test_zero_3_gathers_what_its_limits_let_it_keep() -> None:
 
 def test_a_save_copies_weights_and_moments() -> None:
     """Oracle: by hand; 12 bytes a parameter of the rank's half, 6 with 8-bit moments, and three windows of 32 MiB."""
-    counts = plan.parameter_counts(schema.load("slm-124m").model)
+    counts = plan.parameter_counts(loading.load("slm-124m").model)
     windows = 3 * 32 * 2**20
     by_bits = [
-        budget.save_bytes(schema.load("slm-124m", [f"optimizer.name={name}", "optimizer.embedding_bits=8"]), counts, 2)
+        budget.save_bytes(loading.load("slm-124m", [f"optimizer.name={name}", "optimizer.embedding_bits=8"]), counts, 2)
         - windows
         for name in ("adamw", "adamw8bit")
     ]
@@ -87,13 +88,13 @@ def test_a_save_copies_weights_and_moments() -> None:
 
 def test_one_setting_turned_over() -> None:
     """Oracle: the plan of the recipe that has that setting; offloading in bf16 brings a bucket of 2,000 fp32 values."""
-    recipe = schema.load("slm-124m")
+    recipe = loading.load("slm-124m")
     zero = ZERO1 | {"reduce_bucket_size": 2_000}
     found = {one.name: one for one in alternatives.alternatives(recipe, zero, 8, 2, "cuda")}
     counts = plan.parameter_counts(recipe.model)
 
     def planned(*settings: str) -> int:
-        return budget.memory(schema.load("slm-124m", list(settings)), zero, 8, 2).device_bytes
+        return budget.memory(loading.load("slm-124m", list(settings)), zero, 8, 2).device_bytes
 
     assert found["as asked"].device_bytes == planned()
     checkpointed = found["with gradient checkpointing"]
@@ -107,7 +108,7 @@ def test_one_setting_turned_over() -> None:
 
 def test_a_cpu_is_its_own_host() -> None:
     """Oracle: the plan without offloading, but for a buffer."""
-    recipe = schema.load("slm-124m")
+    recipe = loading.load("slm-124m")
     zero2 = {"stage": 2, "reduce_bucket_size": 2_000}
     offloaded = budget.memory(recipe, zero2 | {"offload_optimizer": {"device": "cpu"}}, 2, 2, "cpu")
     assert offloaded == budget.memory(recipe, zero2, 2, 2, "cpu")
@@ -115,7 +116,7 @@ def test_a_cpu_is_its_own_host() -> None:
 
 def test_scaling_stops_at_a_row_a_device_and_at_the_network() -> None:
     """Oracle: by hand; 512 rows on 1,024 devices, and the network's share of the planned step."""
-    recipe = schema.load("slm-10m")
+    recipe = loading.load("slm-10m")
     found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(1024, 128, 10.0))
     assert found.scaling.most_devices == 512 and found.scaling.busy_share == 0.5
     name = "NVIDIA H100"
@@ -130,7 +131,7 @@ def test_scaling_stops_at_a_row_a_device_and_at_the_network() -> None:
 @pytest.mark.parametrize("network_gbit_per_s", [1.0, 100.0, 3_000.0])
 def test_half_a_step_is_the_networks_on_the_hosts_that_are_named(stage: int, network_gbit_per_s: float) -> None:
     """Oracle: the plans of that many hosts, and of one host less; None where no number up to the batch's rows does."""
-    recipe, ds_config = schema.load("slm-10m"), {"zero_optimization": {**ZERO1, "stage": stage}}
+    recipe, ds_config = loading.load("slm-10m"), {"zero_optimization": {**ZERO1, "stage": stage}}
 
     def share(device: str, nodes: int) -> float:
         there = plan.plan(recipe, "slm-10m", ds_config, plan.Topology(8 * nodes, nodes, network_gbit_per_s))
@@ -163,5 +164,5 @@ def test_half_a_step_is_the_networks_on_the_hosts_that_are_named(stage: int, net
 def test_a_cpus_memory_is_what_launches_took(name: str, rows: int, stage: int, measured_gb: float) -> None:
     """Oracle: peaks of real launches in fp32 on two cores of a Zen 3 (docs/benchmarks.md), within 10 %."""
     zero = {"stage": stage, "reduce_bucket_size": 25_000_000}
-    planned = budget.memory(schema.load(name, ["train.precision=fp32"]), zero, 2, rows, "cpu")
+    planned = budget.memory(loading.load(name, ["train.precision=fp32"]), zero, 2, rows, "cpu")
     assert planned.device_bytes / 1e9 == pytest.approx(measured_gb, rel=0.1)

@@ -7,8 +7,10 @@ from typing import get_args
 import pytest
 
 from ds_slm.errors import ConfigError, RecipeError
-from ds_slm.recipe import effects, schema
+from ds_slm.recipe import effects, loading
+from ds_slm.recipe.data_sections import Source
 from ds_slm.recipe.schedule import learning_rate
+from ds_slm.recipe.schema import Recipe
 from ds_slm.run import folder
 from ds_slm.train import unused_flags
 from ds_slm.train.task import Options
@@ -20,21 +22,21 @@ WSD = 'kind = "wsd"\ndecay_start_step = 10\ndecay_steps = 10'
 CL100K = 'kind = "cl100k"\nvocab_size = 100277\neos_token = "<|endoftext|>"'
 
 
-def tiny(*changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> schema.Recipe:
+def tiny(*changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> Recipe:
     """The tiny recipe with pieces of its text replaced, each of which must be there."""
     text = TINY
     for old, new in changes:
         assert old in text, old
         text = text.replace(old, new, 1)
-    return schema.parse(text, list(overrides))
+    return loading.parse(text, list(overrides))
 
 
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 def test_recipes_of_the_library_are_silent(name: str) -> None:
     """Oracle: recipes that are meant as they are; also once a run has recorded them, with all defaults written out."""
-    recipe = schema.load(name)
+    recipe = loading.load(name)
     assert effects.warnings(recipe) == []
-    assert effects.warnings(schema.parse(schema.to_toml(recipe), recorded=True)) == []
+    assert effects.warnings(loading.parse(loading.to_toml(recipe), recorded=True)) == []
 
 
 FILES = 'kind = "files"\npath = "CORPUS"'
@@ -78,13 +80,13 @@ def test_a_run_that_was_begun_with_a_mistake_goes_on(tmp_path: Path) -> None:
     (tmp_path / "old.toml").write_text(text)
     run = tmp_path / "run"
     with pytest.raises(RecipeError, match="is not read"):
-        schema.load(str(tmp_path / "old.toml"), run=run)
+        loading.load(str(tmp_path / "old.toml"), run=run)
     run.mkdir()
-    recorded = schema.parse(text, recorded=True)
-    (run / "recipe.toml").write_text(schema.to_toml(recorded))
-    loaded = schema.load(str(tmp_path / "old.toml"), run=run)
+    recorded = loading.parse(text, recorded=True)
+    (run / "recipe.toml").write_text(loading.to_toml(recorded))
+    loaded = loading.load(str(tmp_path / "old.toml"), run=run)
     folder.refuse_foreign(run, loaded, "auto", allow_change=False)
-    assert loaded == recorded == schema.load_recorded(run)
+    assert loaded == recorded == loading.load_recorded(run)
     assert ["id = 'a/b' of source 'generated' is not read" in line for line in effects.warnings(loaded)] == [True]
 
 
@@ -207,7 +209,7 @@ def test_more_rows_to_evaluate_than_are_held_out_are_told() -> None:
 @pytest.mark.parametrize("name", ["demo-instruct", "axiom-380m-instruct", "smol-smoltalk-packed"])
 def test_recipes_of_conversations_are_silent(name: str) -> None:
     """Oracle: their columns are those of the files that `--source` puts in a built-in source's place."""
-    assert effects.warnings(schema.load(name)) == []
+    assert effects.warnings(loading.load(name)) == []
 
 
 def test_copies_that_no_host_can_keep_are_told() -> None:
@@ -228,7 +230,7 @@ def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     """Oracle: the same recipe without it."""
     (tmp_path / "marked.toml").write_text(TINY, encoding="utf-8-sig")
     assert (tmp_path / "marked.toml").read_bytes().startswith(b"\xef\xbb\xbf")
-    assert schema.load(str(tmp_path / "marked.toml")) == tiny()
+    assert loading.load(str(tmp_path / "marked.toml")) == tiny()
 
 
 @pytest.mark.parametrize(
@@ -250,4 +252,4 @@ def test_flags_of_which_one_would_be_ignored_are_refused(
 
 def test_every_kind_of_source_says_what_it_is_read_from() -> None:
     """Oracle: the kinds that a recipe may name."""
-    assert effects.READ_FROM.keys() == set(get_args(schema.Source.model_fields["kind"].annotation))
+    assert effects.READ_FROM.keys() == set(get_args(Source.model_fields["kind"].annotation))

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ds_slm.errors import RecipeError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading, resume_rules
 from ds_slm.recipe.hub_names import LICENSES, is_language, is_repo_id, license_problem
 
 
@@ -57,7 +57,7 @@ def test_a_card_is_refused_with_every_problem_at_once() -> None:
     """Oracle: four wrong words, four sentences."""
     wrong = ["card.license=gpl2", 'card.language=["en", "english", "xx"]', "card.base_model=a//b"]
     with pytest.raises(RecipeError) as caught:
-        schema.load("demo", wrong)
+        loading.load("demo", wrong)
     assert len(caught.value.problems) == 5  # with the line above them
     for word in ("'gpl2'", "'english'", "'xx'", "'a//b'"):
         assert word in str(caught.value)
@@ -65,6 +65,6 @@ def test_a_card_is_refused_with_every_problem_at_once() -> None:
 
 def test_what_a_card_says_is_not_part_of_the_result() -> None:
     """Oracle: the hash of the recipe without it; a resumed run may change it."""
-    said = schema.load("demo", ["card.license=mit", "card.base_model=org/name"])
-    assert said.identity_sha256() == schema.load("demo").identity_sha256()
-    assert schema.refused_changes(schema.load("demo"), said, allow_change=False) == []
+    said = loading.load("demo", ["card.license=mit", "card.base_model=org/name"])
+    assert said.identity_sha256() == loading.load("demo").identity_sha256()
+    assert resume_rules.refused_changes(loading.load("demo"), said, allow_change=False) == []

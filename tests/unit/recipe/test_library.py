@@ -8,18 +8,20 @@ import pytest
 
 from ds_slm.data.rows import PretrainRows
 from ds_slm.errors import RecipeError, UserError
-from ds_slm.recipe import plan, schema
+from ds_slm.recipe import loading, plan
 from ds_slm.recipe.schedule import learning_rate
+from ds_slm.recipe.schema import Recipe, section_in
+from ds_slm.recipe.section import Section
 from tests.support import data_recipes, runs
 
 EXTREMES = ("-1", "0", "1", "9223372036854775807", "9223372036854775808", f"-1{'0' * 80}", "1e308", "5e-324", "-0.5")
 
 
-def numbers(section: type[schema.Section], place: str = "") -> Iterator[str]:
+def numbers(section: type[Section], place: str = "") -> Iterator[str]:
     """Every field of a recipe that holds a number."""
     for key, info in section.model_fields.items():
         kind = str(info.annotation)
-        if child := schema._section_in(info.annotation):
+        if child := section_in(info.annotation):
             yield from numbers(child, f"{place}{key}." + ("0." if "list" in kind else ""))
         elif "int" in kind or "float" in kind:
             yield place + key
@@ -30,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_recipe(tmp_path_factory.mktemp("numbers"))
 
 
-FIELDS = [field for field in numbers(schema.Recipe) if not field.startswith(("sft", "targets"))]
+FIELDS = [field for field in numbers(Recipe) if not field.startswith(("sft", "targets"))]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -38,7 +40,7 @@ def test_any_number_is_planned_with_or_refused(field: str, tiny: Path) -> None:
     """Oracle: a plan and a learning rate, or an error that is told; any other exception fails the test."""
     for value in EXTREMES:
         try:
-            recipe = schema.parse(tiny.read_text(), [f"{field}={value}"])
+            recipe = loading.parse(tiny.read_text(), [f"{field}={value}"])
             plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 1}}, plan.Topology(2))
             plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 3}}, plan.Topology(2, nodes=2))
             assert learning_rate(recipe, recipe.train.steps) >= 0
@@ -55,9 +57,9 @@ def test_any_seed_prepares_or_is_refused(held_out: str, seed: int, tiny: Path, t
         with pytest.raises(
             RecipeError, match=rf"split_seed = {seed} is no seed of held_out = 'draw': .*0 to 4294967295"
         ):
-            schema.parse(tiny.read_text(), overrides)
+            loading.parse(tiny.read_text(), overrides)
         return
-    recipe = schema.parse(tiny.read_text(), overrides)
+    recipe = loading.parse(tiny.read_text(), overrides)
     rows = PretrainRows(recipe, data_recipes.prepare(recipe, tmp_path))
     assert len(set(rows.row_ids(0))) == recipe.rows_per_step
 
@@ -66,13 +68,13 @@ def test_whole_numbers_of_more_than_64_bits_are_refused_by_field(tiny: Path) -> 
     """Oracle: TOML's range."""
     for field, sign in itertools.product(("train.steps", "data.split_seed"), ("", "-")):
         with pytest.raises(RecipeError, match=rf"{field}: got a whole number of more than 64 bits"):
-            schema.parse(tiny.read_text(), [f"{field}={sign}{1 << 70}"])
+            loading.parse(tiny.read_text(), [f"{field}={sign}{1 << 70}"])
 
 
 def test_a_mix_that_fits_into_no_memory_is_refused(tiny: Path) -> None:
     """Oracle: the rows of one cycle; a common divisor does not count."""
     source = '[[data.source]]\nname = "two"\nkind = "builtin"\n'
     text = tiny.read_text().replace("[optimizer]", source + "[optimizer]")
-    schema.parse(text, ["data.source.0.weight=2000000000", "data.source.1.weight=1000000000"])
+    loading.parse(text, ["data.source.0.weight=2000000000", "data.source.1.weight=1000000000"])
     with pytest.raises(RecipeError, match=r"add up to 2,000,000,001 .* round them"):
-        schema.parse(text, ["data.source.0.weight=2000000000", "data.source.1.weight=1"])
+        loading.parse(text, ["data.source.0.weight=2000000000", "data.source.1.weight=1"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ds_slm.cli import planning
 from ds_slm.errors import ConfigError
-from ds_slm.recipe import counts, plan, rates, schema, times
+from ds_slm.recipe import counts, loading, plan, rates, times
 
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
 
@@ -27,21 +27,21 @@ ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
 )
 def test_parameters_are_the_cards(name: str, params: int) -> None:
     """Oracle: the published counts; where a card rounds or miscounts, the shape's, within 9 % of what it prints."""
-    recipe = schema.load(name)
+    recipe = loading.load(name)
     assert plan.parameters(recipe.model) == params
     assert recipe.card.params == pytest.approx(params, rel=0.09)
     if name in ("slm-10m", "axiom-380m"):
         assert recipe.card.params == params
 
 
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 def test_parameters_are_the_models(name: str) -> None:
     """Oracle: the decoder itself, built without memory."""
     import torch
 
     from ds_slm.model.decoder import Decoder
 
-    shape = schema.load(name).model
+    shape = loading.load(name).model
     with torch.device("meta"):
         built = Decoder(shape)
     sizes = [parameter.numel() for parameter in built.parameters()]
@@ -51,22 +51,22 @@ def test_parameters_are_the_models(name: str) -> None:
 
 def test_demo_has_about_two_million_parameters() -> None:
     """Oracle: what the README promises."""
-    assert 1.5e6 < plan.parameters(schema.load("demo").model) < 2.5e6
+    assert 1.5e6 < plan.parameters(loading.load("demo").model) < 2.5e6
 
 
 def test_flops_per_token() -> None:
     """Oracle: 2.617 GFLOPs for axiom-380m, computed apart; an untied input embedding is looked up, not multiplied."""
-    assert plan.flops_per_token(schema.load("axiom-380m").model, 1024) == 6 * 385_849_344 + 12 * 24 * 16 * 64 * 1024
-    assert plan.flops_per_token(schema.load("axiom-380m").model, 1024) == pytest.approx(2.617e9, rel=1e-4)
-    untied = plan.flops_per_token(schema.load("slm-124m").model, 1024)
-    tied = plan.flops_per_token(schema.load("slm-124m", ["model.tie_word_embeddings=true"]).model, 1024)
+    assert plan.flops_per_token(loading.load("axiom-380m").model, 1024) == 6 * 385_849_344 + 12 * 24 * 16 * 64 * 1024
+    assert plan.flops_per_token(loading.load("axiom-380m").model, 1024) == pytest.approx(2.617e9, rel=1e-4)
+    untied = plan.flops_per_token(loading.load("slm-124m").model, 1024)
+    tied = plan.flops_per_token(loading.load("slm-124m", ["model.tie_word_embeddings=true"]).model, 1024)
     assert untied == tied
 
 
 @pytest.mark.parametrize(("name", "loss"), [("slm-124m", 10.53), ("axiom-380m", 11.520), ("slm-10m", 9.062)])
 def test_first_loss(name: str, loss: float) -> None:
     """Oracle: the published first losses, 10.508 and 11.514, lie within 0.05 of the formula; the third by hand."""
-    recipe = schema.load(name)
+    recipe = loading.load(name)
     assert plan.first_loss(recipe.model) == pytest.approx(loss, abs=5e-3)
     published = [target.published for target in recipe.targets if target.metric == "train/loss" and target.step == 1]
     assert all(abs(plan.first_loss(recipe.model) - figure) < 0.05 for figure in published)
@@ -76,7 +76,7 @@ def test_first_loss(name: str, loss: float) -> None:
 @given(rows=st.integers(1, 600), world_size=st.integers(1, 40), micro_batch=st.integers(1, 64))
 def test_batch_is_cut_without_loss(rows: int, world_size: int, micro_batch: int) -> None:
     """Oracle: what the contract asks; every row once, equal forwards, no rank a whole forward too many."""
-    recipe = schema.load("slm-10m", [f"train.global_batch_tokens={rows * 1024}"])
+    recipe = loading.load("slm-10m", [f"train.global_batch_tokens={rows * 1024}"])
     cut = plan.batch(recipe, world_size, micro_batch)
     assert cut.micro_batch * cut.accumulation_steps * world_size - cut.filler_rows == rows == cut.rows_per_step
     assert cut.micro_batch <= micro_batch
@@ -90,7 +90,7 @@ def test_batch_agrees_with_the_trainer(world_size: int, micro_batch: int) -> Non
     """Oracle: ds_slm.recipe.ds_config, which gives DeepSpeed its batch."""
     from ds_slm.recipe import ds_config
 
-    recipe = schema.load("slm-10m")
+    recipe = loading.load("slm-10m")
     engine_config = ds_config.join(recipe, ZERO[1], world_size, "cuda", micro_batch)
     cut = plan.batch(recipe, world_size, micro_batch)
     expected = (cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
@@ -102,7 +102,7 @@ def test_batch_agrees_with_the_trainer(world_size: int, micro_batch: int) -> Non
 
 def test_memory_by_stage() -> None:
     """Oracle: the ZeRO paper's table; 2 + 4 + 4 + 8 bytes per parameter, split by the stage over 8 ranks."""
-    recipe = schema.load("slm-124m")
+    recipe = loading.load("slm-124m")
     params, ranks = 134_105_856, 8
     by_stage = {stage: plan.plan(recipe, "slm-124m", ZERO[stage], plan.Topology(ranks)).memory for stage in ZERO}
     for stage, memory in by_stage.items():
@@ -123,7 +123,7 @@ def test_memory_of_8_bit_moments() -> None:
     """Oracle: bitsandbytes' layout, a byte a value and an fp32 scale per 256; norms in fp32, embeddings on request."""
     params, embedding, norms = 385_849_344, 100_277 * 1024, 24 * 2 * 1024 + 1024
     for bits, in_8_bits in ((8, params - norms), (32, params - norms - embedding)):
-        recipe = schema.load("axiom-380m", [f"optimizer.embedding_bits={bits}"])
+        recipe = loading.load("axiom-380m", [f"optimizer.embedding_bits={bits}"])
         moments = plan.plan(recipe, "axiom-380m", ZERO[1]).memory.moments_bytes
         assert moments == pytest.approx(2 * (in_8_bits * (1 + 4 / 256) + 4 * (params - in_8_bits)), abs=4)
 
@@ -131,7 +131,7 @@ def test_memory_of_8_bit_moments() -> None:
 def test_checkpointing_trades_memory_for_time() -> None:
     """Oracle: each block keeps its input instead of everything, for a third more FLOPs."""
     with_it, without = (
-        plan.plan(schema.load("axiom-380m", [f"train.gradient_checkpointing={on}"]), "axiom-380m", ZERO[1])
+        plan.plan(loading.load("axiom-380m", [f"train.gradient_checkpointing={on}"]), "axiom-380m", ZERO[1])
         for on in ("true", "false")
     )
     assert with_it.memory.activations_bytes < without.memory.activations_bytes / 5
@@ -141,7 +141,7 @@ def test_checkpointing_trades_memory_for_time() -> None:
 
 def test_network_time() -> None:
     """Oracle: rings by hand; two hosts at 10 Gbit/s, bf16 ZeRO-1: half of 2 x 4 + 2 bytes a parameter, once a step."""
-    recipe, params = schema.load("slm-10m"), 9_968_640
+    recipe, params = loading.load("slm-10m"), 9_968_640
 
     def planned(nodes: int, network: float | None) -> plan.Plan:
         return plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, nodes, network))
@@ -166,7 +166,7 @@ def test_network_time() -> None:
 )
 def test_what_a_host_sends(device_type: str, precision: str, stage: int, bytes_per_param: int) -> None:
     """Oracle: by hand, five forwards a step; a ring over 16 ranks lets 15 / 16 of it cross each host's link."""
-    recipe = schema.load("slm-10m", [f"train.precision={precision}"])
+    recipe = loading.load("slm-10m", [f"train.precision={precision}"])
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     sent = times.network_bytes(recipe, zero, plan.Topology(16, 2), 5, device_type)
     assert sent == 9_968_640 * bytes_per_param * 15 // 16
@@ -175,7 +175,7 @@ def test_what_a_host_sends(device_type: str, precision: str, stage: int, bytes_p
 
 def test_gradients_of_an_offloaded_optimizer_go_to_their_owners() -> None:
     """Oracle: DeepSpeed's code: it takes BF16_Optimizer, which reduces for all, unless the optimiser is offloaded."""
-    recipe = schema.load("slm-10m", ["train.precision=bf16"])
+    recipe = loading.load("slm-10m", ["train.precision=bf16"])
     zero, offload = {"stage": 1, "use_multi_rank_bucket_allreduce": False}, {"offload_optimizer": {"device": "cpu"}}
     on_device, offloaded = (
         times.network_bytes(recipe, one, plan.Topology(2, 2), 5, "cuda") for one in (zero, {**zero, **offload})
@@ -188,7 +188,7 @@ def test_a_cpu_is_planned_by_its_own_cut(stage: int) -> None:
     """Oracle: the same step as ds_slm.recipe.ds_config cuts it on a CPU, and what that computes, holds and sends."""
     from ds_slm.recipe import ds_config
 
-    recipe = schema.load("slm-10m", ["train.global_batch_tokens=35840"])
+    recipe = loading.load("slm-10m", ["train.global_batch_tokens=35840"])
     topology = plan.Topology(2, 2, 1.0)
     found = plan.plan(recipe, "slm-10m", ZERO[stage], topology)
     by_device = {time.device: time for time in found.times}
@@ -207,7 +207,7 @@ def test_a_cpu_is_planned_by_its_own_cut(stage: int) -> None:
 
 def test_a_cpu_fits_where_its_host_holds_all_ranks() -> None:
     """Oracle: by hand; four ranks a host and the copies of a save, a byte less, this machine's memory, none known."""
-    recipe, core = schema.load("slm-124m"), rates.AMX_CORE
+    recipe, core = loading.load("slm-124m"), rates.AMX_CORE
     known = plan.plan(recipe, "slm-124m", ZERO[1], plan.Topology(8, 2))
     needed = 4 * (known.cpu_memory.device_bytes + known.save_bytes)
 
@@ -227,7 +227,7 @@ def test_a_host_with_more_devices_than_others_must_hold_them(tmp_path: Path) -> 
     (tmp_path / "hosts").write_text("big slots=8\nsmall slots=1\n")
     topology = planning.topology(tmp_path / "hosts", None, None, 10.0, 64.0)
     assert (topology.world_size, topology.nodes, topology.ranks_per_host) == (9, 2, 8)
-    recipe = schema.load("slm-124m")
+    recipe = loading.load("slm-124m")
     rank_bytes = plan.plan(recipe, "slm-124m", ZERO[1], topology)
     needed = 8 * (rank_bytes.cpu_memory.device_bytes + rank_bytes.save_bytes)
     for host_bytes, expected in ((needed, True), (needed - 1, False)):
@@ -237,7 +237,7 @@ def test_a_host_with_more_devices_than_others_must_hold_them(tmp_path: Path) -> 
 
 def test_a_gpu_needs_its_hosts_memory_for_what_is_offloaded() -> None:
     """Oracle: by hand; masters, moments and the copies of a save of one rank, and a byte less."""
-    recipe = schema.load("slm-124m")
+    recipe = loading.load("slm-124m")
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     known = plan.plan(recipe, "slm-124m", offloaded)
     needed = known.memory.host_bytes + known.save_bytes
@@ -248,7 +248,7 @@ def test_a_gpu_needs_its_hosts_memory_for_what_is_offloaded() -> None:
 
 def test_this_machine_as_measured() -> None:
     """Oracle: by hand; four forwards of 3 s, half the parameters at 1 microsecond, and the link of the other rows."""
-    recipe = schema.load("slm-10m", ["train.global_batch_tokens=16384"])
+    recipe = loading.load("slm-10m", ["train.global_batch_tokens=16384"])
     own = rates.OwnCpu(None, "", 64 * 10**9, speed=rates.CoreSpeed(3.0, 1e-6))
     found = plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, 2, 1.0, None, own))
     assert found.cpu_batch.accumulation_steps == 4
@@ -261,7 +261,7 @@ def test_devices_without_the_precision_are_left_out() -> None:
     devices = {
         precision: {
             time.device
-            for time in plan.plan(schema.load("ant-10m", [f"train.precision={precision}"]), "ant-10m", ZERO[1]).times
+            for time in plan.plan(loading.load("ant-10m", [f"train.precision={precision}"]), "ant-10m", ZERO[1]).times
         }
         for precision in ("bf16", "fp16", "fp32")
     }
@@ -270,13 +270,13 @@ def test_devices_without_the_precision_are_left_out() -> None:
     assert rates.AMX_CORE.name in (devices["bf16"] & devices["fp32"]) - devices["fp16"]
 
 
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 @pytest.mark.parametrize("stage", ZERO)
 def test_every_recipe_has_a_plan(name: str, stage: int) -> None:
     """Oracle: plain data with positive figures, for any recipe, stage and a world size that divides nothing."""
-    found = plan.plan(schema.load(name), name, ZERO[stage], plan.Topology(7, 7, 1.0))
+    found = plan.plan(loading.load(name), name, ZERO[stage], plan.Topology(7, 7, 1.0))
     assert found.params == sum(asdict(found.parameters).values())
-    assert found.tokens == found.steps * schema.load(name).train.global_batch_tokens
+    assert found.tokens == found.steps * loading.load(name).train.global_batch_tokens
     assert all(time.step_s > time.network_s > 0 for time in found.times)
     assert found.memory.device_bytes > found.memory.weights_bytes > 0
 
@@ -292,4 +292,4 @@ def test_every_recipe_has_a_plan(name: str, stage: int) -> None:
 def test_bad_ds_configs(ds_config: dict, expected: str) -> None:
     """Oracle: the message says what was expected."""
     with pytest.raises(ConfigError, match=expected):
-        plan.plan(schema.load("demo"), "demo", ds_config)
+        plan.plan(loading.load("demo"), "demo", ds_config)

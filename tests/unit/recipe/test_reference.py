@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ds_slm.recipe import reference, schema
+from ds_slm.recipe import reference
+from ds_slm.recipe.schema import field_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,5 +21,5 @@ def test_every_key_has_a_meaning() -> None:
     assert all(len(row) == 4 and row[3].strip() for row in cells)
 
     tables = {"data.source", "targets", "card", "model", "unstated"}
-    keys = [name for name in schema.field_names() if "." in name and name not in tables]
+    keys = [name for name in field_names() if "." in name and name not in tables]
     assert len(rows) == len(keys)

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_slm.errors import RecipeError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading, resume_rules
 from ds_slm.recipe.schedule import learning_rate
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Schedule
 
 EXAMPLE = """
 [card]
@@ -58,27 +60,27 @@ LIBRARY = ("demo", "ant-10m", "axiom-380m", "gpt-s-1.4m", "slm-10m", "slm-124m")
 
 def problems_of(text: str, overrides: list[str] | None = None) -> str:
     with pytest.raises(RecipeError) as raised:
-        schema.parse(text, overrides)
+        loading.parse(text, overrides)
     return "\n".join(raised.value.problems)
 
 
-def example(*overrides: str) -> schema.Recipe:
-    return schema.parse(EXAMPLE, list(overrides))
+def example(*overrides: str) -> Recipe:
+    return loading.parse(EXAMPLE, list(overrides))
 
 
 def test_library_names() -> None:
     """Oracle: the six recipes the project promises, then those of fine-tuning."""
-    assert tuple(schema.library_names()) == (*LIBRARY, "demo-instruct", "axiom-380m-instruct", "smol-smoltalk-packed")
+    assert tuple(loading.library_names()) == (*LIBRARY, "demo-instruct", "axiom-380m-instruct", "smol-smoltalk-packed")
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_round_trip_through_toml(name: str) -> None:
     """Oracle: the recipe itself; what is written reads back equal, and so does what is written again."""
-    recipe = schema.load(name)
-    again = schema.parse(schema.to_toml(recipe))
+    recipe = loading.load(name)
+    again = loading.parse(loading.to_toml(recipe))
     assert again == recipe
     assert again.identity_sha256() == recipe.identity_sha256()
-    assert schema.to_toml(again) == schema.to_toml(recipe)
+    assert loading.to_toml(again) == loading.to_toml(recipe)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_round_trip_through_toml(name: str) -> None:
 )
 def test_batches_are_the_cards(name: str, tokens_per_step: int, steps: int, tokens: float) -> None:
     """Oracle: batch, steps and tokens as the cards state them, to a step's worth of tokens and 0.05 %."""
-    recipe = schema.load(name)
+    recipe = loading.load(name)
     assert recipe.train.global_batch_tokens == tokens_per_step
     assert recipe.train.steps == steps
     assert recipe.train.steps * recipe.train.global_batch_tokens == pytest.approx(tokens, rel=5e-4)
@@ -102,7 +104,7 @@ def test_batches_are_the_cards(name: str, tokens_per_step: int, steps: int, toke
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_number_has_a_source(name: str) -> None:
     """Oracle: the design; what is published says where, what is not says why."""
-    recipe = schema.load(name)
+    recipe = loading.load(name)
     assert all(target.source for target in recipe.targets)
     if name != "demo":
         sections = {place.partition(".")[0] for place in (*recipe.card.sources, *recipe.unstated)}
@@ -112,10 +114,10 @@ def test_every_number_has_a_source(name: str) -> None:
 
 def test_alternative_mix_of_slm_10m() -> None:
     """Oracle: 78.8 / 16.2 / 2.5 / 2.5 %, what the authors' loader drew; the flags are the ones the recipe prints."""
-    flags = re.findall(r"--set (data\.source\.\S+)", schema.recipe_path("slm-10m").read_text(encoding="utf-8"))
-    weights = [source.weight for source in schema.load("slm-10m", flags).data.source]
+    flags = re.findall(r"--set (data\.source\.\S+)", loading.recipe_path("slm-10m").read_text(encoding="utf-8"))
+    weights = [source.weight for source in loading.load("slm-10m", flags).data.source]
     assert [weight / sum(weights) for weight in weights] == [0.788, 0.162, 0.025, 0.025]
-    assert [source.weight for source in schema.load("slm-10m").data.source] == [55, 25, 10, 10]
+    assert [source.weight for source in loading.load("slm-10m").data.source] == [55, 25, 10, 10]
 
 
 def test_overrides() -> None:
@@ -218,12 +220,12 @@ def test_bad_recipes(good: str, bad: str, expected: str) -> None:
 def test_unknown_recipe(tmp_path: Path) -> None:
     """Oracle: the nearest name in the library, and all of them."""
     with pytest.raises(RecipeError, match=r"the nearest is 'slm-10m'.*gpt-s-1\.4m"):
-        schema.load("slm10m")
+        loading.load("slm10m")
     with pytest.raises(RecipeError, match="no such recipe"):
-        schema.load(str(tmp_path / "missing.toml"))
+        loading.load(str(tmp_path / "missing.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read"):
-        schema.load(str(tmp_path / "binary.toml"))
+        loading.load(str(tmp_path / "binary.toml"))
 
 
 @pytest.mark.parametrize(
@@ -261,13 +263,13 @@ def test_changes_on_resume() -> None:
     """Oracle: the design's list of what may change when a run is resumed."""
     old = example()
     free = ["train.steps=200", "schedule.decay_start_step=170", "run.keep_last=9", "optimizer.name=adamw"]
-    assert schema.refused_changes(old, example(*free), allow_change=False) == []
+    assert resume_rules.refused_changes(old, example(*free), allow_change=False) == []
     new = example("optimizer.lr=1e-3", "train.seed=1", "data.source.0.weight=2", "sft.mask=card")
     sft = {"sft.mask", "sft.packing", "sft.system_turns", "sft.invalid"}
-    assert set(schema.changes(old, new)) == {"optimizer.lr", "train.seed", "data.source", *sft}
-    refused = "\n".join(schema.refused_changes(old, new, allow_change=False))
+    assert set(resume_rules.changes(old, new)) == {"optimizer.lr", "train.seed", "data.source", *sft}
+    refused = "\n".join(resume_rules.refused_changes(old, new, allow_change=False))
     assert "optimizer.lr was 0.004 and is now 0.001 (--allow-change permits it)." in refused
-    permitted = "\n".join(schema.refused_changes(old, new, allow_change=True))
+    permitted = "\n".join(resume_rules.refused_changes(old, new, allow_change=True))
     assert "optimizer.lr" not in permitted
     assert "train.seed" in permitted
     assert "data.source was [{'name': " in refused and "'id': None" not in refused
@@ -276,7 +278,7 @@ def test_changes_on_resume() -> None:
 
 def test_schedule_of_slm_124m() -> None:
     """Oracle: the card's last learning rate, 1.086e-12; further digits from (1 - cos pi x) / 2 = (pi x / 2)^2."""
-    recipe = schema.load("slm-124m")
+    recipe = loading.load("slm-124m")
     assert learning_rate(recipe, 37_919) == pytest.approx(1.08609e-12, rel=1e-5)
     assert learning_rate(recipe, 37_919) == pytest.approx(6e-4 * (math.pi / 36_920 / 2) ** 2, rel=1e-6)
     assert learning_rate(recipe, 0) == 0.0
@@ -285,15 +287,15 @@ def test_schedule_of_slm_124m() -> None:
 
 def test_schedule_of_ant_10m() -> None:
     """Oracle: the card's peak, 4e-4 at step 200. Its other printed rates fit no linear warmup and cosine."""
-    recipe = schema.load("ant-10m")
+    recipe = loading.load("ant-10m")
     rates = [learning_rate(recipe, step) for step in range(recipe.train.steps)]
     assert max(rates) == rates[200] == 4e-4
     assert learning_rate(recipe, recipe.train.steps) == pytest.approx(4e-5)
 
 
-def axiom_instruct(decay_steps: int) -> schema.Recipe:
+def axiom_instruct(decay_steps: int) -> Recipe:
     """The published fine-tuning's schedule on the base model's recipe."""
-    return schema.load(
+    return loading.load(
         "axiom-380m",
         [
             "optimizer.lr=3e-4",
@@ -335,11 +337,11 @@ def test_schedule_of_axiom_380m_instruct() -> None:
 )
 def test_warmup_stable_decay(name: str, step: int, rate: float) -> None:
     """Oracle: the peaks, floors and corners the cards state, and the middle of each shape by hand."""
-    assert learning_rate(schema.load(name), step) == pytest.approx(rate, rel=1e-9)
+    assert learning_rate(loading.load(name), step) == pytest.approx(rate, rel=1e-9)
 
 
 @given(
-    kind=st.sampled_from(get_args(schema.Schedule.model_fields["kind"].annotation)),
+    kind=st.sampled_from(get_args(Schedule.model_fields["kind"].annotation)),
     shape=st.sampled_from(["cosine", "linear"]),
     warmup=st.integers(0, 30),
     stable=st.integers(0, 30),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ds_slm.errors import ConfigError
-from ds_slm.recipe import ds_config, plan, schema, zero_keys
+from ds_slm.recipe import ds_config, loading, plan, zero_keys
 
 
 def test_every_field_of_deepspeed_is_allowed_or_refused() -> None:
@@ -86,7 +86,7 @@ def test_all_of_them_are_told_at_once() -> None:
         "memory_breakdown": "yes",
         "zero_force_ds_cpu_optimizer": True,
     }
-    recipe = schema.load("demo")
+    recipe = loading.load("demo")
     with pytest.raises(ConfigError) as caught:
         ds_config.join(recipe, {**others, "zero_optimization": zero}, 1, "cpu", None)
     assert len(caught.value.problems) == len(zero) - 1 + len(others)

@@ -10,14 +10,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import board
 from ds_slm.run.board import Board
 
 
 def written(folder: Path) -> EventAccumulator:
     """What a run that was resumed once has written: steps 1 to 6, and 5 to 8 again."""
-    recipe = schema.load("demo").model_dump(mode="json")
+    recipe = loading.load("demo").model_dump(mode="json")
     for first_step, last_step in ((0, 6), (4, 8)):
         made = Board(folder, first_step)
         made.compare_by(recipe)
@@ -89,7 +89,7 @@ def test_runs_are_compared_by_recipe_and_last_values(events: EventAccumulator) -
         for name in ("experiment", "session_start_info")
     )
     values: Any = session.session_start_info.hparams
-    recipe = schema.load("demo")
+    recipe = loading.load("demo")
     assert values["optimizer.lr"].number_value == recipe.optimizer.lr
     assert values["schedule.kind"].string_value == recipe.schedule.kind
 

@@ -14,7 +14,7 @@ from ds_slm.cluster import prove_resume
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.distributed.ranks import Control
 from ds_slm.errors import CheckpointError, RecipeError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches
 from ds_slm.run.launches import Launch
@@ -24,7 +24,7 @@ from tests.support.data_recipes import prepare, source, texts, write_jsonl
 from tests.support.data_recipes import recipe as data_recipe
 from tests.support.runs import TINY
 
-RECIPE = schema.parse(TINY)
+RECIPE = loading.parse(TINY)
 FACTS = {"generation": 3, "skip_rows": [[0, 7]], "recipe_sha256": RECIPE.identity_sha256()}
 
 
@@ -195,15 +195,15 @@ def test_a_damaged_recipe_is_written_anew_by_the_same_one(tmp_path: Path, prepar
     begin(run, prepared)
     path = run / "recipe.toml"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    other = schema.parse(TINY, ["train.seed=9"])
+    other = loading.parse(TINY, ["train.seed=9"])
     with pytest.raises(CheckpointError, match=r"This launch has the recipe .*, the run was trained with"):
         run_folder.refuse_foreign(run, other, "auto", allow_change=False)
     with pytest.raises(RecipeError, match="launch its training once more"):
-        schema.load_recorded(run)
+        loading.load_recorded(run)
     run_folder.refuse_foreign(run, RECIPE, "auto", allow_change=False)
     notes = run_folder.describe(run, RECIPE, {}, FACTS, prepared.tokenizer_folder)
     assert ["recipe.toml was damaged" in note for note in notes] == [True]
-    assert schema.load_recorded(run) == RECIPE
+    assert loading.load_recorded(run) == RECIPE
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -13,7 +13,7 @@ from ds_slm.cli import flags
 from ds_slm.cluster import launch, runner_flags
 from ds_slm.distributed import world
 from ds_slm.errors import ConfigError, HostfileError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support.assistants import ds_slm
 from tests.support.runs import environment
 
@@ -217,7 +217,7 @@ def test_success_is_done_json(
     assert ds_slm("train", "demo", "--run-dir", "r", monkeypatch=monkeypatch) == 1
     assert "r has no done.json" in capsys.readouterr().err
     Path("r").mkdir()
-    (Path("r") / "recipe.toml").write_text(schema.to_toml(schema.load("demo")))
+    (Path("r") / "recipe.toml").write_text(loading.to_toml(loading.load("demo")))
     (Path("r") / "done.json").write_text(json.dumps({"step": 1}))
     assert ds_slm("train", "demo", "--run-dir", "r", monkeypatch=monkeypatch) == 0
     monkeypatch.setenv("CODE", "2")

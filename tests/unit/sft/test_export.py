@@ -10,7 +10,8 @@ import torch
 from ds_slm.data.tokenizers.tokenizer import IM_END, load_tokenizer
 from ds_slm.model import decoder
 from ds_slm.publish.export import export
-from ds_slm.recipe import plan, schema
+from ds_slm.recipe import loading, plan
+from ds_slm.recipe.sections import Model, Sft
 from sft.chatml import ChatML
 from sft.prepare import prepare_conversations
 from tests.support.data_recipes import BPE, CL100K, prepare, recipe, source, texts, write_jsonl
@@ -26,14 +27,14 @@ def assistant_tokenizer(folder: Path, section: str, base_tokenizer: Path) -> Pat
     lines = "".join(f'{{"messages": {talk}}}\n' for talk in talks)
     (folder / "talks.jsonl").write_text(lines)
     made = recipe(source("talks", path=folder / "talks.jsonl", column="messages"), tokenizer=section, seq_len=512)
-    made = made.model_copy(update={"sft": schema.Sft()})
+    made = made.model_copy(update={"sft": Sft()})
     prepared = prepare_conversations(made, folder / "data" / "talks", base_tokenizer, report=lambda line: None)
     return prepared.tokenizer_folder
 
 
-def tiny_shape(vocab_size: int) -> schema.Model:
+def tiny_shape(vocab_size: int) -> Model:
     """A shape whose embedding is nearly all of it."""
-    return schema.load("axiom-380m").model.model_copy(
+    return loading.load("axiom-380m").model.model_copy(
         update={
             "hidden_size": 16,
             "intermediate_size": 16,
@@ -56,11 +57,11 @@ def exported(folder: Path, tokenizer_folder: Path, vocab_size: int) -> tuple[Pat
 
 def test_the_published_count() -> None:
     """Oracle: the card's 385,849,344, from the formula and the built model; a tied head is stored once."""
-    model = schema.load("axiom-380m-instruct").model
+    model = loading.load("axiom-380m-instruct").model
     assert plan.parameters(model) == 385_849_344
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in decoder.Decoder(model).parameters()) == 385_849_344
-    assert model == schema.load("axiom-380m").model
+    assert model == loading.load("axiom-380m").model
 
 
 def test_chat_template_and_ends(tmp_path: Path) -> None:

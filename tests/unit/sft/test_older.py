@@ -15,7 +15,7 @@ from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.sentencepiece import read_sentencepiece
 from ds_slm.data.tokenizers.tokenizer import Tokenizer
 from ds_slm.errors import DataError
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from sft.chatml import ChatML, Encoded
 from sft.encode import ENCODING
 from sft.older import _encoded_alone
@@ -54,7 +54,7 @@ def prepared_by_an_older_version(
     section += f'eos_token = "{tokenizer.eos_token}"\npad_token = "{tokenizer.pad_token}"\n'
     text = text.replace("vocab_size = 320", f"vocab_size = {tokenizer.vocab_size}")
     text = re.sub(r"(?<=\[tokenizer\]\n)[^\[]*\n(?=\[data\])", lambda match: section, text)
-    recipe = schema.parse(text)
+    recipe = loading.parse(text)
 
     def open_data() -> Prepared:
         return prepare_conversations(recipe, folder / "data" / "old", folder / "tokenizer", report=lambda line: None)

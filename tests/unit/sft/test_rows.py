@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ds_slm.data.order import RowId
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from sft import packing
 from sft.chatml import ChatML, Encoded
 from sft.packing import shuffled
@@ -253,7 +253,7 @@ def test_sources_are_pooled(tmp_path: Path) -> None:
     paths = [conversations.write(tmp_path / f"{seed}.jsonl", conversations.made(60, seed)) for seed in (1, 2)]
     second = f'[[data.source]]\nname = "other"\nkind = "files"\ncolumn = "messages"\npath = "{paths[1]}"\n[optimizer]'
     text = conversations.TINY.replace("SOURCE", str(paths[0])).replace("[optimizer]", second)
-    recipe = schema.parse(text, ["sft.packing=true"])
+    recipe = loading.parse(text, ["sft.packing=true"])
     rows = ConversationRows(recipe, conversations.prepare(recipe, tmp_path))
     train = rows._splits["train"]
     found = {tuple((train[number] & IDS).tolist()) for row in rows._epoch(0) for number in row}

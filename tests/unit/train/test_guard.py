@@ -14,7 +14,7 @@ from ds_slm.data.order import RowId
 from ds_slm.data.rows import Rows
 from ds_slm.errors import CheckpointError
 from ds_slm.model import decoder
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.train import guard
 from ds_slm.train.spikes import Spikes
 from tests.support import runs
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 def dump(run: Path, change: dict[str, float] | None = None, documents: np.ndarray | None = None) -> None:
     """Two rows of step 14, packed as `documents` says, and fresh weights; `change` sets the first value of some."""
-    recipe = schema.parse((run / "recipe.toml").read_text(), origin="")
+    recipe = loading.parse((run / "recipe.toml").read_text(), origin="")
     weights = {name: one.detach() for name, one in decoder.build(recipe.model, 0).named_parameters()}
     for name, value in (change or {}).items():
         weights[name].view(-1)[0] = value

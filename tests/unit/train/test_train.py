@@ -19,7 +19,9 @@ from ds_slm.data.rows import Rows
 from ds_slm.engine import optim, partitions
 from ds_slm.errors import CheckpointError, ConfigError, ReplacedByNewerLaunch, run_program
 from ds_slm.model import decoder, kernels
-from ds_slm.recipe import ds_config, schema
+from ds_slm.recipe import ds_config, loading
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Optimizer
 from ds_slm.run import folder
 from ds_slm.run.launches import Launch
 from ds_slm.run.records import Records
@@ -30,11 +32,11 @@ from tests.support.faults import fail_at
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> schema.Recipe:
-    return schema.load(str(runs.write_recipe(tmp_path)))
+def recipe(tmp_path: Path) -> Recipe:
+    return loading.load(str(runs.write_recipe(tmp_path)))
 
 
-def test_parameter_groups_cover_everything_once(recipe: schema.Recipe) -> None:
+def test_parameter_groups_cover_everything_once(recipe: Recipe) -> None:
     """Oracle: the model's own list of parameters. Norms have no decay and 32 bits."""
     model = decoder.build(recipe.model, 0)
     groups = {group["name"]: group for group in optim.parameter_groups(model, recipe.optimizer)}
@@ -49,7 +51,7 @@ def test_requantising_finds_the_same_codes() -> None:
     """Oracle: bitsandbytes' own state after steps; value / absmax must lead back to every code, in both maps."""
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(5000))
-    settings = schema.Optimizer(name="adamw8bit", lr=1e-2)
+    settings = Optimizer(name="adamw8bit", lr=1e-2)
     optimizer = optim._adamw8bit()([{"params": [parameter], "optim_bits": 8, "name": "x"}], lr=settings.lr)
     for scale in (1.0, 1e-3, 30.0):
         parameter.grad = torch.randn(5000) * scale * (torch.arange(5000) % 3 > 0)
@@ -74,7 +76,7 @@ def test_a_block_of_zeros_stays_zero() -> None:
     assert code_map[codes.long()].eq(0).all()
 
 
-def test_ds_config_writes_out_what_deepspeed_would_guess(recipe: schema.Recipe) -> None:
+def test_ds_config_writes_out_what_deepspeed_would_guess(recipe: Recipe) -> None:
     """Clipping, accumulation in fp32, and the batch, whatever the file says of memory and speed."""
     engine_config = ds_config.join(recipe, {"zero_optimization": {"stage": 2}}, 3, "cpu", 1)
     assert (engine_config.micro_batch, engine_config.accumulation_steps, engine_config.filler_rows) == (1, 3, 2)
@@ -85,7 +87,7 @@ def test_ds_config_writes_out_what_deepspeed_would_guess(recipe: schema.Recipe) 
 
 
 @pytest.mark.parametrize("path", sorted((runs.ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
-def test_shipped_ds_configs_are_accepted(recipe: schema.Recipe, path: Path) -> None:
+def test_shipped_ds_configs_are_accepted(recipe: Recipe, path: Path) -> None:
     """Every file of the checkout joins with a recipe."""
     assert ds_config.join(recipe, ds_config.read(path), 2, "cpu", None).accumulation_steps >= 1
 
@@ -107,13 +109,13 @@ def test_long_runs_compile_their_blocks(
 ) -> None:
     """Oracle: FLOPs of a run and device by hand: demo 1e13; slm-10m 1e18; gpt-s-1.4m 6e16, a sixteenth of it 4e15."""
     ds_file = {"zero_optimization": {"stage": 1}, **zero}
-    engine_config = ds_config.join(schema.load(name), ds_file, world_size, device, None)
+    engine_config = ds_config.join(loading.load(name), ds_file, world_size, device, None)
     assert engine_config.compiled is compiled
     assert "compile_blocks" not in engine_config.deepspeed
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_sums_are_fp32_and_in_a_fixed_order_where_asked(recipe: schema.Recipe, deterministic: bool) -> None:
+def test_sums_are_fp32_and_in_a_fixed_order_where_asked(recipe: Recipe, deterministic: bool) -> None:
     """Oracle: torch's own switches, all of which a GPU's products or attention read; and what a run says of itself."""
     ds_file = {"zero_optimization": {"stage": 1}, "deterministic": deterministic}
     engine_config = ds_config.join(recipe, ds_file, 1, "cuda", None)
@@ -140,20 +142,20 @@ def test_hosts_that_multiply_in_different_ways_are_told() -> None:
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])
-def test_deterministic_is_yes_or_no(recipe: schema.Recipe, value: object) -> None:
+def test_deterministic_is_yes_or_no(recipe: Recipe, value: object) -> None:
     """Oracle: the refusal, by name."""
     with pytest.raises(ConfigError, match=f"deterministic = {value!r}: expected true or false"):
         ds_config.join(recipe, {"zero_optimization": {"stage": 1}, "deterministic": value}, 1, "cpu", None)
 
 
 @pytest.mark.parametrize(("value", "stage"), [("yes", 1), (1, 1), (True, 3)])
-def test_compiling_what_cannot_be_is_refused(recipe: schema.Recipe, value: object, stage: int) -> None:
+def test_compiling_what_cannot_be_is_refused(recipe: Recipe, value: object, stage: int) -> None:
     """A word that means nothing, and compiled blocks where ZeRO-3 fetches their weights."""
     with pytest.raises(ConfigError, match="compile_blocks"):
         ds_config.join(recipe, {"zero_optimization": {"stage": stage}, "compile_blocks": value}, 1, "cpu", None)
 
 
-def test_every_conflict_is_told_at_once(recipe: schema.Recipe) -> None:
+def test_every_conflict_is_told_at_once(recipe: Recipe) -> None:
     """Owner, nearest key and stage, in one error."""
     bad = {"scheduler": {}, "wall_clock_breakdwn": True, "zero_optimization": {"stage": 1, "reduce_buket_size": 1}}
     with pytest.raises(ConfigError) as caught:
@@ -216,7 +218,7 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path: Path) -
         resume.find(alone, tmp_path, {})
 
 
-def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema.Recipe) -> None:
+def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: Recipe) -> None:
     """What may change does, and is written down with the launch's number."""
     (tmp_path / "tokenizer").mkdir()
     folder.describe(tmp_path / "run", recipe, {}, {"generation": 1}, tmp_path / "tokenizer")
@@ -227,7 +229,7 @@ def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path, recipe: schema
     assert recorded == {"generation": 2, "step": 0, "changes": {"train.steps": [20, 30]}}
 
 
-def test_rows_of_weight_zero_change_nothing(recipe: schema.Recipe) -> None:
+def test_rows_of_weight_zero_change_nothing(recipe: Recipe) -> None:
     """Filler rows: the sums of a batch and of the same batch with fillers are equal to the bit."""
     model = decoder.build(recipe.model, 0)
     ids = np.random.default_rng(0).integers(0, 320, (3, 33))

@@ -18,7 +18,9 @@ from ds_slm.files import write_json
 from ds_slm.publish.card import header
 from ds_slm.publish.card.facts import RunFacts, read_facts
 from ds_slm.publish.card.page import Page, write_card
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
+from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.sections import Card
 from ds_slm.run import scores
 from ds_slm.run.records import Records
 from ds_slm.run.report import Report
@@ -58,10 +60,10 @@ source = "card"
 """
 
 
-def published() -> schema.Recipe:
+def published() -> Recipe:
     """The golden recipe with published figures."""
-    text = schema.to_toml(recipe_of()).replace("targets = []", "").replace("[unstated]", "")
-    return schema.parse(text + TARGETS)
+    text = loading.to_toml(recipe_of()).replace("targets = []", "").replace("[unstated]", "")
+    return loading.parse(text + TARGETS)
 
 
 def read_head(card: str) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def test_only_datasets_that_were_read_from_the_hub_are_named(tmp_path: Path) -> 
     ]
     tables = recipe_of().model_dump(mode="json", exclude_none=True)
     tables["data"]["source"] = given
-    recipe = schema.Recipe.model_validate(tables)
+    recipe = Recipe.model_validate(tables)
     run = write_run(tmp_path / "run", recipe, replaced_sources=["b"])
     facts = read_facts(run, recipe, run / "checkpoints" / "step-00000012")
     data = header.card_data(facts, "tiny", {}, {})
@@ -134,7 +136,7 @@ def test_the_model_index_holds_whole_sets_and_says_what_else_differs(tmp_path: P
 def test_texts_of_a_recipe_are_no_markup(tmp_path: Path, export: Any) -> None:
     """A heading, a table or a comment in the recipe's words stays words, on one line."""
     forged = "X.\n\n## Results\n\n| benchmark | this model |\n| --- | --- |\n| hellaswag | 99 |\n\n<!--"
-    recipe = recipe_of().model_copy(update={"card": schema.Card(name="m <!--", reproduces=forged)})
+    recipe = recipe_of().model_copy(update={"card": Card(name="m <!--", reproduces=forged)})
     card = export(write_run(tmp_path / "run", recipe))
     assert "# m \\<!--" in card
     assert card.count("\n## Results\n") == 1 and "\n| hellaswag" not in card and "\n<!--" not in card
@@ -276,10 +278,10 @@ def test_the_card_tells_nothing_of_the_machine(tmp_path: Path, export: Any) -> N
     assert 'path = "corpus.jsonl"' in section(card, "Make it again")
 
 
-@pytest.mark.parametrize("name", schema.library_names())
+@pytest.mark.parametrize("name", loading.library_names())
 def test_every_recipe_of_the_library_has_a_card(name: str) -> None:
     """Oracle: the schedule's rates, batch and unstated choices of the recipe stand in it; nothing says None or nan."""
-    recipe = schema.load(name)
+    recipe = loading.load(name)
     facts = RunFacts(recipe, recipe.train.steps, "", {}, {"recipe_name": name}, (), {}, {})
     card = write_card(facts, Page(recipe.card.name, name))
     assert f"{recipe.train.global_batch_tokens:,} tokens" in card

@@ -14,7 +14,7 @@ import torch
 from ds_slm.data.tokenizers.tokenizer import build_tokenizer
 from ds_slm.model.decoder import build
 from ds_slm.publish.export import export
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from tests.support.data_recipes import recipe, source, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread", "offline")
@@ -142,7 +142,7 @@ def test_the_cards_own_snippet_runs_on_our_export(card: str, tmp_path: Path) -> 
     section = f'kind = "bpe"\nvocab_size = 320\nspecial_tokens = {{ {tokens} }}\npad_token = "<|pad|>"\n'
     trained = build_tokenizer(recipe(source("made", path="."), tokenizer=section), lambda _: iter(texts()))
     trained.save(tmp_path / "tokenizer")
-    shape = schema.load(card, smaller).model
+    shape = loading.load(card, smaller).model
     folder = tmp_path / "export"
     export(dict(build(shape, seed=1).named_parameters()), shape, tmp_path / "tokenizer", folder)
 

@@ -8,7 +8,7 @@ import pytest
 
 from ds_slm.publish.card.devices import Setup
 from ds_slm.publish.card.facts import read_facts
-from ds_slm.recipe import schema
+from ds_slm.recipe import loading
 from ds_slm.run import folder as run_folder
 from tests.support import told_runs
 from tests.support.cards import rows_of, section
@@ -42,7 +42,7 @@ def moved(tmp_path: Path) -> Path:
     run = write_run(tmp_path / "run", recipe_of(), **then)
     told_runs.add_checkpoint(run, recipe_of(), 6)
     run_folder.record_change(run, {"generation": 2, "begins_at_step": 6}, {"changes": {"optimizer.lr": [0.01, 0.5]}})
-    (run / "recipe.toml").write_text(schema.to_toml(recipe_of("optimizer.lr=0.5")))
+    (run / "recipe.toml").write_text(loading.to_toml(recipe_of("optimizer.lr=0.5")))
 
     records = run_folder.read_records(run)
     launches = [{"kind": "launch", "step": 0, **first}, {"kind": "launch", "step": 6, **then}]

@@ -37,6 +37,7 @@ from benchmarks.hosts import TwoHosts
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import ds_config, loading, plan, rates, times
 from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.times import Topology
 
 RECIPES = ("demo", "slm-10m")
 LINKS_GBIT_PER_S = (1.0, 0.1)
@@ -140,7 +141,7 @@ def planned(case: Case, speed: rates.CoreSpeed) -> tuple[float, float, int]:
     """The plan's figures: seconds of a step, the network's part of them, and bytes that a host sends."""
     settings = ds_config.read(bench_train.ROOT / "ds_configs" / f"zero{case.stage}.json")
     own = rates.OwnCpu(None, "", speed=speed)
-    topology = plan.Topology(len(NODES), len(NODES), case.link_gbit_per_s, None, own)
+    topology = Topology(len(NODES), len(NODES), case.link_gbit_per_s, None, own)
     time_ = plan.plan(case.recipe, case.name, settings, topology).times[-1]
     sent = times.network_bytes(case.recipe, settings["zero_optimization"], topology, ACCUMULATION, "cpu")
     return time_.step_s, time_.network_s, sent

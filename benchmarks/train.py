@@ -40,7 +40,7 @@ if __name__ == "__main__":  # this folder has modules named like others
 
 from ds_slm.distributed import world
 from ds_slm.errors import DataError, run_program
-from ds_slm.recipe import ds_config, loading, plan
+from ds_slm.recipe import counts, ds_config, loading, plan
 from ds_slm.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,7 +257,7 @@ def measure(bench: Bench, side: str, micro_batch: int, few: Launch | None = None
             f"{few.step_s:.3f} s: other work runs on this machine. Measure again when it is quiet."
         )
     optimizer_s = max(few.step_s - ACCUMULATIONS[0] * micro_s, 0.0)
-    cut = plan.batch(bench.recipe, bench.ranks(side), micro_batch)
+    cut = counts.batch(bench.recipe, bench.ranks(side), micro_batch)
     step_s = cut.accumulation_steps * micro_s + optimizer_s
     tokens_per_s = bench.recipe.train.global_batch_tokens / step_s
     return Round(micro_batch, micro_s, optimizer_s, tokens_per_s, many.peak_gb, few.start_s)

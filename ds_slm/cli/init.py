@@ -14,7 +14,8 @@ from ds_slm.data.sources.splits import ALL, are_titles
 from ds_slm.data.survey import survey
 from ds_slm.errors import ConfigError, DataError, RecipeError
 from ds_slm.files import obstacle, printable, replace_text
-from ds_slm.recipe import loading, own_text, plan
+from ds_slm.recipe import loading, own_text
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.data_sections import Source
 from ds_slm.recipe.loading import RECIPE_FILE
 from ds_slm.recipe.own_text import ENOUGH_TOKENS_PER_PARAMETER, Fit, Text, TooLittleText
@@ -96,7 +97,7 @@ def _survey(
 def _who_takes(source: Source, refused: str) -> str:
     """A sentence on the smallest other recipe that takes this little text; it is surveyed and fitted to be sure."""
     recipes = {name: recipe for name in loading.library_names() if not (recipe := loading.load(name)).sft}
-    for name in sorted(recipes, key=lambda name: plan.parameters(recipes[name].model)):
+    for name in sorted(recipes, key=lambda name: parameters(recipes[name].model)):
         with contextlib.suppress(TooLittleText):
             if name != refused:
                 chosen = own_text.fit(recipes[name], survey(source, recipes[name]))

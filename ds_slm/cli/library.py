@@ -9,7 +9,8 @@ from pathlib import Path
 from ds_slm.cli import tables
 from ds_slm.cli.ours import ours_of
 from ds_slm.cli.output import print_json
-from ds_slm.recipe import loading, plan
+from ds_slm.recipe import loading
+from ds_slm.recipe.counts import parameters
 
 
 def run(runs: Path, as_json: bool) -> None:
@@ -29,7 +30,7 @@ def run(runs: Path, as_json: bool) -> None:
             {
                 "name": name,
                 "reproduces": recipe.card.name,
-                "params": plan.parameters(recipe.model),
+                "params": parameters(recipe.model),
                 "published_params": recipe.card.params,
                 "tokens": recipe.train.steps * recipe.train.global_batch_tokens,
                 "metric": headline.metric if headline else None,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ds_slm.recipe.budget import Memory
-from ds_slm.recipe.plan import Batch, Plan
+from ds_slm.recipe.counts import Batch
+from ds_slm.recipe.plan import Plan
 from ds_slm.recipe.rates import OwnCpu
 from ds_slm.run.scores import CONFIDENCE, Row
 

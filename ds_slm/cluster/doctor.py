@@ -29,6 +29,8 @@ from ds_slm.cluster.link_findings import MASTER_PORT
 from ds_slm.cluster.probing import Forward, Session, close_all
 from ds_slm.cluster.runner_flags import PROGRAMS
 from ds_slm.recipe import ds_config, loading, plan
+from ds_slm.recipe.counts import parameters
+from ds_slm.recipe.times import Topology
 from ds_slm.run import software
 
 CONNECT_PATIENCE_S = 3
@@ -72,12 +74,12 @@ class Plan:
         recipe, name = loading.load(self.recipe, run=self.run_dir), loading.recipe_path(self.recipe).stem
         zero1 = ds_config.read(software.ROOT / "ds_configs" / "zero1.json")
         world_size = sum(host.slots for host in self.places)
-        memory = plan.plan(recipe, name, zero1, plan.Topology(world_size, len(self.places))).cpu_memory
+        memory = plan.plan(recipe, name, zero1, Topology(world_size, len(self.places))).cpu_memory
 
         token_bytes = 2 if recipe.model.vocab_size <= 1 << 16 else 4
         return Needs(
             name=name,
-            checkpoint_bytes=plan.parameters(recipe.model) * CHECKPOINT_BYTES,
+            checkpoint_bytes=parameters(recipe.model) * CHECKPOINT_BYTES,
             checkpoints=recipe.run.keep_last + recipe.run.keep_best + 1,
             keepers=recipe.run.checkpoint_copies,
             data_bytes=recipe.train.steps * recipe.train.global_batch_tokens * token_bytes,

@@ -30,8 +30,8 @@ from ds_slm.files import read_json, replace_text, write_json
 from ds_slm.publish.models import HEAD, OpenModel, open_model
 from ds_slm.publish.place import appears_whole, free_place
 from ds_slm.recipe import effects, loading
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.loading import RECIPE_FILE
-from ds_slm.recipe.plan import parameters
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run import software
 

@@ -17,7 +17,8 @@ from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.errors import ConfigError
 from ds_slm.files import printable, read_json
 from ds_slm.publish import curves
-from ds_slm.recipe import loading, plan, resume_rules
+from ds_slm.recipe import loading, resume_rules
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.schema import Recipe, changes_result
 from ds_slm.run import folder as run_folder
 from ds_slm.run import scores
@@ -150,7 +151,7 @@ def _facts(story: Story) -> dict[str, str]:
     base = next((str(one["base"]) for one in story.of("launch") if one.get("base")), "")
     facts = {
         **({"base": base} if base else {}),
-        "parameters": f"{plan.parameters(recipe.model):,}",
+        "parameters": f"{parameters(recipe.model):,}",
         "steps": f"{story.last_step:,} of {steps:,}",
         "tokens" if recipe.sft is None else "target tokens": f"{last.get('tokens') or 0:,}",
         "time of all steps": f"{seconds / 3600:.2f} h",

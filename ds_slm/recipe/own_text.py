@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_slm.errors import DataError
-from ds_slm.recipe import loading, plan
+from ds_slm.recipe import loading
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.data_sections import Tokenizer
 from ds_slm.recipe.schema import Recipe
 
@@ -123,7 +124,7 @@ def fit(base: Recipe, text: Text, tokens: int | None = None) -> Fit:
         raise TooLittleText([f"{text.path}: {text}: too little text.", *problems])
 
     share = rows / base.rows_per_step
-    per_parameter = tokens / plan.parameters(base.model)
+    per_parameter = tokens / parameters(base.model)
     return Fit(tokens, tokens / max(text.train_tokens, 1), per_parameter, rows, steps, share)
 
 
@@ -131,9 +132,7 @@ def what_fits(text: Text) -> str:
     """A sentence on the largest recipe of the library for which this text is enough."""
     tokens = EPOCHS * text.train_tokens
     sizes = {
-        name: plan.parameters(recipe.model)
-        for name in loading.library_names()
-        if (recipe := loading.load(name)).sft is None
+        name: parameters(recipe.model) for name in loading.library_names() if (recipe := loading.load(name)).sft is None
     }
 
     fitting = [name for name, size in sizes.items() if size * ENOUGH_TOKENS_PER_PARAMETER <= tokens]

@@ -17,13 +17,11 @@ from ds_slm.errors import ConfigError
 from ds_slm.recipe import zero_keys
 from ds_slm.recipe.alternatives import Alternative, Scaling, alternatives, scaling
 from ds_slm.recipe.budget import Memory, save_bytes
-from ds_slm.recipe.counts import Batch, ParameterCounts, batch, parameter_counts, parameters
+from ds_slm.recipe.counts import Batch, ParameterCounts, batch, parameter_counts
 from ds_slm.recipe.effects import warnings
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.sections import Model
 from ds_slm.recipe.times import Load, Time, Topology, assumptions, load, times
-
-__all__ = ["Batch", "ParameterCounts", "Plan", "Topology", "batch", "parameter_counts", "parameters", "plan"]
 
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward on one device if neither the command nor the ds_config gives the rows."""

@@ -9,7 +9,7 @@ import torch
 
 from ds_slm.data.shards import prepared
 from ds_slm.recipe import loading
-from ds_slm.recipe.plan import parameters
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.schedule import learning_rate
 from tests.support import runs
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from ds_slm.publish.card.facts import RunFacts
 from ds_slm.publish.card.markdown import in_words
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.hub_names import language_name
-from ds_slm.recipe.plan import parameters
 from ds_slm.run.scores import rows_of
 
 TOKENS_PER_PARAMETER = 20

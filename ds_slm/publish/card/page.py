@@ -25,8 +25,8 @@ from ds_slm.publish.card.markdown import code, code_block, in_words, number, pla
 from ds_slm.publish.card.rerun import rerun
 from ds_slm.publish.card.training import OF_TRAINING
 from ds_slm.publish.curves import is_number
+from ds_slm.recipe.counts import parameter_counts, parameters
 from ds_slm.recipe.hub_names import language_name
-from ds_slm.recipe.plan import parameter_counts, parameters
 from ds_slm.recipe.schema import Recipe
 from ds_slm.run.scores import ARITHMARK, CONFIDENCE, DOCUMENTATION, LEADERBOARD, Row, of_weights, rows_of
 

@@ -14,7 +14,9 @@ from ds_slm.cli.main import app
 from ds_slm.errors import ConfigError
 from ds_slm.publish.export import WeightFormat
 from ds_slm.recipe import ds_config, loading, plan, rates, times
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.times import Topology
 from ds_slm.run.software import find_compiler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,7 +132,7 @@ def test_recipes() -> None:
     rows = json.loads(ds_slm("recipes", "--json").stdout)["recipes"]
     assert [row["name"] for row in rows] == loading.library_names()
     assert {row["name"]: row["params"] for row in rows} == {
-        name: plan.parameters(loading.load(name).model) for name in loading.library_names()
+        name: parameters(loading.load(name).model) for name in loading.library_names()
     }
     lines = CliRunner().invoke(app, ["recipes"]).stdout.splitlines()
     assert lines[0].split() == ["recipe", "parameters", "tokens", "published", "ours"]
@@ -214,9 +216,7 @@ def test_plan_table_says_what_is_predicted() -> None:
     flags = ["--gpus-per-node", "8", "--nodes", "64", "--network", "100"]
     output = CliRunner().invoke(app, ["plan", "axiom-380m", *flags]).stdout
     zero1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 25_000_000}}
-    planned = plan.plan(
-        loading.load("axiom-380m"), "axiom-380m", zero1, plan.Topology(512, 64, 100.0, own=rates.own_cpu())
-    )
+    planned = plan.plan(loading.load("axiom-380m"), "axiom-380m", zero1, Topology(512, 64, 100.0, own=rates.own_cpu()))
     assert f"{planned.save_bytes / 1e9:.2f} GB more of the host's memory" in output
     for one in planned.alternatives:
         row = next(line for line in output.splitlines() if line.startswith(one.name))

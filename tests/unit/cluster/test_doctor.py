@@ -15,6 +15,7 @@ from ds_slm.cluster.findings import Finding
 from ds_slm.cluster.hostfile import Host
 from ds_slm.cluster.probing import Session, close_all
 from ds_slm.recipe import ds_config, loading, plan
+from ds_slm.recipe.times import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 SSH = """#!/bin/sh
@@ -54,7 +55,7 @@ def test_a_cpu_rank_needs_what_is_planned_of_a_cpu(tmp_path: Path) -> None:
     """Oracle: the plan of two CPU ranks at ZeRO-1, without the program, which every rank's own gigabyte stands for."""
     asked = doctor.Plan([Host("one", 1), Host("two", 1)], tmp_path / "run", tmp_path / "data", "slm-124m")
     zero1 = ds_config.read(ROOT / "ds_configs" / "zero1.json")
-    planned = plan.plan(loading.load("slm-124m"), "slm-124m", zero1, plan.Topology(2, 2))
+    planned = plan.plan(loading.load("slm-124m"), "slm-124m", zero1, Topology(2, 2))
     expected = planned.cpu_memory.device_bytes - planned.cpu_memory.program_bytes
     assert asked.needs().rank_bytes == expected < planned.memory.device_bytes
 

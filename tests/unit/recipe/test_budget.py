@@ -5,7 +5,9 @@ import torch
 
 from ds_slm.model import decoder, kernels
 from ds_slm.recipe import alternatives, budget, loading, plan
+from ds_slm.recipe.counts import parameter_counts
 from ds_slm.recipe.schema import Recipe
+from ds_slm.recipe.times import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ZERO1 = {"stage": 1}
@@ -51,7 +53,7 @@ def test_a_block_keeps_on_a_cpu_what_torch_saves(
 def test_a_cpu_counts_what_its_process_holds() -> None:
     """Oracle: by hand, slm-10m in fp32 on two ranks; a GPU sets a buffer aside, a CPU gives what is written."""
     recipe = loading.load("slm-10m", ["train.precision=fp32"])
-    counts, params = plan.parameter_counts(recipe.model), 9_968_640
+    counts, params = parameter_counts(recipe.model), 9_968_640
     zero = {"stage": 1, "reduce_bucket_size": 25_000_000}
     on_gpu, on_cpu = (budget.memory(recipe, zero, 2, 1, kind) for kind in ("cuda", "cpu"))
     assert on_gpu.buffers_bytes == 4 * 25_000_000
@@ -67,7 +69,7 @@ def test_a_cpu_counts_what_its_process_holds() -> None:
 def test_zero_3_gathers_what_its_limits_let_it_keep() -> None:
     """Oracle: DeepSpeed's limits, in elements: the whole model below them, what they say above."""
     recipe = loading.load("slm-10m", ["train.precision=fp32"])
-    counts = plan.parameter_counts(recipe.model)
+    counts = parameter_counts(recipe.model)
     assert budget.memory(recipe, {"stage": 3}, 2, 1).gathered_bytes == 4 * counts.total
     limited = {"stage": 3, "stage3_max_live_parameters": 1000}
     assert budget.memory(recipe, limited, 2, 1).gathered_bytes == 4000
@@ -75,7 +77,7 @@ def test_zero_3_gathers_what_its_limits_let_it_keep() -> None:
 
 def test_a_save_copies_weights_and_moments() -> None:
     """Oracle: by hand; 12 bytes a parameter of the rank's half, 6 with 8-bit moments, and three windows of 32 MiB."""
-    counts = plan.parameter_counts(loading.load("slm-124m").model)
+    counts = parameter_counts(loading.load("slm-124m").model)
     windows = 3 * 32 * 2**20
     by_bits = [
         budget.save_bytes(loading.load("slm-124m", [f"optimizer.name={name}", "optimizer.embedding_bits=8"]), counts, 2)
@@ -91,7 +93,7 @@ def test_one_setting_turned_over() -> None:
     recipe = loading.load("slm-124m")
     zero = ZERO1 | {"reduce_bucket_size": 2_000}
     found = {one.name: one for one in alternatives.alternatives(recipe, zero, 8, 2, "cuda")}
-    counts = plan.parameter_counts(recipe.model)
+    counts = parameter_counts(recipe.model)
 
     def planned(*settings: str) -> int:
         return budget.memory(loading.load("slm-124m", list(settings)), zero, 8, 2).device_bytes
@@ -117,13 +119,13 @@ def test_a_cpu_is_its_own_host() -> None:
 def test_scaling_stops_at_a_row_a_device_and_at_the_network() -> None:
     """Oracle: by hand; 512 rows on 1,024 devices, and the network's share of the planned step."""
     recipe = loading.load("slm-10m")
-    found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(1024, 128, 10.0))
+    found = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, Topology(1024, 128, 10.0))
     assert found.scaling.most_devices == 512 and found.scaling.busy_share == 0.5
     name = "NVIDIA H100"
     time = next(one for one in found.times if one.device == name)
     assert found.scaling.network_shares[name] == time.network_s / time.step_s
 
-    alone = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, plan.Topology(8, 1, 10.0))
+    alone = plan.plan(recipe, "slm-10m", {"zero_optimization": ZERO1}, Topology(8, 1, 10.0))
     assert alone.scaling.network_shares == alone.scaling.balanced_hosts == {}
 
 
@@ -134,10 +136,10 @@ def test_half_a_step_is_the_networks_on_the_hosts_that_are_named(stage: int, net
     recipe, ds_config = loading.load("slm-10m"), {"zero_optimization": {**ZERO1, "stage": stage}}
 
     def share(device: str, nodes: int) -> float:
-        there = plan.plan(recipe, "slm-10m", ds_config, plan.Topology(8 * nodes, nodes, network_gbit_per_s))
+        there = plan.plan(recipe, "slm-10m", ds_config, Topology(8 * nodes, nodes, network_gbit_per_s))
         return next(time.network_s / time.step_s for time in there.times if time.device == device)
 
-    found = plan.plan(recipe, "slm-10m", ds_config, plan.Topology(16, 2, network_gbit_per_s)).scaling
+    found = plan.plan(recipe, "slm-10m", ds_config, Topology(16, 2, network_gbit_per_s)).scaling
     for device, nodes in found.balanced_hosts.items():
         if nodes is None:
             assert share(device, 512 // 8) < 0.5

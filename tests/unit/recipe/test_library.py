@@ -12,6 +12,7 @@ from ds_slm.recipe import loading, plan
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe, section_in
 from ds_slm.recipe.section import Section
+from ds_slm.recipe.times import Topology
 from tests.support import data_recipes, runs
 
 EXTREMES = ("-1", "0", "1", "9223372036854775807", "9223372036854775808", f"-1{'0' * 80}", "1e308", "5e-324", "-0.5")
@@ -41,8 +42,8 @@ def test_any_number_is_planned_with_or_refused(field: str, tiny: Path) -> None:
     for value in EXTREMES:
         try:
             recipe = loading.parse(tiny.read_text(), [f"{field}={value}"])
-            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 1}}, plan.Topology(2))
-            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 3}}, plan.Topology(2, nodes=2))
+            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 1}}, Topology(2))
+            plan.plan(recipe, "tiny", {"zero_optimization": {"stage": 3}}, Topology(2, nodes=2))
             assert learning_rate(recipe, recipe.train.steps) >= 0
         except UserError as error:
             assert field.rpartition(".")[2] in str(error)

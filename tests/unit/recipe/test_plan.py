@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from ds_slm.cli import planning
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import counts, loading, plan, rates, times
+from ds_slm.recipe.counts import parameters
+from ds_slm.recipe.times import Topology
 
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
 
@@ -28,7 +30,7 @@ ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
 def test_parameters_are_the_cards(name: str, params: int) -> None:
     """Oracle: the published counts; where a card rounds or miscounts, the shape's, within 9 % of what it prints."""
     recipe = loading.load(name)
-    assert plan.parameters(recipe.model) == params
+    assert parameters(recipe.model) == params
     assert recipe.card.params == pytest.approx(params, rel=0.09)
     if name in ("slm-10m", "axiom-380m"):
         assert recipe.card.params == params
@@ -45,13 +47,13 @@ def test_parameters_are_the_models(name: str) -> None:
     with torch.device("meta"):
         built = Decoder(shape)
     sizes = [parameter.numel() for parameter in built.parameters()]
-    assert plan.parameters(shape) == sum(sizes)
+    assert parameters(shape) == sum(sizes)
     assert sorted(size for size, count in counts.parameter_sizes(shape) for _ in range(count)) == sorted(sizes)
 
 
 def test_demo_has_about_two_million_parameters() -> None:
     """Oracle: what the README promises."""
-    assert 1.5e6 < plan.parameters(loading.load("demo").model) < 2.5e6
+    assert 1.5e6 < parameters(loading.load("demo").model) < 2.5e6
 
 
 def test_flops_per_token() -> None:
@@ -77,7 +79,7 @@ def test_first_loss(name: str, loss: float) -> None:
 def test_batch_is_cut_without_loss(rows: int, world_size: int, micro_batch: int) -> None:
     """Oracle: what the contract asks; every row once, equal forwards, no rank a whole forward too many."""
     recipe = loading.load("slm-10m", [f"train.global_batch_tokens={rows * 1024}"])
-    cut = plan.batch(recipe, world_size, micro_batch)
+    cut = counts.batch(recipe, world_size, micro_batch)
     assert cut.micro_batch * cut.accumulation_steps * world_size - cut.filler_rows == rows == cut.rows_per_step
     assert cut.micro_batch <= micro_batch
     assert cut.filler_rows >= 0
@@ -92,10 +94,10 @@ def test_batch_agrees_with_the_trainer(world_size: int, micro_batch: int) -> Non
 
     recipe = loading.load("slm-10m")
     engine_config = ds_config.join(recipe, ZERO[1], world_size, "cuda", micro_batch)
-    cut = plan.batch(recipe, world_size, micro_batch)
+    cut = counts.batch(recipe, world_size, micro_batch)
     expected = (cut.micro_batch, cut.accumulation_steps, cut.filler_rows)
     assert (engine_config.micro_batch, engine_config.accumulation_steps, engine_config.filler_rows) == expected
-    planned = plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(world_size)).batch
+    planned = plan.plan(recipe, "slm-10m", ZERO[1], Topology(world_size)).batch
     default = ds_config.join(recipe, ZERO[1], world_size, "cuda", None)
     assert (planned.micro_batch, planned.accumulation_steps) == (default.micro_batch, default.accumulation_steps)
 
@@ -104,7 +106,7 @@ def test_memory_by_stage() -> None:
     """Oracle: the ZeRO paper's table; 2 + 4 + 4 + 8 bytes per parameter, split by the stage over 8 ranks."""
     recipe = loading.load("slm-124m")
     params, ranks = 134_105_856, 8
-    by_stage = {stage: plan.plan(recipe, "slm-124m", ZERO[stage], plan.Topology(ranks)).memory for stage in ZERO}
+    by_stage = {stage: plan.plan(recipe, "slm-124m", ZERO[stage], Topology(ranks)).memory for stage in ZERO}
     for stage, memory in by_stage.items():
         assert memory.weights_bytes == 2 * params // (ranks if stage == 3 else 1)
         assert memory.gradients_bytes == 4 * params // (1 if stage == 1 else ranks) + 2 * params
@@ -114,7 +116,7 @@ def test_memory_by_stage() -> None:
     totals = [one.device_bytes - one.buffers_bytes - one.gathered_bytes for one in by_stage.values()]
     assert totals == sorted(totals, reverse=True)
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    memory = plan.plan(recipe, "slm-124m", offloaded, plan.Topology(ranks)).memory
+    memory = plan.plan(recipe, "slm-124m", offloaded, Topology(ranks)).memory
     assert memory.masters_bytes == memory.moments_bytes == 0
     assert memory.host_bytes == 12 * params // ranks
 
@@ -144,7 +146,7 @@ def test_network_time() -> None:
     recipe, params = loading.load("slm-10m"), 9_968_640
 
     def planned(nodes: int, network: float | None) -> plan.Plan:
-        return plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, nodes, network))
+        return plan.plan(recipe, "slm-10m", ZERO[1], Topology(2, nodes, network))
 
     alone, found, unknown = planned(1, 10.0), planned(2, 10.0), planned(2, None)
     assert all(time.network_s == 0.0 for time in alone.times)
@@ -168,9 +170,9 @@ def test_what_a_host_sends(device_type: str, precision: str, stage: int, bytes_p
     """Oracle: by hand, five forwards a step; a ring over 16 ranks lets 15 / 16 of it cross each host's link."""
     recipe = loading.load("slm-10m", [f"train.precision={precision}"])
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    sent = times.network_bytes(recipe, zero, plan.Topology(16, 2), 5, device_type)
+    sent = times.network_bytes(recipe, zero, Topology(16, 2), 5, device_type)
     assert sent == 9_968_640 * bytes_per_param * 15 // 16
-    assert times.network_bytes(recipe, zero, plan.Topology(16, 1), 5, device_type) == 0
+    assert times.network_bytes(recipe, zero, Topology(16, 1), 5, device_type) == 0
 
 
 def test_gradients_of_an_offloaded_optimizer_go_to_their_owners() -> None:
@@ -178,7 +180,7 @@ def test_gradients_of_an_offloaded_optimizer_go_to_their_owners() -> None:
     recipe = loading.load("slm-10m", ["train.precision=bf16"])
     zero, offload = {"stage": 1, "use_multi_rank_bucket_allreduce": False}, {"offload_optimizer": {"device": "cpu"}}
     on_device, offloaded = (
-        times.network_bytes(recipe, one, plan.Topology(2, 2), 5, "cuda") for one in (zero, {**zero, **offload})
+        times.network_bytes(recipe, one, Topology(2, 2), 5, "cuda") for one in (zero, {**zero, **offload})
     )
     assert (on_device, offloaded) == (9_968_640 * (8 + 2) // 2, 9_968_640 * (4 + 2) // 2)
 
@@ -189,7 +191,7 @@ def test_a_cpu_is_planned_by_its_own_cut(stage: int) -> None:
     from ds_slm.recipe import ds_config
 
     recipe = loading.load("slm-10m", ["train.global_batch_tokens=35840"])
-    topology = plan.Topology(2, 2, 1.0)
+    topology = Topology(2, 2, 1.0)
     found = plan.plan(recipe, "slm-10m", ZERO[stage], topology)
     by_device = {time.device: time for time in found.times}
     for device, cut in ((rates.AMX_CORE, found.cpu_batch), (rates.DEVICES[-1], found.batch)):
@@ -208,11 +210,11 @@ def test_a_cpu_is_planned_by_its_own_cut(stage: int) -> None:
 def test_a_cpu_fits_where_its_host_holds_all_ranks() -> None:
     """Oracle: by hand; four ranks a host and the copies of a save, a byte less, this machine's memory, none known."""
     recipe, core = loading.load("slm-124m"), rates.AMX_CORE
-    known = plan.plan(recipe, "slm-124m", ZERO[1], plan.Topology(8, 2))
+    known = plan.plan(recipe, "slm-124m", ZERO[1], Topology(8, 2))
     needed = 4 * (known.cpu_memory.device_bytes + known.save_bytes)
 
     def fits(host_bytes: int | None, own: rates.OwnCpu | None = None) -> dict[str, bool | None]:
-        found = plan.plan(recipe, "slm-124m", ZERO[1], plan.Topology(8, 2, None, host_bytes, own))
+        found = plan.plan(recipe, "slm-124m", ZERO[1], Topology(8, 2, None, host_bytes, own))
         return {time.device: time.fits for time in found.times}
 
     assert fits(needed)[core.name] is True and fits(needed - 1)[core.name] is False
@@ -242,7 +244,7 @@ def test_a_gpu_needs_its_hosts_memory_for_what_is_offloaded() -> None:
     known = plan.plan(recipe, "slm-124m", offloaded)
     needed = known.memory.host_bytes + known.save_bytes
     for host_bytes, expected in ((needed, True), (needed - 1, False), (None, True)):
-        found = plan.plan(recipe, "slm-124m", offloaded, plan.Topology(host_memory_bytes=host_bytes))
+        found = plan.plan(recipe, "slm-124m", offloaded, Topology(host_memory_bytes=host_bytes))
         assert found.times[-1].fits is expected
 
 
@@ -250,7 +252,7 @@ def test_this_machine_as_measured() -> None:
     """Oracle: by hand; four forwards of 3 s, half the parameters at 1 microsecond, and the link of the other rows."""
     recipe = loading.load("slm-10m", ["train.global_batch_tokens=16384"])
     own = rates.OwnCpu(None, "", 64 * 10**9, speed=rates.CoreSpeed(3.0, 1e-6))
-    found = plan.plan(recipe, "slm-10m", ZERO[1], plan.Topology(2, 2, 1.0, None, own))
+    found = plan.plan(recipe, "slm-10m", ZERO[1], Topology(2, 2, 1.0, None, own))
     assert found.cpu_batch.accumulation_steps == 4
     assert found.times[-1].device == times.MEASURED and found.times[-1].fits is True
     assert found.times[-1].step_s == pytest.approx(12 + 9_968_640 / 2 * 1e-6 + found.times[0].network_s)
@@ -274,7 +276,7 @@ def test_devices_without_the_precision_are_left_out() -> None:
 @pytest.mark.parametrize("stage", ZERO)
 def test_every_recipe_has_a_plan(name: str, stage: int) -> None:
     """Oracle: plain data with positive figures, for any recipe, stage and a world size that divides nothing."""
-    found = plan.plan(loading.load(name), name, ZERO[stage], plan.Topology(7, 7, 1.0))
+    found = plan.plan(loading.load(name), name, ZERO[stage], Topology(7, 7, 1.0))
     assert found.params == sum(asdict(found.parameters).values())
     assert found.tokens == found.steps * loading.load(name).train.global_batch_tokens
     assert all(time.step_s > time.network_s > 0 for time in found.times)

@@ -10,7 +10,8 @@ import torch
 from ds_slm.data.tokenizers.tokenizer import IM_END, load_tokenizer
 from ds_slm.model import decoder
 from ds_slm.publish.export import export
-from ds_slm.recipe import loading, plan
+from ds_slm.recipe import loading
+from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.sections import Model, Sft
 from sft.chatml import ChatML
 from sft.prepare import prepare_conversations
@@ -58,7 +59,7 @@ def exported(folder: Path, tokenizer_folder: Path, vocab_size: int) -> tuple[Pat
 def test_the_published_count() -> None:
     """Oracle: the card's 385,849,344, from the formula and the built model; a tied head is stored once."""
     model = loading.load("axiom-380m-instruct").model
-    assert plan.parameters(model) == 385_849_344
+    assert parameters(model) == 385_849_344
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in decoder.Decoder(model).parameters()) == 385_849_344
     assert model == loading.load("axiom-380m").model

@@ -232,12 +232,43 @@ def _open_lock(path: Path) -> int:
 
 def _wait_for_lock(descriptor: int, folder: Path, say: Callable[[str], None]) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):  # some network file systems answer the second
-            raise
+        take_lock(descriptor)
+    except BlockingIOError:
         say(Waiting(f"{folder}: another process, such as another rank of this launch, prepares or checks it: waiting"))
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_lock(descriptor, wait=True)
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a file's lock; the file is made if it is missing. On a file system without locks nothing is held.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+        OSError: the path is a link, or cannot be written to.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            take_lock(descriptor, wait)
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take_lock(descriptor: int, wait: bool = False) -> None:
+    """Lock an open file, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+        OSError: with one of `CANNOT_LOCK`, if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except PermissionError as error:  # some network file systems answer so, rather than that it would block
+        raise BlockingIOError(*error.args) from error
 
 
 @cache

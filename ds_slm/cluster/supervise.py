@@ -14,7 +14,6 @@ Known gap: the run does not outlive the machine of this command.
 """
 
 import contextlib
-import fcntl
 import os
 import random
 import re
@@ -38,6 +37,7 @@ from ds_slm.cluster.limits import END, NAME, Limits
 from ds_slm.cluster.link_findings import MOST_CLOCK_DIFFERENCE_S
 from ds_slm.cluster.runner_flags import PROGRAMS, refuse_missing
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, CheckpointError
+from ds_slm.files import take_lock
 from ds_slm.pulse import FOLDER as PULSES
 
 SSH = [*asking.SSH, "-T", "-o", "ControlPath=none"]
@@ -140,7 +140,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
 
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file.fileno())
         except BlockingIOError as error:
             file.seek(0)
             raise CheckpointError(

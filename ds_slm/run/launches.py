@@ -12,8 +12,6 @@ if hosts share a disk, its locks must reach all of them.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_slm.errors import ReplacedByNewerLaunch
-from ds_slm.files import read_json
+from ds_slm.files import locked_file, read_json
 from ds_slm.run import folder as run_folder
 
 if TYPE_CHECKING:
@@ -119,7 +117,7 @@ def refuse_replaced(run: Path, launch: Launch) -> None:
 def claiming(run: Path, launch: Launch) -> Iterator[None]:
     """Within it no other launch writes env.json. Raises ReplacedByNewerLaunch if a newer one already did."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    with _locked(run / "logs" / ".claim.lock", wait=True):
+    with locked_file(run / "logs" / ".claim.lock", wait=True):
         found = holder(run)
         if found.order > launch.order:
             raise ReplacedByNewerLaunch(str(found))
@@ -132,7 +130,7 @@ def living(run: Path, launch: Launch) -> Iterator[None]:
     folder = run / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     sign, unlocked = folder / f".launch-{launch.id}.lock", folder / f".launch-{launch.id}.new"
-    with _locked(unlocked):  # the file gets its name once it is locked and written
+    with locked_file(unlocked):  # the file gets its name once it is locked and written
         unlocked.write_text(json.dumps(asdict(launch)), encoding="utf-8")
         unlocked.rename(sign)
         try:
@@ -165,7 +163,7 @@ def others_alive(run: Path, launch: Launch) -> list[str]:
         if sign.name == f".launch-{launch.id}.lock":
             continue
         try:
-            with _locked(sign):
+            with locked_file(sign):
                 sign.unlink()
         except BlockingIOError:
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -173,20 +171,3 @@ def others_alive(run: Path, launch: Launch) -> list[str]:
         except OSError:  # it has just ended, or is not one of our files
             continue
     return found
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """A file's lock, which ends with the process that holds it. Raises BlockingIOError if another process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-        yield
-    finally:
-        os.close(descriptor)

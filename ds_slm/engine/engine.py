@@ -15,14 +15,12 @@ signal has reached any of them (`Interrupt`), so that all stop or save after the
 """
 
 import gc
-import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -34,6 +32,7 @@ from ds_slm.distributed.problems import raise_on_all
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.stop import Interrupt, Request, Vote, micro_batches_per_vote
 from ds_slm.engine import masters, partitions
+from ds_slm.engine.deepspeed_workarounds import import_muon_uncompiled, without_broadcast
 from ds_slm.engine.layer_norms import LayerNorms
 from ds_slm.engine.optim import build_optimizer, set_learning_rate
 from ds_slm.engine.row_reader import Share
@@ -78,15 +77,6 @@ class Totals:
     """Micro-batches from one vote to the next: more if they are short."""
 
 
-def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon with compile() switched off: otherwise it loads torch's whole compiler, for seconds.
-
-    DeepSpeed imports Muon itself, to ask whether the optimiser is one.
-    """
-    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-
-
 class Engine:
     """A model under DeepSpeed, with its optimiser."""
 
@@ -95,16 +85,16 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        _import_muon_uncompiled()
+        import_muon_uncompiled()
 
         self.recipe, self.engine_config, self.control, self.interrupt = recipe, engine_config, control, interrupt
 
         # DeepSpeed collects garbage ten times during its set-up. Frozen objects, all that was imported, are skipped.
         gc.freeze()
 
-        # process_group.connect() has already made the process group. DeepSpeed would send rank 0's weights to all
-        # ranks, but they have no values yet: checkpoint/resume.py gives every rank its own, and checks them.
-        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda engine: None, create=True):
+        # process_group.connect() has already made the process group. Rank 0's weights are not sent to all ranks, for
+        # they have no values yet: checkpoint/resume.py gives every rank its own, and checks them.
+        with without_broadcast():
             self.deepspeed: Any = deepspeed.initialize(
                 model=model,
                 optimizer=build_optimizer(model, recipe.optimizer),

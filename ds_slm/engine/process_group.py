@@ -1,6 +1,5 @@
 """The process group of all ranks: joined under DeepSpeed once ranks have met, and left if all ranks leave together."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from ds_slm.distributed import rendezvous
 from ds_slm.distributed.ranks import Control
 from ds_slm.distributed.store import first_line, taken
+from ds_slm.engine.deepspeed_workarounds import without_inference_kernel
 from ds_slm.engine.devices import device_type
 from ds_slm.errors import RAISED_ON_ALL_RANKS, DeviceError, MeetingError
 
@@ -22,9 +22,7 @@ def connect() -> Control:
     """
     import deepspeed
 
-    # DeepSpeed would compile a shared-memory all-reduce for CPU inference at every first start (minutes on a small
-    # machine; a process killed meanwhile leaves a lock on which the next one hangs). Training never calls it.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    without_inference_kernel()
 
     if device_type() == "cuda":
         local_rank = rendezvous.current().world.local_rank

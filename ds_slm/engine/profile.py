@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
+from ds_slm.engine.deepspeed_workarounds import replaced
 from ds_slm.engine.engine import Engine
 from ds_slm.engine.row_reader import RowReader
 from ds_slm.model import decoder
@@ -137,5 +137,5 @@ def _wrapped(watch: Watch, engine: Engine, reader: RowReader) -> Iterator[None]:
 
     with ExitStack() as patches:
         for owner, name, part in wrapped:
-            patches.enter_context(patch.object(owner, name, watch.wrap(part, getattr(owner, name))))
+            patches.enter_context(replaced(owner, name, watch.wrap(part, getattr(owner, name))))
         yield

@@ -107,6 +107,10 @@ class FailureBoard:
             return f"{own.place} ends, too ({self._told[0].place} had failed): {own.text.splitlines()[-1]}"
         return own.text
 
+    def code_of(self, own: Failure) -> int:
+        """The exit code of a rank that failed: 2 where a user's mistake tore it away, though its own would be 1."""
+        return max(one.code for one in (own, *self._told))
+
     def _nobody_is_underway(self) -> bool:
         """Whether all ranks have failed, or are ready and can no longer fail."""
         return self._store.count("failed") + self._store.count("arrived") >= self._size

@@ -280,7 +280,7 @@ class Rendezvous:
         self._was_told = True
         board.mark_told()
         store.count("left", 1)
-        self._leave_in_order(own.code, store)
+        self._leave_in_order(board.code_of(own), store)
 
     def _follow(self, store: Store, board: FailureBoard) -> None:
         """Another rank failed: end as soon as it has printed why."""
@@ -299,7 +299,7 @@ class Rendezvous:
             if text := board.left_to_tell(own):
                 self._tell_once(text)
             self._was_told = True
-            return self._leave_in_order(own.code, store)
+            return self._leave_in_order(board.code_of(own), store)
 
         if any(one.is_final for one in failures):
             pulse.final(max(one.code for one in failures))

@@ -317,9 +317,18 @@ def test_rank_0_serves_the_store_until_no_rank_of_its_host_asks(
     assert used_at_end[0] == sum(not name.startswith("rank 0") for name in asked_of_the_store)
 
 
-def test_what_follows_from_a_crash_is_one_line(launch: Callable[..., Launch]) -> None:
-    """A rank whose collective fails because another is gone says so, under the name of the first."""
-    two = launch(2, come_out_s=2)
+@pytest.mark.parametrize(
+    ("error", "told", "code"),
+    [
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero", 1),
+        (DataError("this is wrong"), "error: this is wrong", 2),
+    ],
+)
+def test_what_follows_from_a_crash_is_one_line(
+    error: Exception, told: str, code: int, launch: Callable[..., Launch]
+) -> None:
+    """A rank whose collective fails because another is gone says so, under the name of the first; with its code."""
+    two = launch(2, come_out_s=2, together_s=0.1)
     two.run(arrives, arrives)
 
     def is_torn_away(rank: Rendezvous) -> None:
@@ -327,10 +336,11 @@ def test_what_follows_from_a_crash_is_one_line(launch: Callable[..., Launch]) ->
             time.sleep(0.01)
         rank.fail(RuntimeError("connection closed by peer"))
 
-    two.run(is_torn_away, fails(ZeroDivisionError("division by zero")))
+    two.run(is_torn_away, fails(error))
+    two.await_codes(2)
     first, second = two.told.splitlines()
-    assert first == "ZeroDivisionError: division by zero"
     host = socket.gethostname()
+    assert first == told and two.codes == {0: code, 1: code}
     assert (
         second == f"rank 0 on {host} ends, too (rank 1 on {host} had failed): RuntimeError: connection closed by peer"
     )

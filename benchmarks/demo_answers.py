@@ -7,7 +7,6 @@ python benchmarks/demo_answers.py runs/demo-instruct exports/demo-instruct
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_slm.errors import CheckpointError, run_program
+from ds_slm.run import metrics_file
 
 QUESTIONS = (
     "What does json.dumps do?",
@@ -60,9 +60,8 @@ def main() -> int:
     if not (args.run / "done.json").is_file():
         raise CheckpointError(f"{args.run} has no done.json: the run is not finished; launch it again to go on.")
 
-    records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [record for record in records if record["kind"] == "val"]
-    steps = [record for record in records if record["kind"] == "train"]
+    records = metrics_file.read(args.run)
+    evaluations, steps = records["val"], records["train"]
     base, tuned = evaluations[0], evaluations[-1]
     found = answers(args.export, QUESTIONS)
 

@@ -18,6 +18,7 @@ from ds_slm.data.shards import prepared
 from ds_slm.errors import CheckpointError, run_program
 from ds_slm.publish import baselines
 from ds_slm.recipe import loading
+from ds_slm.run import metrics_file
 
 PROMPTS = ("The function returns", "If the file does not exist,")
 
@@ -60,8 +61,7 @@ def main() -> int:
         raise CheckpointError(f"{args.run} has no done.json: the run is not finished; launch it again to go on.")
 
     done = json.loads((args.run / "done.json").read_text())
-    trained = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in trained if record["kind"] == "train"]
+    steps = metrics_file.read(args.run)["train"]
 
     # The baselines learn from the training tokens, and are measured on the same held-out bytes as the model.
     recipe = loading.load(str(args.run / "recipe.toml"))

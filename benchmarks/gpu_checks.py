@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks import gpu_cases
 from benchmarks.tiny_runs import free_port
 from ds_slm.errors import DataError, run_program
+from ds_slm.run import metrics_file
 from ds_slm.run.folder import newest_saved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,8 +94,7 @@ def pretrain(
     if done.returncode:
         raise DataError(f"{name}: the launch ended with {done.returncode}.")
 
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "train"]
+    return metrics_file.read(run_dir)["train"]
 
 
 def demo(rows: Rows) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import loading
+from ds_slm.run import metrics_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "benchmarks" / "nanogpt_char.toml"
@@ -75,8 +76,7 @@ def main() -> int:
 
     run, elapsed_s = args.folder / "runs" / RECIPE.stem, time.monotonic() - begin_s
     done = json.loads((run / "done.json").read_text())
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    steps = [record for record in records if record["kind"] == "train"]
+    steps = metrics_file.read(run)["train"]
     speed = sorted(record["tokens_per_s"] for record in steps)[len(steps) // 2]
 
     target = loading.load(str(run / "recipe.toml")).targets[0]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import loading
+from ds_slm.run import metrics_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "axiom-380m-instruct"
@@ -69,8 +70,7 @@ def main() -> int:
     if code := train(args.conversations.resolve(), args.ranks.resolve(), out):
         return code
 
-    records = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    step = next(record for record in records if record["kind"] == "train")
+    step = metrics_file.read(out / "run")["train"][0]
     before_gb = json.loads((out / "run" / "env.json").read_text())["resident_gb_before_model"]
     print(
         f"{parameters:,} parameters, {step['real']:,} tokens ({step['supervised']:,} targets), {step['step_s']:.0f} s\n"

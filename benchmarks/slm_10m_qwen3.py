@@ -32,6 +32,7 @@ from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import loading
 from ds_slm.recipe.schedule import learning_rate
 from ds_slm.recipe.schema import Recipe
+from ds_slm.run import metrics_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
@@ -321,7 +322,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if code := run_ours(args.prose, args.out, settings, on_gpu):
         return code
-    ours = [json.loads(line) for line in (args.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    ours = [record for records in metrics_file.read(args.out / "run").values() for record in records]
     qwen3 = run_qwen3(recipe, args.out, on_gpu)
     write_csv(args.out / "slm_10m_qwen3.csv", ours, qwen3)
     draw(args.out / "slm_10m_qwen3.png", ours, qwen3)

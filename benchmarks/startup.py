@@ -18,7 +18,6 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -28,6 +27,7 @@ if __name__ == "__main__":
 from benchmarks import tables, train
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import loading
+from ds_slm.run import metrics_file
 
 FIRST_STEP = "first step"
 
@@ -50,11 +50,8 @@ def start(bench: train.Bench, program: str) -> dict[str, float]:
     if done.returncode:
         raise DataError(f"the launch failed ({done.returncode}):\n{done.stdout[-4000:]}")
 
-    records: dict[str, Any] = {}
-    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        records[record["kind"]] = record
-    return {**records["launch"]["start_s"], FIRST_STEP: records["train"]["step_s"]}
+    records = metrics_file.read(folder / "run")
+    return {**records["launch"][-1]["start_s"], FIRST_STEP: records["train"][-1]["step_s"]}
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

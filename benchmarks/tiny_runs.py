@@ -8,6 +8,8 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+from ds_slm.run import metrics_file
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sysconfig.get_path("scripts"))
 
@@ -117,5 +119,4 @@ def run(command: list[str], cwd: Path, timeout_s: float = 300, **extra: str) -> 
 
 def records(run_folder: Path, kind: str = "train") -> list[dict]:
     """The records of one kind in metrics.jsonl."""
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return metrics_file.read(run_folder).get(kind, [])

@@ -42,6 +42,7 @@ from ds_slm.distributed import world
 from ds_slm.errors import DataError, run_program
 from ds_slm.recipe import counts, ds_config, loading, plan
 from ds_slm.recipe.schema import Recipe
+from ds_slm.run import metrics_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_STAGE = 1
@@ -233,8 +234,7 @@ def launch(bench: Bench, side: str, micro_batch: int, accumulation: int) -> Laun
         found = json.loads((folder / "out.json").read_text())
         return Launch(statistics.median(found["step_s"][1:]), found["peak_memory_gb"], None)
 
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    steps = metrics_file.read(folder / "run")["train"]
     start_s = first_step_s - steps[0]["step_s"] if first_step_s is not None else None
     return Launch(statistics.median(one["step_s"] for one in steps[1:]), steps[-1]["peak_memory_gb"], start_s)
 

@@ -20,6 +20,7 @@ from ds_slm.cluster import launch
 from ds_slm.errors import CheckpointError
 from ds_slm.files import read_json
 from ds_slm.recipe import loading
+from ds_slm.run import metrics_file
 
 STEPS = 4
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -136,5 +137,4 @@ def differences(whole: Path, resumed: Path) -> Iterator[str]:
 
 
 def _train_records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    return metrics_file.read(folder).get("train", [])

@@ -21,7 +21,7 @@ from ds_slm.recipe import loading, resume_rules
 from ds_slm.recipe.counts import parameters
 from ds_slm.recipe.schema import Recipe, changes_result
 from ds_slm.run import folder as run_folder
-from ds_slm.run import scores
+from ds_slm.run import metrics_file, scores
 
 TEMPLATE = "report.html.jinja"
 Record = Mapping[str, Any]
@@ -85,7 +85,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _read(run: Path, name: str) -> Story:
     recipe = loading.load_recorded(run)
-    records = run_folder.read_records(run)
+    records = metrics_file.read(run)
     for kind in ("train", "val"):
         records[kind] = [one for one in records.get(kind, []) if isinstance(one.get("loss"), int | float)]
 

@@ -4,12 +4,11 @@ Every launch has an id and a generation number, one more than the last. Both are
 versions, the hosts and every effective choice.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ds_slm.files import (
     new_folder,
     obstacle,
     read_json,
+    read_json_lines,
     refuse_unwritable,
     replace_bytes,
     replace_text,
@@ -28,14 +28,13 @@ from ds_slm.files import (
 from ds_slm.recipe import loading, resume_rules
 from ds_slm.recipe.loading import RECIPE_FILE
 from ds_slm.recipe.schema import Recipe
-from ds_slm.run import software
+from ds_slm.run import metrics_file, software
+from ds_slm.run.metrics_file import METRICS
 
 STOPPED = "stopped.json"
 """The file that a run leaves if a signal ended it, with its step and generation; the next launch removes it."""
 SAVED = "saved.json"
 """The newest step that was saved, and the hosts that hold it: on every host, also on hosts that keep no checkpoints."""
-METRICS = "metrics.jsonl"
-"""A record a line: kind, step and values."""
 FOLDERS, FILES = (
     ("checkpoints", "logs", "tb"),
     ("env.json", "ds_config.json", METRICS, "changes.jsonl", "done.json", STOPPED, SAVED),
@@ -160,18 +159,9 @@ def newest_saved(run: Path) -> tuple[int, list[str]]:
     return step, [str(host) for host in hosts] if isinstance(hosts, list) else []
 
 
-def read_records(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """Kind -> records of metrics.jsonl, in its order; damaged lines, and those without a step, are passed over."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in _json_lines(run / METRICS):
-        if isinstance(record.get("step"), int):
-            found.setdefault(str(record.get("kind")), []).append(record)
-    return found
-
-
 def _recorded_saves(run: Path) -> list[int]:
     """The steps whose saves had begun, by metrics.jsonl, in ascending order."""
-    return sorted({record["step"] for record in read_records(run).get("save", [])})
+    return sorted({record["step"] for record in metrics_file.read(run).get("save", [])})
 
 
 def keep_records(run: Path, generation: int) -> Path | None:
@@ -287,7 +277,7 @@ def _tokenizer_problem(mine: Path, prepared: Path) -> str | None:
 
 def read_changes(run: Path) -> list[dict[str, Any]]:
     """The lines of changes.jsonl; damaged ones, and those without a generation, are passed over."""
-    return [one for one in _json_lines(run / "changes.jsonl") if isinstance(one.get("generation"), int)]
+    return [one for one in read_json_lines(run / "changes.jsonl") if isinstance(one.get("generation"), int)]
 
 
 def changes_by_step(run: Path, launches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -297,19 +287,6 @@ def changes_by_step(run: Path, launches: Sequence[Mapping[str, Any]]) -> list[di
     """
     begins = {record.get("generation"): record["step"] for record in launches}
     return [{"step": begins.get(one["generation"], 0), **one} for one in read_changes(run)]
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one per line; damaged lines, and a file that cannot be read, are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                yield found
 
 
 def record_change(run: Path, facts: Mapping[str, Any], what: dict[str, Any]) -> None:

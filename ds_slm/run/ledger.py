@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_slm.errors import CheckpointError
-from ds_slm.run.folder import METRICS
+from ds_slm.run.metrics_file import METRICS
 
 
 @dataclass(frozen=True)

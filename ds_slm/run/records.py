@@ -21,8 +21,8 @@ from ds_slm.files import replace_text, sha256_of_json
 from ds_slm.run import folder as run_folder
 from ds_slm.run import launches
 from ds_slm.run.board import Board
-from ds_slm.run.folder import METRICS
 from ds_slm.run.launches import Launch
+from ds_slm.run.metrics_file import METRICS
 
 
 @dataclass(frozen=True)

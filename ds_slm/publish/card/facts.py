@@ -18,6 +18,7 @@ from ds_slm.files import read_json
 from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe, changes_result
 from ds_slm.run import folder as run_folder
+from ds_slm.run import metrics_file
 
 Record = Mapping[str, Any]
 
@@ -154,7 +155,7 @@ def read_facts(run: Path, recipe: Recipe, checkpoint: Path) -> RunFacts:
     step = state["step"]
 
     # The records of later steps are not of these weights.
-    recorded = run_folder.read_records(run)
+    recorded = metrics_file.read(run)
     records = {kind: [record for record in of_kind if record["step"] <= step] for kind, of_kind in recorded.items()}
 
     # A launch after this step may have changed the recipe, which does not concern these weights.

@@ -10,6 +10,7 @@ from ds_slm.publish.card.devices import Setup
 from ds_slm.publish.card.facts import read_facts
 from ds_slm.recipe import loading
 from ds_slm.run import folder as run_folder
+from ds_slm.run import metrics_file
 from tests.support import told_runs
 from tests.support.cards import rows_of, section
 from tests.support.told_runs import recipe_of, write_run
@@ -44,7 +45,7 @@ def moved(tmp_path: Path) -> Path:
     run_folder.record_change(run, {"generation": 2, "begins_at_step": 6}, {"changes": {"optimizer.lr": [0.01, 0.5]}})
     (run / "recipe.toml").write_text(loading.to_toml(recipe_of("optimizer.lr=0.5")))
 
-    records = run_folder.read_records(run)
+    records = metrics_file.read(run)
     launches = [{"kind": "launch", "step": 0, **first}, {"kind": "launch", "step": 6, **then}]
     train = [{**one, "tokens_per_s": 100.0 if one["step"] <= 6 else 5e6} for one in records["train"]]
     lines = [json.dumps(one) + "\n" for one in [*launches, *train, *records["val"]]]

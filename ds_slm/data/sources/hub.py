@@ -129,9 +129,9 @@ class Hub:
                 return request()
             except Exception as error:  # the hub's libraries raise many kinds
                 if delay_s is None or not _may_pass(error):
-                    self._give_up(_reason(error), error)
+                    self._give_up(reason_of(error), error)
                 wait_s = max(delay_s, min(_asked_wait_s(error), LONGEST_WAIT_S))
-                self._report(f"{self.source.name}: the hub failed ({_reason(error)}), trying again in {wait_s:g} s")
+                self._report(f"{self.source.name}: the hub failed ({reason_of(error)}), trying again in {wait_s:g} s")
                 time.sleep(wait_s)
         raise AssertionError
 
@@ -219,7 +219,7 @@ def unreachable() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # the network library's own kinds
-        return _reason(error)
+        return reason_of(error)
     return None
 
 
@@ -267,8 +267,8 @@ def _asked_wait_s(error: Exception) -> float:
     return 0.0
 
 
-def _reason(error: Exception) -> str:
-    """The error's first line; which host was not reached; how to log in if that may help."""
+def reason_of(error: Exception) -> str:
+    """The first line of an error of the hub's libraries; which host was not reached; how to log in if that may help."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import constants
 

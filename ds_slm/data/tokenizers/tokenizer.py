@@ -29,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+from ds_slm.data.sources.hub import reason_of
 from ds_slm.data.sources.stand_ins import stand_in_at
 from ds_slm.data.tokenizers.bpe_training import train_bpe
 from ds_slm.data.tokenizers.byte_level import CL100K_PATTERN, GPT2_PATTERN, bulk_encoder, by_rank, byte_letters, filler
@@ -424,8 +425,7 @@ def _read_existing(section: Section) -> "tokenizers.Tokenizer":
     except DataError:
         raise
     except Exception as error:  # the Rust side raises bare Exception, the hub's libraries their own kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"tokenizer.path = {section.path!r} gives no tokenizer ({reason}): name a local folder, a tokenizer.json, "
-            "a tokenizer.model or a hub id."
+            f"tokenizer.path = {section.path!r} gives no tokenizer ({reason_of(error)}): name a local folder, "
+            "a tokenizer.json, a tokenizer.model or a hub id."
         ) from error

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 from ds_slm.data.shards import writer
 from ds_slm.data.sources import hub as hub_module
 from ds_slm.data.sources.documents import documents, locate
+from ds_slm.data.tokenizers.tokenizer import build_tokenizer
 from ds_slm.errors import DataError
 from ds_slm.recipe.data_sections import Source
 from tests.support import data_recipes
@@ -307,6 +309,31 @@ def test_what_does_not_pass(fields: dict[str, Any], reason: str, hub: HubStandIn
     with pytest.raises(DataError, match=f"(?s){reason}"):
         list(documents(source(**fields)))
     assert not waits_s
+
+
+def test_a_hub_out_of_reach_is_named(
+    hub: HubStandIn, waits_s: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the address at which nobody listens, in the lines between the tries, in the error, and of a tokenizer."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
+    lines: list[str] = []
+    with pytest.raises(
+        DataError, match=rf"the hub gave no 'made/up' \({nobody} cannot be reached: .*--source web=PATH"
+    ):
+        list(documents(source(), report=lines.append))
+    assert len(lines) == len(waits_s) == 3 and all(f"{nobody} cannot be reached" in line for line in lines)
+
+    monkeypatch.chdir(tmp_path)
+    theirs = data_recipes.BPE.replace('kind = "bpe"', 'kind = "hf"\npath = "org/name"')
+    with pytest.raises(
+        DataError, match=rf"tokenizer.path = 'org/name' gives no tokenizer \({nobody} cannot be reached"
+    ):
+        build_tokenizer(
+            data_recipes.recipe(data_recipes.source("web", path="."), tokenizer=theirs), lambda source: iter(())
+        )
 
 
 TOKENS = {"data/0.bin": bytes(range(256)) * 40, "data/1.bin": b"ab" * 999, "README.md": b"ids", "x.txt": b"no ids"}

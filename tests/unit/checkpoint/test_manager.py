@@ -17,6 +17,7 @@ import torch
 
 from ds_slm.checkpoint import files as checkpoint_files
 from ds_slm.checkpoint import gathering
+from ds_slm.checkpoint.best import Best
 from ds_slm.checkpoint.manager import Checkpoints
 from ds_slm.checkpoint.resume import State
 from ds_slm.checkpoint.saving import BackgroundSave, Saved
@@ -376,3 +377,21 @@ def test_a_run_ends_well_with_several_ranks_on_its_host(tmp_path: Path, monkeypa
     )  # fmt: skip
     Checkpoints.write_done(stand_in, 3, {"step": 3})
     assert json.loads((tmp_path / "done.json").read_text())["held_by"] == ["node1"]
+
+
+def test_a_failed_save_leaves_the_best_what_it_was() -> None:
+    """Oracle: by hand: 2.0 at step 10 is durable, 1.5 at step 20 was not saved: 1.8 at step 30 is the best."""
+    outcomes = [Saved(("host",)), Saved(failed=("host: the disk is full",)), Saved(("other",), ("host: full",))]
+    begun: list[tuple[int, int]] = []
+    background: Any = SimpleNamespace(
+        finish=lambda: outcomes.pop(0) if begun else None,
+        begin=lambda content: begun.append((content["step"], content["best_step"])),
+        engine=SimpleNamespace(loss_scaler=None, recipe=SimpleNamespace(run=SimpleNamespace(eval_rows=8))),
+        run=None, control=None, say=None,
+    )  # fmt: skip
+    checkpoints = Checkpoints(background, {})
+    for step, loss in ((10, 2.0), (20, 1.5), (30, 1.8)):
+        checkpoints.save(State(step=step, evaluated_step=step), loss)
+    checkpoints.wait()
+    assert begun == [(10, 10), (20, 20), (30, 30)]
+    assert checkpoints.best == checkpoints._durable_best == Best(1.8, 30, eval_rows=8)

@@ -1,17 +1,23 @@
 """The chunked loss against the whole one."""
 
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_slm.model import loss
+from ds_slm.data.rows import Rows
+from ds_slm.model import decoder, loss
 from ds_slm.model.decoder import build
 from ds_slm.model.loss import Targets, chunked_loss
+from ds_slm.recipe import loading
 from ds_slm.recipe.budget import loss_chunk_tokens
+from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.sections import Model
+from tests.support import runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +31,11 @@ class Problem(NamedTuple):
     def loss(self, z_scale=0.0, chunk_tokens=None):
         targets = Targets(self.targets_N, self.weights_N, z_scale)
         return chunked_loss(self.hidden_ND, self.head_weight_VD, targets, chunk_tokens)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return loading.load(str(runs.write_recipe(tmp_path)))
 
 
 def problem(tokens=37, size=16, vocabulary=50, dtype=torch.float32, seed=0):
@@ -234,3 +245,19 @@ def test_no_tensor_comes_near_the_logits_of_all_tokens(dtype):
 def test_chunks_stay_under_a_tenth_of_32768_tokens(device_type, vocabulary):
     """Oracle: the promise, by arithmetic, for every vocabulary of the recipes and both kinds of device."""
     assert 1 <= loss_chunk_tokens(device_type, vocabulary) <= 3276
+
+
+def test_rows_of_weight_zero_change_nothing(recipe: Recipe) -> None:
+    """Filler rows: the sums of a batch and of the same batch with fillers are equal to the bit."""
+    model = decoder.build(recipe.model, 0)
+    ids = np.random.default_rng(0).integers(0, 320, (3, 33))
+    rows = Rows(ids, np.ones((3, 32), np.float32))
+    padded = Rows(np.concatenate([ids, ids[:1] * 0]), np.concatenate([rows.weights, np.zeros((1, 32), np.float32)]))
+    sums = [
+        model(
+            torch.from_numpy(one.input_ids), torch.from_numpy(one.target_ids), torch.from_numpy(one.weights), None, 1e-4
+        )
+        for one in (rows, padded)
+    ]
+    assert float(sums[0].weight) == float(sums[1].weight) == 96
+    torch.testing.assert_close(sums[0].objective, sums[1].objective, rtol=1e-6, atol=0)

@@ -342,3 +342,14 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path: P
         files.refuse_unwritable(Path("/proc/run/x"))
     files.refuse_unwritable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
+
+
+def test_changes_of_a_resumed_recipe_are_recorded(tmp_path: Path) -> None:
+    """What may change does, and is written down with the launch's number."""
+    (tmp_path / "tokenizer").mkdir()
+    run_folder.describe(tmp_path / "run", RECIPE, {}, {"generation": 1}, tmp_path / "tokenizer")
+    longer = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"steps": 30})})
+    run_folder.refuse_foreign(tmp_path / "run", longer, "auto", allow_change=False)
+    run_folder.describe(tmp_path / "run", longer, {}, {"generation": 2}, tmp_path / "tokenizer")
+    recorded = json.loads((tmp_path / "run" / "changes.jsonl").read_text())
+    assert recorded == {"generation": 2, "step": 0, "changes": {"train.steps": [20, 30]}}

@@ -5,12 +5,15 @@ import math
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from ds_slm.errors import ReplacedByNewerLaunch
 from ds_slm.files import write_json
 from ds_slm.run import folder, launches, records
 from ds_slm.run.launches import Launch
 from ds_slm.run.records import Records
-from tests.support import ranks
+from ds_slm.run.report import Report
+from tests.support import ranks, runs
 
 HOSTS = ["node1", "node2", "node3"]
 
@@ -155,3 +158,53 @@ def test_one_look_at_the_folder_serves_a_step(tmp_path: Path, monkeypatch: pytes
     assert made.is_replaced() and len(looks) == begun + 4
     made.close()
     assert steps_of(tmp_path) == [1, 2]
+
+
+def test_records_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
+    """A run killed after step 3 and resumed at step 2 holds step 3 once, and a half-written line is no obstacle."""
+    with (tmp_path / "terminal.txt").open("w") as terminal:
+        lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2, 3)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
+        report = Report(terminal, Records(tmp_path, print, 2), total_steps=3, first_step=2)
+        report.record("train", 3, {"loss": 2.0, "tokens_per_s": 1.0, "step_s": 1.0})
+        report.close()
+    assert [(record["step"], record["loss"]) for record in runs.records(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_an_older_launch_records_nothing(tmp_path: Path) -> None:
+    """Another launch is in env.json, with the same number: the older one's records stay out, the newer one's go in.
+
+    One that finds a newer launch there when it begins drops none of that one's records.
+    """
+    with (tmp_path / "terminal.txt").open("w") as terminal:
+        reports = []
+        for launch in (Launch(1, "b"), Launch(1, "c")):
+            (tmp_path / "env.json").write_text(json.dumps(launch.facts()))
+            reports.append(Report(terminal, Records(tmp_path, print, launch=launch), total_steps=3))
+        for number, report in enumerate(reports, start=1):
+            report.record("train", number, {"loss": float(number), "tokens_per_s": 1.0, "step_s": 1.0})
+            report.close()
+        with pytest.raises(ReplacedByNewerLaunch):
+            Records(tmp_path, print, launch=Launch(1, "b"))
+    assert [record["loss"] for record in runs.records(tmp_path)] == [2.0]
+
+
+@pytest.mark.parametrize("which", ["metrics.jsonl", "events"])
+def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, which: str) -> None:
+    """Oracle: /dev/full refuses every write: told once, no error."""
+    with (tmp_path / "terminal.txt").open("w+") as terminal:
+        records = Records(tmp_path, lambda line: print(line, file=terminal))
+        if which == "metrics.jsonl":
+            records._metrics.close()
+            records._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closed by the records
+        else:
+            events = records._board._file
+            events.close()
+            events._records = RecordWriter(open("/dev/full", "wb"))  # noqa: SIM115 - closed by the records
+        report = Report(terminal, records, total_steps=3)
+        for step in (1, 2, 3):
+            report.record("train", step, {"loss": 1.0, "tokens_per_s": 1.0, "step_s": 1.0})
+        report.close()
+        terminal.seek(0)
+        said = terminal.read()
+    assert said.count("RECORDS ARE LOST") == 1 and "step 3/3" in said

@@ -19,7 +19,7 @@ from ds_slm import pulse
 from ds_slm.checkpoint.tensor_file import in_file_order
 from ds_slm.distributed.ranks import Control
 from ds_slm.engine.partitions import Snapshot, absmax_notes
-from ds_slm.recipe.budget import SAVE_WINDOW_VALUES as WINDOW_VALUES
+from ds_slm.recipe.sizes import SAVE_WINDOW_VALUES as WINDOW_VALUES
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -13,8 +13,8 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
-from ds_slm.recipe.budget import BLOCK_VALUES
 from ds_slm.recipe.sections import Optimizer
+from ds_slm.recipe.sizes import BLOCK_VALUES
 
 CPU_PIECE = 1 << 18
 """Values that the 8-bit optimiser updates at a time on a CPU."""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_slm.distributed.ranks import Control
+from ds_slm.recipe.sizes import BLOCK_VALUES
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 """The tensors that make up the optimiser's view of a parameter: fp32 weight, first and second moment."""
@@ -32,9 +33,6 @@ MOMENTS = {
     "exp_avg_sq": ("exp_avg_sq", "state2", "qmap2", "absmax2"),
 }
 """Kind -> name in torch's state; names in bitsandbytes' state: values or codes, map, block scales."""
-
-BLOCK = 256
-"""Elements of a quantisation block (bitsandbytes)."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,12 @@ class PartitionValues:
         """fp32 values from `begin` to before `end`."""
         if self.code_map is None or self.absmax is None:
             return self.values[begin:end]
-        first = begin // BLOCK
-        scale = self.absmax[first : -(-end // BLOCK)].repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
-        return self.code_map[self.values[begin:end].long()] * scale
+
+        # The scales of whole blocks, from the block that holds `begin`.
+        first_block = begin // BLOCK_VALUES
+        scales = self.absmax[first_block : -(-end // BLOCK_VALUES)].repeat_interleave(BLOCK_VALUES)
+        skipped = begin - first_block * BLOCK_VALUES
+        return self.code_map[self.values[begin:end].long()] * scales[skipped : skipped + end - begin]
 
 
 @dataclass(frozen=True)
@@ -311,13 +312,13 @@ def _fits(note: Tensor, values: Tensor) -> bool:
 
 def block_absmax(values: Tensor) -> Tensor:
     """Largest magnitude of each block of a flat fp32 tensor."""
-    padded = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK))
-    return padded.view(-1, BLOCK).abs().amax(dim=1)
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK_VALUES))
+    return padded.view(-1, BLOCK_VALUES).abs().amax(dim=1)
 
 
 def quantise(values: Tensor, absmax: Tensor, code_map: Tensor) -> Tensor:
     """The nearest code of each value; values of blocks whose absmax is 0 get the code of 0."""
-    scale = absmax.repeat_interleave(BLOCK)[: values.numel()]
+    scale = absmax.repeat_interleave(BLOCK_VALUES)[: values.numel()]
     relative = torch.where(scale > 0, values / scale, torch.zeros(()))
     levels, order = torch.sort(code_map)
     borders = (levels[1:] + levels[:-1]) / 2

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_slm.model.kernels import multiplies
-from ds_slm.recipe.budget import loss_chunk_tokens
+from ds_slm.recipe.sizes import loss_chunk_tokens
 
 ALIGNMENT = {"cpu": 1, "cuda": 128}
 """The vocabulary is padded to a multiple of this, only inside the loss: a GPU's products are slow at odd sizes."""

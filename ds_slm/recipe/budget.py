@@ -16,21 +16,13 @@ from typing import Any, assert_never
 from ds_slm.recipe.counts import ParameterCounts, parameter_counts
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.sections import Model, Optimizer
+from ds_slm.recipe.sizes import BLOCK_VALUES, SAVE_WINDOW_VALUES, loss_chunk_tokens
 
 FP32, HALF = 4, 2
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default reduce_bucket_size, and the most gradients it flattens into one message."""
 MAX_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance."""
-CPU_LOSS_CHUNK_TOKENS = 512
-"""On a CPU, measured. Each chunk reads and writes the head's gradient once more, so short chunks wait for memory (bf16,
-a head of 32,000 x 768: 128 tokens take 1.4 times as long); long chunks leave the cache (4,096 x 128: 1,024, 1.6)."""
-GPU_LOSS_CHUNK_LOGITS, MIN_LOSS_CHUNK_TOKENS, MAX_LOSS_CHUNK_TOKENS = 2**27, 128, 2048
-"""On a GPU: logits of one chunk of the loss, in fp32 and again in the model's precision; limits of its tokens."""
-BLOCK_VALUES = 256
-"""bitsandbytes: values of 8-bit state that share one fp32 scale."""
-SAVE_WINDOW_VALUES = 8 * 2**20
-"""Values that a save gathers at a time: 32 MiB."""
 PROGRAM_BYTES = 385_000_000
 """Memory of a rank's process on a CPU before its first tensor: Python, torch, DeepSpeed, other imports, and the code
 that a first forward loads. Resident memory of gpt-s-1.4m on one rank (Linux x86-64, CPU build of torch) without its
@@ -267,13 +259,6 @@ def _cpu_block_bytes(shape: Model, width: int, upcasts: bool) -> int:
 
 def _query_and_key_sizes(shape: Model) -> tuple[int, int]:
     return shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-
-
-def loss_chunk_tokens(device_type: str, vocab_size: int) -> int:
-    """Tokens whose logits the loss holds at a time."""
-    if device_type == "cpu":
-        return CPU_LOSS_CHUNK_TOKENS
-    return min(max(GPU_LOSS_CHUNK_LOGITS // vocab_size, MIN_LOSS_CHUNK_TOKENS), MAX_LOSS_CHUNK_TOKENS)
 
 
 def _loss_bytes(recipe: Recipe, micro_batch: int, device_type: str, upcasts: bool) -> int:

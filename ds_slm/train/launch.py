@@ -160,7 +160,7 @@ class Launching:
         self.clock.lap("weights")
         if any(control.gather(control.rank in writers and launches.is_replaced(options.run_dir, launch))):
             raise ReplacedByNewerLaunch
-        stop_at_step = recipe.train.steps if options.max_steps is None else min(options.max_steps, recipe.train.steps)
+        stop_at_step = options.last_step(recipe)
         report = self._report(launch, keepers(writers, recipe), state, stop_at_step, terminal)
 
         background = BackgroundSave(engine, options.run_dir, launch, writers, report.say)

@@ -78,6 +78,10 @@ class Options:
     grace_s: float = 25.0
     """Seconds from a signal that stops the run to the end of its processes."""
 
+    def last_step(self, recipe: Recipe) -> int:
+        """The step after which this launch ends."""
+        return recipe.train.steps if self.max_steps is None else min(self.max_steps, recipe.train.steps)
+
 
 class Base(Protocol):
     """A trained model to begin with."""

@@ -9,14 +9,9 @@ from ds_slm.recipe.schema import Recipe
 from ds_slm.train.task import Options
 
 
-def last_step(recipe: Recipe, options: Options) -> int:
-    """The step after which this launch ends."""
-    return min(options.max_steps or recipe.train.steps, recipe.train.steps)
-
-
 def refuse(recipe: Recipe, options: Options) -> None:
     """Raise ConfigError if this launch never takes the steps that it is to profile."""
-    end = last_step(recipe, options)
+    end = options.last_step(recipe)
     if options.profile and options.profile[0] > end:
         raise ConfigError(
             f"--profile {_spelled(options.profile)}: this launch ends after step {end}: name steps up to that one."
@@ -35,7 +30,7 @@ def warnings(
         keeping_hosts: hosts that have a run folder of their own.
         held_out_rows: the number of held-out rows in the data.
     """
-    end, rows = last_step(recipe, options), recipe.rows_per_step
+    end, rows = options.last_step(recipe), recipe.rows_per_step
 
     # How far this launch goes.
     if options.max_steps is not None and options.max_steps > recipe.train.steps:

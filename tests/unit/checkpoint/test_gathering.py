@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from ds_slm.checkpoint import gathering
 from ds_slm.checkpoint.gathering import Gathering, Span, spans_of_kind
 from ds_slm.checkpoint.tensor_file import TensorFile, in_file_order
-from ds_slm.engine.partitions import BLOCK, Fragment, PartitionValues, Snapshot
+from ds_slm.engine.partitions import Fragment, PartitionValues, Snapshot
 from ds_slm.errors import CheckpointError
+from ds_slm.recipe.sizes import BLOCK_VALUES
 from tests.support import ranks
 
 
@@ -108,11 +109,11 @@ def test_partitions_that_do_not_make_up_the_model_are_refused() -> None:
 def test_a_part_of_8_bit_values_is_decoded_like_the_whole() -> None:
     """Oracle: map[code] * absmax of its block, at every border of two blocks and a bit."""
     generator = torch.Generator().manual_seed(0)
-    numel = 2 * BLOCK + 9
+    numel = 2 * BLOCK_VALUES + 9
     codes = torch.randint(0, 256, (numel,), generator=generator, dtype=torch.uint8)
     stored = PartitionValues(codes, torch.randn(256, generator=generator), torch.rand(3, generator=generator))
     assert stored.code_map is not None and stored.absmax is not None
-    expected = stored.code_map[codes.long()] * stored.absmax.repeat_interleave(BLOCK)[:numel]
-    for begin in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK):
-        for end in (begin, begin + 1, BLOCK + 1, 2 * BLOCK, numel):
+    expected = stored.code_map[codes.long()] * stored.absmax.repeat_interleave(BLOCK_VALUES)[:numel]
+    for begin in (0, 1, BLOCK_VALUES - 1, BLOCK_VALUES, BLOCK_VALUES + 1, 2 * BLOCK_VALUES):
+        for end in (begin, begin + 1, BLOCK_VALUES + 1, 2 * BLOCK_VALUES, numel):
             assert torch.equal(stored.decoded(begin, end), expected[begin:end])

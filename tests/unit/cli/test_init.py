@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,7 @@ from ds_slm.data.sources.documents import locate
 from ds_slm.errors import ConfigError
 from ds_slm.recipe import effects, loading
 from ds_slm.train import unused_flags
+from ds_slm.train.task import Options
 from tests.unit.cli.test_main import refused
 from tests.unit.data.test_survey import words
 
@@ -262,7 +262,7 @@ def test_the_recipe_trains_without_a_warning(texts: Path, again: bool, monkeypat
     rows = PretrainRows(recipe, prepare(recipe, Path("fresh"), report=lambda line: None))
     held_out = len(rows.val_row_ids(None))
     assert held_out < loading.load("demo").run.eval_rows
-    options = SimpleNamespace(max_steps=None, profile=None, micro_batch=None)
+    options = Options(run_dir=Path("runs/more"), ds_config=Path("zero1.json"))
     assert effects.warnings(recipe) == []
     assert list(unused_flags.warnings(recipe, options, 1, keeping_hosts=1, held_out_rows=held_out)) == []
     assert rows.warnings() == [] and "runs out" in rows.notes()[0]

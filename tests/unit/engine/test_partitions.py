@@ -4,6 +4,7 @@ import torch
 
 from ds_slm.engine import optim, partitions
 from ds_slm.recipe.sections import Optimizer
+from ds_slm.recipe.sizes import BLOCK_VALUES
 
 
 def test_requantising_finds_the_same_codes() -> None:
@@ -17,12 +18,12 @@ def test_requantising_finds_the_same_codes() -> None:
         optimizer.step()
     state = optimizer.state[parameter]
     for codes, code_map, absmax in (("state1", "qmap1", "absmax1"), ("state2", "qmap2", "absmax2")):
-        scales = state[absmax].repeat_interleave(partitions.BLOCK)[:5000]
+        scales = state[absmax].repeat_interleave(BLOCK_VALUES)[:5000]
         values = state[code_map][state[codes].long()] * scales
         assert torch.equal(partitions.quantise(values, state[absmax], state[code_map]), state[codes])
         again = partitions.block_absmax(values)
         restored = state[code_map][partitions.quantise(values, again, state[code_map]).long()]
-        error = (restored * again.repeat_interleave(partitions.BLOCK)[:5000] - values).abs()
+        error = (restored * again.repeat_interleave(BLOCK_VALUES)[:5000] - values).abs()
         assert (error <= 0.02 * scales).all()  # the quantiser's own step near 1 is 1/64 of a block's largest
 
 

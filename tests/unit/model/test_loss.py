@@ -14,9 +14,9 @@ from ds_slm.model import decoder, loss
 from ds_slm.model.decoder import build
 from ds_slm.model.loss import Targets, chunked_loss
 from ds_slm.recipe import loading
-from ds_slm.recipe.budget import loss_chunk_tokens
 from ds_slm.recipe.schema import Recipe
 from ds_slm.recipe.sections import Model
+from ds_slm.recipe.sizes import loss_chunk_tokens
 from tests.support import runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

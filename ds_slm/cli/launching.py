@@ -52,7 +52,7 @@ def read(
     Raises:
         ConfigError: a flag or a value is not known, or RECIPE is missing.
     """
-    programs = set(parser._option_string_actions)  # argparse has no public list
+    programs = _takes_value(parser)
     parser._option_string_actions["--recipe"].help = argparse.SUPPRESS
     parser.add_argument("recipe_name", metavar="RECIPE", help="name in the library, or path of a .toml file")
     where = parser.add_argument_group("where it runs")
@@ -68,29 +68,19 @@ def read(
         raise ConfigError(f"the recipe is named twice, {args.recipe_name} and {args.recipe}: leave out --recipe.")
 
     # Find out which token belongs to whom: argparse has checked all tokens, but does not keep them.
-    runner, rest = launch.split(arguments)
-    script, left = [], iter(rest)
-    for argument in left:
-        name, equals, _ = argument.partition("=")
-        action = parser._option_string_actions.get(name)
-        value = [next(left)] if action is not None and action.nargs is None and not equals else []
-        if name in programs:
-            script += [argument, *value]
-        elif name.startswith("-") and action is None:
-            raise ConfigError(f"{argument}: write the flag and its value apart.")
-    return CommandLine(args, script, _without(runner, ("--hostfile", "-H")))
+    runner, rest = launch.split(arguments, launch.RUNNER)
+    script, rest = launch.split(rest, programs)
+    if glued := [token for token in launch.split(rest, _takes_value(parser))[1] if token.startswith("-")]:
+        raise ConfigError(f"{glued[0]}: write the flag and its value apart.")
+
+    # start() names the hostfile itself.
+    _, runner = launch.split(runner, dict.fromkeys(("--hostfile", "-H"), True))
+    return CommandLine(args, script, runner)
 
 
-def _without(arguments: Sequence[str], names: tuple[str, ...]) -> list[str]:
-    """The arguments without some flags and their values."""
-    kept, left = [], iter(arguments)
-    for argument in left:
-        name, equals, _ = argument.partition("=")
-        if name not in names:
-            kept.append(argument)
-        elif not equals:
-            next(left, None)
-    return kept
+def _takes_value(parser: argparse.ArgumentParser) -> dict[str, bool]:
+    """The names of a parser's flags -> whether they take a value."""
+    return {name: action.nargs is None for name, action in parser._option_string_actions.items()}  # no public list
 
 
 def start(script: Path, line: CommandLine) -> None:

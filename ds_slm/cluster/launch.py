@@ -28,24 +28,34 @@ import psutil
 from ds_slm.cluster.hostfile import LAUNCH_MODULE, RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_hostfile
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 
-_VALUE_OPTIONS = {name for names in RUNNER_VALUE_OPTIONS for name in names}
+RUNNER = {
+    **{name: True for names in RUNNER_VALUE_OPTIONS for name in names},
+    **{name: False for names in RUNNER_FLAGS for name in names},
+}
+"""Names of DeepSpeed's own flags -> whether they take a value."""
 _LAUNCHER_LINE = re.compile(rb"(\S+: )?\[[\d-]+ [\d:,]+\] \[(DEBUG|INFO|WARNING)\] \[\w+\.py:\d+:\w+\]")
 """A line of the launcher's log, after the name of a host if pdsh brings it."""
-_FLAGS = {name for names in RUNNER_FLAGS for name in names}
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """DeepSpeed's own flags, and the script's."""
-    launcher: list[str] = []
-    script: list[str] = []
+def split(arguments: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """The tokens of some flags, with their values, and all other tokens; both as they were typed.
+
+    argparse says what a flag's value is, but not which tokens it was made of.
+
+    Args:
+        arguments: a command line that argparse has accepted.
+        takes_value: the names of the flags; whether one takes a value, which is the next token, or stands after '='.
+    """
+    taken: list[str] = []
+    rest: list[str] = []
     left = iter(arguments)
     for argument in left:
         name, equals, _ = argument.partition("=")
-        if name in _VALUE_OPTIONS:
-            launcher += [argument] if equals else [argument, *(value for value in [next(left, None)] if value)]
-        else:
-            (launcher if name in _FLAGS else script).append(argument)
-    return launcher, script
+        tokens = [argument]
+        if takes_value.get(name) and not equals:
+            tokens += [value for value in [next(left, None)] if value is not None]
+        (taken if name in takes_value else rest).extend(tokens)
+    return taken, rest
 
 
 def command(

@@ -46,11 +46,11 @@ def test_command_lines_that_cannot_be_meant() -> None:
 def test_flags_are_told_apart_by_name() -> None:
     """Oracle: DeepSpeed's own command line; the order of each program's flags stays."""
     given = ["--set", "a.b=c", "--master_port", "29511", "--run-dir", "x", "--force_multi", "--node_rank=1", "--last"]
-    assert launch.split(given) == (
+    assert launch.split(given, launch.RUNNER) == (
         ["--master_port", "29511", "--force_multi", "--node_rank=1"],
         ["--set", "a.b=c", "--run-dir", "x", "--last"],
     )
-    assert launch.split(["--master_port"]) == (["--master_port"], [])
+    assert launch.split(["--master_port"], launch.RUNNER) == (["--master_port"], [])
 
 
 def test_the_environment() -> None:

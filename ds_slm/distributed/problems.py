@@ -4,15 +4,23 @@ each rank's own --gather--> every problem once, with its host if not all hosts h
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ds_slm.errors import UserError
 
-if TYPE_CHECKING:
-    from ds_slm.distributed.ranks import Control
+
+class Ranks(Protocol):
+    """All ranks, as ds_slm.distributed.ranks.Control knows them."""
+
+    hosts: list[str]
+    """Host name of each rank."""
+
+    def gather(self, message: Any) -> list[Any]:
+        """Every rank's message, in the order of ranks, on every rank. Collective."""
+        ...
 
 
-def raise_on_all(control: "Control", problems: Sequence[str], error: type[UserError] = UserError) -> None:
+def raise_on_all(control: Ranks, problems: Sequence[str], error: type[UserError] = UserError) -> None:
     """If any rank has a problem, raise an error with all ranks' problems on all ranks. Collective."""
     if everyones := merged(control.hosts, control.gather(list(problems))):
         raise error(everyones)

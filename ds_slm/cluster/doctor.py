@@ -137,6 +137,7 @@ class _Examination:
         self._adding: list[str] = []
         self._uninstalled: set[str] = set()
         self._told: set[tuple[str, str]] = set()
+        """Hosts, each with the package or the error that a finding has named."""
         self._pool = ThreadPoolExecutor(min(len(launch.places), MOST_AT_ONCE))
 
     def connect(self) -> Iterator[Finding]:
@@ -299,11 +300,12 @@ class _Examination:
         return {host: answer for host, answer in answers.items() if host not in wrong}
 
     def _not_told_yet(self, wrong: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Errors of hosts that have all they need, each once: without the project no host can answer."""
+        """Errors of hosts that have the project, each once; a package that cannot be imported is one error."""
+        causes = {host: (host, answer.get("package") or answer["error"]) for host, answer in wrong.items()}
         new = {
             host: answer
             for host, answer in wrong.items()
-            if host not in self._uninstalled and (host, answer["error"]) not in self._told
+            if host not in self._uninstalled and causes[host] not in self._told
         }
-        self._told |= {(host, answer["error"]) for host, answer in new.items()}
+        self._told |= {causes[host] for host in new}
         return new

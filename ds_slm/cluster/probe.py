@@ -1,6 +1,7 @@
 """One host's answers to `ds-slm doctor`: this runs on that host, from the text that ssh brought there.
 
-    stdin    {"ask": NAME, ...}   a question a line          stdout    an answer a line: an object, or {"error": ...}
+    stdin    {"ask": NAME, ...}   a question a line          stdout    an answer a line: an object, or an error
+    error    {"error": TYPE: TEXT, "package": the module that cannot be imported, if that is it}
 
 `describe` and `clock` need no more than the standard library, and any Python from 3.8 on: a host without the checkout
 or its packages can still say so. The other answers import ds_slm, as a launch on that host would, and only when asked.
@@ -341,7 +342,8 @@ def serve():
         try:
             answer = ANSWERS[question.pop("ask")](**question)
         except Exception as error:
-            answer = {"error": type(error).__name__ + ": " + str(error)}
+            package = error.name if isinstance(error, ImportError) else None
+            answer = {"error": type(error).__name__ + ": " + str(error), "package": package}
         print(json.dumps(answer), file=answers, flush=True)
     for child in children:
         child.kill()

@@ -124,13 +124,6 @@ def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
 
 def conflicts(recipe: Recipe, folder: Path, replacements: Mapping[str, Path], encoding: Mapping[str, Any]) -> list[str]:
     """A problem for each part of the folder that was made with another recipe, encoding, or other local files."""
-    return [problem for _, problem in conflicting_parts(recipe, folder, replacements, encoding)]
-
-
-def conflicting_parts(
-    recipe: Recipe, folder: Path, replacements: Mapping[str, Path], encoding: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-    """The same, each after the name of its part."""
     way_out = f"name another --data-root, or remove {folder} to prepare anew"
     identities = {TOKENIZER: tokenizer_identity(recipe)}
     identities |= {source.name: {**source_identity(recipe, source), **encoding} for source in recipe.data.source}
@@ -138,11 +131,11 @@ def conflicting_parts(
     for part, identity in identities.items():
         if (manifest := read_manifest(folder / part)) and manifest["identity"] != identity:
             differences = ", ".join(_differences(manifest["identity"], identity))
-            problems.append((part, f"{folder / part} belongs to another recipe ({differences}): {way_out}."))
+            problems.append(f"{folder / part} belongs to another recipe ({differences}): {way_out}.")
     for source in recipe.data.source:
         manifest = read_manifest(folder / source.name)
         if manifest and _has_other_files(source, manifest, replacements.get(source.name)):
-            problems.append((source.name, f"{folder / source.name} was made from other local files: {way_out}."))
+            problems.append(f"{folder / source.name} was made from other local files: {way_out}.")
     return problems
 
 

@@ -25,7 +25,6 @@ from ds_slm.data.shards.identity import (
     LEFT_OUT,
     MANIFEST,
     TOKENIZER,
-    conflicting_parts,
     conflicts,
     doubts_of_older_data,
     read_manifest,
@@ -34,7 +33,6 @@ from ds_slm.data.shards.identity import (
 from ds_slm.data.shards.journal import JOURNAL, tell_skipped
 from ds_slm.data.shards.parts import Preparation, text_of, tokenizer_bytes
 from ds_slm.data.shards.prepared import Prepared, open_prepared, refuse
-from ds_slm.data.shards.unfinished import drop, marked, unfinished_parts
 from ds_slm.data.shards.writer import TEXT, DocumentFormat
 from ds_slm.data.sources.documents import SourceFiles, locate, stand_ins, tell_left_out
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
@@ -82,7 +80,6 @@ def prepare(
         with _locked(recipe, folder, report), _room_on_disk(folder):
             if document_format.tokenizer_folder is None:
                 _drop_lonely_tokenizer(recipe, folder, replacements)
-            _drop_unfinished(recipe, folder, replacements, document_format, report)
             refuse(conflicts(recipe, folder, replacements, document_format.identity))
             places = _places(recipe.data.source, folder, replacements, report)
             if _missing(recipe, folder):  # no other process has prepared it meanwhile
@@ -91,12 +88,11 @@ def prepare(
                     limits = dict.fromkeys(limits, math.inf)  # conversations are few, and an epoch holds all of them
 
                 preparation = Preparation(recipe, folder, replacements, limits, max_tokens, document_format, report)
-                with marked(folder, _missing(recipe, folder)):
-                    tokenizer = preparation.make_tokenizer()
-                    refuse(_differs_from_base(recipe, folder, document_format))
-                    for source in recipe.data.source:
-                        if files := places.get(source.name):
-                            preparation.make_shards(source, files, tokenizer)
+                tokenizer = preparation.make_tokenizer()
+                refuse(_differs_from_base(recipe, folder, document_format))
+                for source in recipe.data.source:
+                    if files := places.get(source.name):
+                        preparation.make_shards(source, files, tokenizer)
     else:
         refuse(conflicts(recipe, folder, replacements, document_format.identity))
 
@@ -191,22 +187,6 @@ def _drop_lonely_tokenizer(recipe: Recipe, folder: Path, replacements: Mapping[s
         return
     if (manifest["identity"], manifest.get("text")) != (tokenizer_identity(recipe), text_of(recipe, replacements)):
         shutil.rmtree(folder / TOKENIZER)
-
-
-def _drop_unfinished(
-    recipe: Recipe,
-    folder: Path,
-    replacements: Mapping[str, Path],
-    document_format: DocumentFormat,
-    report: Callable[[str], None],
-) -> None:
-    """Remove what a preparation that did not end made for another recipe, other files or another base."""
-    if not unfinished_parts(folder):
-        return
-    conflicting = [part for part, _ in conflicting_parts(recipe, folder, replacements, document_format.identity)]
-    if (folder / TOKENIZER / MANIFEST).is_file() and _differs_from_base(recipe, folder, document_format):
-        conflicting.append(TOKENIZER)
-    drop(folder, conflicting, report)
 
 
 def _refuse_unknown_sources(recipe: Recipe, replacements: Mapping[str, Path]) -> None:

@@ -124,7 +124,8 @@ def choose(paths: Sequence[PurePath], wanted: str) -> Choice:
 def are_titles(paths: Sequence[PurePath]) -> bool:
     """Whether names that seem to name the training split are more likely titles, such as `training.txt`.
 
-    They are where every file is one document, some are named for no split, none for another one, and no folder is.
+    They are where every file is one document, some are named for no split, none for another one, and no folder is. A
+    file that is called nothing but `train`, or a name that looks held out, speaks for a split.
 
     Args:
         paths: relative to the root, with their suffixes.
@@ -134,7 +135,9 @@ def are_titles(paths: Sequence[PurePath]) -> bool:
     stems = [path.with_suffix("") for path in paths]
     named = [splits_of(stem) for stem in stems]
     by_folder = any(_splits_in(part) for stem in stems for part in stem.parts[:-1])
-    return set().union(*named) == {TRAIN} and not all(named) and not by_folder
+    is_split = any(TRAIN in (words := set(_words(stem.name))) and words <= {TRAIN, *BESIDE} for stem in stems)
+    held_out = any(looks_held_out(stem) for stem, found in zip(stems, named, strict=True) if not found)
+    return set().union(*named) == {TRAIN} and not (all(named) or by_folder or is_split or held_out)
 
 
 def canonical(split: str) -> str:

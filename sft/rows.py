@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ds_slm.data.order import RowId
-from ds_slm.data.rows import TOO_OFTEN, Rows, Split, is_too_often
+from ds_slm.data.rows import Repeat, Rows, Split, repeat_notes, repeat_warnings
 from ds_slm.data.shards.journal import tell_skipped
 from ds_slm.data.shards.prepared import Prepared
 from ds_slm.data.tokenizers.tokenizer import load_tokenizer
@@ -128,19 +128,19 @@ class ConversationRows:
 
     def notes(self) -> list[str]:
         """A line if the rows run out and come again, as often as text may be repeated."""
-        return [line for line, times in self._repeats() if not is_too_often(times)]
+        return repeat_notes(self._repeats())
 
     def warnings(self) -> list[str]:
         """A line if the rows are read so often that little more is learned."""
-        return [f"{line}{TOO_OFTEN.format(times)}" for line, times in self._repeats() if is_too_often(times)]
+        return repeat_warnings(self._repeats())
 
-    def _repeats(self) -> Iterator[tuple[str, float]]:
-        """If the rows run out: when they come again, and about how many times they are read."""
+    def _repeats(self) -> Iterator[Repeat]:
+        """All rows, if they run out during the run."""
         rows, steps = len(self._epoch(0)), self._recipe.train.steps
         if steps * self._rows_per_step > rows:
             step = rows // self._rows_per_step + 1
             line = f"the {rows:,} rows run out: from step {step:,} of {steps:,} on they come again, in another order"
-            yield line, steps * self._rows_per_step / rows
+            yield Repeat(line, steps * self._rows_per_step / rows)
 
     def summary(self) -> dict[str, Any]:
         """Kept, truncated and dropped conversations, and the supervised share, of both splits."""

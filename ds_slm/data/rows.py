@@ -11,10 +11,10 @@ published recipes do, so `document_ids` is None here; packed rows of fine-tuning
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -62,12 +62,27 @@ class Rows:
         return len(self.document_ids) + int(np.count_nonzero(np.diff(self.document_ids)))
 
 
-TOO_OFTEN = f"; {{:.0f}} times in all, and beyond {EPOCHS} little more is learned"
+class Repeat(NamedTuple):
+    """Rows that run out during a run."""
+
+    line: str
+    """When they come again."""
+    times: float
+    """About how many times the run reads them."""
 
 
-def is_too_often(times: float) -> bool:
-    """Whether text that is read this number of times teaches much less than new text would."""
-    return round(times) > EPOCHS
+def repeat_notes(repeats: Iterable[Repeat]) -> list[str]:
+    """A line for all rows that are read no more than EPOCHS times."""
+    return [line for line, times in repeats if round(times) <= EPOCHS]
+
+
+def repeat_warnings(repeats: Iterable[Repeat]) -> list[str]:
+    """A line for all rows that are read more than EPOCHS times."""
+    return [
+        f"{line}; {times:.0f} times in all, and beyond {EPOCHS} little more is learned"
+        for line, times in repeats
+        if round(times) > EPOCHS
+    ]
 
 
 class PretrainRows:
@@ -104,14 +119,14 @@ class PretrainRows:
 
     def notes(self) -> list[str]:
         """A line for each source that begins another epoch during the run, as often as text may be repeated."""
-        return [line for line, times in self._repeats() if not is_too_often(times)]
+        return repeat_notes(self._repeats())
 
     def warnings(self) -> list[str]:
         """A line for each source that is read so often that little more is learned."""
-        return [f"{line}{TOO_OFTEN.format(times)}" for line, times in self._repeats() if is_too_often(times)]
+        return repeat_warnings(self._repeats())
 
-    def _repeats(self) -> Iterator[tuple[str, float]]:
-        """For each source that runs out: when it begins its second epoch, and about how many times it is read."""
+    def _repeats(self) -> Iterator[Repeat]:
+        """The sources that begin another epoch during the run."""
         for place, name in enumerate(self._prepared.manifests):
             first = self._order.first_repeat(place)
             step = step_at(first, self._rows_per_step, self._last_batch, self.epoch_rows)
@@ -120,7 +135,7 @@ class PretrainRows:
                     f"source {name} runs out after {self._order.rows_of(place):,} rows: from step {step:,} of "
                     f"{self._steps:,} on its rows come again, in another order"
                 )
-                yield line, self._steps * self._rows_per_step / first
+                yield Repeat(line, self._steps * self._rows_per_step / first)
 
     measures: Mapping[str, Split] = MappingProxyType({"": "val"})
     """Ways of counting the held-out loss: prefix of a value's name -> the split to `read`."""

@@ -13,13 +13,13 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ds_slm.data.sources.hub import unreachable
+from ds_slm.data.sources import hub
 from ds_slm.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -374,34 +374,17 @@ def _from_hub(benchmark: Benchmark) -> Found:
 
     # Without a hub its libraries ask for minutes, a dataset at a time; offline they look in their cache.
     path, config = benchmark.hub
-    problem = unreachable()
+    problem = hub.unreachable()
     try:
-        with _offline() if problem else nullcontext():
+        with hub.offline() if problem else nullcontext():
             rows: Sequence[Mapping[str, Any]] = list(load_dataset(path, config, split=benchmark.split))  # pyright: ignore
     except Exception as error:  # the hub's libraries raise their own kinds
         if problem:
             raise HubUnreachable({benchmark.name: path}, problem) from error
-        unreachable.cache_clear()  # the hub may have broken off: the next benchmark asks again
+        hub.unreachable.cache_clear()  # the hub may have broken off: the next benchmark asks again
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{benchmark.name}: the hub does not give {path} ({reason}): name a folder with its files, --bench-dir "
             f"DIR. {MOST}"
         ) from error
     return Found([dict(row) for row in rows], path)
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Within it the hub's libraries use nothing but their cache, as with HF_HUB_OFFLINE."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = was

@@ -20,6 +20,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -221,6 +222,23 @@ def unreachable() -> str | None:
     except Exception as error:  # the network library's own kinds
         return reason_of(error)
     return None
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let the hub's libraries use nothing but their cache, as with HF_HUB_OFFLINE."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = was
 
 
 def way_out(source: Source) -> str:

@@ -23,7 +23,7 @@ from ds_slm.recipe.schema import Recipe
 
 MUCH_HELD_OUT = 0.2
 """Share of held-out text above which a warning is printed."""
-NOT_LEFT_OUT = "name them for one, move them, or write split = 'all' into the recipe's [[data.source]]"
+TO_READ_THEM = "name them for one, move them, or write split = 'all' into the recipe's [[data.source]]"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -81,7 +81,7 @@ def _survey(
             place = locate(source)
         report(f"{source.path}: {'reading all of it' if place.is_one_file else place.tell(source.split)}")
         if place.beside:
-            report(f"warning: {len(place.beside):,} files are named for no split, and left out: {NOT_LEFT_OUT}")
+            report(f"warning: {len(place.beside):,} files are named for no split, and left out: {TO_READ_THEM}")
         found = survey(source, base)
     except ColumnError as error:
         raise DataError(f"{error.problem}; name one of them with --column.") from error

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -53,7 +54,7 @@ def split(arguments: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[li
         name, equals, _ = argument.partition("=")
         tokens = [argument]
         if takes_value.get(name) and not equals:
-            tokens += [value for value in [next(left, None)] if value is not None]
+            tokens += islice(left, 1)  # nothing, if it is the last token
         (taken if name in takes_value else rest).extend(tokens)
     return taken, rest
 

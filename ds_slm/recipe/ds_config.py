@@ -81,8 +81,8 @@ class EngineConfig:
     """Why blocks are eager although the ds_config, or the run's length, asks for compiled ones."""
 
 
-def _those_there_are(wanted: Path) -> str:
-    """The files of the checkout, the nearest to a wrong name first."""
+def _shipped_files(wanted: Path) -> str:
+    """What a message says of the checkout's ds_configs, the one whose name is nearest to a wrong one first."""
     folder = DS_CONFIGS.relative_to(Path.cwd()) if DS_CONFIGS.is_relative_to(Path.cwd()) else DS_CONFIGS
     stems = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
     best = closest(wanted.stem, stems)
@@ -95,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except OSError as error:
-        raise ConfigError(f"--ds-config {path}: {error.strerror}; {_those_there_are(path)}.") from error
+        raise ConfigError(f"--ds-config {path}: {error.strerror}; {_shipped_files(path)}.") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ds-config {path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -77,6 +77,16 @@ def test_long_runs_compile_their_blocks(
     assert "compile_blocks" not in engine_config.deepspeed
 
 
+def test_a_run_of_twice_the_demos_length_compiles_its_blocks_on_two_cores() -> None:
+    """Oracle: docs/log.md, 2026-12-01: compiling once costs about what the demo's 800 steps save."""
+    settings = {"zero_optimization": {"stage": 1}}
+    compiled = [
+        ds_config.join(loading.load("demo", [f"train.steps={steps}"]), settings, 2, "cpu", None).compiled
+        for steps in (800, 1_600)
+    ]
+    assert compiled == [False, True]
+
+
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_deterministic_is_yes_or_no(recipe: Recipe, value: object) -> None:
     """Oracle: the refusal, by name."""

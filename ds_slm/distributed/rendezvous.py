@@ -279,6 +279,7 @@ class Rendezvous:
             self._tell_once(text)
         self._was_told = True
         board.mark_told()
+        _note_final(board.failures())
         store.count("left", 1)
         self._leave_in_order(board.code_of(own), store)
 
@@ -291,6 +292,7 @@ class Rendezvous:
         # The last that this rank asks of the store, which rank 0 takes along when it ends.
         failures = board.read()
         store.count("left", 1)
+        _note_final(failures)
 
         # The main thread may fail as well, with more to report.
         if self._met.is_set():
@@ -301,8 +303,6 @@ class Rendezvous:
             self._was_told = True
             return self._leave_in_order(board.code_of(own), store)
 
-        if any(one.is_final for one in failures):
-            pulse.final(max(one.code for one in failures))
         if failures and self._host not in {one.host for one in failures} and not pulse.is_watched():
             first = failures[0]
             self._tell_for_host(f"{self._host} ends, too: {first.place} failed: {first.text.splitlines()[-1]}")
@@ -348,6 +348,12 @@ class Rendezvous:
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError):
             os.write(self._terminal, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def _note_final(failures: list[Failure]) -> None:
+    """Note for a supervisor that no restart helps, whichever rank's mistake that is."""
+    if any(one.is_final for one in failures):
+        pulse.final(max(one.code for one in failures))
 
 
 @contextlib.contextmanager

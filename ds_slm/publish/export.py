@@ -229,7 +229,9 @@ def refuse_other_shape(state: Mapping[str, Tensor], shape: Model) -> None:
 def _refuse_overflow(state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Raise CheckpointError with every parameter that has a weight beyond the largest number of a type, if any has."""
     largest = torch.finfo(dtype).max
-    sizes = {name: float(tensor.abs().max()) for name, tensor in state.items()} if dtype == torch.float16 else {}
+    sizes = (
+        {name: float(tensor.detach().abs().max()) for name, tensor in state.items()} if dtype == torch.float16 else {}
+    )
     problems = [f"{name} holds {size:.6g}." for name, size in sizes.items() if size > largest]
     if problems:
         raise CheckpointError(

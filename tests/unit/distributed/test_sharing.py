@@ -148,9 +148,13 @@ def test_a_host_with_older_code_is_named(tmp_path: Path) -> None:
     """It comes to the meeting without having looked. Oracle: a sentence instead of a wait without end."""
     world = World(size=2, port=runs.free_port())
     new, old = (Rendezvous(replace(world, rank=rank), QUICK) for rank in range(2))
-    threading.Thread(target=lambda: old.arrive({}), daemon=True).start()
+    arriving = threading.Thread(target=old.arrive, args=({},), daemon=True)
+    arriving.start()
     needed = NeededFolder("demo/docs", tmp_path, None, is_absent=True, lock=tmp_path)
     with pytest.raises(DataError, match=r"the hosts differ in their code: .* runs an older version"):
         sharing.share(new, [needed], "same", print)
+    old._met.set()  # its process would end
+    arriving.join(timeout=20)
+    assert not arriving.is_alive()
     for meeting in (new, old):
         meeting.close()

@@ -90,7 +90,7 @@ def test_sigterm_ends_the_launcher_below_the_runner(tmp_path: Path) -> None:
         "sys.exit(1)\n"
     )
     (tmp_path / "launcher.py").write_text(launcher)
-    runner = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'launcher.py')!r}])"
+    runner = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, {str(tmp_path / 'launcher.py')!r}]))"
     program = (
         f"import os, sys; from ds_slm.cluster import launch; "
         f"sys.exit(launch.run([sys.executable, '-c', {runner!r}], os.environ))"

@@ -379,7 +379,7 @@ def _from_hub(benchmark: Benchmark) -> Found:
         with hub.offline() if problem else nullcontext():
             rows: Sequence[Mapping[str, Any]] = list(load_dataset(path, config, split=benchmark.split))  # pyright: ignore
     except Exception as error:  # the hub's libraries raise their own kinds
-        if problem:
+        if problem and hub.is_uncached(error):
             raise HubUnreachable({benchmark.name: path}, problem) from error
         hub.unreachable.cache_clear()  # the hub may have broken off: the next benchmark asks again
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -83,7 +83,7 @@ class SourceFiles:
             return None
 
         below = [path.relative_to(self.root) if path != self.root else PurePath(path.name) for path in self.files]
-        doubtful = [path for path in below if canonical(split) == TRAIN and looks_held_out(path)]
+        doubtful = [path for path in below if canonical(split) in (TRAIN, ALL) and looks_held_out(path)]
         first = dict.fromkeys([*doubtful, *below])  # of many names only the first are shown
         line = f"reads {shortened([str(path) for path in first])}"
         if len(doubtful) > NAMES_TOLD:

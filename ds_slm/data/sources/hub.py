@@ -208,20 +208,25 @@ class RemoteFile(io.RawIOBase):
 
 @cache
 def unreachable() -> str | None:
-    """Why the hub cannot be asked, which one request finds out, once in a process; None if it gives any answer.
+    """Why the hub cannot be asked, which is found out once in a process; None if it gives any answer.
 
-    The longest wait is HF_HUB_ETAG_TIMEOUT, in seconds. After `unreachable.cache_clear()` it is asked again.
+    A request is tried twice, and may take HF_HUB_ETAG_TIMEOUT seconds each time. After `unreachable.cache_clear()` the
+    hub is asked again.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # the network library's own kinds
-        return reason_of(error)
-    return None
+    for delay_s in (FIRST_DELAYS_S[0], None):
+        try:  # an answer that points elsewhere is an answer: a mirror's start page may lie on another host
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False)
+            return None
+        except Exception as error:  # the network library's own kinds
+            if delay_s is None or not _may_pass(error):
+                return reason_of(error)
+            time.sleep(delay_s)
+    raise AssertionError
 
 
 @contextmanager
@@ -239,6 +244,12 @@ def offline() -> Iterator[None]:
     finally:
         for module, was in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = was
+
+
+def is_uncached(error: Exception) -> bool:
+    """Whether the hub's libraries failed while `offline` because their cache does not hold what was asked for."""
+    causes = list(_causes(error))
+    return any(isinstance(one, ConnectionError) or str(one).startswith("Couldn't find cache") for one in causes)
 
 
 def way_out(source: Source) -> str:

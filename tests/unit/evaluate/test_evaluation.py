@@ -3,8 +3,11 @@
 import json
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub.constants
@@ -12,7 +15,7 @@ import pytest
 from datasets import Dataset
 
 from ds_slm import evaluate as package
-from ds_slm.data.sources.hub import unreachable
+from ds_slm.data.sources import hub
 from ds_slm.errors import DataError
 from ds_slm.evaluate import evaluation
 from ds_slm.evaluate.benchmarks import BENCHMARKS, MMLU, find_rows
@@ -50,16 +53,16 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits_s.append)
-    unreachable.cache_clear()
+    hub.unreachable.cache_clear()
     yield waits_s
-    unreachable.cache_clear()
+    hub.unreachable.cache_clear()
 
 
 def test_a_hub_out_of_reach_is_told_at_once(no_hub: list[float]) -> None:
-    """Oracle: no try is repeated, and one sentence names the host, the tasks, their datasets and the way out."""
+    """Oracle: one request is tried again, for all tasks; a sentence names the host, tasks, datasets and the way out."""
     with pytest.raises(DataError) as raised:
         evaluation.prepare(["sciq", "mmlu", "hella", "boolq"], None, lambda line: None)
-    assert no_hub == []
+    assert no_hub == [1.0]
     named, told = raised.value.problems
     assert "hellaswag?" in named
     for part in ("sciq, mmlu_abstract_algebra, boolq: ", "allenai/sciq, ", "http://127.0.0.1:", "--bench-dir DIR"):
@@ -77,6 +80,48 @@ def test_a_hub_out_of_reach_leaves_its_cache(no_hub: list[float], monkeypatch: p
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert find_rows(BENCHMARKS["sciq"], None).rows == ROWS["sciq"]
     assert not huggingface_hub.constants.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_damaged_cache_is_no_missing_cache(no_hub: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the library's own sentence, where the cache holds the rows and cannot be read."""
+
+    def load_dataset(*_: str, split: str) -> list[dict]:
+        raise OSError("Invalid flatbuffers message")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"allenai/sciq \(Invalid flatbuffers message\)") as raised:
+        find_rows(BENCHMARKS["sciq"], None)
+    assert "its cache holds none" not in str(raised.value)
+
+
+def test_a_hub_that_points_elsewhere_is_there(monkeypatch: pytest.MonkeyPatch, no_hub: list[float]) -> None:
+    """Oracle: a server whose root leads to a host below .invalid, where RFC 2606 says there is none."""
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "http://login.invalid/")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub.unreachable() is None
+
+
+def test_a_hub_that_fails_once_is_asked_again(monkeypatch: pytest.MonkeyPatch, no_hub: list[float]) -> None:
+    """Oracle: by hand: a connection that breaks and one that holds; the answer is that the hub is there."""
+    answers = iter([ConnectionError("broke"), None])
+
+    def head(*_: object, **__: object) -> None:
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
+    assert hub.unreachable() is None and list(answers) == []
 
 
 def test_examples_of_a_task_come_from_their_own_split(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def measure(case: Case, hosts: TwoHosts, folder: Path) -> dict[str, Any]:
     from ds_slm.engine.core_speed import core_speed
 
     recipe = case.recipe
-    speed = core_speed(recipe, case.micro_batch)
+    speed = core_speed(recipe, case.micro_batch, cores=len(NODES))
     laid_out = folder / case.name
     settings = [*bench_train.lay_out(recipe, laid_out), f"train.precision={case.precision}"]
     bench = bench_train.Bench(
@@ -143,8 +143,8 @@ def planned(case: Case, speed: rates.CoreSpeed) -> tuple[float, float, int]:
     own = rates.OwnCpu(None, "", speed=speed)
     topology = Topology(len(NODES), len(NODES), case.link_gbit_per_s, None, own)
     time_ = plan.plan(case.recipe, case.name, settings, topology).times[-1]
-    sent = times.network_bytes(case.recipe, settings["zero_optimization"], topology, ACCUMULATION, "cpu")
-    return time_.step_s, time_.network_s, sent
+    sent = times.traffic(case.recipe, settings["zero_optimization"], topology, ACCUMULATION, "cpu")
+    return time_.step_s, time_.network_s, sent.all_bytes
 
 
 def table(found: dict[Case, dict[str, Any]], device: str) -> Table:

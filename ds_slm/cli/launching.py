@@ -121,7 +121,7 @@ def start(script: Path, line: CommandLine) -> None:
 
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
-    if cpu_ranks and port and not line.runner:  # DeepSpeed's first program would have nothing to find out
+    if cpu_ranks and port and not line.runner:  # DeepSpeed's programs would have nothing to find out
         command = launch.local_command(script, flags, cpu_ranks, port)
     else:
         command = launch.command(script, flags, args.hostfile, devices, [*quiet, *runner])

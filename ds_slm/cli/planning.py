@@ -61,13 +61,15 @@ def run(name: str, recipe: Recipe, ds_config: Path, where: Topology, measure: bo
     refuse_conflicts(settings)
 
     if measure:
+        from ds_slm.cluster.launch import own_cores
         from ds_slm.engine.core_speed import core_speed
         from ds_slm.run.software import find_compiler
 
         # As the run would compute: where it compiles its blocks, the same graph is compiled here.
         launch = join(recipe, settings, where.world_size, "cpu", None)
         compiled = launch.compiled and find_compiler("cpu") is not None
-        own = replace(own, speed=core_speed(recipe, launch.micro_batch, compiled))
+        cores = min(where.ranks_per_host, own_cores())
+        own = replace(own, speed=core_speed(recipe, launch.micro_batch, compiled, cores))
 
     found = plan.plan(recipe, name, settings, replace(where, own=own))
     if not as_json:

@@ -43,7 +43,7 @@ _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.%@-]*")
 
 _RUNNER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds"}
 _RUNNER_MODULE = "deepspeed.launcher.runner"
-LAUNCH_MODULE = "deepspeed.launcher.launch"
+_LAUNCHER_MODULE = "deepspeed.launcher.launch"
 # Where the runner looks without --hostfile.
 _DEFAULT_HOSTFILE = "/job/hostfile"
 # The runner's options, to distinguish them from the options of the script after it.
@@ -223,7 +223,7 @@ def _is_runner(program: str) -> bool:
 
 
 def _is_launcher(program: str) -> bool:
-    return _is_module(program, LAUNCH_MODULE)
+    return _is_module(program, _LAUNCHER_MODULE)
 
 
 def _is_module(program: str, module: str) -> bool:

@@ -8,9 +8,7 @@ If this machine has no CUDA device and no hostfile names others, the ranks run o
 Known gaps: nothing is restarted, and a run that hangs is waited for; supervise.py does better.
 """
 
-import base64
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -26,7 +24,8 @@ from typing import IO, TextIO
 
 import psutil
 
-from ds_slm.cluster.hostfile import LAUNCH_MODULE, RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_hostfile
+from ds_slm.cluster import local_ranks
+from ds_slm.cluster.hostfile import RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_hostfile
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 
 RUNNER = {
@@ -91,14 +90,9 @@ def command(
 
 
 def local_command(script: Path, arguments: Sequence[str], ranks: int, port: int) -> list[str]:
-    """The command line that `deepspeed --quiet --num_accelerators RANKS --master_port PORT` itself would run here.
-
-    That program imports torch for seconds, only to find out that no other host takes part.
-    """
-    slots = json.dumps({"localhost": list(range(ranks))}).encode()
-    where = [f"--world_info={base64.urlsafe_b64encode(slots).decode()}", "--master_addr=127.0.0.1"]
-    program = [sys.executable, "-u", "-m", LAUNCH_MODULE, *where, f"--master_port={port}"]
-    return [*program, "--quiet", "--log_level=error", str(script), *arguments]
+    """The command line of a launch on this machine's CPU, which needs nothing of DeepSpeed's launcher."""
+    program = [sys.executable, "-u", "-m", local_ranks.__name__]
+    return [*program, str(ranks), str(port), str(script), *arguments]
 
 
 def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str, str]:

@@ -21,7 +21,8 @@ from ds_slm.errors import DeviceError
 
 PR_SET_PDEATHSIG = 1
 """The constant in Linux's prctl.h."""
-LAUNCHER_MODULE = "deepspeed.launcher.launch"
+LAUNCHER_MODULES = ("deepspeed.launcher.launch", "ds_slm.cluster.local_ranks")
+"""The programs that start the ranks of a host, as modules."""
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEFTOVERS = (
     *("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
@@ -58,10 +59,10 @@ class World:
 
 
 def launcher() -> psutil.Process | None:
-    """DeepSpeed's launcher on this host, if it started this process; the ranks of a host share it."""
+    """The launcher on this host, if it started this process; the ranks of a host share it."""
     with contextlib.suppress(psutil.Error):  # it may be ending
         parent = psutil.Process().parent()
-        return parent if parent and LAUNCHER_MODULE in parent.cmdline() else None
+        return parent if parent and set(LAUNCHER_MODULES) & set(parent.cmdline()) else None
     return None
 
 

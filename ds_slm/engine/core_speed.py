@@ -3,13 +3,16 @@
     two models of few blocks, a micro-batch, one thread --> seconds of a block; seconds of all the rest
     the optimiser over the smaller model                --> seconds for each value
 
-A CPU's speed depends on sizes, precision, caches and kernels far more than on a datasheet, so nothing is assumed.
-Known gaps: the other cores are idle during the measurement. In a run their ranks share memory and caches with this
-core. Rows are not packed.
+A CPU's speed depends on sizes, precision, caches and kernels far more than on a datasheet, so nothing is assumed. The
+cores of a machine share caches and memory, so meanwhile the cores of the other ranks compute the same.
+Known gaps: rows are not packed; DeepSpeed's copies of gradients and weights are not timed.
 """
 
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Semaphore
 
 import torch
 
@@ -25,19 +28,21 @@ BLOCKS = (1, 3)
 """The number of blocks in each of the two models."""
 
 
-def core_speed(recipe: Recipe, micro_batch: int, compiled: bool = False) -> CoreSpeed:
+def core_speed(recipe: Recipe, micro_batch: int, compiled: bool = False, cores: int = 1) -> CoreSpeed:
     """Time one core of this machine.
 
     Args:
         recipe: what is trained.
         micro_batch: rows of a forward.
         compiled: whether blocks are compiled first, which takes up to a minute where torch's cache does not hold them.
+        cores: this one and others, which compute the same meanwhile.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        few_s, more_s = (_micro_batch_s(_with_blocks(recipe, blocks), micro_batch, compiled) for blocks in BLOCKS)
-        update_s_per_value = _update_s_per_value(_with_blocks(recipe, BLOCKS[0]))
+        with _busy_cores(cores - 1, _with_blocks(recipe, BLOCKS[1]), micro_batch, compiled):
+            few_s, more_s = (_micro_batch_s(_with_blocks(recipe, blocks), micro_batch, compiled) for blocks in BLOCKS)
+            update_s_per_value = _update_s_per_value(_with_blocks(recipe, BLOCKS[0]))
     finally:
         torch.set_num_threads(threads)
 
@@ -51,12 +56,47 @@ def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
     return recipe.model_copy(update={"model": shape})
 
 
+@contextmanager
+def _busy_cores(count: int, recipe: Recipe, rows: int, compiled: bool) -> Iterator[None]:
+    """Other processes compute within it. Raises ChildProcessError if one ends."""
+    spawning = multiprocessing.get_context("spawn")
+    ready = spawning.Semaphore(0)
+    others = [spawning.Process(target=_compute, args=(recipe, rows, compiled, ready)) for _ in range(count)]
+
+    try:
+        for other in others:
+            other.start()
+        for _ in others:
+            while not ready.acquire(timeout=1):
+                if not all(other.is_alive() for other in others):
+                    raise ChildProcessError("a process that should keep a core busy has ended")
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
+
+
+def _compute(recipe: Recipe, rows: int, compiled: bool, ready: Semaphore) -> None:
+    """What a busy core does, until the process that started it ends."""
+    torch.set_num_threads(1)
+    work, above = _pass(recipe, rows, compiled), multiprocessing.parent_process()
+    work()
+    ready.release()
+    while above is not None and above.is_alive():
+        work()
+
+
 def _micro_batch_s(recipe: Recipe, rows: int, compiled: bool) -> float:
     """Seconds of a forward and backward pass, and of adding up its gradients in fp32."""
+    return _least_s(_pass(recipe, rows, compiled))
+
+
+def _pass(recipe: Recipe, rows: int, compiled: bool) -> TrialPass:
     forward_backward = TrialPass(recipe, rows, torch.device("cpu"), DTYPES[recipe.train.precision])
     if compiled:
         forward_backward.model.compile_parts()
-    return _least_s(forward_backward)
+    return forward_backward
 
 
 def _update_s_per_value(recipe: Recipe) -> float:

@@ -6,8 +6,7 @@
 Sources: what DeepSpeed 0.19 sends is read from its code and was compared with the counters of two hosts' interfaces
 (`benchmarks/plan_network.py`); rings send (n - 1) / n of what is gathered or scattered, and twice that of what is
 reduced for all (Patarasuk and Yuan 2009).
-Known gaps: communication within a host counts as free; messages are assumed never to travel while a rank computes;
-gloo does not fill a link: between two CPUs bytes were as planned, but steps took up to 1.4 times as long.
+Known gaps: communication within a host counts as free; messages are assumed never to travel while a rank computes.
 """
 
 from collections.abc import Mapping
@@ -23,6 +22,9 @@ RECOMPUTED = 4 / 3
 """FLOPs of a step with gradient checkpointing, divided by FLOPs without: a forward is a third of the latter."""
 PAYLOAD_SHARE = 1448 / 1538
 """Payload as a share of what a cable carries: the rest is headers of TCP, IP and Ethernet and gaps between frames."""
+GLOO_GATHER_SHARE = 0.6
+"""Share of a link that gloo's all-gather fills between two hosts: 0.66 at 100 Mbit/s, 0.56 at 1 Gbit/s; its all-reduce
+fills it (docs/log.md). Each host sends and receives at once, and acknowledgements wait behind the data."""
 PERSISTENT_VALUES = 100_000
 """DeepSpeed's default of stage3_param_persistence_threshold: parameters up to this size stay whole on all ranks."""
 MEASURED = "core of this machine, measured"
@@ -70,8 +72,26 @@ class Load:
     """Host memory while a checkpoint is written: what the host's ranks hold there, and the copies that are written."""
     flops: int
     """FLOPs of a rank, without recomputation."""
-    sent_bytes: int
-    """Bytes that each host sends."""
+    sent: "Traffic"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a host sends in an optimiser step."""
+
+    reduced_bytes: int
+    """For sums of gradients."""
+    gathered_bytes: int
+    """For weights."""
+
+    @property
+    def all_bytes(self) -> int:
+        """Both together."""
+        return self.reduced_bytes + self.gathered_bytes
+
+    def seconds(self, gbit_per_s: float, gather_share: float) -> float:
+        """The time it takes a link, of which gathers use a share."""
+        return (self.reduced_bytes + self.gathered_bytes / gather_share) * 8 / (gbit_per_s * 1e9 * PAYLOAD_SHARE)
 
 
 @dataclass(frozen=True)
@@ -117,14 +137,14 @@ def load(
         needed,
         topology.ranks_per_host * (on_host + save_bytes(recipe, counts, world_size)),
         flops_per_token * cut.micro_batch * cut.accumulation_steps * recipe.data.seq_len,
-        network_bytes(recipe, zero, topology, cut.accumulation_steps, device_type),
+        traffic(recipe, zero, topology, cut.accumulation_steps, device_type),
     )
 
 
-def network_bytes(
+def traffic(
     recipe: Recipe, zero: Mapping[str, Any], topology: Topology, accumulation_steps: int, device_type: str
-) -> int:
-    """Bytes one host sends in an optimiser step, by rings over all ranks that cross each host's link once.
+) -> Traffic:
+    """What one host sends in an optimiser step, by rings over all ranks that cross each host's link once.
 
     Gradients travel in fp32, weights in the precision they are computed with. Stages 1 and 2 reduce gradients for all
     ranks, once a step or after every micro-batch, and gather the new weights once. Stage 3 gathers the weights for
@@ -132,7 +152,7 @@ def network_bytes(
     reduces for all.
     """
     if topology.nodes == 1:
-        return 0
+        return Traffic(0, 0)
     stage, half = zero["stage"], recipe.train.precision != "fp32"
     params, width = parameter_counts(recipe.model).total, HALF if half else FP32
     reduced, scattered = 2 * params * FP32, params * FP32
@@ -142,9 +162,10 @@ def network_bytes(
         if takes_bf16_optimizer(zero, recipe.train.precision):  # it reduces for all, whatever is asked for
             to_owners = False
         gradients = scattered if to_owners else reduced
-        sent = gradients * (accumulation_steps if stage == 2 else 1) + params * width
+        gradients *= accumulation_steps if stage == 2 else 1
+        weights = params * width
     else:
-        gradients = reduced if device_type == "cpu" else scattered
+        gradients = accumulation_steps * (reduced if device_type == "cpu" else scattered)
         small = zero.get("stage3_param_persistence_threshold", PERSISTENT_VALUES)
         kept = sum(size * count for size, count in parameter_sizes(recipe.model) if size <= small)
         # What the forward has gathered stays for the backward, where both lie within the two limits.
@@ -152,8 +173,10 @@ def network_bytes(
             zero.get(name, MAX_LIVE_ELEMENTS) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
         )
         gathered = (params - kept) * (1 if 2 * params <= min(limits) else 2)
-        sent = (gradients + gathered * width) * accumulation_steps + kept * width
-    return sent * (topology.world_size - 1) // topology.world_size
+        weights = (gathered * accumulation_steps + kept) * width
+
+    others, all_ = topology.world_size - 1, topology.world_size
+    return Traffic(gradients * others // all_, weights * others // all_)
 
 
 def times(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -> list[Time]:
@@ -188,7 +211,8 @@ def times(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -> list
 def _time(recipe: Recipe, topology: Topology, asked: Load, computing_s: float, device: Device, is_here: bool) -> Time:
     """A row of the table; `is_here` for a device of this machine."""
     rate = topology.network_gbit_per_s
-    network_s = asked.sent_bytes * 8 / (rate * 1e9 * PAYLOAD_SHARE) if rate else 0.0
+    gather_share = GLOO_GATHER_SHARE if device.device_type == "cpu" else 1.0
+    network_s = asked.sent.seconds(rate, gather_share) if rate else 0.0
     step_s = computing_s + network_s
 
     # A host has the memory that was given. If none was given, only this machine's memory is known.
@@ -214,7 +238,7 @@ def assumptions(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -
     if recipe.train.gradient_checkpointing:
         stated.append("gradient checkpointing adds a second forward: a third more time")
     if topology.nodes > 1:
-        gpus, cpus = loads["cuda"].sent_bytes, loads["cpu"].sent_bytes
+        gpus, cpus = loads["cuda"].sent.all_bytes, loads["cpu"].sent.all_bytes
         sent = f"{gpus:,} bytes a step" if gpus == cpus else f"{gpus:,} bytes a step with GPUs, {cpus:,} with CPUs"
         rate = topology.network_gbit_per_s
         stated.append(

@@ -11,7 +11,9 @@ from itertools import pairwise
 
 import psutil
 
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "ds-slm train", "ds-slm sft")
+from ds_slm.distributed.world import LAUNCHER_MODULES
+
+LAUNCHERS = ("deepspeed", "ds-slm train", "ds-slm sft", *LAUNCHER_MODULES)
 """The programs, or modules, between the command that a user types and a rank."""
 
 

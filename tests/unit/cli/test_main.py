@@ -1,6 +1,7 @@
 """The verbs of `ds-slm`, as programs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -196,16 +197,17 @@ def test_plan_says_whether_a_host_holds_its_ranks() -> None:
 
 
 def test_plan_measures_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the measured core's row, of 1 s a micro-batch, with the rows and blocks that a launch here takes."""
+    """Oracle: the row of a measured core, of 1 s a micro-batch, with the rows, blocks and cores of a launch here."""
     measured = []
 
-    def core_speed(_: Recipe, rows: int, compiled: bool) -> rates.CoreSpeed:
-        measured.append((rows, compiled))
+    def core_speed(_: Recipe, rows: int, compiled: bool, cores: int) -> rates.CoreSpeed:
+        measured.append((rows, compiled, cores))
         return rates.CoreSpeed(1.0, 0.0, compiled)
 
     monkeypatch.setattr("ds_slm.engine.core_speed.core_speed", core_speed)
-    found = json.loads(CliRunner().invoke(app, ["plan", "slm-10m", "--measure", "--json"]).stdout)
-    assert measured == [(found["cpu_batch"]["micro_batch"], find_compiler("cpu") is not None)]
+    found = json.loads(CliRunner().invoke(app, ["plan", "slm-10m", "--devices", "99", "--measure", "--json"]).stdout)
+    cores = len(os.sched_getaffinity(0))
+    assert measured == [(found["cpu_batch"]["micro_batch"], find_compiler("cpu") is not None, cores)]
     assert any("not packed, compiled blocks" in one for one in found["assumptions"]) == measured[0][1]
     assert found["times"][-1]["device"] == times.MEASURED
     assert found["times"][-1]["step_s"] == found["cpu_batch"]["accumulation_steps"]

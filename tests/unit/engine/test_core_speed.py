@@ -1,13 +1,23 @@
 """How long one core takes for a recipe: a few blocks are timed and the rest are counted."""
 
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from ds_slm.engine import core_speed
 from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
+
+
+def tiny_recipe(*settings: str) -> Recipe:
+    """The demo with a model of four narrow blocks."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 320}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = [f"model.{name}={value}" for name, value in (shape | heads).items()]
+    return loading.load("demo", [*model, "tokenizer.vocab_size=320", *settings])
 
 
 def test_blocks_are_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,12 +41,7 @@ def test_blocks_are_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_a_real_recipe_has_a_speed(precision: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a clock of our own: the least of three rounds counts, for either model and for the update."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 320}
-    settings = [f"model.{name}={value}" for name, value in shape.items()]
-    heads = ["model.num_attention_heads=4", "model.num_key_value_heads=2", "model.head_dim=8"]
-    others = [f"train.precision={precision}", f"optimizer.name={optimizer}", "tokenizer.vocab_size=320"]
-    recipe = loading.load("demo", [*settings, *heads, *others])
-
+    recipe = tiny_recipe(f"train.precision={precision}", f"optimizer.name={optimizer}")
     ticks = iter([0.0, 5.0, 5.0, 7.0, 7.0, 11.0] * 3)  # when each of three rounds begins and ends
     monkeypatch.setattr(core_speed, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = core_speed.core_speed(recipe, 1)
@@ -45,3 +50,23 @@ def test_a_real_recipe_has_a_speed(precision: str, optimizer: str, monkeypatch: 
     norms = 2 * 8 if recipe.model.qk_norm else 0
     assert found.micro_batch_s == pytest.approx(2.0)
     assert found.update_s_per_value == pytest.approx(2.0 / (values + norms + (tied - 1) * 320 * 32))
+
+
+def test_the_other_cores_compute_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the kernel's list of processes: two others that compute, on a thread each, while a core is timed."""
+    found: list[int] = []
+
+    def micro_batch_s(*_: object) -> float:
+        others = psutil.Process().children()
+        computing = [one for one in others if "spawn_main" in " ".join(one.cmdline())]
+        before_s = [one.cpu_times().user for one in computing]
+        while not all(one.cpu_times().user > was for one, was in zip(computing, before_s, strict=True)):
+            time.sleep(0.01)
+        found.append(len(computing))
+        return 1.0
+
+    monkeypatch.setattr(core_speed, "_micro_batch_s", micro_batch_s)
+    monkeypatch.setattr(core_speed, "_update_s_per_value", lambda _: 1e-9)
+    core_speed.core_speed(tiny_recipe(), 1, cores=3)
+    assert found == [2, 2]
+    assert not [one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())]

@@ -228,13 +228,11 @@ def test_a_name_as_of_held_out_data_is_not_hidden_behind_others(tmp_path: Path) 
     """Oracle: the line that says what is read: names that nobody can tell come first, all of them are counted."""
     for name in [f"part-{number}" for number in range(9)] + ["wikival"]:
         (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
-    told = {locate(files_source(tmp_path)).tell(split) for split in ("train", "all")}
-    assert str(told).startswith("{'reads wikival.jsonl, part-0.jsonl, ") and len(told) == 1
+    told = {locate(files_source(tmp_path)).tell(split) or "" for split in ("train", "all")}
+    assert [line[:33] for line in told] == ["reads wikival.jsonl, part-0.jsonl"]
     for number in range(7):
         (tmp_path / f"interval-{number}.jsonl").write_text('{"text": "a"}\n')
-    assert (locate(files_source(tmp_path)).tell("train") or "").endswith(
-        "and 12 more, 8 with names as of held-out data"
-    )
+    assert "and 12 more, 8 with names as of held-out data" in (locate(files_source(tmp_path)).tell("train") or "")
 
 
 def test_data_of_a_version_that_knew_fewer_names_can_be_used(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ RECOMPUTED = 4 / 3
 """FLOPs of a step with gradient checkpointing, divided by FLOPs without: a forward is a third of the latter."""
 PAYLOAD_SHARE = 1448 / 1538
 """Payload as a share of what a cable carries: the rest is headers of TCP, IP and Ethernet and gaps between frames."""
-GLOO_GATHER_SHARE = 0.6
-"""Share of a link that gloo's all-gather fills between two hosts: 0.66 at 100 Mbit/s, 0.56 at 1 Gbit/s; its all-reduce
-fills it (docs/log.md). Each host sends and receives at once, and acknowledgements wait behind the data."""
+GLOO_GATHER_SHARE = 2 / 3
+"""Share of a link that gloo's all-gather between two hosts fills at least; its all-reduce fills 99 % (docs/log.md,
+2026-11-30). Each host sends and receives at once, and acknowledgements wait behind the data."""
 PERSISTENT_VALUES = 100_000
 """DeepSpeed's default of stage3_param_persistence_threshold: parameters up to this size stay whole on all ranks."""
 MEASURED = "core of this machine, measured"

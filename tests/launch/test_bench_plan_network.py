@@ -31,7 +31,7 @@ def test_a_case_is_measured_once(
     What the network takes is the difference of the two launches.
     """
     sent = (2 * 4 * 2 + 4) * PARAMS // 2
-    network_s = (2 * 4 * 2 + 4 / 0.6) * PARAMS / 2 * 8 / 0.1e9 * 1538 / 1448  # gloo gathers at 0.6 of the link
+    network_s = (2 * 4 * 2 + 4 * 3 / 2) * PARAMS / 2 * 8 / 0.1e9 * 1538 / 1448  # gloo gathers at two thirds of the link
     step_s = 2 * 0.5 + PARAMS / 2 * 1e-8 + network_s
     launched = []
 

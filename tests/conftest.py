@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is slow, not wrong
 hypothesis.settings.load_profile("untimed")
+
+# A shell that starts the tests in the background ignores SIGINT, and every process below it would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`ds-slm train` and `ds-slm sft`: the program's flags from its one parser, checked here, then a launch as a child.
 
 argv -> RECIPE, our own flags | DeepSpeed's flags | the program's flags -> checks -> deepspeed ... script ...
+                                                              on this machine's CPU --> local_ranks ... script ...
 """
 
 import argparse
@@ -16,7 +17,7 @@ from ds_slm.cli import mistakes
 from ds_slm.cli.flags import run_dir
 from ds_slm.cluster import launch, limits, runner_flags
 from ds_slm.cluster.hostfile import Host, is_this_machine
-from ds_slm.distributed import world
+from ds_slm.distributed import local_ranks, world
 from ds_slm.errors import EXIT_INTERRUPTED, EXIT_STOPPED, INTERRUPTED, ConfigError, TrainingError
 from ds_slm.recipe import loading
 
@@ -122,7 +123,7 @@ def start(script: Path, line: CommandLine) -> None:
     quiet = [] if args.quiet or args.log_level else ["--quiet"]
     flags = ["--recipe", line.recipe, *line.script]
     if cpu_ranks and port and not line.runner:  # DeepSpeed's programs would have nothing to find out
-        command = launch.local_command(script, flags, cpu_ranks, port)
+        command = local_ranks.command(script, flags, cpu_ranks, port)
     else:
         command = launch.command(script, flags, args.hostfile, devices, [*quiet, *runner])
 
@@ -134,11 +135,11 @@ def start(script: Path, line: CommandLine) -> None:
 
     # The run folder knows more than the launcher's exit code.
     if code and _content(sign) not in (None, before):
-        raise typer.Exit(EXIT_STOPPED)  # DeepSpeed's launcher, if it got the signal itself, ends with 1
+        raise typer.Exit(EXIT_STOPPED)  # a launcher that got the signal itself ends with 1
     if code == EXIT_INTERRUPTED:
         print(INTERRUPTED, file=sys.stderr)
     if code == 0 and not hosts and args.max_steps is None and not (run_folder / "done.json").is_file():
-        raise TrainingError(f"{run_folder} has no done.json: DeepSpeed's launcher ended before the run did.")
+        raise TrainingError(f"{run_folder} has no done.json: the launcher ended before the run did.")
     raise typer.Exit(code)
 
 

@@ -20,11 +20,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 import psutil
 
-from ds_slm.cluster import local_ranks
 from ds_slm.cluster.hostfile import RUNNER_FLAGS, RUNNER_VALUE_OPTIONS, parse_hostfile
 from ds_slm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 
@@ -89,12 +88,6 @@ def command(
     return ["deepspeed", *where, *launcher, str(script), *arguments]
 
 
-def local_command(script: Path, arguments: Sequence[str], ranks: int, port: int) -> list[str]:
-    """The command line of a launch on this machine's CPU, which needs nothing of DeepSpeed's launcher."""
-    program = [sys.executable, "-u", "-m", local_ranks.__name__]
-    return [*program, str(ranks), str(port), str(script), *arguments]
-
-
 def environment(inherited: Mapping[str, str], cpu_ranks: int | None) -> dict[str, str]:
     """The environment of a launch: this interpreter's programs first; `cpu_ranks` is None if it has GPUs."""
     found = {**inherited, "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])}
@@ -140,9 +133,21 @@ def run(
     if program is None:
         raise ConfigError(f"there is no {command[0]!r} on the PATH: install the project with `make setup`.")
 
-    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Pass signals on to the launch while it runs; one that comes before it runs waits for it.
+    child: subprocess.Popen[bytes] | None = None
+    signals: list[int] = []
+    ending: list[psutil.Process] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        signals.append(number)
+        if child is not None:
+            ending.extend(_terminate(child.pid))
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     pipe = subprocess.PIPE if hold_back else None
     child = subprocess.Popen([program, *command[1:]], env=environ, stdout=pipe or stdout, stderr=pipe or stderr)
+    if signals and not ending:
+        ending.extend(_terminate(child.pid))
 
     # With `hold_back` the ranks' lines are shown at once, and the launcher's own are kept.
     held: list[bytes] = []
@@ -154,25 +159,21 @@ def run(
     for copier in copiers:
         copier.start()
 
-    # Pass signals on to the launch while it runs.
-    told: list[psutil.Process] = []
     try:
-        for number in ours:
-            signal.signal(number, lambda *_: told.extend(_terminate(child.pid)))
         code = child.wait()
-        psutil.wait_procs(told)  # the runner dies at once, but its ranks save first
+        psutil.wait_procs(ending)  # the runner dies at once, but its ranks save first
         for copier in copiers:
             copier.join()
     finally:
-        for number, handler in ours.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     # The launch failed by itself: the lines that were held back may say why.
-    if code not in (0, EXIT_STOPPED) and held and not told:
+    if code not in (0, EXIT_STOPPED) and held and not ending:
         print("what DeepSpeed's launcher said:", file=sys.stderr)
         sys.stderr.write(b"".join(held).decode(errors="replace"))
 
-    if code and told and code != EXIT_STOPPED:
+    if code and ending and code != EXIT_STOPPED:
         return EXIT_INTERRUPTED
     return code if code >= 0 else EXIT_FAILURE
 

@@ -21,7 +21,8 @@ from ds_slm.errors import DeviceError
 
 PR_SET_PDEATHSIG = 1
 """The constant in Linux's prctl.h."""
-LAUNCHER_MODULES = ("deepspeed.launcher.launch", "ds_slm.cluster.local_ranks")
+OWN_LAUNCHER = "ds_slm.distributed.local_ranks"
+LAUNCHER_MODULES = ("deepspeed.launcher.launch", OWN_LAUNCHER)
 """The programs that start the ranks of a host, as modules."""
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEFTOVERS = (

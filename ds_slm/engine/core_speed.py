@@ -9,21 +9,25 @@ Known gaps: rows are not packed; DeepSpeed's copies of gradients and weights are
 """
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Semaphore
 
 import torch
 
 from ds_slm.engine.optim import build_optimizer
 from ds_slm.engine.trial_pass import TrialPass
+from ds_slm.errors import DeviceError
 from ds_slm.model import decoder
 from ds_slm.model.kernels import DTYPES
 from ds_slm.recipe.rates import CoreSpeed
 from ds_slm.recipe.schema import Recipe
 
 REPEATS = 3
+LOOK_EVERY_S = 1.0
 BLOCKS = (1, 3)
 """The number of blocks in each of the two models."""
 
@@ -36,6 +40,9 @@ def core_speed(recipe: Recipe, micro_batch: int, compiled: bool = False, cores: 
         micro_batch: rows of a forward.
         compiled: whether blocks are compiled first, which takes up to a minute where torch's cache does not hold them.
         cores: this one and others, which compute the same meanwhile.
+
+    Raises:
+        DeviceError: another core's process ended.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -58,32 +65,45 @@ def _with_blocks(recipe: Recipe, blocks: int) -> Recipe:
 
 @contextmanager
 def _busy_cores(count: int, recipe: Recipe, rows: int, compiled: bool) -> Iterator[None]:
-    """Other processes compute within it. Raises ChildProcessError if one ends."""
-    spawning = multiprocessing.get_context("spawn")
-    ready = spawning.Semaphore(0)
-    others = [spawning.Process(target=_compute, args=(recipe, rows, compiled, ready)) for _ in range(count)]
-
-    try:
-        for other in others:
-            other.start()
-        for _ in others:
-            while not ready.acquire(timeout=1):
-                if not all(other.is_alive() for other in others):
-                    raise ChildProcessError("a process that should keep a core busy has ended")
+    """Other processes compute the same within it. Raises DeviceError if one ends, which most often lacks memory."""
+    if not count:
         yield
+        return
+
+    spawning = multiprocessing.get_context("spawn")
+    ready, others = spawning.Semaphore(0), list[BaseProcess]()
+    try:
+        for _ in range(count):
+            other = spawning.Process(target=_compute, args=(recipe, rows, compiled, ready))
+            other.start()
+            others.append(other)
+        for _ in others:
+            while not ready.acquire(timeout=LOOK_EVERY_S):
+                _refuse_ended(others)
+        yield
+        _refuse_ended(others)
     finally:
         for other in others:
             other.kill()
             other.join()
 
 
+def _refuse_ended(others: list[BaseProcess]) -> None:
+    if ended := [other.exitcode for other in others if other.exitcode is not None]:
+        raise DeviceError(
+            f"{len(ended)} of {len(others)} processes that keep cores busy have ended (exit codes "
+            f"{', '.join(map(str, ended))}), most often for lack of memory: name fewer --devices, or omit --measure."
+        )
+
+
 def _compute(recipe: Recipe, rows: int, compiled: bool, ready: Semaphore) -> None:
-    """What a busy core does, until the process that started it ends."""
+    """What a busy core does, until the process that started it ends it, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to this process, too
     torch.set_num_threads(1)
-    work, above = _pass(recipe, rows, compiled), multiprocessing.parent_process()
+    work, parent = _pass(recipe, rows, compiled), multiprocessing.parent_process()
     work()
     ready.release()
-    while above is not None and above.is_alive():
+    while parent is not None and parent.is_alive():
         work()
 
 

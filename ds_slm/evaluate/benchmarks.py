@@ -379,10 +379,16 @@ def _from_hub(benchmark: Benchmark) -> Found:
         with hub.offline() if problem else nullcontext():
             rows: Sequence[Mapping[str, Any]] = list(load_dataset(path, config, split=benchmark.split))  # pyright: ignore
     except Exception as error:  # the hub's libraries raise their own kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         if problem and hub.is_uncached(error):
             raise HubUnreachable({benchmark.name: path}, problem) from error
+        if problem:
+            raise DataError(
+                f"{benchmark.name}: the hub's cache of {path} cannot be read ({reason}), and the hub gives no other "
+                f"({problem}): remove it from the cache (hf cache rm), or name a folder with its files, --bench-dir "
+                f"DIR. {MOST}"
+            ) from error
         hub.unreachable.cache_clear()  # the hub may have broken off: the next benchmark asks again
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{benchmark.name}: the hub does not give {path} ({reason}): name a folder with its files, --bench-dir "
             f"DIR. {MOST}"

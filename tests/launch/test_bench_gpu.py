@@ -83,7 +83,8 @@ def test_a_check_that_fails_or_hangs_keeps_what_it_had(tmp_path: Path, monkeypat
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu_checks.py").write_text(STUB)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    seen = {name: gpu.run_check(gpu.Check(name, 9), tmp_path, 3.0, []) for name in ("works", "fails", "hangs")}
+    limits_s = {"works": 60.0, "fails": 60.0, "hangs": 3.0}
+    seen = {name: gpu.run_check(gpu.Check(name, 9), tmp_path, limit_s, []) for name, limit_s in limits_s.items()}
     ended = {name: one["ended"] for name, one in seen.items()}
     assert ended == {"works": "done", "fails": "failed, exit code 1", "hangs": "ended after 3 s"}
     assert all(one["rows"][0]["measured"] == "2.5" for one in seen.values())

@@ -210,23 +210,32 @@ class RemoteFile(io.RawIOBase):
 def unreachable() -> str | None:
     """Why the hub cannot be asked, which is found out once in a process; None if it gives any answer.
 
-    A request is tried twice, and may take HF_HUB_ETAG_TIMEOUT seconds each time. After `unreachable.cache_clear()` the
-    hub is asked again.
+    The longest wait is HF_HUB_ETAG_TIMEOUT, in seconds, for each of its addresses; a request that failed sooner is
+    tried again. After `unreachable.cache_clear()` the hub is asked again.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    for delay_s in (FIRST_DELAYS_S[0], None):
-        try:  # an answer that points elsewhere is an answer: a mirror's start page may lie on another host
-            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False)
-            return None
-        except Exception as error:  # the network library's own kinds
-            if delay_s is None or not _may_pass(error):
-                return reason_of(error)
-            time.sleep(delay_s)
-    raise AssertionError
+    if (error := _error_of_a_request()) is None:
+        return None
+    if any("Timeout" in type(cause).__name__ for cause in _causes(error)) or not _may_pass(error):
+        return reason_of(error)
+    time.sleep(FIRST_DELAYS_S[0])
+    again = _error_of_a_request()
+    return reason_of(again) if again else None
+
+
+def _error_of_a_request() -> Exception | None:
+    """Why the hub's start page was not reached; None after any answer."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:  # an answer that points elsewhere is an answer: a mirror's start page may lie on another host
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False)
+    except Exception as error:  # the network library's own kinds
+        return error
+    return None
 
 
 @contextmanager
@@ -248,8 +257,8 @@ def offline() -> Iterator[None]:
 
 def is_uncached(error: Exception) -> bool:
     """Whether the hub's libraries failed while `offline` because their cache does not hold what was asked for."""
-    causes = list(_causes(error))
-    return any(isinstance(one, ConnectionError) or str(one).startswith("Couldn't find cache") for one in causes)
+    # datasets raises a bare ValueError if it has another configuration; damaged files raise other types.
+    return any(isinstance(one, ConnectionError) or type(one) is ValueError for one in _causes(error))
 
 
 def way_out(source: Source) -> str:

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,8 @@ def signal_in_phase(step: str, phase: str, name: str) -> Callable[[], None]:
         if steps["taken"] >= int(step) and not steps["sent"] and is_last_rank():
             steps["sent"] = True
             os.kill(os.getpid(), getattr(signal, name))
+            while isinstance(arguments[0], engine.Engine) and phase != "start" and not arguments[0].interrupt.request:
+                time.sleep(0.001)  # until the thread that listens has noted it
         return original(*arguments, **named)
 
     def undo() -> None:

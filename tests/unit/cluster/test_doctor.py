@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ds_slm.cluster import doctor, probe
+from ds_slm.cluster import doctor, link_findings, probe
 from ds_slm.cluster.findings import Finding
 from ds_slm.cluster.hostfile import Host
 from ds_slm.cluster.probing import Session, close_all
 from ds_slm.recipe import ds_config, loading, plan
 from ds_slm.recipe.times import Topology
+from tests.support import runs
 
 ROOT = Path(__file__).resolve().parents[3]
 SSH = """#!/bin/sh
@@ -61,9 +62,11 @@ def test_a_cpu_rank_needs_what_is_planned_of_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_host_that_does_not_answer_is_named_and_the_rest_is_examined(
-    hosts: Callable[..., list[Finding]],
+    hosts: Callable[..., list[Finding]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: two names that lead here, and a third whose ssh says no."""
+    monkeypatch.setattr(link_findings, "SLOW_SHARE", 0.0)  # links of a busy machine differ
+    monkeypatch.setattr(doctor, "MASTER_PORT", runs.free_port())
     found = hosts("one", "denied", "two")
     refused, connected = about(found, "ssh")
     assert refused.level == "failure" and "ssh-copy-id denied" in refused.mend

@@ -69,6 +69,9 @@ class Relay:
 class Host:
     """The agent of one host, its rank, and what became of it."""
 
+    missed_beats = 30
+    """Seconds without a heartbeat after which torch counts a host as lost."""
+
     def __init__(self, port: int, folder: Path, limits: Limits, hosts: int, rank: str = STUBBORN) -> None:
         self.pulses = folder
         self.pulses.mkdir()
@@ -86,7 +89,7 @@ class Host:
             folder.name,
             rendezvous.RendezvousTimeout(last_call=rendezvous.LAST_CALL),
             1,
-            2,
+            self.missed_beats,
         )
         self.handler.begin(limits, backend, self.pulses, lambda: self.ranks, self.ends.append)
 
@@ -187,8 +190,9 @@ def test_a_host_that_is_cut_off_is_empty_before_the_others_miss_it(lease: int, g
     assert lease + grace <= limits.missed_heartbeats * HEARTBEAT_S
 
 
-def test_a_lost_host_restarts_the_others_without_it(start: Start) -> None:
+def test_a_lost_host_restarts_the_others_without_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """node2's agent dies: no heartbeat comes any more. Oracle: torch's next round has one host."""
+    monkeypatch.setattr(Host, "missed_beats", 2)
     one, two = start("node1"), start("node2")
     assert sorted(join(one, two)) == [(0, 2), (1, 2)]
     rank = one.start_rank()
@@ -215,8 +219,8 @@ def test_an_agent_whose_store_is_silent_ends_its_ranks_and_itself(start: Start, 
     """A cut cable: nothing is refused, nothing answers. The rank ignores SIGTERM, and is killed after the grace."""
     relay = Relay(store.port)
     host = start("node1", 1, relay.port, lease=2)
-    join(host)
     rank = host.start_rank()
+    join(host)
     relay.is_silent = True
     wait_for(lambda: host.ends)
     assert host.ends == [1] and not rank.is_running()
@@ -242,7 +246,7 @@ def test_a_short_silence_is_ridden_out(start: Start, store: TCPStore) -> None:
 def test_when_the_supervisor_dies_ranks_save_and_all_ends(start: Start, store: TCPStore, rank: str, code: int) -> None:
     """Its store closes. The agent's exit code says whether its ranks have saved."""
     relay = Relay(store.port)
-    host = start("node1", 1, relay.port, rank)
+    host = start("node1", 1, relay.port, rank, save=30 if rank == SAVING else 1)
     join(host)
     process = host.start_rank()
     relay.close()
@@ -283,7 +287,7 @@ def test_the_supervisors_word_ends_a_host_that_waits(start: Start, store: TCPSto
 @pytest.mark.parametrize(("rank", "code"), [(SAVING, 75), (STUBBORN, 130)])
 def test_the_supervisors_word_lets_ranks_save(start: Start, store: TCPStore, rank: str, code: int) -> None:
     """Code 75 says that a whole checkpoint is saved, so an agent whose ranks did not save does not say it."""
-    host = start("node1", 1, rank=rank)
+    host = start("node1", 1, rank=rank, save=30 if rank == SAVING else 1)
     join(host)
     host.start_rank()
     store.set(END, "75")

@@ -283,7 +283,8 @@ def test_a_hub_that_never_answers(
     hub.faults = [Fault(path, "silent", 1_000)]
     with pytest.raises(DataError, match=r"the hub gave no 'made/up' \(.*timed out.*with --source web=PATH"):
         list(documents(source()))
-    assert waits_s == list(hub_module.FIRST_DELAYS_S if path == "/api/" else hub_module.DELAYS_S)
+    expected = list(hub_module.FIRST_DELAYS_S if path == "/api/" else hub_module.DELAYS_S)
+    assert waits_s[-len(expected) :] == expected  # a busy machine may be late with other answers, too
 
 
 @pytest.mark.parametrize(
@@ -320,9 +321,8 @@ def test_a_hub_out_of_reach_is_named(
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
     lines: list[str] = []
-    with pytest.raises(
-        DataError, match=rf"the hub gave no 'made/up' \({nobody} cannot be reached: .*--source web=PATH"
-    ):
+    reason = rf"the hub gave no 'made/up' \({nobody} cannot be reached: .*--source web=PATH"
+    with pytest.raises(DataError, match=reason):
         list(documents(source(), report=lines.append))
     assert len(lines) == len(waits_s) == 3 and all(f"{nobody} cannot be reached" in line for line in lines)
 

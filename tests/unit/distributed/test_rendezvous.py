@@ -61,7 +61,7 @@ def test_a_mistake_on_one_rank_ends_those_that_wait_and_those_that_prepare(
     launch: Callable[..., Launch], failing: int
 ) -> None:
     """Oracle: exit code 2 of a user's mistake on all ranks; both problems in one paragraph, once."""
-    three = launch(3, together_s=0.1)
+    three = launch(3, linger_s=60, together_s=0.1)
     actions = [arrives, prepares]
     actions.insert(failing, fails(DataError(["this is wrong", "and this"])))
     three.run(*actions)
@@ -81,7 +81,7 @@ def test_the_same_mistake_on_all_ranks_is_told_once_and_at_once(launch: Callable
 
 def test_mistakes_of_several_ranks_are_told_together(launch: Callable[..., Launch]) -> None:
     """Oracle: by hand: both sentences in one paragraph, in the order of ranks; both ranks end with 2."""
-    two = launch(2)
+    two = launch(2, linger_s=60, together_s=60)
     two.run(fails(DataError("left is wrong")), fails(DataError("right is wrong")))
     assert two.codes == {0: 2, 1: 2}
     assert two.told == "error: left is wrong\n  right is wrong\n"
@@ -90,7 +90,7 @@ def test_mistakes_of_several_ranks_are_told_together(launch: Callable[..., Launc
 @pytest.mark.parametrize("error", [ImportError("no module"), MemoryError("no memory"), SystemExit(3), ValueError("x")])
 def test_any_error_before_the_ranks_meet_ends_all(launch: Callable[..., Launch], error: BaseException) -> None:
     """Oracle: Python's own line of an error that was never raised; exit code 1 on the rank that waits, too."""
-    two = launch(2)
+    two = launch(2, linger_s=60)
     two.run(arrives, fails(error))
     two.await_codes(2)
     assert two.codes == {0: 1, 1: 1}
@@ -99,7 +99,7 @@ def test_any_error_before_the_ranks_meet_ends_all(launch: Callable[..., Launch],
 
 def test_an_error_before_the_store_is_open_ends_all(launch: Callable[..., Launch]) -> None:
     """As argparse's, or that of a recipe only this host lacks."""
-    two = launch(2)
+    two = launch(2, linger_s=60)
     two.run(arrives, fails(DataError("this host has no recipe"), when_open=False))
     two.await_codes(2)
     assert two.codes == {0: 2, 1: 2}
@@ -108,7 +108,7 @@ def test_an_error_before_the_store_is_open_ends_all(launch: Callable[..., Launch
 
 def test_an_interruption_ends_all(launch: Callable[..., Launch]) -> None:
     """Oracle: 130, the documented exit code, on both ranks; one line, once."""
-    two = launch(2)
+    two = launch(2, interrupted_s=60)
     two.run(arrives, fails(KeyboardInterrupt()))
     two.await_codes(2)
     assert two.codes == {0: 130, 1: 130}
@@ -169,9 +169,9 @@ def test_who_waits_for_whom_is_said(launch: Callable[..., Launch]) -> None:
     waiting.start()
     prepares(three.ranks[1])
     deadline_s = time.monotonic() + 20
-    while three.told.count("\n") < 2 and time.monotonic() < deadline_s:
+    while "(preparing)" not in three.told and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    line, again = three.told.splitlines()[-2:]
+    line, *_, again = [three.told.splitlines()[0], *three.told.splitlines()]
     host = socket.gethostname()
     assert re.match(rf"waiting at 127.0.0.1:{three.world.port} for 2 of 3 ranks, \d+ s so far: rank 1", line)
     assert again.endswith(f": rank 1 on {host} (preparing), rank 2 (not connected)")
@@ -205,6 +205,17 @@ def test_a_rank_that_never_connects_ends_the_wait(launch: Callable[..., Launch])
     assert re.search(r"rank 1 has not connected for \d+ s", two.told)
 
 
+def test_a_rank_that_prepares_beats(launch: Callable[..., Launch]) -> None:
+    """Oracle: its counter in the store, which another rank sees growing while this one does something else."""
+    two = launch(2)
+    first, second = (rank.connected() for rank in two.ranks)
+    counts = [first.count("beat/1")]
+    while len(counts) < 5:
+        if (count := first.count("beat/1")) > counts[-1]:
+            counts.append(count)
+    assert second is not first and two.codes == {} and two.told == ""
+
+
 def test_a_rank_that_prepares_for_long_is_no_dead_rank(
     launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +236,7 @@ def test_a_rank_that_prepares_for_long_is_no_dead_rank(
 
 def test_nobody_at_the_address_is_said(launch: Callable[..., Launch]) -> None:
     """As with the MASTER_ADDR of an earlier launch."""
-    two = launch(2, connect_s=0.3, first_word_s=0.1)
+    two = launch(2, connect_s=0.3, first_word_s=0)
     two.run(lambda rank: None, arrives)
     two.await_codes(1)
     assert two.codes == {1: 2}
@@ -296,7 +307,7 @@ def test_no_restart_follows_a_mistake_that_tore_another_rank_away(
     """Oracle: the exit code 2 of a user's mistake, as final, from the rank that made it and from the one torn away."""
     finals: list[tuple[str, int]] = []
     monkeypatch.setattr(pulse, "final", lambda code: finals.append((threading.current_thread().name, code)))
-    two = launch(2, come_out_s=60, together_s=0.1)
+    two = launch(2, linger_s=60, come_out_s=60, together_s=0.1)
     two.run(arrives, arrives)
     for rank in two.ranks:
         assert rank._thread is not None
@@ -367,7 +378,7 @@ def test_what_follows_from_a_crash_is_one_line(
     error: Exception, told: str, code: int, launch: Callable[..., Launch]
 ) -> None:
     """A rank whose collective fails because another is gone says so, under the name of the first; with its code."""
-    two = launch(2, come_out_s=60, together_s=0.1)
+    two = launch(2, linger_s=60, come_out_s=60, together_s=0.1)
     two.run(arrives, arrives)
     two.run(fails_behind(two, RuntimeError("connection closed by peer")), fails(error))
     two.await_codes(2)

@@ -1,5 +1,6 @@
 """How long one core takes for a recipe: a few blocks are timed and the rest are counted."""
 
+import multiprocessing
 import time
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ds_slm.engine import core_speed
+from ds_slm.errors import DeviceError
 from ds_slm.recipe import loading
 from ds_slm.recipe.schema import Recipe
 
@@ -53,20 +55,35 @@ def test_a_real_recipe_has_a_speed(precision: str, optimizer: str, monkeypatch: 
 
 
 def test_the_other_cores_compute_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the kernel's list of processes: two others that compute, on a thread each, while a core is timed."""
+    """Oracle: the kernel's list of processes: two others that compute while a core is timed, none afterwards."""
     found: list[int] = []
 
     def micro_batch_s(*_: object) -> float:
-        others = psutil.Process().children()
-        computing = [one for one in others if "spawn_main" in " ".join(one.cmdline())]
-        before_s = [one.cpu_times().user for one in computing]
-        while not all(one.cpu_times().user > was for one, was in zip(computing, before_s, strict=True)):
+        others = [psutil.Process(one.pid) for one in multiprocessing.active_children()]
+        before_s, deadline_s = [one.cpu_times().user for one in others], time.monotonic() + 60
+        while not all(one.cpu_times().user > was for one, was in zip(others, before_s, strict=True)):
+            assert time.monotonic() < deadline_s
             time.sleep(0.01)
-        found.append(len(computing))
+        found.append(len(others))
         return 1.0
 
     monkeypatch.setattr(core_speed, "_micro_batch_s", micro_batch_s)
     monkeypatch.setattr(core_speed, "_update_s_per_value", lambda _: 1e-9)
     core_speed.core_speed(tiny_recipe(), 1, cores=3)
     assert found == [2, 2]
-    assert not [one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_busy_core_that_ends_spoils_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the kernel's memory killer, by hand: no time, but a sentence with the exit code and a way out."""
+
+    def micro_batch_s(*_: object) -> float:
+        for one in multiprocessing.active_children():
+            one.kill()
+            one.join()
+        return 1.0
+
+    monkeypatch.setattr(core_speed, "_micro_batch_s", micro_batch_s)
+    monkeypatch.setattr(core_speed, "_update_s_per_value", lambda _: 1e-9)
+    with pytest.raises(DeviceError, match=r"1 of 1 processes .* \(exit codes -9\), .*fewer --devices"):
+        core_speed.core_speed(tiny_recipe(), 1, cores=2)

@@ -111,11 +111,12 @@ def test_rows_that_cannot_be_read_are_told_where_they_are_used(error: Exception)
     rows.close()
 
 
-def test_the_share_that_follows_is_that_of_the_next_step() -> None:
+def test_the_share_that_follows_is_that_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the very object that the next step is given; its sums by hand; None where none follows or reading failed.
 
     Problems of the data are the share's, on the way to all ranks; a failure of another kind is raised where it is used.
     """
+    monkeypatch.setattr(row_reader, "PATIENCE_S", 60.0)  # a busy machine is slow
     rows = reader(Source(bad=[9]), rank=1)
     rows.of_step(0, another_follows=True)
     following = rows.following()

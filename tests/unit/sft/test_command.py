@@ -11,7 +11,7 @@ import pytest
 
 from ds_slm.cli import flags
 from ds_slm.cluster import launch, runner_flags
-from ds_slm.distributed import world
+from ds_slm.distributed import local_ranks, world
 from ds_slm.errors import ConfigError, HostfileError
 from ds_slm.recipe import loading
 from tests.support.assistants import ds_slm
@@ -57,7 +57,7 @@ def test_the_environment() -> None:
     """Oracle: this interpreter's programs come first; a CPU is named only where there is no GPU, its cores shared."""
     on_gpu = launch.environment({"PATH": "/usr/bin", "HOME": "h"}, None)
     assert on_gpu == {"PATH": f"{Path(sys.executable).parent}{os.pathsep}/usr/bin", "HOME": "h"}
-    cores = os.cpu_count() or 1
+    cores = launch.own_cores()
     on_cpu = launch.environment({}, 2)
     assert (on_cpu["DS_ACCELERATOR"], on_cpu["OMP_NUM_THREADS"]) == ("cpu", str(max(cores // 2, 1)))
     assert launch.environment({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
@@ -128,8 +128,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 
 FINE_TUNE = [str(ROOT / "sft" / "train.py"), "--recipe", "demo-instruct", "--base", "x"]
 FREE = ["--master_port", "5"]
-ON_ONE_CPU = ["cpu", *launch.local_command(Path("script"), [], ranks=1, port=5)[:-1]]
-"""What DeepSpeed's first program would start (tests/unit/cluster/test_launch.py)."""
+ON_ONE_CPU = ["cpu", *local_ranks.command(Path("script"), [], ranks=1, port=5)[:-1]]
 PRETRAIN = [str(ROOT / "ds_slm" / "pretrain.py"), "--recipe", "demo"]
 
 

@@ -111,7 +111,10 @@ def plan_recipe(
         float | None, typer.Option(min=0.001, metavar="GB", help="Memory of each host, where it is not this one.")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time one core of this machine with the recipe's own blocks.")
+        bool,
+        typer.Option(
+            "--measure", help="Time one core of this machine with the recipe's own blocks, beside its other ranks."
+        ),
     ] = False,
     ds_config: Annotated[
         Path, typer.Option(show_default="ds_configs/zero1.json", help="What only changes memory and speed.")

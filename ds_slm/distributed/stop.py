@@ -8,8 +8,8 @@
     a compiler that runs then --> is ended: what it leaves undone runs eagerly, so that the vote comes in time
 
 C code writes the pipe, so a request is noted even while Python waits for a compiler or a kernel. Further signals have
-no effect: DeepSpeed's launcher sends SIGTERM to all ranks as soon as one has ended. The death of the launcher, or of
-the `deepspeed` command above it, counts as a SIGTERM.
+no effect: the launcher sends SIGTERM to all ranks as soon as one has ended. The death of the launcher, or of the
+command above it, counts as a SIGTERM.
 
 Known gap: a vote is taken after a number of micro-batches: the number that fitted into VOTE_EVERY_S two steps before
 (until that is known, after each). A request waits for a micro-batch that suddenly takes longer.

@@ -242,14 +242,16 @@ def assumptions(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -
         sent = f"{gpus:,} bytes a step" if gpus == cpus else f"{gpus:,} bytes a step with GPUs, {cpus:,} with CPUs"
         rate = topology.network_gbit_per_s
         stated.append(
-            f"each host sends {sent} at {rate:g} Gbit/s, {PAYLOAD_SHARE:.0%} of which are payload; nothing overlaps"
+            f"each host sends {sent} at {rate:g} Gbit/s, {PAYLOAD_SHARE:.0%} of which are payload; CPUs' gathers "
+            f"fill {GLOO_GATHER_SHARE:.0%} of that; nothing overlaps"
             if rate
             else f"the network is left out: each host sends {sent} (--network adds its time)"
         )
 
     if topology.own and (speed := topology.own.speed):
         stated.append(
-            f"the measured core computed rows that are not packed, {'compiled' if speed.compiled else 'eager'} blocks"
+            f"the measured core computed rows that are not packed, {'compiled' if speed.compiled else 'eager'} blocks, "
+            "while the cores of the host's other ranks computed the same"
         )
 
     return [

@@ -76,10 +76,9 @@ def run(ranks: int, port: int, script: Sequence[str]) -> int:
 
 def _start(script: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a rank, which gets SIGTERM if this process dies."""
+    # This process has no threads, so that code of ours may run between fork and exec.
     dies_with_this = partial(signal_at_launchers_death, signal.SIGTERM)
-    return subprocess.Popen(
-        [sys.executable, "-u", *script], env=os.environ | variables, preexec_fn=dies_with_this
-    )  # this process has no threads, so that code of ours may run between fork and exec
+    return subprocess.Popen([sys.executable, "-u", *script], env=os.environ | variables, preexec_fn=dies_with_this)
 
 
 def _first_failure(ranks: Ranks, signals: list[int]) -> int:
@@ -88,7 +87,8 @@ def _first_failure(ranks: Ranks, signals: list[int]) -> int:
         codes = [rank.poll() for rank in ranks]
         for rank, code in enumerate(codes):
             if code is not None and code < 0:
-                print(f"error: rank {rank} was {_ended_by(-code)}", file=sys.stderr, flush=True)
+                hint = ", most often because no memory was left: `dmesg` says so" if code == -signal.SIGKILL else ""
+                print(f"error: rank {rank} was ended by signal {-code}{hint}.", file=sys.stderr, flush=True)
                 return EXIT_FAILURE
             if code:
                 return code
@@ -96,14 +96,6 @@ def _first_failure(ranks: Ranks, signals: list[int]) -> int:
             return EXIT_OK
         time.sleep(LOOK_EVERY_S)
     return EXIT_FAILURE
-
-
-def _ended_by(number: int) -> str:
-    with contextlib.suppress(ValueError):  # a real-time signal has no name
-        name = signal.Signals(number).name
-        hint = ": most often no memory is left, `dmesg` says whether" if number == signal.SIGKILL else ""
-        return f"ended by {name}{hint}."
-    return f"ended by signal {number}."
 
 
 def _end(ranks: Ranks, at_once: bool) -> None:

@@ -82,11 +82,11 @@ def test_ranks_get_what_deepspeed_gives_them(tmp_path: Path) -> None:
     ("ending", "code", "said"),
     [
         ("sys.exit(3)", 3, []),
-        ("os.kill(os.getpid(), signal.SIGABRT)", 1, ["error: rank 1 was ended by SIGABRT."]),
+        ("os.kill(os.getpid(), signal.SIGABRT)", 1, ["error: rank 1 was ended by signal 6."]),
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             1,
-            ["error: rank 1 was ended by SIGKILL: most often no memory is left, `dmesg` says whether."],
+            ["error: rank 1 was ended by signal 9, most often because no memory was left: `dmesg` says so."],
         ),
     ],
 )

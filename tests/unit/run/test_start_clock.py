@@ -8,11 +8,13 @@ from typing import Any
 import psutil
 import pytest
 
+from ds_slm.distributed import local_ranks
 from ds_slm.run import start_clock
 from ds_slm.run.start_clock import StartClock
 
 RUNNER = ["/venv/bin/python", "/venv/bin/deepspeed", "--num_accelerators", "2", "pretrain.py"]
 LAUNCH = ["/venv/bin/python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30", "pretrain.py"]
+OWN = local_ranks.command(Path("pretrain.py"), [], 2, 4711)
 
 
 def process(began_s: float, *parents: tuple[list[str], float]) -> Any:

@@ -218,6 +218,10 @@ def _prepared(command: Sequence[str], environment: Mapping[str, str]) -> Callabl
 class ForkedPopen:
     """As much of subprocess.Popen as DeepSpeed's runner and launcher use."""
 
+    def __class_getitem__(cls, item: Any) -> Any:
+        """For annotations, as with a real one."""
+        return cls
+
     def __new__(cls, command: Any, env: Mapping[str, str] | None = None, **settings: Any) -> Any:
         """A real one where the command is not a program of those known here."""
         if settings or env is None or not can_run(command, env):

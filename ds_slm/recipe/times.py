@@ -62,20 +62,6 @@ class Topology:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a step asks of one type of device."""
-
-    cut: Batch
-    memory: Memory
-    """Memory of a rank."""
-    host_bytes: int
-    """Host memory while a checkpoint is written: what the host's ranks hold there, and the copies that are written."""
-    flops: int
-    """FLOPs of a rank, without recomputation."""
-    sent: "Traffic"
-
-
-@dataclass(frozen=True)
 class Traffic:
     """Bytes that a host sends in an optimiser step."""
 
@@ -92,6 +78,20 @@ class Traffic:
     def seconds(self, gbit_per_s: float, gather_share: float) -> float:
         """The time it takes a link, of which gathers use a share."""
         return (self.reduced_bytes + self.gathered_bytes / gather_share) * 8 / (gbit_per_s * 1e9 * PAYLOAD_SHARE)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step asks of one type of device."""
+
+    cut: Batch
+    memory: Memory
+    """Memory of a rank."""
+    host_bytes: int
+    """Host memory while a checkpoint is written: what the host's ranks hold there, and the copies that are written."""
+    flops: int
+    """FLOPs of a rank, without recomputation."""
+    sent: Traffic
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def traffic(
         gathered = (params - kept) * (1 if 2 * params <= min(limits) else 2)
         weights = (gathered * accumulation_steps + kept) * width
 
-    others, all_ = topology.world_size - 1, topology.world_size
-    return Traffic(gradients * others // all_, weights * others // all_)
+    ranks = topology.world_size
+    return Traffic(gradients * (ranks - 1) // ranks, weights * (ranks - 1) // ranks)
 
 
 def times(recipe: Recipe, loads: Mapping[str, Load], topology: Topology) -> list[Time]:

@@ -132,12 +132,12 @@ def launched(run: Path) -> Iterator[None]:
 
 
 def test_hosts_that_are_well(hosts: TwoHosts) -> None:
-    """Exit code 0, one line a finding, within a minute, though each host's own name means 127.0.1.1 to it."""
+    """Exit code 0, one line a finding, under 15 seconds, though each host's own name means 127.0.1.1 to it."""
     done = hosts.launch([*DOCTOR, "--json"], TIMEOUT_S)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found = json.loads(done.stdout)
     print(f"two hosts in {found['seconds']} s")
-    assert found["fit"] and found["seconds"] < 60
+    assert found["fit"] and found["seconds"] < 15
 
     said = {one["about"]: one["said"] for one in found["findings"]}
     assert {one["level"] for one in found["findings"]} <= {"ok", "warning"}
@@ -232,7 +232,7 @@ def test_hosts_that_do_not_answer_are_named_within_5_seconds(hosts: TwoHosts, tm
     print("\n".join(lines))
     named = {line.split()[2]: float(stamp) for stamp, line in zip(stamps, lines, strict=True) if "FAILURE" in line}
     assert set(named) == {"node2:", "node9:", "192.0.2.77:"}
-    assert max(named.values()) - float(stamps[0]) < 15  # without its own limit, ssh waits for 20
+    assert max(named.values()) - float(stamps[0]) < 5
     assert any("there is no host of that name" in line for line in lines)
     assert any(line.startswith("ok") and "versions" in line and line.endswith("on node1") for line in lines)
     assert lines[-1] == "exit 2"

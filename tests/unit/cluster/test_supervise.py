@@ -89,8 +89,8 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("answer", "told"),
     [
         ("echo 'python3: No such file or directory' >&2; exit 127", "cannot start an agent: python3: No such file"),
-        ("echo $(($(date +%s) + 60)) $(($(date +%s) + 60))", r"clock is \d\d s ahead"),
-        ("echo $(($(date +%s) - 60)) $(($(date +%s) - 60))", r"clock is \d\d s behind"),
+        ("echo $(($(date +%s) + 60)) $(($(date +%s) + 60))", "clock is (59|60) s ahead"),
+        ("echo $(($(date +%s) - 60)) $(($(date +%s) - 60))", "clock is (60|61) s behind"),
     ],
 )
 def test_a_host_that_could_not_take_part_is_named(ssh: Path, answer: str, told: str) -> None:

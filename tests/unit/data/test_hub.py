@@ -278,13 +278,12 @@ def test_a_hub_that_never_answers(
     path: str, hub: HubStandIn, waits_s: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: after the last try an error says how to do without the hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.1)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.5)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     hub.faults = [Fault(path, "silent", 1_000)]
     with pytest.raises(DataError, match=r"the hub gave no 'made/up' \(.*timed out.*with --source web=PATH"):
         list(documents(source()))
-    expected = list(hub_module.FIRST_DELAYS_S if path == "/api/" else hub_module.DELAYS_S)
-    assert waits_s[-len(expected) :] == expected  # a busy machine may be late with other answers, too
+    assert waits_s == list(hub_module.FIRST_DELAYS_S if path == "/api/" else hub_module.DELAYS_S)
 
 
 @pytest.mark.parametrize(

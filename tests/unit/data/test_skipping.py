@@ -69,14 +69,14 @@ def test_every_step_is_the_one_without_its_rows(last_batch: str) -> None:
 
 
 def test_rows_beyond_the_run_are_refused_at_once() -> None:
-    """Oracle: 20 steps of 7 rows end before position 140; all that reach beyond are named, within half a minute."""
+    """Oracle: 20 steps of 7 rows end before position 140; all that reach beyond are named, within a second."""
     begin = time.monotonic()
     with pytest.raises(RecipeError) as refused:
         skipping.resolve([range(10**15), range(139, 141), range(5, 7), range(10**12, 10**12 + 1)], (), Steps(), 0, 20)
     named = [one.partition(":")[0] for one in refused.value.problems]
     assert named == ["--skip-rows 139", f"--skip-rows {10**12}", "--skip-rows 0"]
     assert all("the run ends before position 140," in one for one in refused.value.problems)
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 1
 
 
 def test_a_great_range_within_a_long_run_is_passed_quickly() -> None:

@@ -17,6 +17,8 @@ from ds_slm.distributed import local_ranks
 from ds_slm.distributed.world import LAUNCHER_MODULES
 from tests.support.runs import ROOT, environment
 
+pytestmark = pytest.mark.timeout(120)
+
 SHOWS = """
 import json, os, sys
 with open(f"{os.environ['RANK']}.json", "w") as file:

@@ -205,6 +205,7 @@ def test_a_rank_that_never_connects_ends_the_wait(launch: Callable[..., Launch])
     assert re.search(r"rank 1 has not connected for \d+ s", two.told)
 
 
+@pytest.mark.timeout(60)
 def test_a_rank_that_prepares_beats(launch: Callable[..., Launch]) -> None:
     """Oracle: its counter in the store, which another rank sees growing while this one does something else."""
     two = launch(2)
